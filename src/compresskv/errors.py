@@ -1,0 +1,25 @@
+"""The errors CompressKV raises on purpose. Each message is one line that names the option and its value."""
+
+
+class CompressKVError(Exception):
+    """Base of every error that CompressKV raises on purpose."""
+
+
+class ConfigError(CompressKVError, ValueError):
+    """An option has a value that cannot work: a budget of 0, an unknown method, a question without text."""
+
+
+class PromptError(CompressKVError, ValueError):
+    """The document or question cannot be used: empty, binary, or longer than the model's context."""
+
+
+class ModelError(CompressKVError):
+    """A model cannot be found, read, downloaded, or cannot be used with a compressed cache."""
+
+
+class ProfileError(CompressKVError):
+    """A profile is missing, malformed, or belongs to another model."""
+
+
+class CacheStateError(CompressKVError, RuntimeError):
+    """A compressed cache was used in a way that its state does not allow."""
