@@ -1,0 +1,138 @@
+"""How many tokens each layer retains. Every function returns one number a layer, whose sum is exact.
+
+A budget `b` is a number of tokens retained per KV head per layer, window included; L layers share b * L.
+"""
+
+import math
+from collections.abc import Sequence
+
+from compresskv.errors import ConfigError
+
+Budget = int | float | Sequence[int]
+"""A count of tokens (256), a fraction of the prompt (0.03), or one count a layer ([64, 128, ...])."""
+
+
+def check_budget(budget: Budget) -> Budget:
+    """Return `budget` unchanged where it can work.
+
+    Raises:
+        ConfigError: below 1 token, a fraction outside (0, 1], or neither a number nor a sequence of whole numbers.
+    """
+    if isinstance(budget, (bool, str)):
+        raise ConfigError(f"budget={budget!r} is not a number: give tokens (256) or a fraction of the prompt (0.03)")
+    if isinstance(budget, int):
+        if budget < 1:
+            raise ConfigError(f"budget={budget} must be at least 1 token")
+    elif isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ConfigError(
+                f"budget={budget} is a fraction of the prompt and must lie above 0 and at most at 1; "
+                "give a whole number for a count of tokens"
+            )
+    elif not budget or not all(isinstance(count, int) and count >= 1 for count in budget):
+        raise ConfigError(f"budget={budget!r} must hold one whole number of at least 1 for each layer")
+    return budget
+
+
+def parse_budget(text: str) -> int | float:
+    """Read a budget as people type it: '256', '0.03' or '3%'.
+
+    Raises:
+        ConfigError: not one of these, or out of range.
+    """
+    try:
+        if text.endswith("%"):
+            value: int | float = float(text[:-1]) / 100
+        else:
+            value = int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ConfigError(
+            f"budget {text!r} is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%"
+        ) from None
+    check_budget(value)
+    return value
+
+
+def resolve(budget: int | float, num_tokens: int) -> int:
+    """Tokens to retain of a prompt: a fraction is rounded to the nearest whole token, and is at least 1."""
+    if isinstance(budget, int):
+        return min(budget, num_tokens)
+    return min(num_tokens, max(1, math.floor(budget * num_tokens + 0.5)))
+
+
+def uniform(budget: int, num_layers: int, num_tokens: int) -> list[int]:
+    """The same number for every layer, at most the prompt's."""
+    return [min(budget, num_tokens)] * num_layers
+
+
+def pyramid(budget: int, num_layers: int, num_tokens: int, *, window_size: int, beta: float) -> list[int]:
+    """Linear from the first layer (most) to the last (least).
+
+    The last layer keeps (b - W) / beta tokens beside its window, the first 2 (b - W) minus that.
+    Where the first layer would exceed the prompt, it keeps the prompt and the last layer more.
+
+    Source: PyramidKV (arXiv 2406.02069), section 4.2. Differs: the sum is exact (largest remainders), where the
+    published code rounds the step down and loses tokens.
+    """
+    budget = min(budget, num_tokens)
+    spare = budget - window_size
+    if spare <= 0 or num_layers == 1:
+        return [budget] * num_layers
+    first = min(2 * spare - spare / beta, num_tokens - window_size)
+    step = (2 * first - 2 * spare) / (num_layers - 1)
+    shares = [first - layer * step for layer in range(num_layers)]
+    return [window_size + count for count in _round_to_sum(shares, spare * num_layers)]
+
+
+def error_aware(
+    budget: int,
+    num_tokens: int,
+    errors: Sequence[float],
+    *,
+    minimum: int = 32,
+    cap_factor: int = 3,
+) -> list[int]:
+    """Layers whose eviction hurts more keep more.
+
+    Every layer starts at `minimum`; the rest is dealt in proportion to the errors, rounded and clipped to
+    [minimum, cap_factor * b]. Missing tokens go to the layers with the largest errors below the cap, surplus tokens
+    are taken from the layers with the smallest errors above the minimum.
+
+    Args:
+        budget: mean tokens per layer.
+        num_tokens: the prompt's length, which caps every layer.
+        errors: one non-negative number a layer, any scale. All zero means uniform.
+    Returns: tokens per layer; the sum is exactly min(budget, num_tokens) * len(errors).
+    Source: CompressKV (arXiv 2508.02401), Algorithm 1. Differs: a budget below `minimum` is uniform (the published
+    loop has no layer to take from and does not end), and no layer exceeds the prompt.
+    """
+    num_layers = len(errors)
+    budget = min(budget, num_tokens)
+    total = budget * num_layers
+    floor, cap = min(minimum, budget), min(cap_factor * budget, num_tokens)
+    norm = math.fsum(errors)
+    shares = [error / norm for error in errors] if norm > 0 else [1 / num_layers] * num_layers
+    spare = total - floor * num_layers
+    tokens = [min(max(floor + round(share * spare), floor), cap) for share in shares]
+    by_error = sorted(range(num_layers), key=lambda layer: shares[layer], reverse=True)
+    # One bulk step a layer equals the published single-token steps: each fills or empties one layer before the next.
+    # It always ends: floor <= budget <= cap, so all layers together can hold the total.
+    missing = total - sum(tokens)
+    for layer in by_error:
+        added = min(max(missing, 0), cap - tokens[layer])
+        tokens[layer] += added
+        missing -= added
+    for layer in reversed(by_error):
+        taken = min(max(-missing, 0), tokens[layer] - floor)
+        tokens[layer] -= taken
+        missing += taken
+    return tokens
+
+
+def _round_to_sum(values: Sequence[float], total: int) -> list[int]:
+    """Whole numbers next to `values` whose sum is `total`: the largest fractions are rounded up."""
+    floors = [math.floor(value) for value in values]
+    by_fraction = sorted(range(len(values)), key=lambda i: values[i] - floors[i], reverse=True)
+    for i in by_fraction[: total - sum(floors)]:
+        floors[i] += 1
+    return floors

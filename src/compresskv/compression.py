@@ -1,0 +1,103 @@
+"""The `compressing` context: any transformers model, three lines."""
+
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compresskv import registry
+from compresskv.attention import routing
+from compresskv.budgets import Budget
+from compresskv.cache import CompressedCache
+from compresskv.errors import ConfigError
+from compresskv.method import Method
+from compresskv.profiles.profile import Profile
+from compresskv.profiles.store import resolve_profile
+
+DEFAULT_METHOD = "compresskv"
+DEFAULT_BUDGET = 256
+
+
+class Compressing(AbstractContextManager[CompressedCache]):
+    """What `compressing` returns. Each entry makes a new cache; entries may nest and repeat."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, budget: Budget, **cache_options: Any) -> None:
+        self._model = model
+        self._method = method
+        self._budget = budget
+        self._cache_options = cache_options
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> CompressedCache:
+        """Route the model's attention through ours and return an empty cache.
+
+        Raises:
+            ModelError: the model cannot be used.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(routing(self._model))
+            cache = CompressedCache(self._model, self._method, self._budget, **self._cache_options)
+            self._entered.append(stack.pop_all())
+        return cache
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Give the model its own attention back."""
+        self._entered.pop().close()
+
+
+def compressing(
+    model: PreTrainedModel,
+    method: str | Method = DEFAULT_METHOD,
+    budget: Budget = DEFAULT_BUDGET,
+    *,
+    profile: Profile | str | Path | None = None,
+    prompt_tokens: int | None = None,
+    **options: Any,
+) -> Compressing:
+    """Compress the KV cache of what `model` reads inside the `with`.
+
+        with compresskv.compressing(model, method="snapkv", budget=256) as cache:
+            model.generate(**inputs, past_key_values=cache)
+
+    The first forward pass on the cache is the prompt: attention over it is exact, then each layer keeps what the
+    method chose and frees the rest. Later passes (decoding, a second question) attend to what was kept.
+
+    Args:
+        model: a decoder-only transformers model with 'sdpa' or 'eager' attention.
+        method: a name (see `compresskv methods`) or a `Method`.
+        budget: tokens retained per KV head per layer, window included: a count, a fraction of the prompt as a float,
+            or one count for each full-attention layer. A budget of at least the prompt's length changes nothing; one
+            at or below the method's window keeps the most recent tokens.
+        profile: for methods that need one, a `Profile` or its file; None finds the model's own.
+        prompt_tokens: the prompt's length, where it is read in several forward passes (`prefill_chunk_size`).
+        options: the method's own options, such as window_size.
+    Raises:
+        ConfigError: an unknown method or option, or a value out of range.
+        ProfileError: no profile of this model, or one of another model.
+        ModelError: on entering, a model that cannot be used.
+    """
+    chosen = prepare_method(model, method, profile, **options)
+    return Compressing(model, chosen, budget, prompt_tokens=prompt_tokens)
+
+
+def prepare_method(
+    model: PreTrainedModel, method: str | Method, profile: Profile | str | Path | None = None, **options: Any
+) -> Method:
+    """The method with its options and, where it needs one, the model's profile.
+
+    Raises:
+        ConfigError, ProfileError: as for `compressing`.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ConfigError(f"options {', '.join(options)} are given beside a Method: set them on the Method")
+        chosen = method
+    else:
+        chosen = registry.create(method, **options)
+    if chosen.needs_profile and getattr(chosen, "profile", None) is None:
+        chosen = chosen.with_profile(resolve_profile(model, profile))
+    return chosen

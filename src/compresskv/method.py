@@ -1,0 +1,74 @@
+"""What a compression method is: scores for tokens, and budgets for layers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from compresskv import budgets
+from compresskv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from compresskv.profiles.profile import Profile
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a method may look at in one layer at the end of prefill. Tensors only: methods never see the model."""
+
+    layer_idx: int
+    """The layer's number in the model."""
+    query_window: Tensor
+    """(B, H_q, W, D), post-RoPE: the queries of the last W prompt tokens."""
+    keys: Tensor
+    """(B, H_kv, T, D), post-RoPE."""
+    values: Tensor
+    """(B, H_kv, T, D)."""
+    scaling: float
+    """Factor on the dot products of queries and keys."""
+    softcap: float | None = None
+    """Gemma 2's cap on attention logits."""
+    valid: Tensor | None = None
+    """(B, T) bool, False at padding; None where nothing is padded."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method. A subclass is one file: class attributes, options as fields, and `score`.
+
+    The most recent `window_size` tokens are always kept; their scores are ignored.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    needs_profile: ClassVar[bool] = False
+
+    window_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate the options where they are given.
+
+        Raises:
+            ConfigError: naming the option and its value.
+        """
+        if self.window_size < 0:
+            raise ConfigError(f"window_size={self.window_size} must not be negative")
+        kernel_size = getattr(self, "kernel_size", 1)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size={kernel_size} must be an odd number of at least 1")
+
+    def with_profile(self, profile: "Profile") -> "Method":
+        """The same method with a model's measurements. Only methods with `needs_profile` take one."""
+        raise ConfigError(f"method {self.name!r} takes no profile")
+
+    def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
+        """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""
+        return budgets.uniform(budget, num_layers, num_tokens)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """How much each prompt token is worth keeping.
+
+        Returns: (B, H_kv, T) float32, or (B, 1, T) where all KV heads of the layer share one choice.
+        """
+        raise NotImplementedError

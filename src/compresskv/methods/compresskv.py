@@ -1,0 +1,65 @@
+"""CompressKV: the layer's semantic retrieval heads choose for all its heads, and layers share by eviction error."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from compresskv import budgets
+from compresskv.errors import ConfigError, ProfileError
+from compresskv.method import LayerInputs, Method
+from compresskv.profiles.profile import Profile
+from compresskv.registry import register
+from compresskv.scoring import heads_window_attention, pool
+
+
+@register
+@dataclass(frozen=True)
+class CompressKV(Method):
+    """Window attention of the `heads_per_layer` best semantic retrieval heads, one choice for all KV heads.
+
+    Source: CompressKV (arXiv 2508.02401), sections 3.2 and 3.3, Algorithm 1.
+    """
+
+    name = "compresskv"
+    summary = "semantic retrieval heads choose; layers share by error"
+    source = "arXiv 2508.02401"
+    needs_profile = True
+
+    window_size: int = 8
+    kernel_size: int = 5
+    heads_per_layer: int = 4
+    profile: Profile | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        if self.heads_per_layer < 1:
+            raise ConfigError(f"heads_per_layer={self.heads_per_layer} must be at least 1")
+
+    def with_profile(self, profile: Profile) -> "CompressKV":
+        """The method with a model's head scores and layer errors."""
+        return replace(self, profile=profile)
+
+    def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
+        """In proportion to the profile's layer errors; see `compresskv.budgets.error_aware`."""
+        return budgets.error_aware(budget, num_tokens, self._profile.layer_errors)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, 1, T)."""
+        attention = heads_window_attention(
+            inputs.query_window,
+            inputs.keys,
+            self._profile.top_heads(inputs.layer_idx, self.heads_per_layer),
+            scaling=inputs.scaling,
+            softcap=inputs.softcap,
+            valid=inputs.valid,
+        )
+        return pool(attention.sum(dim=2), self.kernel_size).mean(dim=1, keepdim=True)
+
+    @property
+    def _profile(self) -> Profile:
+        if self.profile is None:
+            raise ProfileError(
+                "method 'compresskv' needs a profile of the model: make one with 'compresskv profile MODEL'"
+            )
+        return self.profile

@@ -1,0 +1,20 @@
+"""Keep everything: the reference that the others are compared with."""
+
+from dataclasses import dataclass
+
+from compresskv.method import Method
+from compresskv.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Full(Method):
+    """The uncompressed cache; the budget is ignored and nothing is ever scored."""
+
+    name = "full"
+    summary = "keeps every token"
+    source = "-"
+
+    def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
+        """The whole prompt in every layer."""
+        return [num_tokens] * num_layers

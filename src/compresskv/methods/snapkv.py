@@ -1,0 +1,39 @@
+"""SnapKV: each KV head keeps the tokens that its own query heads attend to from the end of the prompt."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compresskv.method import LayerInputs, Method
+from compresskv.registry import register
+from compresskv.scoring import pool, window_attention
+
+
+@register
+@dataclass(frozen=True)
+class SnapKV(Method):
+    """Window attention summed over the window, pooled, and averaged over the query heads of each KV head.
+
+    Source: SnapKV (arXiv 2404.14469), section 4, with the window and kernel of CompressKV's comparison. Grouping is by
+    the KV head that a query head reads, which CompressKV's published baseline gets wrong.
+    """
+
+    name = "snapkv"
+    summary = "window attention, a choice per KV head"
+    source = "arXiv 2404.14469"
+
+    window_size: int = 8
+    kernel_size: int = 5
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, H_kv, T)."""
+        attention = window_attention(
+            inputs.query_window,
+            inputs.keys,
+            scaling=inputs.scaling,
+            softcap=inputs.softcap,
+            valid=inputs.valid,
+        )
+        per_head = pool(attention.sum(dim=2), self.kernel_size)  # (B, H_q, T)
+        batch_size, num_kv_heads, num_tokens = inputs.keys.shape[:3]
+        return per_head.view(batch_size, num_kv_heads, -1, num_tokens).mean(dim=2)

@@ -1,0 +1,44 @@
+"""StreamingLLM: attention sinks and the most recent tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compresskv.errors import ConfigError
+from compresskv.method import LayerInputs, Method
+from compresskv.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """The first `num_sinks` tokens and the most recent b - num_sinks. A budget within the sinks keeps sinks only.
+
+    Source: StreamingLLM (arXiv 2309.17453), section 3. Differs: positions are the true ones, not re-numbered inside
+    the cache, since the prompt has been read in full and nothing rolls on.
+    """
+
+    name = "streaming_llm"
+    summary = "first 4 tokens and the most recent ones"
+    source = "arXiv 2309.17453"
+
+    num_sinks: int = 4
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        if self.num_sinks < 0:
+            raise ConfigError(f"num_sinks={self.num_sinks} must not be negative")
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """The later the better, sinks best of all."""
+        batch_size, _, num_tokens, _ = inputs.keys.shape
+        recency = torch.arange(num_tokens, dtype=torch.float32, device=inputs.keys.device)
+        scores = recency.repeat(batch_size, 1)
+        if inputs.valid is None:
+            scores[:, : self.num_sinks] = torch.inf
+        else:
+            rank = inputs.valid.cumsum(-1)  # 1 at the first token that is no padding
+            scores[inputs.valid & (rank <= self.num_sinks)] = torch.inf
+        return scores[:, None]

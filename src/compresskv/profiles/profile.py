@@ -1,0 +1,180 @@
+"""The profile: head scores and layer errors of one model, with where they came from. One versioned JSON file."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compresskv.errors import ProfileError
+from compresskv.profiles.fingerprint import Fingerprint
+
+FORMAT = "compresskv-profile"
+VERSION = 1
+
+Rows = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measurements of a model's full-attention layers, in the order of `layer_indices`."""
+
+    model_id: str
+    fingerprint: Fingerprint
+    layer_indices: tuple[int, ...]
+    """Numbers of the full-attention layers in the model (L of them)."""
+    semantic_scores: Rows
+    """(L, H_q): mean semantic retrieval score of each query head."""
+    traditional_scores: Rows | None
+    """(L, H_q): mean traditional retrieval score; None in imported profiles."""
+    num_runs: int
+    """Runs that the means are over; 0 in imported profiles, whose scores are ranks."""
+    layer_errors_by_set: dict[str, tuple[float, ...]]
+    """For each calibration set, (L,) eviction errors, L1-normalised."""
+    layer_errors: tuple[float, ...]
+    """(L,): mean over the sets, L1-normalised."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that every number is there and can be used.
+
+        Raises:
+            ProfileError: naming the field.
+        """
+        num_layers, num_heads = len(self.layer_indices), self.fingerprint.num_query_heads
+        _check(num_layers > 0, "layer_indices", "is empty")
+        ascending = all(a < b for a, b in zip(self.layer_indices, self.layer_indices[1:], strict=False))
+        in_model = all(0 <= index < self.fingerprint.num_layers for index in self.layer_indices)
+        _check(ascending and in_model, "layer_indices", "is not an ascending list of layers of the model")
+        for name in ("semantic_scores", "traditional_scores"):
+            rows = getattr(self, name)
+            if rows is not None:
+                _check(len(rows) == num_layers, name, f"has {len(rows)} layers instead of {num_layers}")
+                _check(
+                    all(len(row) == num_heads for row in rows),
+                    name,
+                    f"does not have {num_heads} heads in each layer",
+                )
+                _check(all(map(_usable, rows)), name, "holds a number that is negative, NaN or infinite")
+        _check(any(any(row) for row in self.semantic_scores), "semantic_scores", "holds only zeros")
+        for name, errors in [*self.layer_errors_by_set.items(), ("combined", self.layer_errors)]:
+            where = f"layer_errors.{name}"
+            _check(len(errors) == num_layers, where, f"has {len(errors)} layers instead of {num_layers}")
+            _check(_usable(errors), where, "holds a number that is negative, NaN or infinite")
+            _check(abs(math.fsum(errors) - 1) < 1e-3, where, f"sums to {math.fsum(errors):.4f} instead of 1")
+
+    def top_heads(self, layer_idx: int, count: int) -> list[int]:
+        """The `count` best semantic retrieval heads of layer `layer_idx` of the model, best first.
+
+        Raises:
+            ProfileError: the profile has no such layer.
+        """
+        try:
+            scores = self.semantic_scores[self.layer_indices.index(layer_idx)]
+        except ValueError:
+            raise ProfileError(f"the profile of {self.model_id} has no layer {layer_idx}") from None
+        return sorted(range(len(scores)), key=lambda head: -scores[head])[:count]
+
+    def ranked_heads(self, scores: Rows) -> list[tuple[int, int]]:
+        """All (layer of the model, head), best first by `scores`, one of this profile's two tables."""
+        heads = [(row, head) for row in range(len(scores)) for head in range(len(scores[row]))]
+        heads.sort(key=lambda place: -scores[place[0]][place[1]])
+        return [(self.layer_indices[row], head) for row, head in heads]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored."""
+        traditional = self.traditional_scores
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": {"id": self.model_id, "fingerprint": self.fingerprint.to_dict()},
+            "layer_indices": list(self.layer_indices),
+            "num_runs": self.num_runs,
+            "semantic_scores": [list(row) for row in self.semantic_scores],
+            "traditional_scores": None if traditional is None else [list(row) for row in traditional],
+            "layer_errors": {
+                "sets": {name: list(errors) for name, errors in self.layer_errors_by_set.items()},
+                "combined": list(self.layer_errors),
+            },
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Profile":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ProfileError: a field is missing, of the wrong kind, or holds numbers that cannot be.
+        """
+        _check(isinstance(data, dict) and data.get("format") == FORMAT, "format", f"is not {FORMAT!r}")
+        _check(
+            data.get("version") == VERSION,
+            "version",
+            f"is {data.get('version')!r}, this release reads {VERSION}",
+        )
+        try:
+            traditional = data["traditional_scores"]
+            errors = data["layer_errors"]
+            return cls(
+                model_id=str(data["model"]["id"]),
+                fingerprint=Fingerprint(**data["model"]["fingerprint"]),
+                layer_indices=tuple(int(index) for index in data["layer_indices"]),
+                semantic_scores=_rows(data["semantic_scores"]),
+                traditional_scores=None if traditional is None else _rows(traditional),
+                num_runs=int(data["num_runs"]),
+                layer_errors_by_set={name: _numbers(row) for name, row in errors["sets"].items()},
+                layer_errors=_numbers(errors["combined"]),
+                provenance=dict(data["provenance"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, ProfileError):
+                raise
+            raise ProfileError(f"profile field missing or of the wrong kind: {error}") from error
+
+
+def normalised(errors: Sequence[float]) -> tuple[float, ...]:
+    """`errors` divided by their sum; uniform where all are 0."""
+    total = math.fsum(errors)
+    return tuple(error / total if total > 0 else 1 / len(errors) for error in errors)
+
+
+def combined(errors_by_set: dict[str, tuple[float, ...]]) -> tuple[float, ...]:
+    """Mean over calibration sets, L1-normalised again (CompressKV, section 3.3)."""
+    columns = zip(*errors_by_set.values(), strict=True)
+    return normalised([math.fsum(column) / len(errors_by_set) for column in columns])
+
+
+def read_profile(path: str | Path) -> Profile:
+    """Load and check a profile file.
+
+    Raises:
+        ProfileError: no such file, no JSON, or not a valid profile; the message names the file.
+    """
+    try:
+        return Profile.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ProfileError(f"profile {str(path)!r}: no such file") from None
+    except OSError as error:
+        raise ProfileError(f"profile {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:  # not JSON, not text
+        raise ProfileError(f"profile {str(path)!r} is not JSON: {error}") from error
+    except ProfileError as error:
+        raise ProfileError(f"profile {str(path)!r}: {error}") from error
+
+
+def _check(holds: bool, name: str, what: str) -> None:
+    if not holds:
+        raise ProfileError(f"field {name!r} {what}")
+
+
+def _usable(numbers: Sequence[float]) -> bool:
+    return all(math.isfinite(number) and number >= 0 for number in numbers)
+
+
+def _numbers(row: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(float(number) for number in row)
+
+
+def _rows(rows: Sequence[Sequence[Any]]) -> Rows:
+    return tuple(_numbers(row) for row in rows)

@@ -1,0 +1,82 @@
+"""Where profiles lie: an explicit file, the user's cache, those shipped with the package."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from compresskv.attention import check_supported
+from compresskv.errors import ProfileError
+from compresskv.paths import cache_dir
+from compresskv.profiles.fingerprint import Fingerprint, fingerprint
+from compresskv.profiles.profile import Profile, read_profile
+
+_SHIPPED = Path(__file__).parent / "shipped"
+
+
+def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None = None) -> Profile:
+    """The profile to use with `model`: the given one, else the user's own, else a shipped one.
+
+    Raises:
+        ProfileError: none fits, or the given one belongs to another model (both fingerprints are named).
+    """
+    check_supported(model)
+    own = fingerprint(model)
+    if profile is not None:
+        given = profile if isinstance(profile, Profile) else read_profile(profile)
+        if not given.fingerprint.matches(own):
+            raise ProfileError(
+                f"the profile of {given.model_id} belongs to another model: "
+                f"its fingerprint is {given.fingerprint}, this model's is {own}"
+            )
+        return given
+    model_id = str(getattr(model.config, "_name_or_path", "") or "MODEL")
+    for path in profile_files():
+        found = read_profile(path)
+        by_name = found.fingerprint.weights is not None or found.model_id == model_id
+        if by_name and found.fingerprint.matches(own):
+            return found
+    raise ProfileError(
+        f"no profile of this model ({own}): make one with 'compresskv profile {model_id}', "
+        "give one with --profile FILE, or choose a method that needs none, such as 'snapkv'"
+    )
+
+
+def profile_files() -> Iterator[Path]:
+    """The user's profiles, then the shipped ones."""
+    for folder in (user_folder(), _SHIPPED):
+        yield from sorted(folder.glob("*.json"))
+
+
+def user_folder() -> Path:
+    """Where `compresskv profile` keeps its results."""
+    return cache_dir() / "profiles"
+
+
+def default_path(model_fingerprint: Fingerprint) -> Path:
+    """The file of a model's profile in the user's cache."""
+    return user_folder() / f"{model_fingerprint}.json"
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write atomically: a reader sees the old file or the new one.
+
+    Raises:
+        ProfileError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(profile.to_dict(), file, indent=1)
+                file.write("\n")
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ProfileError(f"cannot write the profile to {str(path)!r}: {error.strerror}") from error

@@ -1,0 +1,52 @@
+"""Methods by name."""
+
+import dataclasses
+import difflib
+from typing import Any, TypeVar
+
+from compresskv.errors import ConfigError
+from compresskv.method import Method
+
+_METHODS: dict[str, type[Method]] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(method: _M) -> _M:
+    """Class decorator: make the method known by its `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if method.name in _METHODS:
+        raise ValueError(f"a method named {method.name!r} is registered already")
+    _METHODS[method.name] = method
+    return method
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every registered method by name, sorted."""
+    import compresskv.methods  # noqa: F401 - registers them
+
+    return dict(sorted(_METHODS.items()))
+
+
+def create(name: str, **options: Any) -> Method:
+    """Build a method from its name and options.
+
+    Raises:
+        ConfigError: an unknown name or option, with the nearest known one; an option out of range.
+    """
+    known = methods()
+    if name not in known:
+        raise ConfigError(f"unknown method {name!r}{_suggestion(name, list(known))}")
+    fields = [field.name for field in dataclasses.fields(known[name])]
+    for option in options:
+        if option not in fields:
+            raise ConfigError(f"method {name!r} has no option {option!r}{_suggestion(option, fields)}")
+    return known[name](**options)
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    """', did you mean ...' where one comes near, and the whole list otherwise."""
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"

@@ -1,0 +1,97 @@
+"""Pure tensor functions that turn window attention into token scores. No transformers types, no model state."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
+from torch import Tensor
+
+
+def window_attention(
+    query_window: Tensor,
+    keys: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Attention from the observation window to every key.
+
+    Each KV head is multiplied once with all the queries that read it, so keys are never repeated per query head.
+    Causality is the prompt's own (the window is its end); padding comes from `valid`.
+
+    Args:
+        query_window: (B, H_kv * G, W, D), post-RoPE, the last W prompt tokens; heads that read one KV head adjoin.
+        keys: (B, H_kv, T, D), post-RoPE, T >= W.
+        scaling: factor on the dot products, usually D ** -0.5.
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
+        valid: (B, T) bool, False at padding; None where nothing is padded.
+    Returns: (B, H_kv * G, W, T) float32; rows sum to 1; causal inside the window.
+    Raises:
+        ValueError: T < W, or the query heads are no multiple of the KV heads.
+    Source: SnapKV (arXiv 2404.14469), section 4. Differs: softmax in float32 whatever the model's dtype.
+    """
+    batch_size, num_query_heads, window_size, head_dim = query_window.shape
+    num_kv_heads, num_tokens = keys.shape[1], keys.shape[2]
+    if num_tokens < window_size:
+        raise ValueError(f"{num_tokens} keys are fewer than the window's {window_size} queries")
+    if num_query_heads % num_kv_heads:
+        raise ValueError(f"{num_query_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    # (B, H_kv, G * W, D) @ (B, H_kv, D, T): one product per KV head
+    grouped = query_window.reshape(batch_size, num_kv_heads, -1, head_dim)
+    logits = torch.matmul(grouped, keys.transpose(2, 3)).float().mul_(scaling)
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    logits = logits.view(batch_size, num_query_heads, window_size, num_tokens)
+    # A finite minimum, not -inf: the row of a padding query has no visible key and must not become NaN.
+    lowest = torch.finfo(torch.float32).min
+    future = torch.ones(window_size, window_size, dtype=torch.bool, device=keys.device).triu_(1)
+    logits[..., -window_size:].masked_fill_(future, lowest)
+    if valid is not None:
+        logits.masked_fill_(~valid[:, None, None, :], lowest)
+    return torch.softmax(logits, dim=-1)
+
+
+def heads_window_attention(
+    query_window: Tensor,
+    keys: Tensor,
+    head_indices: list[int],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Like `window_attention`, for some query heads only: nothing is computed or stored for the others.
+
+    Args:
+        query_window: (B, H_q, W, D); query head h reads KV head h // (H_q / H_kv).
+        keys: (B, H_kv, T, D).
+        head_indices: n query heads, each once.
+    Returns: (B, n, W, T) float32, in the order of `head_indices`.
+    """
+    num_kv_groups = query_window.shape[1] // keys.shape[1]
+    rows = []
+    for head in head_indices:
+        kv_head = head // num_kv_groups
+        rows.append(
+            window_attention(
+                query_window[:, head : head + 1],
+                keys[:, kv_head : kv_head + 1],
+                scaling=scaling,
+                softcap=softcap,
+                valid=valid,
+            )
+        )
+    return torch.cat(rows, dim=1)
+
+
+def pool(scores: Tensor, kernel_size: int) -> Tensor:
+    """Average along tokens with stride 1 and unchanged length; beyond both ends counts as 0.
+
+    Args:
+        scores: (B, H, T).
+        kernel_size: odd number of tokens; 1 leaves the scores as they are.
+    Returns: (B, H, T).
+    Source: SnapKV, section 4.2 (there: max or average by configuration; the published code averages).
+    """
+    if kernel_size == 1:
+        return scores
+    return F.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
