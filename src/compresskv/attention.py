@@ -6,6 +6,7 @@ our attention function hands the call to it if the keys are the very tensor that
 identity: it holds for several caches of one model, for threads, and for models that mix layer kinds.
 """
 
+import copy
 import functools
 import sys
 import threading
@@ -40,6 +41,13 @@ class RoutedLayer(DynamicLayer):
         self._model_config = model_config
         self._awaits_attention = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
+        """A copy bound to the same model: with a config of its own, it could be used outside `compressing`."""
+        memo[id(self._model_config)] = self._model_config
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H_kv, T_new, D) and return all that are held.
 
@@ -66,7 +74,7 @@ class RoutedLayer(DynamicLayer):
             self.values = torch.cat([old_values, value_states], dim=-2)
         else:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys, self.values = _owned(key_states), _owned(value_states)
+            self.keys, self.values = owned(key_states), owned(value_states)
             self.is_initialized = True
         return self.stored()
 
@@ -79,6 +87,7 @@ class RoutedLayer(DynamicLayer):
             attention: the model's own attention function, its module and other arguments bound.
             query: (B, H_q, T_new, D), post-RoPE.
             mask: (B, 1, T_new, columns) bool or additive float; None where nothing is masked but the future.
+            kwargs: the attention module, and what it gave to the attention function (scaling, softcap, ...).
         """
         return attention(query, *self.stored(), mask)
 
@@ -99,7 +108,7 @@ class RoutedLayer(DynamicLayer):
         self._awaits_attention = False
 
 
-def _owned(states: Tensor) -> Tensor:
+def owned(states: Tensor) -> Tensor:
     """`states` itself, or a copy where it is a view that would keep a larger tensor alive (fused projections)."""
     if states.untyped_storage().nbytes() > states.nelement() * states.element_size():
         return states.clone(memory_format=torch.contiguous_format)
@@ -126,7 +135,7 @@ def _attention_forward(
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return function(module, query, key, value, mask, **kwargs)
 
-    return layer.attend(attention, query, attention_mask, **kwargs)
+    return layer.attend(attention, query, attention_mask, module=module, **kwargs)
 
 
 @functools.cache

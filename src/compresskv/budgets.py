@@ -17,9 +17,14 @@ def check_budget(budget: Budget) -> Budget:
 
     Raises:
         ConfigError: below 1 token, a fraction outside (0, 1], or neither a number nor a sequence of whole numbers.
+            NumPy's and PyTorch's numbers are refused, so that a budget has one type in results and in JSON.
     """
-    if isinstance(budget, (bool, str)):
-        raise ConfigError(f"budget={budget!r} is not a number: give tokens (256) or a fraction of the prompt (0.03)")
+    if isinstance(budget, (bool, str, bytes, bytearray)) or not isinstance(budget, (int, float, Sequence)):
+        shown = " ".join(repr(budget).split())  # arrays print on several lines
+        raise ConfigError(
+            f"budget={shown} is a {type(budget).__name__}: give tokens as int(...), a fraction of the prompt as "
+            "float(...), or a list of one int for each layer"
+        )
     if isinstance(budget, int):
         if budget < 1:
             raise ConfigError(f"budget={budget} must be at least 1 token")
@@ -29,8 +34,12 @@ def check_budget(budget: Budget) -> Budget:
                 f"budget={budget} is a fraction of the prompt and must lie above 0 and at most at 1; "
                 "give a whole number for a count of tokens"
             )
-    elif not budget or not all(isinstance(count, int) and count >= 1 for count in budget):
-        raise ConfigError(f"budget={budget!r} must hold one whole number of at least 1 for each layer")
+    elif not budget:
+        raise ConfigError(f"budget={budget!r} is empty: give one int for each layer")
+    else:
+        for layer, count in enumerate(budget):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ConfigError(f"budget holds {count!r} for layer {layer}: give an int of at least 1 for each layer")
     return budget
 
 
@@ -40,6 +49,7 @@ def parse_budget(text: str) -> int | float:
     Raises:
         ConfigError: not one of these, or out of range.
     """
+    text = text.strip()
     try:
         if text.endswith("%"):
             value: int | float = float(text[:-1]) / 100

@@ -1,15 +1,16 @@
 """A KV cache that keeps only what a method chose: `seen_tokens` drives positions, `num_retained` what is stored."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compresskv import budgets
-from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config
+from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, owned
 from compresskv.errors import CacheStateError, ConfigError, ModelError, PromptError
 from compresskv.method import LayerInputs, Method
 from compresskv.selection import UNUSED, select, select_rows
@@ -47,7 +48,7 @@ class Eviction:
                 mean = budgets.resolve(self.budget, num_tokens)
                 per_layer = self.method.layer_budgets(mean, self.num_layers, num_tokens)
             else:
-                per_layer = [min(count, num_tokens) for count in self.budget]
+                per_layer = self.method.given_budgets(self.budget, num_tokens)
             self._layer_budgets[num_tokens] = per_layer
         return self._layer_budgets[num_tokens][position]
 
@@ -153,7 +154,7 @@ class CompressedLayer(RoutedLayer):
         row_budgets = [self._eviction.layer_budget(self._position, length) for length in row_lengths]
         self.in_prefill, self.num_prompt_tokens = False, num_tokens
         self.full_nbytes = storage_nbytes([keys, values])
-        if max(row_budgets) >= num_tokens:
+        if all(budget >= length for budget, length in zip(row_budgets, row_lengths, strict=True)):
             return
         method = self._eviction.method
         inputs = LayerInputs(
@@ -203,7 +204,8 @@ class CompressedLayer(RoutedLayer):
         """Remove generated tokens from the end.
 
         Args:
-            max_length: negative, the number of tokens to remove; or the length to keep, as seen tokens.
+            max_length: negative, the number of tokens to remove (as transformers 5.23 means it); or the length to
+                keep, as seen tokens (as 5.2 does).
         Raises:
             CacheStateError: that would cut into a prompt of which tokens were evicted.
         """
@@ -213,8 +215,7 @@ class CompressedLayer(RoutedLayer):
                 f"cannot roll a compressed cache back to {length} tokens, into its prompt of {self.num_prompt_tokens}: "
                 "assisted and prompt-lookup decoding need the full cache"
             )
-        removed = self.seen_tokens - length
-        if removed:
+        if removed := self.seen_tokens - length:
             self.keys, self.values = (states[..., :-removed, :] for states in self.stored())
             self.seen_tokens = length
 
@@ -271,13 +272,29 @@ class CompressedCache(Cache):
             ModelError: the model has no full-attention layer.
             ConfigError: the budget cannot work.
         """
-        layers = list(DynamicCache(config=decoder_config(model)).layers)
-        indices = compressible_layers(model)
-        eviction = Eviction(method, budget, len(indices), prompt_tokens, on_layer)
-        for position, layer_idx in enumerate(indices):
-            layers[layer_idx] = CompressedLayer(layer_idx, position, model, eviction)
-        super().__init__(layers=layers)
+        eviction = Eviction(method, budget, len(compressible_layers(model)), prompt_tokens, on_layer)
+        make = functools.partial(CompressedLayer, model=model, eviction=eviction)
+        super().__init__(layers=routed_layers(model, make))
         self.method = method
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
+        stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, DynamicSlidingWindowLayer) and key_states.shape[-2] > 1:
+            # It keeps a view of the whole prompt, which would stay in memory until the next token.
+            layer.keys, layer.values = (owned(states) for states in (layer.keys, layer.values) if states is not None)
+        return stored
+
+    def reset(self) -> None:
+        """Forget everything; the next forward pass is a new prompt."""
+        super().reset()  # type: ignore[no-untyped-call]
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # older transformers leave zeros that count as tokens
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -307,6 +324,14 @@ def compressible_layers(model: PreTrainedModel) -> list[int]:
     if not indices:
         raise ModelError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress")
     return indices
+
+
+def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:
+    """One cache layer for each layer of the model, the full-attention ones made by `make(layer_idx, position)`."""
+    layers = list(DynamicCache(config=decoder_config(model)).layers)
+    for position, layer_idx in enumerate(compressible_layers(model)):
+        layers[layer_idx] = make(layer_idx, position)
+    return layers
 
 
 def storage_nbytes(tensors: list[Tensor | None]) -> int:

@@ -13,7 +13,6 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextSt
 
 from compresskv import memory
 from compresskv.budgets import Budget, check_budget
-from compresskv.cache import CompressedCache
 from compresskv.compression import DEFAULT_BUDGET, DEFAULT_METHOD, Compressing, prepare_method
 from compresskv.method import Method
 from compresskv.profiles.profile import Profile
@@ -152,7 +151,7 @@ def decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     first: int,
-    cache: CompressedCache,
+    cache: Cache,
     max_new_tokens: int,
     streamer: TextStreamer | None = None,
 ) -> list[int]:

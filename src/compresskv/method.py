@@ -1,6 +1,8 @@
 """What a compression method is: scores for tokens, and budgets for layers."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -52,6 +54,12 @@ class Method:
         Raises:
             ConfigError: naming the option and its value.
         """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{option.name}={value!r} must be an int")
+            if option.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ConfigError(f"{option.name}={value!r} must be a finite number")
         if self.window_size < 0:
             raise ConfigError(f"window_size={self.window_size} must not be negative")
         kernel_size = getattr(self, "kernel_size", 1)
@@ -65,6 +73,10 @@ class Method:
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""
         return budgets.uniform(budget, num_layers, num_tokens)
+
+    def given_budgets(self, counts: Sequence[int], num_tokens: int) -> list[int]:
+        """Tokens to retain in each compressible layer where the caller gives one count a layer."""
+        return [min(count, num_tokens) for count in counts]
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """How much each prompt token is worth keeping.

@@ -39,14 +39,16 @@ def build_prompt(
             LongBench (arXiv 2308.14508) does. The question is never cut.
     Raises:
         ConfigError: an unknown `truncate`.
-        PromptError: an empty document or question, or a prompt that does not fit (both numbers are named).
+        PromptError: an empty document or question, one that is not text, or a prompt that does not fit (both numbers
+            are named).
     """
     if truncate not in TRUNCATIONS:
         raise ConfigError(f"truncate={truncate!r} is unknown: choose from {', '.join(TRUNCATIONS)}")
-    if not context.strip():
-        raise PromptError("the document is empty")
-    if not question.strip():
-        raise PromptError("the question is empty")
+    for name, text in (("document", context), ("question", question)):
+        if not text.strip():
+            raise PromptError(f"the {name} is empty")
+        if any("\ud800" <= char <= "\udfff" for char in text):  # Python's stand-ins for bytes that are no UTF-8
+            raise PromptError(f"the {name} is not valid text: it holds bytes that are not UTF-8")
     input_ids = _encode(tokenizer, context, question)
     num_tokens = input_ids.shape[1]
     if max_tokens is None or num_tokens <= max_tokens:
@@ -100,7 +102,10 @@ def _cut_middle(tokenizer: PreTrainedTokenizerBase, context: str, question: str,
             needed = max_tokens - num_kept + 2
             raise PromptError(f"the question alone needs {needed} tokens, but only {max_tokens} fit before the answer")
         half = num_kept // 2
-        ends = [tokenizer.decode(part, skip_special_tokens=True) for part in (document[:half], document[-half:])]
+        ends = [
+            str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for part in (document[:half], document[-half:])
+        ]
         input_ids = _encode(tokenizer, "".join(ends), question)
         excess = input_ids.shape[1] - max_tokens
     return Prompt(input_ids, len(document) - 2 * half)

@@ -30,14 +30,14 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(_METHODS.items()))
 
 
-def create(name: str, **options: Any) -> Method:
+def create(name: str, /, **options: Any) -> Method:
     """Build a method from its name and options.
 
     Raises:
         ConfigError: an unknown name or option, with the nearest known one; an option out of range.
     """
     known = methods()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:  # compressing(model, 256): a budget in its place
         raise ConfigError(f"unknown method {name!r}{_suggestion(name, list(known))}")
     fields = [field.name for field in dataclasses.fields(known[name])]
     for option in options:
@@ -46,7 +46,7 @@ def create(name: str, **options: Any) -> Method:
     return known[name](**options)
 
 
-def _suggestion(word: str, known: list[str]) -> str:
+def _suggestion(word: object, known: list[str]) -> str:
     """', did you mean ...' where one comes near, and the whole list otherwise."""
-    near = difflib.get_close_matches(word.lower(), known, n=1)
+    near = difflib.get_close_matches(str(word).lower(), known, n=1)
     return f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"

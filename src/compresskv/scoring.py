@@ -33,8 +33,7 @@ def window_attention(
     num_kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     if num_tokens < window_size:
         raise ValueError(f"{num_tokens} keys are fewer than the window's {window_size} queries")
-    if num_query_heads % num_kv_heads:
-        raise ValueError(f"{num_query_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    _num_kv_groups(num_query_heads, num_kv_heads)
     # (B, H_kv, G * W, D) @ (B, H_kv, D, T): one product per KV head
     grouped = query_window.reshape(batch_size, num_kv_heads, -1, head_dim)
     logits = torch.matmul(grouped, keys.transpose(2, 3)).float().mul_(scaling)
@@ -66,10 +65,15 @@ def heads_window_attention(
         keys: (B, H_kv, T, D).
         head_indices: n query heads, each once.
     Returns: (B, n, W, T) float32, in the order of `head_indices`.
+    Raises:
+        ValueError: as for `window_attention`, or there is no such query head.
     """
-    num_kv_groups = query_window.shape[1] // keys.shape[1]
+    num_query_heads = query_window.shape[1]
+    num_kv_groups = _num_kv_groups(num_query_heads, keys.shape[1])
     rows = []
     for head in head_indices:
+        if not 0 <= head < num_query_heads:
+            raise ValueError(f"there is no query head {head} among {num_query_heads}")
         kv_head = head // num_kv_groups
         rows.append(
             window_attention(
@@ -81,6 +85,20 @@ def heads_window_attention(
             )
         )
     return torch.cat(rows, dim=1)
+
+
+def sum_over_window(attention: Tensor) -> Tensor:
+    """The attention that each token gets from the whole window.
+
+    The window's own tokens get 0: they are kept anyway, and must not lift their neighbours through pooling.
+
+    Args:
+        attention: (B, H, W, T).
+    Returns: (B, H, T).
+    """
+    scores = attention.sum(dim=2)
+    scores[..., attention.shape[3] - attention.shape[2] :] = 0
+    return scores
 
 
 def pool(scores: Tensor, kernel_size: int) -> Tensor:
@@ -95,3 +113,9 @@ def pool(scores: Tensor, kernel_size: int) -> Tensor:
     if kernel_size == 1:
         return scores
     return F.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def _num_kv_groups(num_query_heads: int, num_kv_heads: int) -> int:
+    if num_query_heads % num_kv_heads:
+        raise ValueError(f"{num_query_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    return num_query_heads // num_kv_heads

@@ -9,7 +9,7 @@ from compresskv.errors import ConfigError, ProfileError
 from compresskv.method import LayerInputs, Method
 from compresskv.profiles.profile import Profile
 from compresskv.registry import register
-from compresskv.scoring import heads_window_attention, pool
+from compresskv.scoring import heads_window_attention, pool, sum_over_window
 
 
 @register
@@ -33,6 +33,8 @@ class CompressKV(Method):
     def __post_init__(self) -> None:
         """Validate the options."""
         super().__post_init__()
+        if self.window_size < 1:
+            raise ConfigError(f"window_size={self.window_size} must be at least 1: its queries choose")
         if self.heads_per_layer < 1:
             raise ConfigError(f"heads_per_layer={self.heads_per_layer} must be at least 1")
 
@@ -42,7 +44,12 @@ class CompressKV(Method):
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """In proportion to the profile's layer errors; see `compresskv.budgets.error_aware`."""
-        return budgets.error_aware(budget, num_tokens, self._profile.layer_errors)
+        errors = self._profile.layer_errors
+        if len(errors) != num_layers:
+            raise ProfileError(
+                f"the profile of {self._profile.model_id} has {len(errors)} layers, but {num_layers} are compressed"
+            )
+        return budgets.error_aware(budget, num_tokens, errors)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, 1, T)."""
@@ -54,7 +61,7 @@ class CompressKV(Method):
             softcap=inputs.softcap,
             valid=inputs.valid,
         )
-        return pool(attention.sum(dim=2), self.kernel_size).mean(dim=1, keepdim=True)
+        return pool(sum_over_window(attention), self.kernel_size).mean(dim=1, keepdim=True)
 
     @property
     def _profile(self) -> Profile:

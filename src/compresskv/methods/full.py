@@ -1,5 +1,6 @@
 """Keep everything: the reference that the others are compared with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compresskv.method import Method
@@ -18,3 +19,7 @@ class Full(Method):
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """The whole prompt in every layer."""
         return [num_tokens] * num_layers
+
+    def given_budgets(self, counts: Sequence[int], num_tokens: int) -> list[int]:
+        """The whole prompt in every layer, whatever is given."""
+        return [num_tokens] * len(counts)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
 from compresskv.registry import register
-from compresskv.scoring import pool, window_attention
+from compresskv.scoring import pool, sum_over_window, window_attention
 
 
 @register
@@ -25,6 +26,12 @@ class SnapKV(Method):
     window_size: int = 8
     kernel_size: int = 5
 
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        if self.window_size < 1:
+            raise ConfigError(f"window_size={self.window_size} must be at least 1: its queries choose")
+
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
         attention = window_attention(
@@ -34,6 +41,6 @@ class SnapKV(Method):
             softcap=inputs.softcap,
             valid=inputs.valid,
         )
-        per_head = pool(attention.sum(dim=2), self.kernel_size)  # (B, H_q, T)
+        per_head = pool(sum_over_window(attention), self.kernel_size)  # (B, H_q, T)
         batch_size, num_kv_heads, num_tokens = inputs.keys.shape[:3]
         return per_head.view(batch_size, num_kv_heads, -1, num_tokens).mean(dim=2)

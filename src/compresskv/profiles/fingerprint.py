@@ -74,10 +74,11 @@ def _hash_weights(model: PreTrainedModel) -> str:
         if weight.is_meta:
             raise ModelError(f"weight {name} is not loaded: a profile needs the whole model in memory")
         step = math.ceil(weight.numel() / _NUM_VALUES)
-        values = weight.detach().reshape(-1)[::step].float().cpu()
+        # Rounded before tiny values are dropped: loading in bfloat16 rounds first, too.
+        values = weight.detach().reshape(-1)[::step].to(torch.bfloat16).cpu()
         if not torch.isfinite(values).all():
             raise ModelError(f"weight {name} holds NaN or infinity: the checkpoint is damaged")
-        values = torch.where(values.abs() < _SMALLEST, 0.0, values).to(torch.bfloat16)
+        values = torch.where(values.abs() < _SMALLEST, 0.0, values)
         digest.update(str(tuple(weight.shape)).encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

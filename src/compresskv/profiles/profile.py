@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ class Profile:
             ProfileError: naming the field.
         """
         num_layers, num_heads = len(self.layer_indices), self.fingerprint.num_query_heads
+        _check(self.num_runs >= 0, "num_runs", f"is {self.num_runs}")
         _check(num_layers > 0, "layer_indices", "is empty")
         ascending = all(a < b for a, b in zip(self.layer_indices, self.layer_indices[1:], strict=False))
         in_model = all(0 <= index < self.fingerprint.num_layers for index in self.layer_indices)
@@ -119,15 +121,15 @@ class Profile:
             return cls(
                 model_id=str(data["model"]["id"]),
                 fingerprint=Fingerprint(**data["model"]["fingerprint"]),
-                layer_indices=tuple(int(index) for index in data["layer_indices"]),
+                layer_indices=tuple(map(operator.index, data["layer_indices"])),
                 semantic_scores=_rows(data["semantic_scores"]),
                 traditional_scores=None if traditional is None else _rows(traditional),
-                num_runs=int(data["num_runs"]),
+                num_runs=operator.index(data["num_runs"]),
                 layer_errors_by_set={name: _numbers(row) for name, row in errors["sets"].items()},
                 layer_errors=_numbers(errors["combined"]),
                 provenance=dict(data["provenance"]),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, ProfileError):
                 raise
             raise ProfileError(f"profile field missing or of the wrong kind: {error}") from error
@@ -157,7 +159,7 @@ def read_profile(path: str | Path) -> Profile:
         raise ProfileError(f"profile {str(path)!r}: no such file") from None
     except OSError as error:
         raise ProfileError(f"profile {str(path)!r}: {error.strerror}") from error
-    except ValueError as error:  # not JSON, not text
+    except (ValueError, RecursionError) as error:  # not JSON, not text
         raise ProfileError(f"profile {str(path)!r} is not JSON: {error}") from error
     except ProfileError as error:
         raise ProfileError(f"profile {str(path)!r}: {error}") from error

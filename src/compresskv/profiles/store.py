@@ -1,14 +1,15 @@
 """Where profiles lie: an explicit file, the user's cache, those shipped with the package."""
 
 import json
-import os
 import tempfile
+import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from compresskv.attention import check_supported
+from compresskv.attention import routing
 from compresskv.errors import ProfileError
 from compresskv.paths import cache_dir
 from compresskv.profiles.fingerprint import Fingerprint, fingerprint
@@ -20,11 +21,16 @@ _SHIPPED = Path(__file__).parent / "shipped"
 def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None = None) -> Profile:
     """The profile to use with `model`: the given one, else the user's own, else a shipped one.
 
+    Damaged files are skipped with a warning, but for the one that bears this model's name: another in its place would
+    change results unnoticed.
+
     Raises:
-        ProfileError: none fits, or the given one belongs to another model (both fingerprints are named).
+        ModelError: the model cannot be used with a compressed cache.
+        ProfileError: none fits, the model's own is damaged, or the given one belongs to another model (both
+            fingerprints are named).
     """
-    check_supported(model)
-    own = fingerprint(model)
+    with routing(model):  # refuses what is not supported, but not what an open `compressing` uses already
+        own = fingerprint(model)
     if profile is not None:
         given = profile if isinstance(profile, Profile) else read_profile(profile)
         if not given.fingerprint.matches(own):
@@ -35,7 +41,14 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
         return given
     model_id = str(getattr(model.config, "_name_or_path", "") or "MODEL")
     for path in profile_files():
-        found = read_profile(path)
+        try:
+            found = read_profile(path)
+        except ProfileError as error:
+            if path.name == default_path(own).name:
+                hint = f"delete it or make it again with 'compresskv profile {model_id}'"
+                raise ProfileError(f"{error}: {hint}") from error
+            warnings.warn(f"{error}: skipped", stacklevel=2)
+            continue
         by_name = found.fingerprint.weights is not None or found.model_id == model_id
         if by_name and found.fingerprint.matches(own):
             return found
@@ -61,6 +74,31 @@ def default_path(model_fingerprint: Fingerprint) -> Path:
     return user_folder() / f"{model_fingerprint}.json"
 
 
+def stored_profiles() -> Iterator[Profile]:
+    """All that are stored, the user's first; damaged files are skipped with a warning."""
+    for path in profile_files():
+        try:
+            yield read_profile(path)
+        except ProfileError as error:
+            warnings.warn(f"{error}: skipped", stacklevel=2)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before long work whether `path` can be written.
+
+    Raises:
+        ProfileError: it cannot.
+    """
+    if path.is_dir():
+        raise ProfileError(f"cannot write the profile to {str(path)!r}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ProfileError(f"cannot write the profile to {str(path)!r}: {error.strerror}") from error
+
+
 def write_profile(profile: Profile, path: Path) -> None:
     """Write atomically: a reader sees the old file or the new one.
 
@@ -69,14 +107,14 @@ def write_profile(profile: Profile, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 json.dump(profile.to_dict(), file, indent=1)
                 file.write("\n")
-            Path(temporary).replace(path)
+            temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise ProfileError(f"cannot write the profile to {str(path)!r}: {error.strerror}") from error

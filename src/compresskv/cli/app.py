@@ -1,0 +1,75 @@
+"""The `compresskv` command: its subcommands, and how its errors look."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import compresskv
+from compresskv.cli.ask import ask
+from compresskv.cli.catalogue import methods, models
+from compresskv.cli.profile import profile_app
+from compresskv.errors import CompressKVError
+
+app = typer.Typer(
+    name="compresskv",
+    help="Answer questions about long documents with a KV cache of a few per cent of its size.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_EPILOG = """\b
+Examples:
+  compresskv ask report.txt "Who signed the contract?"
+  compresskv ask report.txt "Who signed the contract?" --budget 3% --compare full,snapkv
+  compresskv methods
+  compresskv profile show smollm2-135m
+"""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"compresskv {compresskv.__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback(epilog=_EPILOG)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+ASK_EPILOG = """\b
+Examples:
+  compresskv ask log.txt "Where is the spare chronometer kept?"
+  compresskv ask log.txt "Who is the cook?" --method snapkv --budget 0.05
+  compresskv ask log.txt "Who is the cook?" --compare full,streaming_llm --json
+  cat log.txt | compresskv ask - "Who is the cook?" --model ./my-model --truncate middle
+"""
+
+app.command(epilog=ASK_EPILOG)(ask)
+app.command()(methods)
+app.command()(models)
+app.add_typer(profile_app, name="profile")
+
+
+def main() -> None:
+    """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
+    try:
+        app()
+    except CompressKVError as error:
+        print(f"compresskv: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
+        sys.stderr.close()
+        sys.exit(141)
+    except SystemExit as end:
+        if end.code == 130:
+            print("compresskv: interrupted", file=sys.stderr)  # noqa: T201
+        raise

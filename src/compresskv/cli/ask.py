@@ -1,0 +1,171 @@
+"""`compresskv ask`: one question about one document, by one method or several side by side."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, parse_settings
+from compresskv.cli.terminal import Bar, err, megabytes, out
+from compresskv.errors import PromptError
+
+if TYPE_CHECKING:
+    from compresskv.generation import Generation
+
+
+def ask(
+    document: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: ModelOption = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="See 'compresskv methods'.")] = "compresskv",
+    budget: Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")] = "256",
+    compare: Annotated[
+        str, typer.Option(help="More methods, separated by commas; prints one table.", metavar="METHODS")
+    ] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128,
+    truncate: Annotated[
+        str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")
+    ] = "never",
+    profile: ProfileOption = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the method, such as window_size=32.", metavar="NAME=VALUE"),
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about a document, keeping a small part of its KV cache.
+
+    The answer goes to standard output, what it cost to standard error.
+    """
+    context = read_document(document)
+    names = list(dict.fromkeys([method, *(name.strip() for name in compare.split(",") if name.strip())]))
+    from compresskv import registry
+    from compresskv.budgets import parse_budget
+
+    parsed_budget = parse_budget(budget)
+    chosen = {
+        name: registry.create(name, **(parse_settings(settings or []) if name == method else {})) for name in names
+    }
+    from compresskv.generation import ask as answer
+    from compresskv.models import load
+
+    with Bar() as bar:
+        loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
+    generations: list[Generation] = []
+    for one in chosen.values():
+        with Bar() as bar:
+            show = partial(_show_layers, bar, one.name)
+            stream = _Stream(bar, enabled=not as_json and len(chosen) == 1)
+            generation = answer(
+                loaded,
+                tokenizer,
+                context,
+                question,
+                method=one,
+                budget=parsed_budget,
+                profile=profile if one.needs_profile else None,
+                max_new_tokens=max_new_tokens,
+                truncate=truncate,
+                on_text=stream,
+                on_prefill=show,
+            )
+        stream.finish()
+        generations.append(generation)
+    _report(generations, single=not compare, as_json=as_json, model=model)
+
+
+def read_document(document: str) -> str:
+    """The text of a file, or of standard input for '-'.
+
+    Raises:
+        PromptError: missing, a folder, empty, or not text; the message names it.
+    """
+    try:
+        data = sys.stdin.buffer.read() if document == "-" else Path(document).read_bytes()
+    except OSError as error:
+        raise PromptError(f"document {document!r}: {error.strerror}") from error
+    name = "standard input" if document == "-" else repr(document)
+    if b"\0" in data:
+        raise PromptError(f"document {name} is binary: give a text file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"document {name} is not UTF-8 text: byte {error.start} cannot be read") from error
+    if not text.strip():
+        raise PromptError(f"document {name} is empty")
+    return text
+
+
+def _show_layers(bar: Bar, name: str, done: int, layers: int) -> None:
+    bar(f"{name}: reading", done / layers)
+
+
+class _Stream:
+    """Writes the answer as it comes; the progress bar makes way first."""
+
+    def __init__(self, bar: Bar, *, enabled: bool) -> None:
+        self._bar = bar
+        self._enabled = enabled
+        self._started = False
+
+    def __call__(self, text: str) -> None:
+        if self._enabled:
+            self._bar.stop()
+            self._started = True
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def finish(self) -> None:
+        if self._started:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def _report(generations: "list[Generation]", *, single: bool, as_json: bool, model: str) -> None:
+    if as_json:
+        results: list[dict[str, Any]] = [{"model": model, **generation.to_dict()} for generation in generations]
+        out.print_json(json.dumps(results[0] if single else results))
+    elif single:
+        err.print(_cost(generations[0]))
+    else:
+        out.print(_table(generations), soft_wrap=False)
+
+
+def _cost(generation: "Generation") -> str:
+    stats = generation.stats
+    kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
+    speed = "" if stats.decode_tokens_per_s is None else f", then {stats.decode_tokens_per_s:.0f} tokens/s"
+    cut = f" ({stats.truncated_tokens:,} cut from the middle)" if stats.truncated_tokens else ""
+    return (
+        f"[{stats.method}: {stats.prompt_tokens:,} prompt tokens{cut}, {kept:,.0f} kept per layer "
+        f"({stats.retained_fraction:.1%}); KV cache {megabytes(stats.kv_nbytes_full)} -> "
+        f"{megabytes(stats.kv_nbytes)} MB; first token after {stats.time_to_first_token_s:.1f} s{speed}; "
+        f"peak memory {megabytes(stats.peak_memory_nbytes)} MB]"
+    )
+
+
+def _table(generations: "list[Generation]") -> Table:
+    table = Table("method", "answer", show_lines=True)
+    for title in ("retained", "KV MB", "first token s", "tokens/s", "total s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for generation in generations:
+        stats = generation.stats
+        kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
+        speed = stats.decode_tokens_per_s
+        decode_s = 0.0 if speed is None else (stats.generated_tokens - 1) / speed
+        table.add_row(
+            stats.method,
+            generation.answer,
+            f"{kept:,.0f} ({stats.retained_fraction:.1%})",
+            megabytes(stats.kv_nbytes),
+            f"{stats.time_to_first_token_s:.1f}",
+            "-" if speed is None else f"{speed:.1f}",
+            f"{stats.time_to_first_token_s + decode_s:.1f}",
+        )
+    return table

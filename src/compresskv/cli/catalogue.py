@@ -1,0 +1,64 @@
+"""`compresskv methods` and `compresskv models`: what there is to choose from."""
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from compresskv.cli.options import JsonOption
+from compresskv.cli.terminal import out
+
+
+def methods(as_json: JsonOption = False) -> None:
+    """List the compression methods."""
+    from dataclasses import fields
+
+    from compresskv.registry import methods as registered
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "summary": method.summary,
+            "source": method.source,
+            "needs_profile": method.needs_profile,
+            "options": {field.name: field.default for field in fields(method) if field.name != "profile"},
+        }
+        for name, method in registered().items()
+    ]
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("method", "what it keeps", "options", "profile", "source")
+    for row in rows:
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        table.add_row(row["name"], row["summary"], options, "needed" if row["needs_profile"] else "-", row["source"])
+    out.print(table, soft_wrap=False)
+
+
+def models(as_json: JsonOption = False) -> None:
+    """List the models that need no hub, and the forms in which others can be named."""
+    from compresskv.embedded import EMBEDDED, is_cached
+
+    rows = [
+        {
+            "name": name,
+            "description": model.description,
+            "context_length": model.context_length,
+            "downloaded": is_cached(name),
+        }
+        for name, model in EMBEDDED.items()
+    ]
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("model", "what it is", "context", "downloaded")
+    for row in rows:
+        table.add_row(
+            str(row["name"]),
+            str(row["description"]),
+            f"{row['context_length']:,}",
+            "yes" if row["downloaded"] else "no",
+        )
+    out.print(table, soft_wrap=False)
+    out.print("--model also takes a hub id (org/name), a folder with a transformers model, or a .gguf file.")
+    out.print("Any decoder-only model with full-attention layers works; 'compresskv' needs a profile of the model.")

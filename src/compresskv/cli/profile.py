@@ -1,0 +1,233 @@
+"""`compresskv profile`: make a model's profile, look at it, check it, import a published one."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from rich.table import Table
+
+from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, parse_numbers
+from compresskv.cli.terminal import Bar, err, out
+from compresskv.errors import ProfileError
+
+if TYPE_CHECKING:
+    from compresskv.profiles.profile import Profile
+
+DEFAULT_COMMAND = "find"
+
+
+class _DefaultToFind(typer.core.TyperGroup):
+    """`profile MODEL` means `profile find MODEL`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = [DEFAULT_COMMAND, *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # 'profile --quick MODEL': an option before the model is the default command's
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+
+profile_app = typer.Typer(
+    cls=_DefaultToFind,
+    help="Make, show, verify or import a model's profile: its retrieval heads and layer errors. "
+    "'compresskv profile MODEL' is short for 'compresskv profile find MODEL'.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the embedded smollm2-135m.")]
+FileArgument = Annotated[str, typer.Argument(help="A profile file, or a model's name to show its own profile.")]
+HaystackOption = Annotated[
+    list[Path] | None,
+    typer.Option("--haystack", help="Text file or folder of .txt; repeatable. Default: Python's help topics."),
+]
+NeedlesOption = Annotated[Path | None, typer.Option(help="JSON file of needles. Default: those of this package.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write figures into this folder.", metavar="FOLDER")]
+
+_FIND_EPILOG = """\b
+Examples:
+  compresskv profile ./my-model --quick
+  compresskv profile org/name --haystack notes/ --lengths 2048,8192,16384
+"""
+
+
+@profile_app.command(DEFAULT_COMMAND, epilog=_FIND_EPILOG)
+def find(
+    model: ModelArgument,
+    haystack: HaystackOption = None,
+    needles: NeedlesOption = None,
+    lengths: Annotated[str | None, typer.Option(help="Prompt lengths in tokens, such as 1024,4096.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Needle depths in percent, such as 10,50,90.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first, rougher result in minutes.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model's retrieval heads and layer errors. A killed run goes on where it stopped."""
+    from compresskv.profiles.settings import Settings
+
+    given: dict[str, Any] = {
+        "lengths": parse_numbers("--lengths", lengths, int),
+        "depths": parse_numbers("--depths", depths, float),
+        "haystack": tuple(map(str, haystack or [])) or None,
+        "needles": None if needles is None else str(needles),
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = Settings.quick(**changes) if quick else Settings(**changes)
+    from compresskv.models import load
+    from compresskv.profiles import store
+    from compresskv.profiles.find import find_profile
+    from compresskv.profiles.fingerprint import fingerprint
+    from compresskv.profiles.measure import NothingRetrievedError
+
+    with Bar() as bar:
+        loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
+        path = output or store.default_path(fingerprint(loaded))
+        store.check_writable(path)
+        try:
+            outcome = find_profile(loaded, tokenizer, model, store.user_folder() / "runs", settings, bar)
+        except NothingRetrievedError as error:
+            bar.stop()
+            err.print(_answers(error.runs), soft_wrap=False)
+            raise
+    store.write_profile(outcome.profile, path)
+    if as_json:
+        out.print_json(json.dumps({"file": str(path), **outcome.profile.to_dict()}))
+        return
+    failed = outcome.profile.provenance["runs_failed"]
+    out.print(f"{path}\n{outcome.profile.num_runs} runs counted, {failed} failed to answer and were left out.")
+    _print_heads(outcome.profile)
+
+
+@profile_app.command()
+def show(
+    profile: FileArgument,
+    budget: Annotated[int, typer.Option(help="Mean tokens per layer for the layer budgets.", min=1)] = 256,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a profile's heads and layer budgets; with --plot also as figures."""
+    from compresskv.budgets import error_aware
+
+    loaded = _find_file(profile)
+    tokens = error_aware(budget, 1 << 30, loaded.layer_errors)
+    if as_json:
+        budgets = dict(zip(map(str, loaded.layer_indices), tokens, strict=True))
+        out.print_json(json.dumps({**loaded.to_dict(), "layer_budgets": budgets}))
+    else:
+        _print_heads(loaded)
+        out.print(_layer_table(loaded, tokens, budget), soft_wrap=False)
+    if plot is not None:
+        from compresskv import plots
+
+        plots.head_scores(loaded, plot / "head_scores.png")
+        plots.layer_budgets(loaded, budget, plot / "layer_budgets.png")
+        err.print(f"figures: {plot / 'head_scores.png'}, {plot / 'layer_budgets.png'}")
+
+
+@profile_app.command("import")
+def import_(
+    heads: Annotated[Path, typer.Option(help="JSON: for each layer, query heads, best first.")],
+    layers: Annotated[Path, typer.Option(help="JSON: for each data set, an error for each layer.")],
+    model: Annotated[str, typer.Option(help="The id that the model is loaded by, such as org/Llama-3.1-8B-Instruct.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
+) -> None:
+    """Make a profile from the files published with CompressKV."""
+    from compresskv.profiles import store
+    from compresskv.profiles.published import import_published
+
+    imported = import_published(heads, layers, model)
+    path = output or store.user_folder() / f"imported-{model.replace('/', '--')}.json"
+    store.write_profile(imported, path)
+    out.print(str(path))
+
+
+@profile_app.command()
+def verify(
+    model: ModelArgument,
+    profile: Annotated[Path | None, typer.Argument(help="Default: the model's own profile.")] = None,
+    counts: Annotated[str, typer.Option(help="How many heads to mask.")] = "5,10,20,30",
+    length: Annotated[int, typer.Option(help="Prompt length in tokens.", min=256)] = 1024,
+    documents: Annotated[int, typer.Option(help="Documents to ask about, four needles each.", min=1)] = 6,
+    haystack: HaystackOption = None,
+    needles: NeedlesOption = None,
+    seed: Annotated[int, typer.Option(help="Of the random heads.")] = 0,
+    plot: PlotOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Mask the profile's heads and see whether the model still finds needles."""
+    from compresskv.models import load
+    from compresskv.profiles.store import resolve_profile
+    from compresskv.profiles.verify import VerifySettings, to_rows, verify_profile
+
+    settings = VerifySettings(
+        counts=parse_numbers("--counts", counts, int) or VerifySettings.counts,
+        length=length,
+        num_documents=documents,
+        seed=seed,
+        haystack=tuple(map(str, haystack or [])),
+        needles=None if needles is None else str(needles),
+    )
+    with Bar() as bar:
+        loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
+        ablations = verify_profile(loaded, tokenizer, resolve_profile(loaded, profile), settings, bar)
+    if as_json:
+        out.print_json(json.dumps(to_rows(ablations)))
+    else:
+        table = Table("masked", "heads", "answered", "accuracy")
+        for one in ablations:
+            table.add_row(one.group, str(one.count), f"{one.successes} of {one.cases}", f"{one.accuracy:.0%}")
+        out.print(table, soft_wrap=False)
+    if plot is not None:
+        from compresskv import plots
+
+        plots.ablation(ablations, plot / "verify.png")
+        err.print(f"figure: {plot / 'verify.png'}")
+
+
+def _find_file(name: str) -> "Profile":
+    """The profile in file `name`, or the stored profile of a model called `name`."""
+    from compresskv.profiles.profile import read_profile
+    from compresskv.profiles.store import stored_profiles
+
+    if Path(name).is_file():
+        return read_profile(name)
+    for stored in stored_profiles():
+        if stored.model_id == name:
+            return stored
+    raise ProfileError(f"{name!r} is neither a profile file nor a model with a stored profile")
+
+
+def _print_heads(profile: "Profile") -> None:
+    scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
+    runs = f"mean of {profile.num_runs} runs" if profile.num_runs else "imported ranks"
+    table = Table("rank", "layer", "head", "semantic score", title=f"{profile.model_id}: best heads ({runs})")
+    for rank, (layer, head) in enumerate(profile.ranked_heads(profile.semantic_scores)[:20], start=1):
+        table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")
+    out.print(table, soft_wrap=False)
+
+
+def _layer_table(profile: "Profile", tokens: list[int], budget: int) -> Table:
+    table = Table("layer", "best 4 heads", "error", "tokens", title=f"layer budgets at a mean of {budget}")
+    for layer, error, count in zip(profile.layer_indices, profile.layer_errors, tokens, strict=True):
+        heads = ", ".join(map(str, profile.top_heads(layer, 4)))
+        table.add_row(str(layer), heads, f"{error:.4f}", str(count))
+    return table
+
+
+def _answers(runs: list[dict[str, Any]]) -> Table:
+    table = Table("needle", "tokens", "depth", "recall", "answer", title="what the model answered")
+    for run in runs[:20]:
+        table.add_row(
+            run["needle"], str(run["length"]), f"{run['depth']:g} %", f"{run['recall']:.2f}", run["answer"][:120]
+        )
+    return table

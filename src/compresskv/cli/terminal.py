@@ -1,0 +1,41 @@
+"""What the commands share when they write to a terminal: consoles, progress, numbers."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+"""Results."""
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+"""Progress and remarks: never part of a result."""
+
+
+class Bar:
+    """A progress bar on stderr that vanishes when it stops; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __call__(self, message: str, fraction: float | None) -> None:
+        """Show what is being done, and how much of it is done where that is known (0 to 1)."""
+        total = None if fraction is None else 1.0
+        if self._progress.tasks[0].description != message:
+            self._progress.reset(self._task, description=message, total=total)
+        self._progress.update(self._task, total=total, completed=fraction or 0.0)
+
+    def stop(self) -> None:
+        """Take the bar away, for good."""
+        self._progress.stop()
+
+
+def megabytes(nbytes: int) -> str:
+    """Bytes as MB (10^6), with one decimal below 100."""
+    return f"{nbytes / 1e6:.1f}" if nbytes < 100e6 else f"{nbytes / 1e6:,.0f}"

@@ -1,0 +1,346 @@
+"""Where a model comes from: the embedded default, a folder, a GGUF file, or a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compresskv.embedded import EMBEDDED, Progress, ensure_embedded, first_line, suggestion
+from compresskv.errors import CompressKVError, ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "smollm2-135m"
+_NO_TOKENIZER = "it comes without a tokenizer; add its tokenizer.json"
+
+
+def load(
+    spec: str = DEFAULT_MODEL,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model ready to generate (eval mode, sdpa attention, gradients off) and its tokenizer.
+
+    Args:
+        spec: an embedded model's name, a folder, a `.gguf` file, or a hub id such as `org/name`.
+        dtype: `None` or "auto" is the checkpoint's own, and bfloat16 for a `.gguf` file.
+        device: `None` is the first CUDA device where there is one, else the CPU.
+        on_progress: called with a message, and with the fraction done (0 to 1) where one is known.
+    Raises:
+        ConfigError: the dtype or the device cannot be used.
+        ModelError: the model is not found, damaged, not a decoder-only language model, or too large.
+    """
+    wanted, place = _torch_dtype(dtype), _torch_device(device)
+    path = _locate(spec)
+    if path is None and spec in EMBEDDED:
+        path = ensure_embedded(spec, on_progress)
+    if on_progress is not None:
+        on_progress(f"loading {spec}", None)
+    model: Any
+    with _explained(spec):
+        if path is not None and path.is_file():
+            model, tokenizer = load_gguf(path, wanted, spec=spec)
+            model.to(place)
+        else:
+            model, tokenizer = _load_checkpoint(spec, path, wanted, place)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_gguf(
+    path: Path, dtype: torch.dtype | None = None, *, spec: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF file's model on the CPU, its weights de-quantised, and its tokenizer.
+
+    Args:
+        path: the file.
+        dtype: of the weights; `None` is bfloat16.
+        spec: what the user named; errors name it.
+    Raises:
+        ModelError: the file is damaged, or holds something that transformers cannot load.
+    """
+    import torch
+    import transformers
+
+    loader: Any = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": dtype or torch.bfloat16, "attn_implementation": "sdpa"}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        with quiet(), _no_tensor_bar():
+            tokenizer = _gguf_tokenizer(path)
+            model, report = loader.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, output_loading_info=True, **options
+            )
+    except Exception as err:  # a damaged file surfaces as almost any exception of its readers
+        raise ModelError(
+            f"--model {spec}: this GGUF file cannot be loaded ({first_line(err)}); if it is damaged, fetch it again"
+        ) from err
+    _check_weights(spec, report)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def quiet(*, downloads: bool = False) -> Iterator[None]:
+    """Keep transformers' messages and progress bars off the terminal inside the `with`.
+
+    Args:
+        downloads: leave the progress bars of the hub's downloads as they are.
+    """
+    import huggingface_hub.utils
+    import transformers.utils
+
+    hub: Any = huggingface_hub.utils
+    logs: Any = transformers.utils.logging
+    bars, hub_bars = logs.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    levels = [(module, module.get_verbosity()) for module in (hub.logging, logs)]
+    logs.disable_progress_bar()  # the hub's with it
+    if downloads and hub_bars:
+        hub.enable_progress_bars()
+    for module, _ in levels:
+        module.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, and told in one line
+    try:
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
+        if hub_bars:
+            hub.enable_progress_bars()
+        else:
+            hub.disable_progress_bars()
+
+
+@contextlib.contextmanager
+def _no_tensor_bar() -> Iterator[None]:
+    """Hide the bar that transformers' GGUF reader draws with tqdm itself, past the settings that `quiet` changes."""
+    module = "transformers.modeling_gguf_pytorch_utils"  # newer releases read some architectures without it
+    reader: Any = importlib.import_module(module) if importlib.util.find_spec(module) else None
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    reader.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+
+
+def _locate(spec: str) -> Path | None:
+    """The folder or GGUF file that the spec names; `None` for an embedded name and for a hub id.
+
+    Raises:
+        ModelError: the spec can only be a path or an embedded name, and is neither.
+    """
+    if spec in EMBEDDED:
+        return None
+    if not spec.strip():
+        raise ModelError("--model: the value is empty; pass a name, a folder, a .gguf file or a hub id")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_file():
+        if not is_gguf:
+            raise ModelError(f"--model {spec}: a file must be a .gguf file; for safetensors pass their folder")
+        return path
+    looks_like_path = spec.startswith((".", "~")) or path.is_absolute() or spec.count("/") > 1 or "\\" in spec
+    if is_gguf or looks_like_path:
+        raise ModelError(f"--model {spec}: no such file or folder{suggestion(spec)}")
+    if "/" not in spec and suggestion(spec):
+        raise ModelError(f"--model {spec}: no such model, file or folder{suggestion(spec)}")
+    return None
+
+
+def _load_checkpoint(
+    spec: str, folder: Path | None, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a folder or, where that is `None`, from the hub."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    loader: Any = AutoModelForCausalLM
+    if folder is not None:
+        _check_folder(spec, folder)
+    name = spec if folder is None else str(folder)
+    # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
+    source: dict[str, Any] = {"local_files_only": folder is not None, "trust_remote_code": False}
+    with quiet(downloads=folder is None):
+        config = AutoConfig.from_pretrained(name, **source)
+        if getattr(config, "is_encoder_decoder", False):
+            kind = config.model_type
+            raise ModelError(f"--model {spec}: {kind} is an encoder-decoder model; pass a decoder-only one")
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some releases make one out of nothing
+            raise ModelError(f"--model {spec}: {_NO_TOKENIZER}")
+        model, report = loader.from_pretrained(
+            name,
+            **source,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation="sdpa",
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    _check_weights(spec, report)
+    return model, tokenizer
+
+
+def _check_folder(spec: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        found = sorted(folder.glob("*.gguf"))
+        hint = f"for its GGUF file pass {found[0]}" if found else "pass a folder that a model was saved to"
+        raise ModelError(f"--model {spec}: this folder has no config.json; {hint}")
+
+
+def _check_weights(spec: str, report: dict[str, Any]) -> None:
+    missing = report["missing_keys"]
+    if missing:  # transformers fills them with random numbers and goes on
+        raise ModelError(
+            f"--model {spec}: its weights lack {len(missing)} tensors, such as {min(missing)}; fetch it again"
+        )
+
+
+def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a GGUF file describes, its special tokens as the file says.
+
+    transformers' own reading is wrong in ways that depend on its version: other end and padding tokens, a
+    prefix that the model never saw and, for SmolLM, digits that are not split off from what stands before them.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    fields = GGUFReader(str(path)).fields
+    kind = _gguf_values(fields, "tokenizer.ggml.model") + _gguf_values(fields, "tokenizer.ggml.pre")
+    tokenizer: PreTrainedTokenizerBase
+    if kind == ["gpt2", "smollm"]:
+        tokenizer = _smollm_tokenizer(fields)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    tokens = _gguf_values(fields, "tokenizer.ggml.tokens")
+    for theirs, ours in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items():
+        for token_id in _gguf_values(fields, f"tokenizer.ggml.{theirs}_token_id"):
+            setattr(tokenizer, f"{ours}_token", tokens[token_id])
+    return tokenizer
+
+
+def _smollm_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Byte-level BPE with single digits, GGUF's "smollm"; nothing is added around a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = _gguf_values(fields, "tokenizer.ggml.tokens")
+    merges = [tuple(pair.split(" ")) for pair in _gguf_values(fields, "tokenizer.ggml.merges")]
+    backend = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    control = 3  # gguf.TokenType.CONTROL
+    types = _gguf_values(fields, "tokenizer.ggml.token_type")
+    special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == control]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    make: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase = make(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=_gguf_values(fields, "llama.context_length")[0],
+    )
+    for template in _gguf_values(fields, "tokenizer.chat_template"):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _gguf_values(fields: dict[str, Any], key: str) -> list[Any]:
+    """A metadata field's strings or numbers; a scalar is a list of one, a missing field an empty list."""
+    from gguf import GGUFValueType
+
+    if key not in fields:
+        return []
+    field = fields[key]
+    parts = [field.parts[index] for index in field.data]
+    if field.types[-1] == GGUFValueType.STRING:
+        return [bytes(part).decode("utf-8") for part in parts]
+    return [part[0].item() for part in parts]
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    import torch
+
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"--dtype {dtype}: no such dtype; pass auto, bfloat16, float16 or float32")
+    return found
+
+
+def _torch_device(device: str | torch.device | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except Exception as err:  # RuntimeError, AssertionError or another, by the device's backend
+        raise ConfigError(f"--device {device}: it cannot be used ({first_line(err)}); pass cpu or cuda") from err
+    return found
+
+
+@contextlib.contextmanager
+def _explained(spec: str) -> Iterator[None]:
+    """Turn whatever transformers, the hub or safetensors raise into a ModelError of one line."""
+    try:
+        yield
+    except CompressKVError:
+        raise
+    except Exception as err:
+        raise ModelError(f"--model {spec}: {_explanation(spec, err)}") from err
+
+
+def _explanation(spec: str, err: Exception) -> str:
+    """What went wrong and what to do, from the whole chain: transformers wraps the telling exception."""
+    chain: list[BaseException] = [err]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for kinds, meaning in _meanings(spec, err):
+        if any(isinstance(error, kinds) for error in chain):
+            return meaning
+    if "Unrecognized configuration class" in str(err):
+        return "not a language model that generates text; pass a decoder-only one"
+    if "Couldn't instantiate the backend tokenizer" in str(err):
+        return _NO_TOKENIZER
+    return f"it cannot be loaded ({first_line(err)})"
+
+
+def _meanings(spec: str, err: Exception) -> list[tuple[tuple[type[BaseException], ...], str]]:
+    """What each kind of exception means for the user; the first that fits counts, so the narrower come first."""
+    import torch
+    from huggingface_hub import errors as hub
+    from safetensors import SafetensorError
+
+    return [
+        ((hub.GatedRepoError,), "a gated hub model; accept its terms there, run `hf auth login`, and try again"),
+        (
+            (hub.RepositoryNotFoundError, hub.HFValidationError),
+            "no such folder, and no such model on the hub; "
+            f"check the spelling, or for a private model run `hf auth login`{suggestion(spec)}",
+        ),
+        (
+            (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError),
+            "no such folder, the hub cannot be reached, and its cache lacks the model; "
+            f"check the spelling and the network, or pass a folder{suggestion(spec)}",
+        ),
+        ((hub.HfHubHTTPError,), "the hub answered with an error; try again later, or pass a folder"),
+        ((SafetensorError,), f"its safetensors are damaged ({first_line(err)}); fetch it again"),
+        ((torch.OutOfMemoryError, MemoryError), "it does not fit into memory; pass a smaller model or dtype"),
+    ]

@@ -1,0 +1,194 @@
+"""Calibration prompts: needles hidden in a long text, and questions that ask for them.
+
+Several needles share one document, each at its own depth, so that one prefill serves a question for every needle. The
+questions are asked one after another on the same prefilled document, each without the others. Differs from the
+paper, which reads the whole prompt anew for each needle; measured, that costs as many prefills as there are questions.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from compresskv.errors import ModelError, ProfileError
+
+DEFAULT_NEEDLES = Path(__file__).parent / "needles.json"
+_QUESTION = "Using only the text above, answer in one full sentence: {question}"
+_MIN_SUFFIX = 32  # tokens left to each question's own pass, so that an observation window fits into it
+SUMMARY = "Summarise the text above in three sentences."
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A sentence to hide, and the question whose answer it is."""
+
+    id: str
+    kind: str
+    needle: str
+    question: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A long text with one needle at each depth."""
+
+    name: str
+    text: str
+    needles: tuple[tuple[float, Needle], ...]
+    """(depth in percent, needle), in the order of the text."""
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """For each needle, (the question as sent to the model, the needle's text)."""
+        return [(_QUESTION.format(question=needle.question), needle.needle) for _, needle in self.needles]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question on a document, as token ids."""
+
+    suffix: list[int]
+    """Tokens after the shared prefix: the question, the end of the chat template, and what precedes them."""
+    span: slice
+    """Where the needle's tokens stand in the whole prompt; empty for a question about the whole text."""
+
+
+def read_needles(path: Path = DEFAULT_NEEDLES) -> list[Needle]:
+    """Needles of a JSON file: {"needles": [{"id", "kind", "needle", "question"}, ...]}.
+
+    Raises:
+        ProfileError: unreadable, a field missing, or an id twice; the message names the file.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        needles = [Needle(row["id"], row["kind"], row["needle"].strip(), row["question"]) for row in data["needles"]]
+    except OSError as error:
+        raise ProfileError(f"--needles {str(path)!r}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProfileError(f"--needles {str(path)!r} is no list of needles: {error!r}") from error
+    if not needles or len({needle.id for needle in needles}) != len(needles):
+        raise ProfileError(f"--needles {str(path)!r} holds no needle, or one id twice")
+    return needles
+
+
+def split_needles(needles: list[Needle]) -> tuple[list[Needle], list[Needle]]:
+    """(to calibrate with, to verify with): every third is held out where that leaves enough; else all serve both."""
+    if len(needles) < 9:
+        return needles, needles
+    held_out = needles[2::3]
+    return [needle for needle in needles if needle not in held_out], held_out
+
+
+def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
+    """Sentences to hide needles between: of text files or folders of them, or of Python's own help topics.
+
+    Raises:
+        ProfileError: a path is missing or is not text.
+    """
+    if not paths:
+        from pydoc_data.topics import topics
+
+        texts = [topics[name] for name in sorted(topics)]
+    else:
+        files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
+        try:
+            texts = [file.read_text(encoding="utf-8") for file in files]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"--haystack: {error}") from error
+    # Ends of sentences and of paragraphs; white space inside a sentence is layout, not content.
+    pieces = (" ".join(piece.split()) for text in texts for piece in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))
+    sentences = [piece for piece in pieces if piece]
+    if not sentences:
+        raise ProfileError(f"--haystack {', '.join(map(str, paths))} holds no text")
+    return sentences
+
+
+class Haystack:
+    """Sentences with their token counts, from which documents of a wanted length are made."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> None:
+        self._sentences = sentences
+        self._tokenizer = tokenizer
+        encoded = tokenizer([f" {sentence}" for sentence in sentences], add_special_tokens=False, verbose=False)
+        self._counts = [len(ids) for ids in encoded["input_ids"]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole haystack."""
+        return sum(self._counts)
+
+    def document(self, length: int, rotation: int, depths: Sequence[float], needles: list[Needle]) -> Document:
+        """About `length` tokens of haystack from an offset set by `rotation`, and a needle at each depth.
+
+        Raises:
+            ProfileError: the haystack is shorter than that.
+        """
+        if self.num_tokens < length:
+            raise ProfileError(
+                f"the haystack has {self.num_tokens} tokens, fewer than the longest length {length}: "
+                "give more text with --haystack or a smaller --lengths"
+            )
+        chosen = [needles[(rotation + i) % len(needles)] for i in range(min(len(depths), len(needles)))]
+        wanted = length - sum(len(self._tokenizer(needle.needle)["input_ids"]) for needle in chosen)
+        # 7919 is prime: successive rotations start far apart, at ever new places
+        start = rotation * 7919 % len(self._sentences)
+        sentences: list[str] = []
+        ends: list[int] = []
+        total = 0
+        while total < wanted:
+            place = (start + len(sentences)) % len(self._sentences)
+            sentences.append(self._sentences[place])
+            total += self._counts[place]
+            ends.append(total)
+        placed = sorted(zip(depths, chosen, strict=False), key=lambda pair: pair[0])
+        for depth, needle in reversed(placed):
+            at = sum(1 for end in ends if end <= depth / 100 * total)
+            sentences.insert(at, needle.needle)
+        return Document(f"{length}-{rotation}", " ".join(sentences), tuple(placed))
+
+
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase, document: Document, questions: list[tuple[str, str]]
+) -> tuple[list[int], list[Question]]:
+    """Token ids of a document and of questions on it.
+
+    Args:
+        questions: (question as sent, the needle's text or '' where the whole text is meant).
+    Returns: (the longest prefix that all the prompts share, one `Question` each).
+    Raises:
+        ModelError: the tokenizer cannot tell which characters a token stands for.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError("profiling needs a fast tokenizer, one that knows where in the text each token stands")
+    prompts: list[tuple[list[int], slice]] = []
+    for question, needle in questions:
+        text = render(tokenizer, f"{document.text}\n\n{question}")
+        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        prompts.append((encoded["input_ids"], _token_span(text, needle, encoded["offset_mapping"])))
+    longest_prefix = min(len(ids) for ids, _ in prompts) - _MIN_SUFFIX
+    prefix_length = 0
+    while prefix_length < longest_prefix and len({ids[prefix_length] for ids, _ in prompts}) == 1:
+        prefix_length += 1
+    prefix = prompts[0][0][:prefix_length]
+    return prefix, [Question(ids[prefix_length:], span) for ids, span in prompts]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    """The content as a user's message in the chat template, or as it is where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return f"{tokenizer.bos_token or ''}{content}\n"
+    message = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+
+
+def _token_span(text: str, needle: str, offsets: list[tuple[int, int]]) -> slice:
+    if not needle:
+        return slice(0, 0)
+    start = text.index(needle)
+    end = start + len(needle)
+    inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
+    return slice(inside[0], inside[-1] + 1)

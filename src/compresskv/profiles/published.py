@@ -1,0 +1,134 @@
+"""Profiles from the files that were published with CompressKV: ranked heads per layer, errors per data set.
+
+So users of those models need not calibrate. The files hold ranks, not scores, and nothing that identifies the
+weights: an imported profile is taken on the model's name and shape.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from compresskv.errors import ModelError, ProfileError
+from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.profiles.profile import Profile, combined, normalised
+
+_AVERAGE = "avg_score"
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    head_dim: int
+    num_kv_heads: int
+    vocab_size: int
+    architecture: str
+
+
+# Known without a download: the two models whose files were published.
+_KNOWN = {
+    "Llama-3.1-8B-Instruct": _Geometry(128, 8, 128256, "llama"),
+    "Mistral-7B-Instruct-v0.3": _Geometry(128, 8, 32768, "mistral"),
+}
+
+
+def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
+    """A profile from a pair of published files.
+
+    Args:
+        heads: JSON, {layer: [query heads, best first]}.
+        layers: JSON, {data set: [error of each layer], "avg_score": [...]}; `avg_score` is computed where missing.
+        model_id: the hub id or folder that the model is loaded by.
+    Raises:
+        ProfileError: a file is missing, malformed, or they disagree; the message names the file.
+        ModelError: the model's shape is neither known nor to be had from the hub.
+    """
+    rankings = _read_rankings(heads)
+    errors = _read_errors(layers, len(rankings))
+    num_heads = len(rankings[0])
+    average = errors.pop(_AVERAGE, None)
+    by_set = {name: normalised(row) for name, row in errors.items()}
+    geometry = _geometry(model_id)
+    return Profile(
+        model_id=model_id,
+        fingerprint=Fingerprint(
+            architecture=geometry.architecture,
+            num_layers=len(rankings),
+            num_query_heads=num_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            vocab_size=geometry.vocab_size,
+        ),
+        layer_indices=tuple(range(len(rankings))),
+        semantic_scores=tuple(_scores_of_ranks(ranking) for ranking in rankings),
+        traditional_scores=None,
+        num_runs=0,
+        layer_errors_by_set=by_set,
+        layer_errors=normalised(average) if average is not None else combined(by_set),
+        provenance={
+            "imported_from": [heads.name, layers.name],
+            "semantic_scores": "ranks within each layer, 1 for the best head: not comparable across layers",
+        },
+    )
+
+
+def _scores_of_ranks(ranking: list[int]) -> tuple[float, ...]:
+    scores = [0.0] * len(ranking)
+    for rank, head in enumerate(ranking):
+        scores[head] = 1 - rank / len(ranking)
+    return tuple(scores)
+
+
+def _read_rankings(path: Path) -> list[list[int]]:
+    data = _read_json(path)
+    try:
+        rankings = [[int(head) for head in data[str(layer)]] for layer in range(len(data))]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProfileError(f"--heads {str(path)!r}: no ranked list for each layer from 0 on ({error!r})") from error
+    num_heads = len(rankings[0])
+    for layer, ranking in enumerate(rankings):
+        if sorted(ranking) != list(range(num_heads)):
+            raise ProfileError(f"--heads {str(path)!r}: layer {layer} does not rank each of {num_heads} heads once")
+    return rankings
+
+
+def _read_errors(path: Path, num_layers: int) -> dict[str, list[float]]:
+    data = _read_json(path)
+    try:
+        errors = {str(name): [float(error) for error in row] for name, row in data.items()}
+    except (TypeError, ValueError) as error:
+        raise ProfileError(f"--layers {str(path)!r}: not a list of numbers for each data set ({error})") from error
+    for name, row in errors.items():
+        if len(row) != num_layers:
+            raise ProfileError(f"--layers {str(path)!r}: {name} has {len(row)} layers, the heads have {num_layers}")
+    return errors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProfileError(f"{str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise ProfileError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(data, dict) or not data:
+        raise ProfileError(f"{str(path)!r} holds no table")
+    return data
+
+
+def _geometry(model_id: str) -> _Geometry:
+    known = _KNOWN.get(Path(model_id).name)
+    if known is not None:
+        return known
+    try:
+        config = AutoConfig.from_pretrained(model_id).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ModelError(f"--model {model_id!r}: cannot read its shape ({first_line})") from error
+    return _Geometry(
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        architecture=config.model_type,
+    )

@@ -1,0 +1,140 @@
+"""Cache layers that keep the whole cache and measure the attention over it. Batches of one prompt."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config
+from compresskv.cache import routed_layers
+from compresskv.errors import ModelError
+from compresskv.method import LayerInputs
+from compresskv.scoring import window_attention
+from compresskv.selection import select
+
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+_EPSILON = 1e-6
+
+
+class SpanLayer(RoutedLayer):
+    """Records, for the last query of each forward pass, the attention mass on a span and the arg-max.
+
+    Only one attention row a head is formed at a time: (H_q, T) floats.
+    """
+
+    span: slice | None = None
+    """Where to look; None records nothing."""
+    masked_heads: Sequence[int] = ()
+    """Query heads whose output is set to zero."""
+
+    def start(self, span: slice) -> None:
+        """Begin a run."""
+        self.span = span
+        self.mass: list[Tensor] = []
+        self.peaks: list[Tensor] = []
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Plain attention, recorded; the outputs of masked heads are zero."""
+        output, weights = super().attend(attention, query, mask, **kwargs)
+        if self.masked_heads:  # (B, T_new, H_q, D)
+            output[:, :, list(self.masked_heads)] = 0
+        if self.span is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            keys, _ = self.stored()
+            rows = window_attention(query[:, :, -1:], keys, scaling=scaling, softcap=kwargs.get("softcap"))[0, :, 0]
+            self.mass.append(rows[:, self.span].sum(dim=-1))  # (H_q,)
+            self.peaks.append(rows.argmax(dim=-1))
+        return output, weights
+
+
+class CutLayer(RoutedLayer):
+    """Compares, at each decode step, the attention block's output under a cut cache with the full one's.
+
+    The query is the full run's. Source: CompressKV (arXiv 2508.02401), section 3.3, eqs. 6-8.
+    """
+
+    def __init__(
+        self,
+        layer_idx: int,
+        model: PreTrainedModel,
+        score: Callable[[LayerInputs], Tensor],
+        window_size: int,
+        budget: int,
+    ) -> None:
+        super().__init__(layer_idx, decoder_config(model))
+        self._score = score
+        self._window_size = window_size
+        self._budget = budget
+        self.num_prompt_tokens: int | None = None
+        """Set before the pass that ends the prompt: from then on its tokens are cut."""
+        self._kept: Tensor | None = None
+        self.errors: list[float] = []
+
+    def start(self, num_prompt_tokens: int) -> None:
+        """Begin a run whose prompt has that many tokens."""
+        self.num_prompt_tokens = num_prompt_tokens
+        self._kept = None
+        self.errors = []
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the full cache; beside it, in decode, over the cut one."""
+        output, weights = super().attend(attention, query, mask, **kwargs)
+        if self.num_prompt_tokens is None:
+            return output, weights
+        keys, values = self.stored()
+        if self._kept is None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            window = query[:, :, -self._window_size :]
+            inputs = LayerInputs(self.layer_idx, window, keys, values, scaling, kwargs.get("softcap"))
+            self._kept = select(self._score(inputs), self._budget, self._window_size)[0, 0]
+        else:
+            new = torch.arange(self.num_prompt_tokens, keys.shape[2], device=keys.device)
+            kept = torch.cat([self._kept, new])
+            cut, _ = attention(query, keys[:, :, kept], values[:, :, kept], None)
+            self.errors.append(_relative_error(_output_projection(kwargs["module"]), cut, output))
+        return output, weights
+
+
+def _relative_error(projection: nn.Module, cut: Tensor, full: Tensor) -> float:
+    """||O_cut - O_full|| / (||O_full|| + 1e-6), Frobenius, after the output projection."""
+    outputs = [projection(states.flatten(2)).float() for states in (cut, full)]
+    return float((outputs[0] - outputs[1]).norm() / (outputs[1].norm() + _EPSILON))
+
+
+def _output_projection(module: nn.Module) -> nn.Module:
+    for name in _OUTPUT_PROJECTIONS:
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Module):
+            return projection
+    raise ModelError(f"{type(module).__name__} has no output projection named {', '.join(_OUTPUT_PROJECTIONS)}")
+
+
+class FullCache(Cache):
+    """A full cache whose full-attention layers are made by `make(layer_idx, position)`."""
+
+    def __init__(self, model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> None:
+        super().__init__(layers=routed_layers(model, make))
+
+    @property
+    def routed(self) -> list[Any]:
+        """The full-attention layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, RoutedLayer)]
+
+    def branch(self) -> "FullCache":
+        """A cache that goes on from here and leaves this one as it is.
+
+        Attention layers share their tensors with it: they grow by making new ones.
+        """
+        branched = copy.copy(self)
+        branched.layers = [
+            copy.copy(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return branched

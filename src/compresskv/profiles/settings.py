@@ -1,0 +1,47 @@
+"""What a calibration reads and how long it may answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compresskv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a calibration reads. The default takes about twenty minutes on two cores for a model of 135M parameters."""
+
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    """Prompt lengths in tokens; those that do not fit the model's context are refused."""
+    depths: tuple[float, ...] = (10, 30, 50, 70, 90)
+    """Where needles stand, in percent of the document."""
+    num_rotations: int | None = None
+    """Documents for each length; None: one for each needle, so that each needle stands at each depth once."""
+    max_new_tokens: int = 48
+    """The longest answer."""
+    error_documents: int = 2
+    """Documents for each length on which layer errors are measured."""
+    haystack: tuple[str, ...] = ()
+    """Text files or folders; empty: Python's own help topics."""
+    needles: str | None = None
+    """A file of needles; None: the project's own."""
+
+    def __post_init__(self) -> None:
+        """Validate where the settings are given.
+
+        Raises:
+            ConfigError: naming the option and its value.
+        """
+        if not self.lengths or min(self.lengths) < 256:
+            raise ConfigError(f"--lengths {_listed(self.lengths)} must be whole numbers of at least 256 tokens")
+        if not self.depths or min(self.depths) < 0 or max(self.depths) > 100:
+            raise ConfigError(f"--depths {_listed(self.depths)} must lie between 0 and 100 percent")
+
+    @classmethod
+    def quick(cls, **changes: Any) -> "Settings":
+        """A first result in minutes: one short length, three depths, six documents."""
+        return cls(**{"lengths": (1024,), "depths": (10, 50, 90), "num_rotations": 6, "error_documents": 1, **changes})
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ",".join(map(str, numbers))

@@ -1,0 +1,164 @@
+"""The masking ablation: does the model still find needles without the heads that a profile names?
+
+If a profile is right, masking its best semantic retrieval heads costs most of the accuracy, and masking as many random
+heads costs little (CompressKV, section 4.4; Wu et al., arXiv 2404.15574, section 3).
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv.attention import decoder_config, routing
+from compresskv.errors import ConfigError
+from compresskv.generation import decode, prefill
+from compresskv.profiles import calibration
+from compresskv.profiles.calibration import Document, Haystack
+from compresskv.profiles.measure import SUCCESS_RECALL, OnProgress, rouge_1_recall
+from compresskv.profiles.profile import Profile
+from compresskv.profiles.recording import FullCache, SpanLayer
+
+Head = tuple[int, int]
+"""(layer of the model, query head)."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Accuracy with some heads masked."""
+
+    group: str
+    """'none', 'semantic', 'traditional' or 'random'."""
+    count: int
+    """Heads masked."""
+    successes: int
+    cases: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the cases answered."""
+        return self.successes / self.cases
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What the ablation reads."""
+
+    counts: tuple[int, ...] = (5, 10, 20, 30)
+    """Heads to mask."""
+    length: int = 1024
+    """Prompt tokens."""
+    num_documents: int = 6
+    """Documents, each with a needle at every depth."""
+    depths: tuple[float, ...] = (20, 40, 60, 80)
+    """Where needles stand, in percent."""
+    random_draws: int = 3
+    """Sets of random heads, pooled."""
+    seed: int = 0
+    max_new_tokens: int = 48
+    haystack: tuple[str, ...] = ()
+    needles: str | None = None
+
+
+def verify_profile(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    profile: Profile,
+    settings: VerifySettings | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[Ablation]:
+    """Mask heads and ask for needles that the profile was not made with.
+
+    The document is read whole; heads are masked, at the attention's output, from the question on.
+
+    Returns: no head masked, then for each count the semantic, traditional and random heads.
+    Raises:
+        ConfigError: more heads to mask than the model has.
+        ProfileError: the haystack is too short.
+    """
+    settings = settings or VerifySettings()
+    groups = list(_groups(profile, settings))
+    path = Path(settings.needles) if settings.needles else calibration.DEFAULT_NEEDLES
+    _, needles = calibration.split_needles(calibration.read_needles(path))
+    sentences = calibration.read_haystack([Path(path) for path in settings.haystack])
+    haystack = Haystack(tokenizer, sentences)
+    successes = [0] * len(groups)
+    cases = 0
+    with routing(model):
+        for i in range(settings.num_documents):
+            # rotations far from those that calibration begins with: other text around the needles
+            document = haystack.document(settings.length - 112, 1000 + i, settings.depths, needles)
+            for row in _answered(
+                model, tokenizer, document, [heads for _, _, heads in groups], settings.max_new_tokens
+            ):
+                cases += 1
+                successes = [total + right for total, right in zip(successes, row, strict=True)]
+                if on_progress is not None:
+                    on_progress("masking heads", cases / (settings.num_documents * len(document.needles)))
+    return _pooled([(group, count) for group, count, _ in groups], successes, cases)
+
+
+def _groups(profile: Profile, settings: VerifySettings) -> Iterator[tuple[str, int, list[Head]]]:
+    semantic = profile.ranked_heads(profile.semantic_scores)
+    traditional = None if profile.traditional_scores is None else profile.ranked_heads(profile.traditional_scores)
+    if max(settings.counts) > len(semantic):
+        raise ConfigError(f"--counts {max(settings.counts)} is more than the model's {len(semantic)} heads")
+    draw = random.Random(settings.seed)
+    yield "none", 0, []
+    for count in settings.counts:
+        yield "semantic", count, semantic[:count]
+        if traditional is not None:
+            yield "traditional", count, traditional[:count]
+        for _ in range(settings.random_draws):
+            yield "random", count, draw.sample(semantic, count)
+
+
+def _answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: Document,
+    head_sets: Sequence[list[Head]],
+    max_new_tokens: int,
+) -> Iterator[list[bool]]:
+    """For each question on the document, whether it was answered with each set of heads masked."""
+    prefix, questions = calibration.encode_questions(tokenizer, document, document.questions)
+    config = decoder_config(model)
+    cache = FullCache(model, lambda layer_idx, _: SpanLayer(layer_idx, config))
+    prefill(model, torch.tensor([prefix], device=model.device), cache)
+    for (_, needle), question in zip(document.needles, questions, strict=True):
+        row = []
+        for heads in head_sets:
+            branch = cache.branch()
+            for layer in branch.routed:
+                layer.masked_heads = [head for layer_idx, head in heads if layer_idx == layer.layer_idx]
+            logits = prefill(model, torch.tensor([question.suffix], device=model.device), branch)
+            tokens = decode(model, tokenizer, int(logits.argmax()), branch, max_new_tokens)
+            answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            row.append(rouge_1_recall(needle.needle, answer) > SUCCESS_RECALL)
+        yield row
+
+
+def _pooled(labels: list[tuple[str, int]], successes: list[int], cases: int) -> list[Ablation]:
+    pooled: dict[tuple[str, int], list[int]] = {}
+    for label, right in zip(labels, successes, strict=True):
+        total = pooled.setdefault(label, [0, 0])
+        total[0] += right
+        total[1] += cases
+    return [Ablation(group, count, right, asked) for (group, count), (right, asked) in pooled.items()]
+
+
+def to_rows(ablations: list[Ablation]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [
+        {
+            "masked": one.group,
+            "heads": one.count,
+            "successes": one.successes,
+            "cases": one.cases,
+            "accuracy": one.accuracy,
+        }
+        for one in ablations
+    ]
