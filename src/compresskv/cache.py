@@ -15,6 +15,8 @@ from compresskv.errors import CacheStateError, ConfigError, ModelError, PromptEr
 from compresskv.method import LayerInputs, Method
 from compresskv.selection import UNUSED, select, select_rows
 
+_NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
+
 
 class Eviction:
     """What the layers of one cache share: the method, the budget, and the prompt's shape once it is known."""
@@ -200,6 +202,22 @@ class CompressedLayer(RoutedLayer):
         cut = torch.cat([old, new], dim=-1)
         return cut if num_heads == 1 else cut.repeat_interleave(query.shape[1] // num_heads, dim=1)
 
+    def check_crop(self, max_length: int) -> int:
+        """The length that `crop` would leave.
+
+        Raises:
+            CacheStateError: as for `crop`.
+        """
+        length = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
+        # Assisted decoding reads its first drafts with the prompt, so that they took part in the choice of what to keep,
+        # and crops at once. That must not depend on whether these drafts were right.
+        if not self.in_prefill and (length < self.num_prompt_tokens or self.seen_tokens == self.num_prompt_tokens):
+            raise CacheStateError(
+                f"cannot crop a compressed cache of {self.seen_tokens} tokens to {length}: "
+                f"its prompt has {self.num_prompt_tokens}. {_NO_ASSISTANT}"
+            )
+        return length
+
     def crop(self, max_length: int) -> None:
         """Remove generated tokens from the end.
 
@@ -207,14 +225,9 @@ class CompressedLayer(RoutedLayer):
             max_length: negative, the number of tokens to remove (as transformers 5.23 means it); or the length to
                 keep, as seen tokens (as 5.2 does).
         Raises:
-            CacheStateError: that would cut into a prompt of which tokens were evicted.
+            CacheStateError: nothing was generated since the prompt, or it would cut into the prompt.
         """
-        length = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
-        if not self.in_prefill and length < self.num_prompt_tokens:
-            raise CacheStateError(
-                f"cannot roll a compressed cache back to {length} tokens, into its prompt of {self.num_prompt_tokens}: "
-                "assisted and prompt-lookup decoding need the full cache"
-            )
+        length = self.check_crop(max_length)
         if removed := self.seen_tokens - length:
             self.keys, self.values = (states[..., :-removed, :] for states in self.stored())
             self.seen_tokens = length
@@ -287,6 +300,26 @@ class CompressedCache(Cache):
             # It keeps a view of the whole prompt, which would stay in memory until the next token.
             layer.keys, layer.values = (owned(states) for states in (layer.keys, layer.values) if states is not None)
         return stored
+
+    def __bool__(self) -> bool:
+        """Whether anything was read. Phi-3's generate drops a true cache whose length is below its switch of RoPE factors:
+        an empty one would be replaced by an uncompressed one.
+        """
+        return self.get_seq_length() > 0
+
+    def crop(self, max_length: int) -> None:
+        """Remove generated tokens from the end; see `CompressedLayer.crop`."""
+        for layer in self.compressed_layers:  # refuse before any layer is changed
+            layer.check_crop(max_length)
+        super().crop(max_length)
+
+    def activate_past_recording(self) -> None:
+        """Refuse: newer transformers call this before assisted decoding reads the prompt.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(f"a compressed cache cannot take drafts back out of its prompt. {_NO_ASSISTANT}")
 
     def reset(self) -> None:
         """Forget everything; the next forward pass is a new prompt."""

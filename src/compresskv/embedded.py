@@ -19,10 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compresskv.errors import ModelError
+from compresskv.errors import ModelError, first_line
 from compresskv.paths import cache_dir
-
-__all__ = ["EMBEDDED", "EmbeddedModel", "Progress", "cache_dir", "ensure_embedded", "is_cached"]
 
 Progress = Callable[[str, float | None], None]
 
@@ -115,12 +113,6 @@ def suggestion(name: str) -> str:
     """`; did you mean 'smollm2-135m'?` where the name, or its part after the `/`, is close; else empty."""
     near = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), EMBEDDED, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def first_line(err: BaseException) -> str:
-    """The first line of an error's text that says anything, or its type's name."""
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return lines[0] if lines else type(err).__name__
 
 
 def _report_nothing(_message: str, _fraction: float | None) -> None:
@@ -286,7 +278,8 @@ def _convert(model: EmbeddedModel, gguf_file: Path, folder: Path, report: Progre
     report(f"de-quantising {model.name}", None)
     import torch
 
-    from compresskv.models import load_gguf, quiet
+    from compresskv.gguf_file import load_gguf
+    from compresskv.quiet import quiet
 
     network, tokenizer = load_gguf(gguf_file, torch.bfloat16, spec=model.name)
     folder.mkdir()

@@ -23,3 +23,9 @@ class ProfileError(CompressKVError):
 
 class CacheStateError(CompressKVError, RuntimeError):
     """A compressed cache was used in a way that its state does not allow."""
+
+
+def first_line(err: BaseException) -> str:
+    """The first line of an error's text that says anything, or its type's name."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return lines[0] if lines else type(err).__name__

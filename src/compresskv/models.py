@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compresskv.embedded import EMBEDDED, Progress, ensure_embedded, first_line, suggestion
-from compresskv.errors import CompressKVError, ConfigError, ModelError
+from compresskv.embedded import EMBEDDED, Progress, ensure_embedded, suggestion
+from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
+from compresskv.gguf_file import check_weights, load_gguf
+from compresskv.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -51,88 +51,8 @@ def load(
             model.to(place)
         else:
             model, tokenizer = _load_checkpoint(spec, path, wanted, place)
+    model.config._name_or_path = spec  # an embedded model's folder would mean nothing to its user
     return model.eval().requires_grad_(False), tokenizer
-
-
-def load_gguf(
-    path: Path, dtype: torch.dtype | None = None, *, spec: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A GGUF file's model on the CPU, its weights de-quantised, and its tokenizer.
-
-    Args:
-        path: the file.
-        dtype: of the weights; `None` is bfloat16.
-        spec: what the user named; errors name it.
-    Raises:
-        ModelError: the file is damaged, or holds something that transformers cannot load.
-    """
-    import torch
-    import transformers
-
-    loader: Any = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype or torch.bfloat16, "attn_implementation": "sdpa"}
-    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        with quiet(), _no_tensor_bar():
-            tokenizer = _gguf_tokenizer(path)
-            model, report = loader.from_pretrained(
-                path.parent, gguf_file=path.name, local_files_only=True, output_loading_info=True, **options
-            )
-    except Exception as err:  # a damaged file surfaces as almost any exception of its readers
-        raise ModelError(
-            f"--model {spec}: this GGUF file cannot be loaded ({first_line(err)}); if it is damaged, fetch it again"
-        ) from err
-    _check_weights(spec, report)
-    return model, tokenizer
-
-
-@contextlib.contextmanager
-def quiet(*, downloads: bool = False) -> Iterator[None]:
-    """Keep transformers' messages and progress bars off the terminal inside the `with`.
-
-    Args:
-        downloads: leave the progress bars of the hub's downloads as they are.
-    """
-    import huggingface_hub.utils
-    import transformers.utils
-
-    hub: Any = huggingface_hub.utils
-    logs: Any = transformers.utils.logging
-    bars, hub_bars = logs.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    levels = [(module, module.get_verbosity()) for module in (hub.logging, logs)]
-    logs.disable_progress_bar()  # the hub's with it
-    if downloads and hub_bars:
-        hub.enable_progress_bars()
-    for module, _ in levels:
-        module.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, and told in one line
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)
-        if bars:
-            logs.enable_progress_bar()
-        if hub_bars:
-            hub.enable_progress_bars()
-        else:
-            hub.disable_progress_bars()
-
-
-@contextlib.contextmanager
-def _no_tensor_bar() -> Iterator[None]:
-    """Hide the bar that transformers' GGUF reader draws with tqdm itself, past the settings that `quiet` changes."""
-    module = "transformers.modeling_gguf_pytorch_utils"  # newer releases read some architectures without it
-    reader: Any = importlib.import_module(module) if importlib.util.find_spec(module) else None
-    bar = getattr(reader, "tqdm", None)
-    if bar is None:
-        yield
-        return
-    reader.tqdm = lambda tensors, **_: tensors
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
 
 
 def _locate(spec: str) -> Path | None:
@@ -189,7 +109,7 @@ def _load_checkpoint(
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
-    _check_weights(spec, report)
+    check_weights(spec, report)
     return model, tokenizer
 
 
@@ -198,78 +118,6 @@ def _check_folder(spec: str, folder: Path) -> None:
         found = sorted(folder.glob("*.gguf"))
         hint = f"for its GGUF file pass {found[0]}" if found else "pass a folder that a model was saved to"
         raise ModelError(f"--model {spec}: this folder has no config.json; {hint}")
-
-
-def _check_weights(spec: str, report: dict[str, Any]) -> None:
-    missing = report["missing_keys"]
-    if missing:  # transformers fills them with random numbers and goes on
-        raise ModelError(
-            f"--model {spec}: its weights lack {len(missing)} tensors, such as {min(missing)}; fetch it again"
-        )
-
-
-def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a GGUF file describes, its special tokens as the file says.
-
-    transformers' own reading is wrong in ways that depend on its version: other end and padding tokens, a
-    prefix that the model never saw and, for SmolLM, digits that are not split off from what stands before them.
-    """
-    from gguf import GGUFReader
-    from transformers import AutoTokenizer
-
-    fields = GGUFReader(str(path)).fields
-    kind = _gguf_values(fields, "tokenizer.ggml.model") + _gguf_values(fields, "tokenizer.ggml.pre")
-    tokenizer: PreTrainedTokenizerBase
-    if kind == ["gpt2", "smollm"]:
-        tokenizer = _smollm_tokenizer(fields)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    tokens = _gguf_values(fields, "tokenizer.ggml.tokens")
-    for theirs, ours in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items():
-        for token_id in _gguf_values(fields, f"tokenizer.ggml.{theirs}_token_id"):
-            setattr(tokenizer, f"{ours}_token", tokens[token_id])
-    return tokenizer
-
-
-def _smollm_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Byte-level BPE with single digits, GGUF's "smollm"; nothing is added around a text."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = _gguf_values(fields, "tokenizer.ggml.tokens")
-    merges = [tuple(pair.split(" ")) for pair in _gguf_values(fields, "tokenizer.ggml.merges")]
-    backend = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    control = 3  # gguf.TokenType.CONTROL
-    types = _gguf_values(fields, "tokenizer.ggml.token_type")
-    special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == control]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    make: Any = PreTrainedTokenizerFast
-    tokenizer: PreTrainedTokenizerBase = make(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        model_max_length=_gguf_values(fields, "llama.context_length")[0],
-    )
-    for template in _gguf_values(fields, "tokenizer.chat_template"):
-        tokenizer.chat_template = template
-    return tokenizer
-
-
-def _gguf_values(fields: dict[str, Any], key: str) -> list[Any]:
-    """A metadata field's strings or numbers; a scalar is a list of one, a missing field an empty list."""
-    from gguf import GGUFValueType
-
-    if key not in fields:
-        return []
-    field = fields[key]
-    parts = [field.parts[index] for index in field.data]
-    if field.types[-1] == GGUFValueType.STRING:
-        return [bytes(part).decode("utf-8") for part in parts]
-    return [part[0].item() for part in parts]
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

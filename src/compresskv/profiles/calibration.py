@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from compresskv.errors import ModelError, ProfileError
 
 DEFAULT_NEEDLES = Path(__file__).parent / "needles.json"
-_QUESTION = "Using only the text above, answer in one full sentence: {question}"
+_QUESTION = "{question} Answer in one sentence."
 _MIN_SUFFIX = 32  # tokens left to each question's own pass, so that an observation window fits into it
 SUMMARY = "Summarise the text above in three sentences."
 

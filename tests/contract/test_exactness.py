@@ -1,0 +1,108 @@
+"""After eviction, every logit is that of the full cache with the evicted entries masked out."""
+
+import pytest
+import tiny
+import torch
+from oracle import Evictions, evictions, oracle_logits
+from torch import Tensor
+
+import compresskv
+from compresskv.budgets import Budget
+from compresskv.cache import compressible_layers
+
+NUM_PROMPT = 96
+# one-token decoding, a second question of 7 tokens, decoding again
+STEPS = [NUM_PROMPT, 1, 1, 1, 1, 7, 1, 1, 1]
+UNEQUAL = [NUM_PROMPT + 10, 9, 40, 24, 12, 30]  # the first layer keeps everything
+OTHER_FAMILIES = [("llama_mha", "eager"), ("llama_mha", "sdpa"), ("gemma2", "eager"), ("gpt2", "eager"), ("gpt2", "sdpa")]
+
+
+def run(
+    family: str,
+    attn_implementation: str,
+    method: str,
+    budget: Budget,
+    sequence: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Evictions]:
+    model = tiny.tiny_model(family, attn_implementation)
+    if not isinstance(budget, (int, float)):
+        budget = budget[: len(compressible_layers(model))]
+    with compresskv.compressing(model, method, budget, **tiny.options_for(model, method)) as cache:
+        logits = tiny.read(model, cache, sequence, STEPS, attention_mask)
+    return logits[:, NUM_PROMPT - 1 :], evictions(cache)
+
+
+def assert_exact(family: str, logits: Tensor, evicted: Evictions, sequence: Tensor, mask: Tensor | None = None) -> None:
+    expected = oracle_logits(family, sequence, evicted, mask)[:, NUM_PROMPT - 1 :]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [24, 0.4, UNEQUAL], ids=["tokens", "fraction", "per_layer"])
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_logits_equal_the_full_cache_with_evicted_tokens_masked(
+    family: str, attn_implementation: str, method: str, budget: Budget
+) -> None:
+    sequence = tiny.random_tokens(sum(STEPS), batch_size=2)
+    logits, evicted = run(family, attn_implementation, method, budget, sequence)
+    assert bool(evicted) == (method != "full")
+    assert_exact(family, logits, evicted, sequence)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "compresskv"])
+@pytest.mark.parametrize(("family", "attn_implementation"), OTHER_FAMILIES)
+def test_logits_are_exact_without_grouped_queries_with_softcap_and_with_learned_positions(
+    family: str, attn_implementation: str, method: str
+) -> None:
+    sequence = tiny.random_tokens(sum(STEPS), batch_size=2)
+    logits, evicted = run(family, attn_implementation, method, UNEQUAL, sequence)
+    assert evicted
+    assert_exact(family, logits, evicted, sequence)
+
+
+# A row shorter than its budget, unused slots, and a second question: the mask has to be right for all of them at once.
+@pytest.mark.parametrize("budget", [24, 0.4, UNEQUAL], ids=["tokens", "fraction", "per_layer"])
+@pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
+@pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_logits_are_exact_in_left_padded_batches(
+    family: str, attn_implementation: str, method: str, budget: Budget
+) -> None:
+    lengths = [NUM_PROMPT, 50, 20, 6]
+    prompt, prompt_mask = tiny.left_padded([tiny.random_tokens(length, seed=length) for length in lengths])
+    more = tiny.random_tokens(sum(STEPS) - NUM_PROMPT, batch_size=len(lengths))
+    sequence = torch.cat([prompt, more], dim=1)
+    mask = torch.cat([prompt_mask, torch.ones_like(more)], dim=1)
+    logits, evicted = run(family, attn_implementation, method, budget, sequence, mask)
+    assert evicted
+    assert_exact(family, logits, evicted, sequence, mask)
+
+
+def nothing_evicted(evicted: Evictions) -> Evictions:
+    return {}
+
+
+def heads_swapped(evicted: Evictions) -> Evictions:
+    return {layer: blocked.flip(1) for layer, blocked in evicted.items()}
+
+
+def layers_rotated(evicted: Evictions) -> Evictions:
+    layers = list(evicted)
+    return {layer: evicted[other] for layer, other in zip(layers, layers[1:] + layers[:1], strict=True)}
+
+
+def one_token_beside(evicted: Evictions) -> Evictions:
+    return {layer: blocked.roll(1, dims=-1) for layer, blocked in evicted.items()}
+
+
+# Negative controls: were attention flat, the tests above would pass whatever the cache kept.
+@pytest.mark.parametrize("wrong", [nothing_evicted, heads_swapped, layers_rotated, one_token_beside])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_reference_notices_wrong_evictions(family: str, wrong) -> None:  # noqa: ANN001
+    sequence = tiny.random_tokens(sum(STEPS), batch_size=2)
+    logits, evicted = run(family, "sdpa", "snapkv", 24, sequence)
+    off = (oracle_logits(family, sequence, wrong(evicted))[:, NUM_PROMPT - 1 :] - logits).abs().amax(dim=(0, 2))
+    assert off[0] < 1e-4, "the prompt's last logits come before eviction"
+    assert off[1:].min() > 0.05, "every later logit depends on what is kept"

@@ -1,0 +1,109 @@
+"""What cannot work is refused with one line that says so, and leaves the model as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+import compresskv
+from compresskv import CacheStateError, CompressKVError, ConfigError, ModelError, PromptError
+
+
+@contextmanager
+def refused(error: type[CompressKVError], match: str) -> Iterator[None]:
+    with pytest.raises(error, match=match) as raised:
+        yield
+    assert "\n" not in str(raised.value)
+
+
+def enter(model: PreTrainedModel, method: str = "snapkv", budget: Any = 20, **options: Any) -> None:
+    with compresskv.compressing(model, method, budget, **options):
+        pytest.fail("the context was entered")
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        ("mistral_sliding", "no full-attention layer"),
+        ("mamba", "does not use transformers' attention interface"),
+        ("bloom", "does not use transformers' attention interface"),
+    ],
+)
+@pytest.mark.parametrize("method", ["snapkv", "compresskv"])
+def test_models_whose_cache_cannot_be_compressed_are_refused(family: str, match: str, method: str) -> None:
+    model = tiny.tiny_model(family, "eager")
+    if method == "compresskv" and family == "mistral_sliding":
+        match = "no profile|no full-attention layer"
+    with refused(CompressKVError, match):
+        enter(model, method)
+    if method == "snapkv":
+        with refused(ModelError, match):
+            enter(model)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "compresskv"])
+def test_encoder_decoder_models_are_refused(method: str) -> None:
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with refused(ModelError, "encoder-decoder"):
+        enter(T5ForConditionalGeneration(config), method)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash"])
+@pytest.mark.parametrize("method", ["snapkv", "compresskv"])
+def test_other_attention_implementations_are_refused_with_a_way_out(name: str, method: str) -> None:
+    model = tiny.build_model("llama")
+    model.config._attn_implementation = name
+    with refused(ModelError, f"'{name}' is not supported: load the model with attn_implementation='sdpa'"):
+        enter(model, method)
+    assert model.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("budget", [[5], [5] * 5, 0, -3, 1.5, 0.0, True, "many", [], [5, 5, 5, 0]])
+def test_budgets_that_cannot_work_are_refused(budget: Any) -> None:
+    with refused(ConfigError, "budget"):
+        enter(tiny.tiny_model("llama"), budget=budget)
+
+
+PADDED_WRONGLY = {
+    "right": [[1] * 30, [1] * 20 + [0] * 10],
+    "inside": [[1] * 30, [1] * 10 + [0] * 10 + [1] * 10],
+    "nothing_else": [[1] * 30, [0] * 30],
+}
+
+
+@pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("where", PADDED_WRONGLY)
+def test_padding_that_is_not_left_is_refused_and_reset_makes_the_cache_good_again(
+    family: str, attn_implementation: str, where: str
+) -> None:
+    # With padding on the right the "last tokens" of a row are padding, and they would choose what is kept.
+    model, prompt = tiny.tiny_model(family, attn_implementation), tiny.random_tokens(30, batch_size=2)
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        with refused(PromptError, "pad on the left"):
+            tiny.generate(model, prompt, cache, attention_mask=torch.tensor(PADDED_WRONGLY[where]))
+        cache.reset()
+        tokens = tiny.generate(model, prompt, cache)
+    with compresskv.compressing(model, "snapkv", 12) as fresh:
+        assert tokens.tolist() == tiny.generate(model, prompt, fresh).tolist()
+
+
+def test_a_cache_whose_keys_the_model_does_not_attend_to_is_refused() -> None:
+    # A model that changes the keys between cache and attention would be scored on other keys than it uses.
+    model = tiny.tiny_model("llama")
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        layer, states = cache.compressed_layers[0], torch.zeros(1, 2, 3, 8)
+        layer.update(states, states)
+        with refused(ModelError, "does not use the keys that the cache returns"):
+            layer.update(states, states)
+
+
+def test_an_empty_layer_has_nothing_stored() -> None:
+    with compresskv.compressing(tiny.tiny_model("llama"), "snapkv", 12) as cache:
+        assert cache.compressed_layers[0].num_retained == 0
+        with refused(CacheStateError, "layer 0 of the cache is empty"):
+            cache.compressed_layers[0].stored()

@@ -1,0 +1,93 @@
+"""An independent reference: the plain model, without any cache, in which evicted prompt tokens are masked out.
+
+Nothing here uses the package's attention, cache or mask code. A forward pass reads the whole sequence; queries behind the
+prompt cannot see what was evicted from their layer and KV head, and queries of the prompt see everything before them.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tiny
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from compresskv import CompressedCache
+
+Evictions = dict[int, Tensor]
+"""layer of the model -> (B, 1 or H_kv, T) bool: the prompt tokens that were evicted from it."""
+
+_evictions: Evictions = {}
+
+
+def evictions(cache: CompressedCache) -> Evictions:
+    """What `cache` says it evicted."""
+    evicted = {}
+    for layer in cache.compressed_layers:
+        if layer.positions is not None:
+            num_rows, num_heads, _ = layer.positions.shape
+            # One column more, for the index -1 of unused slots.
+            kept = torch.zeros(num_rows, num_heads, layer.num_prompt_tokens + 1, dtype=torch.bool)
+            evicted[layer.layer_idx] = ~kept.scatter_(-1, layer.positions % kept.shape[-1], True)[..., :-1]
+    return evicted
+
+
+@functools.cache
+def oracle_model(family: str) -> PreTrainedModel:
+    """The same weights as `tiny.tiny_model`, with the attention below."""
+    model = tiny.build_model(family, "eager")
+    model.config._attn_implementation = "oracle"
+    return model
+
+
+@contextmanager
+def evicted(evictions: Evictions) -> Iterator[None]:
+    """Mask out `evictions` in every oracle model."""
+    _evictions.update(evictions)
+    try:
+        yield
+    finally:
+        _evictions.clear()
+
+
+def oracle_logits(family: str, sequence: Tensor, evictions: Evictions, attention_mask: Tensor | None = None) -> Tensor:
+    """(B, T_all, vocab) of one forward pass over prompt and continuation."""
+    mask = torch.ones_like(sequence) if attention_mask is None else attention_mask
+    with evicted(evictions), torch.no_grad():
+        output = oracle_model(family)(
+            input_ids=sequence, attention_mask=mask, position_ids=tiny.position_ids(mask), use_cache=False
+        )
+    return output.logits
+
+
+def _oracle_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    num_query_heads, num_kv_heads = query.shape[1], key.shape[1]
+    key, value = (states.repeat_interleave(num_query_heads // num_kv_heads, dim=1) for states in (key, value))
+    logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits + attention_mask
+    blocked = _evictions.get(module.layer_idx)
+    if blocked is not None:
+        num_prompt = blocked.shape[-1]
+        # Beams and returned sequences repeat the rows of the batch.
+        blocked = blocked.repeat_interleave(len(query) // len(blocked), dim=0)
+        blocked = blocked.repeat_interleave(num_query_heads // blocked.shape[1], dim=1)
+        logits[:, :, num_prompt:, :num_prompt].masked_fill_(blocked[:, :, None], -torch.inf)
+    return (logits.softmax(dim=-1) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("oracle", _oracle_attention)
+AttentionMaskInterface.register("oracle", eager_mask)

@@ -1,0 +1,170 @@
+"""Tiny random models of every family that the tests run, with seeded weights, prompts and profiles."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+
+from compresskv import registry
+from compresskv.cache import compressible_layers
+from compresskv.profiles.fingerprint import fingerprint
+from compresskv.profiles.profile import Profile, normalised
+
+VOCAB_SIZE = 128
+PAD = 0
+
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
+_GEMMA = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "num_hidden_layers": len(_MIXED_LAYERS),
+    "layer_types": _MIXED_LAYERS,
+    "tie_word_embeddings": False,
+}
+_GPT2 = {"tie_word_embeddings": False, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 512, "vocab_size": VOCAB_SIZE}
+
+# family -> (transformers' model type, what differs from _SHAPE)
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "phi3": ("phi3", {}),
+    "gemma3": ("gemma3_text", _GEMMA),
+    "llama_mha": ("llama", {"num_key_value_heads": 6}),
+    "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0}),
+    "gpt2": ("gpt2", _GPT2),
+    "mistral_sliding": ("mistral", {"sliding_window": 16}),
+    "mamba": ("mamba", {"state_size": 4}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 6}),
+}
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3"]
+ATTENTIONS = ["eager", "sdpa"]
+METHODS = list(registry.methods())
+EVICTING_METHODS = [name for name in METHODS if name != "full"]
+
+
+_shared: dict[tuple[str, str, torch.dtype], PreTrainedModel] = {}
+
+
+def shared_models() -> list[tuple[PreTrainedModel, str]]:
+    """Every model that was built in this process, with the attention implementation it was built with."""
+    return [(model, attn_implementation) for (_, attn_implementation, _), model in _shared.items()]
+
+
+def tiny_model(family: str, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A shared instance: tests must leave it as they found it (the conftest checks that)."""
+    key = (family, attn_implementation, dtype)
+    if key not in _shared:
+        _shared[key] = build_model(family, attn_implementation).to(dtype)
+    return _shared[key]
+
+
+def build_model(family: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """A new instance, float32: the same weights at every call."""
+    model_type, changes = _FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **{**_SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    _sharpen(model, seed=sum(map(ord, family)))
+    return model.eval()
+
+
+@torch.no_grad()
+def _sharpen(model: PreTrainedModel, seed: int) -> None:
+    """Seeded weights under which attention is peaked, so that evicting a token changes what comes out."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        if weight.ndim >= 2:
+            std = 1.5 / math.sqrt(weight.shape[-1])
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        elif "q_norm" in name or "k_norm" in name:
+            weight.add_(1.0)
+
+
+def random_profile(model: PreTrainedModel) -> Profile:
+    """Valid, and with very unequal layer errors."""
+    own, layers = fingerprint(model), compressible_layers(model)
+    generator = torch.Generator().manual_seed(len(layers))
+    scores = torch.rand(len(layers), own.num_query_heads, generator=generator).tolist()
+    errors = normalised([2.0**layer for layer in range(len(layers))])
+    return Profile(
+        model_id="tiny",
+        fingerprint=own,
+        layer_indices=tuple(layers),
+        semantic_scores=tuple(map(tuple, scores)),
+        traditional_scores=None,
+        num_runs=0,
+        layer_errors_by_set={"random": errors},
+        layer_errors=errors,
+    )
+
+
+def options_for(model: PreTrainedModel, method: str) -> dict[str, Any]:
+    """What `compressing` needs beside the method's name."""
+    return {"profile": random_profile(model)} if registry.methods()[method].needs_profile else {}
+
+
+def random_tokens(num_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:
+    """(batch_size, num_tokens), free of padding."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(3, VOCAB_SIZE, (batch_size, num_tokens), generator=generator)
+
+
+def generate(
+    model: PreTrainedModel, prompt: Tensor, cache: Cache | None = None, *, max_new_tokens: int = 10, **options: Any
+) -> Tensor:
+    """The new tokens only; greedy unless told otherwise."""
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, **options}
+    if cache is not None:
+        options["past_key_values"] = cache
+    sequences = model.generate(prompt, max_new_tokens=max_new_tokens, **options)
+    return sequences[:, prompt.shape[1] :]
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel, cache: Cache, sequence: Tensor, steps: list[int], attention_mask: Tensor | None = None
+) -> Tensor:
+    """Feed what `cache` has not seen of `sequence`, `steps[i]` tokens at a time: (B, sum(steps), vocab) logits."""
+    logits = []
+    for num_new in steps:
+        start = cache.get_seq_length()
+        end = start + num_new
+        masks = {}
+        if attention_mask is not None:
+            masks = {
+                "attention_mask": attention_mask[:, :end],
+                "position_ids": position_ids(attention_mask)[:, start:end],
+            }
+        output = model(input_ids=sequence[:, start:end], past_key_values=cache, use_cache=True, **masks)
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions in left-padded rows, as `generate` counts them."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, T) tokens and attention mask of rows (1, length) each."""
+    num_tokens = max(row.shape[1] for row in rows)
+    padded = [torch.nn.functional.pad(row, (num_tokens - row.shape[1], 0), value=PAD) for row in rows]
+    masks = [torch.nn.functional.pad(torch.ones_like(row), (num_tokens - row.shape[1], 0)) for row in rows]
+    return torch.cat(padded), torch.cat(masks)

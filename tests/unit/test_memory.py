@@ -1,0 +1,59 @@
+"""Peak memory of the process. The CUDA counters are PyTorch's own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from compresskv.memory import peak_nbytes, reset_peak
+
+CPU = torch.device("cpu")
+NBYTES = 100_000_000
+
+
+def _touch() -> None:
+    """Fill 100 MB and free them; a block of this size goes back to the system at once."""
+    buffer = torch.ones(NBYTES, dtype=torch.uint8)
+    assert int(buffer[-1]) == 1
+
+
+def _resettable() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not _resettable(), reason="this system cannot reset the peak")
+def test_the_peak_is_that_since_the_reset() -> None:
+    _touch()
+    reset_peak(CPU)
+    before = peak_nbytes(CPU)
+    assert peak_nbytes(CPU) - before < NBYTES // 10  # what was freed before the reset is forgotten
+    _touch()
+    after = peak_nbytes(CPU)
+    assert NBYTES * 0.985 < after - before < NBYTES * 1.5  # freed again, and yet seen
+    reset_peak(CPU)
+    assert peak_nbytes(CPU) < after - NBYTES * 0.8
+
+
+def test_without_proc_the_peak_is_of_the_whole_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS counts in bytes, others in KiB: the right unit lies within the machine's plausible range."""
+    resource = pytest.importorskip("resource")
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for platform, unit in (("darwin", 1), ("freebsd14", 1024)):
+        monkeypatch.setattr(sys, "platform", platform)
+        reset_peak(CPU)
+        assert own * unit <= peak_nbytes(CPU) <= own * unit * 1.1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_container_that_forbids_the_reset_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: Path, *args: object, **kwargs: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", forbidden)
+    reset_peak(CPU)
+    assert peak_nbytes(CPU) > 0

@@ -1,0 +1,318 @@
+"""Each method against its formula (ALGORITHM, sections 2 and 5), written out with loops."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compresskv import budgets, registry
+from compresskv.errors import ConfigError, ProfileError
+from compresskv.method import LayerInputs, Method
+from compresskv.methods.compresskv import CompressKV
+from compresskv.methods.snapkv import SnapKV
+from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.profiles.profile import Profile
+from compresskv.selection import select, select_rows
+
+LAYER_INDICES = (1, 3, 4)
+
+
+def make_profile(scores: list[list[float]], errors: list[float] | None = None) -> Profile:
+    """Of a model with 6 layers, of which those in LAYER_INDICES have full attention."""
+    errors = errors or [1 / len(scores)] * len(scores)
+    shape = Fingerprint("llama", 6, len(scores[0]), 2, 8, 32, "0123456789abcdef")
+    rows = tuple(map(tuple, scores))
+    return Profile("org/model", shape, LAYER_INDICES, rows, None, 3, {"text": tuple(errors)}, tuple(errors))
+
+
+def naive_head_scores(query: Tensor, keys: Tensor, scaling: float, kernel_size: int) -> Tensor:
+    """One head's scores (T - W,) of the tokens before the window, as section 2 spells it.
+
+    Args:
+        query: (W, D). keys: (T, D), of the KV head that the query head reads.
+    """
+    window_size, num_tokens = len(query), len(keys)
+    summed = torch.zeros(num_tokens, dtype=torch.float64)
+    for i in range(window_size):
+        visible = num_tokens - window_size + i + 1
+        summed[:visible] += ((keys[:visible].double() @ query[i].double()) * scaling).softmax(-1)
+    older = summed[: num_tokens - window_size].tolist()  # drop the last W columns, then pool
+    half = kernel_size // 2
+    padded = [0.0] * half + older + [0.0] * half
+    return torch.tensor([math.fsum(padded[j : j + kernel_size]) / kernel_size for j in range(len(older))])
+
+
+@st.composite
+def inputs(draw: st.DrawFn, window_size: int = 8) -> LayerInputs:
+    """A layer with more tokens than its window."""
+    batch_size, num_kv_heads, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    num_tokens = window_size + draw(st.integers(1, 20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    query = 3 * torch.randn(batch_size, num_kv_heads * groups, window_size, 4, generator=generator)
+    keys = torch.randn(batch_size, num_kv_heads, num_tokens, 4, generator=generator)
+    return LayerInputs(layer_idx=3, query_window=query, keys=keys, values=keys, scaling=0.5)
+
+
+def planted(strengths: list[tuple[int, float]], num_kv_heads: int, layer_idx: int = 3) -> LayerInputs:
+    """Query head h looks at token strengths[h][0] with logit strengths[h][1]; all KV heads hold the same keys."""
+    num_tokens, window_size, head_dim = 60, 8, 64
+    keys = torch.eye(head_dim)[:num_tokens].expand(1, num_kv_heads, -1, -1)
+    query = torch.zeros(1, len(strengths), window_size, head_dim)
+    for head, (token, logit) in enumerate(strengths):
+        query[0, head, :, token] = logit
+    return LayerInputs(layer_idx=layer_idx, query_window=query, keys=keys, values=keys, scaling=1.0)
+
+
+class TestSnapKV:
+    @settings(deadline=None, max_examples=50)
+    @given(inputs(), st.sampled_from([1, 5, 7]))
+    def test_equals_the_formula(self, layer: LayerInputs, kernel_size: int) -> None:
+        scores = SnapKV(kernel_size=kernel_size).score(layer)
+        batch_size, num_query_heads, window_size, _ = layer.query_window.shape
+        num_kv_heads, num_tokens = layer.keys.shape[1:3]
+        groups = num_query_heads // num_kv_heads
+        assert scores.shape == (batch_size, num_kv_heads, num_tokens)
+        assert scores.dtype == torch.float32
+        for row in range(batch_size):
+            for kv_head in range(num_kv_heads):
+                readers = [head for head in range(num_query_heads) if head // groups == kv_head]
+                per_head = [
+                    naive_head_scores(layer.query_window[row, head], layer.keys[row, kv_head], 0.5, kernel_size)
+                    for head in readers
+                ]
+                expected = torch.stack(per_head).mean(0)
+                older = scores[row, kv_head, : num_tokens - window_size]
+                torch.testing.assert_close(older, expected, atol=1e-5, rtol=1e-5)
+
+    def test_each_kv_head_is_scored_by_the_heads_that_read_it(self) -> None:
+        """CompressKV's published baseline groups heads 0, 2 and 1, 3: both KV heads would keep token 40."""
+        layer = planted([(20, 20.0), (20, 20.0), (40, 25.0), (40, 25.0)], num_kv_heads=2)
+        indices = select(SnapKV(kernel_size=1).score(layer), 9, 8)
+        assert indices[0, :, 0].tolist() == [20, 40]
+
+    def test_what_the_window_sees_in_itself_does_not_reach_its_neighbours(self) -> None:
+        """Section 2 drops the window's columns before it pools: token 51 stands beside a window that looks at 52."""
+        layer = planted([(52, 20.0), (20, 5.0)], num_kv_heads=1)
+        indices = select(SnapKV().score(layer), 8 + 5, 8)
+        assert indices[0, 0].tolist() == [*range(18, 23), *range(52, 60)]
+
+
+class TestCompressKV:
+    @settings(deadline=None, max_examples=50)
+    @given(inputs(), st.sampled_from([1, 5, 7]), st.integers(1, 6), st.data())
+    def test_equals_the_formula(
+        self, layer: LayerInputs, kernel_size: int, heads_per_layer: int, data: st.DataObject
+    ) -> None:
+        batch_size, num_query_heads, window_size, _ = layer.query_window.shape
+        num_kv_heads, num_tokens = layer.keys.shape[1:3]
+        ranking = data.draw(st.permutations(range(num_query_heads)))
+        other = [1.0] * num_query_heads
+        measured = [float(num_query_heads - ranking.index(head)) for head in range(num_query_heads)]
+        profile = make_profile([other, measured, other])  # layer 3 stands second
+        method = CompressKV(kernel_size=kernel_size, heads_per_layer=heads_per_layer, profile=profile)
+        scores = method.score(layer)
+        assert scores.shape == (batch_size, 1, num_tokens)
+        assert scores.dtype == torch.float32
+        for row in range(batch_size):
+            best = ranking[:heads_per_layer]
+            per_head = [
+                naive_head_scores(
+                    layer.query_window[row, head],
+                    layer.keys[row, head // (num_query_heads // num_kv_heads)],
+                    0.5,
+                    kernel_size,
+                )
+                for head in best
+            ]
+            older = scores[row, 0, : num_tokens - window_size]
+            torch.testing.assert_close(older, torch.stack(per_head).mean(0), atol=1e-5, rtol=1e-5)
+
+    def test_the_best_head_of_the_layer_reads_its_own_kv_head(self) -> None:
+        """Head 1 of 4 reads KV head 0. With groups and KV heads swapped it would read 1 and find token 40."""
+        layer = planted([(9, 30.0), (20, 30.0), (9, 30.0), (9, 30.0)], num_kv_heads=2)
+        keys = layer.keys.clone()
+        keys[0, 1] = keys[0, 1].roll(20, dims=0)  # KV head 1 holds at token 40 what KV head 0 holds at 20
+        layer = LayerInputs(3, layer.query_window, keys, keys, 1.0)
+        profile = make_profile([[9, 0, 0, 0], [0, 5, 1, 0], [0, 0, 0, 9]])
+        indices = select(CompressKV(kernel_size=1, heads_per_layer=1, profile=profile).score(layer), 9, 8)
+        assert indices[0].tolist() == [[20, *range(52, 60)]]
+
+    def test_what_the_window_sees_in_itself_does_not_reach_its_neighbours(self) -> None:
+        layer = planted([(52, 20.0), (20, 5.0)], num_kv_heads=1)
+        method = CompressKV(heads_per_layer=2, profile=make_profile([[1, 1]] * 3))
+        assert select(method.score(layer), 8 + 5, 8)[0, 0].tolist() == [*range(18, 23), *range(52, 60)]
+
+    def test_layers_share_by_the_profiles_errors(self) -> None:
+        errors = [0.1, 0.6, 0.3]
+        method = CompressKV(profile=make_profile([[1.0, 0.0]] * 3, errors))
+        assert method.layer_budgets(128, 3, 1000) == budgets.error_aware(128, 1000, errors)
+        assert method.layer_budgets(128, 3, 1000) == [61, 205, 118]
+
+    def test_a_profile_of_another_number_of_layers_is_refused(self) -> None:
+        """Budgets for 3 layers would leave the sum wrong, or layers without one."""
+        method = CompressKV(profile=make_profile([[1.0, 0.0]] * 3))
+        with pytest.raises(ProfileError, match=r"org/model .*3 layers.*5"):
+            method.layer_budgets(128, 5, 1000)
+
+    def test_with_profile(self) -> None:
+        profile = make_profile([[1.0, 0.0]] * 3)
+        method = CompressKV(window_size=32, heads_per_layer=2)
+        assert method.with_profile(profile) == CompressKV(window_size=32, heads_per_layer=2, profile=profile)
+        assert method.profile is None
+
+    def test_without_a_profile_the_command_is_named(self) -> None:
+        with pytest.raises(ProfileError, match="'compresskv profile MODEL'"):
+            CompressKV().layer_budgets(128, 3, 1000)
+        with pytest.raises(ProfileError, match="'compresskv profile MODEL'"):
+            CompressKV().score(planted([(9, 1.0)], num_kv_heads=1))
+
+    def test_a_layer_that_the_profile_lacks(self) -> None:
+        method = CompressKV(profile=make_profile([[1.0]] * 3))
+        with pytest.raises(ProfileError, match="no layer 2"):
+            method.score(planted([(9, 1.0)], num_kv_heads=1, layer_idx=2))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "compresskv"])
+class TestEveryModel:
+    """What some models have, and methods that score by attention must pass on."""
+
+    def _method(self, name: str, num_query_heads: int) -> Method:
+        method = registry.create(name, kernel_size=3)
+        return method.with_profile(make_profile([[1.0] * num_query_heads] * 3)) if method.needs_profile else method
+
+    @settings(deadline=None, max_examples=30)
+    @given(layer=inputs(), data=st.data())
+    def test_padding_changes_nothing(self, name: str, layer: LayerInputs, data: st.DataObject) -> None:
+        method = self._method(name, layer.query_window.shape[1])
+        num_tokens = layer.keys.shape[2]
+        lengths = [data.draw(st.integers(8, num_tokens)) for _ in layer.keys]
+        valid = torch.arange(num_tokens) >= num_tokens - torch.tensor(lengths)[:, None]
+        scores = method.score(LayerInputs(3, layer.query_window, layer.keys, layer.keys, 0.5, None, valid))
+        for row, length in enumerate(lengths):
+            keys = layer.keys[row : row + 1, :, num_tokens - length :]
+            alone = method.score(LayerInputs(3, layer.query_window[row : row + 1], keys, keys, 0.5))
+            torch.testing.assert_close(scores[row : row + 1, :, num_tokens - length :], alone, atol=1e-5, rtol=1e-5)
+
+    def test_softcap_is_used(self, name: str) -> None:
+        """Without it, the one head gives token 20 all of its attention."""
+        layer = planted([(20, 50.0), (40, 5.0)], num_kv_heads=1)
+        capped = LayerInputs(3, layer.query_window, layer.keys, layer.keys, 1.0, softcap=1.0)
+        scores = self._method(name, 2).score(capped)[0, 0]
+        assert float(scores[20] / scores[40]) < 1.1
+
+
+class TestPyramidKV:
+    @settings(deadline=None, max_examples=20)
+    @given(inputs())
+    def test_scores_are_snapkvs(self, layer: LayerInputs) -> None:
+        assert torch.equal(registry.create("pyramidkv").score(layer), SnapKV().score(layer))
+
+    def test_budgets_are_a_pyramid(self) -> None:
+        method = registry.create("pyramidkv", window_size=10, beta=10.0)
+        assert method.layer_budgets(110, 3, 1000) == [200, 110, 20]
+        assert registry.create("pyramidkv").layer_budgets(108, 3, 1000) == [203, 108, 13]
+
+
+class TestStreamingLLM:
+    @pytest.mark.parametrize("num_sinks", [0, 1, 4])
+    @pytest.mark.parametrize("budget", range(1, 13))
+    def test_sinks_and_the_most_recent(self, num_sinks: int, budget: int) -> None:
+        keys = torch.zeros(2, 3, 12, 4)
+        layer = LayerInputs(0, torch.zeros(2, 6, 0, 4), keys, keys, 1.0)
+        method = registry.create("streaming_llm", num_sinks=num_sinks)
+        sinks = list(range(min(num_sinks, budget)))
+        expected = sinks + list(range(12 - (budget - len(sinks)), 12))
+        assert select(method.score(layer), budget, method.window_size).tolist() == [[expected]] * 2
+
+    def test_more_sinks_than_tokens(self) -> None:
+        keys = torch.zeros(1, 1, 5, 4)
+        scores = registry.create("streaming_llm", num_sinks=9).score(LayerInputs(0, keys, keys, keys, 1.0))
+        assert select(scores, 3, 0).tolist() == [[[0, 1, 2]]]
+
+    def test_the_sinks_of_a_padded_row_are_its_own_first_tokens(self) -> None:
+        keys = torch.zeros(3, 2, 12, 4)
+        lengths = [12, 9, 3]
+        valid = torch.arange(12) >= 12 - torch.tensor(lengths)[:, None]
+        method = registry.create("streaming_llm")
+        scores = method.score(LayerInputs(0, keys[:, :, :0], keys, keys, 1.0, None, valid))
+        indices = select_rows(scores, [6, 6, 6], method.window_size, lengths)
+        assert indices.tolist() == [[[0, 1, 2, 3, 10, 11]], [[3, 4, 5, 6, 10, 11]], [[-1, -1, -1, 9, 10, 11]]]
+
+    def test_budgets_are_uniform(self) -> None:
+        assert registry.create("streaming_llm").layer_budgets(100, 4, 1000) == [100] * 4
+        assert registry.create("streaming_llm").layer_budgets(100, 4, 50) == [50] * 4
+
+
+def test_full_keeps_the_whole_prompt_in_every_layer() -> None:
+    assert registry.create("full").layer_budgets(3, 4, 1000) == [1000] * 4
+
+
+def test_snapkv_budgets_are_uniform() -> None:
+    assert SnapKV().layer_budgets(100, 4, 1000) == [100] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("streaming_llm", {"num_sinks": -1}, "num_sinks=-1"),
+        ("streaming_llm", {"window_size": -1}, "window_size=-1"),
+        ("streaming_llm", {"num_sinks": 2.5}, "num_sinks=2.5"),
+        ("full", {"window_size": -1}, "window_size=-1"),
+        ("snapkv", {"window_size": -1}, "window_size=-1"),
+        ("snapkv", {"window_size": 0}, "window_size=0"),
+        ("snapkv", {"window_size": "8"}, "window_size='8'"),
+        ("snapkv", {"window_size": 8.0}, "window_size=8.0"),
+        ("snapkv", {"window_size": True}, "window_size=True"),
+        ("snapkv", {"window_size": None}, "window_size=None"),
+        ("snapkv", {"kernel_size": 0}, "kernel_size=0"),
+        ("snapkv", {"kernel_size": 4}, "kernel_size=4"),
+        ("snapkv", {"kernel_size": -3}, "kernel_size=-3"),
+        ("snapkv", {"kernel_size": 5.0}, "kernel_size=5.0"),
+        ("pyramidkv", {"window_size": 0}, "window_size=0"),
+        ("pyramidkv", {"beta": 0.5}, "beta=0.5"),
+        ("pyramidkv", {"beta": math.nan}, "beta=nan"),
+        ("pyramidkv", {"beta": math.inf}, "beta=inf"),
+        ("pyramidkv", {"beta": "20"}, "beta='20'"),
+        ("compresskv", {"window_size": 0}, "window_size=0"),
+        ("compresskv", {"kernel_size": 2}, "kernel_size=2"),
+        ("compresskv", {"heads_per_layer": 0}, "heads_per_layer=0"),
+        ("compresskv", {"heads_per_layer": 1.5}, "heads_per_layer=1.5"),
+    ],
+)
+def test_an_option_that_cannot_work_is_named_with_its_value(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        registry.create(name, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("streaming_llm", {"num_sinks": 0}),
+        ("streaming_llm", {"window_size": 8}),
+        ("snapkv", {"window_size": 1, "kernel_size": 1}),
+        ("pyramidkv", {"beta": 1}),
+        ("compresskv", {"heads_per_layer": 100}),
+    ],
+)
+def test_options_at_the_edge_are_taken(name: str, options: dict[str, Any]) -> None:
+    method = registry.create(name, **options)
+    assert {option: getattr(method, option) for option in options} == options
+
+
+def test_only_methods_that_need_a_profile_take_one() -> None:
+    for name, method in registry.methods().items():
+        if not method.needs_profile:
+            with pytest.raises(ConfigError, match=f"{name!r} takes no profile"):
+                registry.create(name).with_profile(make_profile([[1.0]] * 3))
+
+
+def test_methods_cannot_be_changed() -> None:
+    method: Method = SnapKV()
+    with pytest.raises(AttributeError):
+        method.window_size = 4  # type: ignore[misc]

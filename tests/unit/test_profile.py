@@ -1,0 +1,208 @@
+"""The profile's file format: what is written is read, and every damage is told in one line."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compresskv.errors import ProfileError
+from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.profiles.profile import Profile, combined, normalised, read_profile
+from compresskv.profiles.store import write_profile
+
+SHAPE = Fingerprint("llama", 6, 3, 1, 8, 32, "0123456789abcdef")
+PROFILE = Profile(
+    model_id="org/model",
+    fingerprint=SHAPE,
+    layer_indices=(0, 2, 5),
+    semantic_scores=((0.5, 0.0, 1.25), (0.0, 0.0, 0.0), (0.1, 3.0, 3.0)),
+    traditional_scores=((0.0, 0.0, 0.0), (1.0, 2.0, 3.0), (0.0, 0.0, 0.0)),
+    num_runs=12,
+    layer_errors_by_set={"essays": (0.5, 0.25, 0.25), "code": (0.1, 0.2, 0.7)},
+    layer_errors=(0.3, 0.225, 0.475),
+    provenance={"torch": "2.13.0", "seed": 7, "lengths": [1024, 2048], "text": "naïve\nlines"},
+)
+IMPORTED = replace(PROFILE, fingerprint=replace(SHAPE, weights=None), traditional_scores=None, num_runs=0)
+
+
+@pytest.mark.parametrize("profile", [PROFILE, IMPORTED])
+def test_round_trip(profile: Profile, tmp_path: Path) -> None:
+    write_profile(profile, tmp_path / "profile.json")
+    assert read_profile(tmp_path / "profile.json") == profile
+    assert read_profile(str(tmp_path / "profile.json")) == profile
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_round_trip_of_any_numbers(data: st.DataObject) -> None:
+    """Every float comes back to the last bit."""
+    num_layers, num_heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    scores = st.lists(st.floats(0, 1e6), min_size=num_heads, max_size=num_heads).map(tuple)
+    rows = st.lists(scores, min_size=num_layers, max_size=num_layers).map(tuple)
+    errors = st.lists(st.floats(1e-6, 1e6), min_size=num_layers, max_size=num_layers).map(normalised)
+    by_set = data.draw(st.dictionaries(st.text(max_size=5), errors, min_size=1, max_size=3))
+    profile = Profile(
+        model_id=data.draw(st.text(max_size=10)),
+        fingerprint=replace(SHAPE, num_layers=num_layers, num_query_heads=num_heads),
+        layer_indices=tuple(range(num_layers)),
+        semantic_scores=data.draw(rows.filter(lambda rows: any(map(any, rows)))),
+        traditional_scores=data.draw(st.none() | rows),
+        num_runs=data.draw(st.integers(0, 10**6)),
+        layer_errors_by_set=by_set,
+        layer_errors=combined(by_set),
+    )
+    assert Profile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+DROP = "(dropped)"
+KEYS = [
+    *((key,) for key in PROFILE.to_dict()),
+    ("model", "id"),
+    ("model", "fingerprint"),
+    *(("model", "fingerprint", key) for key in SHAPE.to_dict() if key != "weights"),
+    ("layer_errors", "sets"),
+    ("layer_errors", "combined"),
+]
+NUMBERS = [
+    ("semantic_scores", 0, 0),
+    ("traditional_scores", 1, 2),
+    ("layer_errors", "sets", "code", 1),
+    ("layer_errors", "combined", 0),
+]
+DAMAGE: list[tuple[tuple[str | int, ...], Any]] = [
+    *((key, DROP) for key in KEYS),
+    *((number, value) for number in NUMBERS for value in (math.nan, math.inf, -1.0, None, "many", [], {}, 10**400)),
+    *((("format",), value) for value in ("other", None)),
+    *((("version",), value) for value in (0, 2, "1", None)),
+    (("model",), "llama"),
+    (("model", "fingerprint"), []),
+    (("model", "fingerprint", "num_heads"), 3),
+    (("model", "fingerprint", "num_layers"), "6"),
+    (("model", "fingerprint", "num_layers"), 5),
+    (("model", "fingerprint", "num_query_heads"), 4),
+    *((("layer_indices",), value) for value in ([], 3, [0, 2], [0, 2, 5, 5], [0, 5, 2], [0, 2, 2], [0, 2, 6])),
+    *((("layer_indices",), value) for value in ([-1, 2, 5], [0.5, 2, 5], ["0", 2, 5], [0, 2, math.inf])),
+    *((("num_runs",), value) for value in (-1, 1.5, math.inf, math.nan, "many", None)),
+    (("semantic_scores", 1), DROP),
+    (("semantic_scores", 1, 0), DROP),
+    (("traditional_scores", 1), DROP),
+    (("traditional_scores", 1, 0), DROP),
+    *((("semantic_scores",), value) for value in (None, [], [[0, 0, 0]] * 3)),
+    (("layer_errors",), [0.5, 0.25, 0.25]),
+    (("layer_errors", "sets"), [[0.5, 0.25, 0.25]]),
+    *((("layer_errors", "sets", "code"), value) for value in ([0.5, 0.5], [0.5, 0.25, 0.5], [0, 0, 0])),
+    *((("layer_errors", "combined"), value) for value in ([1.0], [0.3, 0.225, 0.4], [30, 22.5, 47.5])),
+    *((("provenance",), value) for value in ([1], "calibrated", None)),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), DAMAGE, ids=lambda part: str(part)[:40])
+def test_damage_is_told_in_one_line_that_names_the_file(
+    place: tuple[str | int, ...], value: Any, tmp_path: Path
+) -> None:
+    data = copy.deepcopy(PROFILE.to_dict())
+    inner: Any = data
+    for key in place[:-1]:
+        inner = inner[key]
+    if value is DROP:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(data), encoding="utf-8")  # writes NaN and Infinity as such
+    _assert_refused(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not JSON",
+        b"{",
+        b"null",
+        b"[]",
+        b"3",
+        b'"compresskv-profile"',
+        b"{}",
+        b"\x00\x01\x02",
+        b"\xff\xfe\x00",
+        b"\x89PNG\r\n\x1a\n\x00\xff",
+        b"[" * 100_000,
+        json.dumps(PROFILE.to_dict()).encode()[:-20],
+        json.dumps(PROFILE.to_dict()).encode("utf-16"),
+    ],
+    ids=lambda content: repr(content[:12]),
+)
+def test_a_file_that_is_no_profile(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_bytes(content)
+    _assert_refused(path)
+
+
+def test_no_file_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="no such file"):
+        read_profile(tmp_path / "none.json")
+    _assert_refused(tmp_path / "none.json")
+    _assert_refused(tmp_path)
+    (tmp_path / "file").write_text("text", encoding="utf-8")
+    _assert_refused(tmp_path / "file" / "profile.json")
+    _assert_refused(tmp_path / ("x" * 300))
+
+
+def _assert_refused(path: Path) -> None:
+    with pytest.raises(ProfileError) as caught:
+        read_profile(path)
+    message = str(caught.value)
+    assert message.startswith(f"profile {str(path)!r}")
+    assert "\n" not in message
+
+
+def test_the_field_is_named() -> None:
+    with pytest.raises(ProfileError, match=r"^field 'semantic_scores' has 2 layers instead of 3$"):
+        replace(PROFILE, semantic_scores=PROFILE.semantic_scores[:2])
+    with pytest.raises(ProfileError, match=r"^field 'layer_errors.code' sums to 0.8000 instead of 1$"):
+        replace(PROFILE, layer_errors_by_set={"code": (0.1, 0.2, 0.5)})
+    with pytest.raises(ProfileError, match=r"^field 'version' is 9, this release reads 1$"):
+        Profile.from_dict({**PROFILE.to_dict(), "version": 9})
+
+
+class TestHeads:
+    def test_top_heads_are_those_of_the_models_layer(self) -> None:
+        assert PROFILE.top_heads(0, 2) == [2, 0]
+        assert PROFILE.top_heads(5, 1) == [1]  # of equal scores the first
+        assert PROFILE.top_heads(5, 3) == [1, 2, 0]
+        assert PROFILE.top_heads(5, 99) == [1, 2, 0]
+
+    @pytest.mark.parametrize("layer_idx", [1, 6, -1])
+    def test_a_layer_that_is_not_there(self, layer_idx: int) -> None:
+        with pytest.raises(ProfileError, match=f"profile of org/model has no layer {layer_idx}"):
+            PROFILE.top_heads(layer_idx, 2)
+
+    def test_ranked_heads_name_the_models_layers(self) -> None:
+        best = PROFILE.ranked_heads(PROFILE.semantic_scores)
+        assert best[:4] == [(5, 1), (5, 2), (0, 2), (0, 0)]
+        assert sorted(best) == [(layer, head) for layer in (0, 2, 5) for head in range(3)]
+        assert PROFILE.traditional_scores is not None
+        assert PROFILE.ranked_heads(PROFILE.traditional_scores)[:3] == [(2, 2), (2, 1), (2, 0)]
+
+
+class TestErrors:
+    @settings(deadline=None)
+    @given(st.lists(st.floats(0, 1e9), min_size=1, max_size=30))
+    def test_normalised_sums_to_one_in_proportion(self, errors: list[float]) -> None:
+        shares = normalised(errors)
+        assert math.fsum(shares) == pytest.approx(1)
+        if sum(errors) > 0:
+            assert shares == pytest.approx([error / sum(errors) for error in errors])
+        else:
+            assert shares == (1 / len(errors),) * len(errors)
+
+    def test_sets_count_alike(self) -> None:
+        assert combined({"a": (1.0, 0.0), "b": (0.5, 0.5)}) == pytest.approx((0.75, 0.25))
+        assert combined({"a": (3.0, 1.0)}) == pytest.approx((0.75, 0.25))
