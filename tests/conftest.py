@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 torch.set_num_threads(1)
 

@@ -1,7 +1,7 @@
 """An independent reference: the plain model, without any cache, in which evicted prompt tokens are masked out.
 
-Nothing here uses the package's attention, cache or mask code. A forward pass reads the whole sequence; queries behind the
-prompt cannot see what was evicted from their layer and KV head, and queries of the prompt see everything before them.
+Nothing here uses the package's attention, cache or mask code. A forward pass reads the whole sequence; queries behind
+the prompt cannot see what was evicted from their layer and KV head, queries of the prompt see everything before them.
 """
 
 import functools
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import tiny
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+import tiny
 from compresskv import CompressedCache
 
 Evictions = dict[int, Tensor]

@@ -36,7 +36,7 @@ _GEMMA = {
     "layer_types": _MIXED_LAYERS,
     "tie_word_embeddings": False,
 }
-_GPT2 = {"tie_word_embeddings": False, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 512, "vocab_size": VOCAB_SIZE}
+_GPT2 = {"tie_word_embeddings": False, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 512}
 
 # family -> (transformers' model type, what differs from _SHAPE)
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

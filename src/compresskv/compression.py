@@ -98,6 +98,7 @@ def prepare_method(
         chosen = method
     else:
         chosen = registry.create(method, **options)
-    if chosen.needs_profile and getattr(chosen, "profile", None) is None:
-        chosen = chosen.with_profile(resolve_profile(model, profile))
+    if chosen.needs_profile:
+        own = getattr(chosen, "profile", None)
+        chosen = chosen.with_profile(resolve_profile(model, profile if own is None else own))
     return chosen

@@ -1,6 +1,5 @@
 """Peak memory: of the allocator on a GPU, of the whole process on a CPU."""
 
-import resource
 import sys
 from pathlib import Path
 
@@ -26,5 +25,7 @@ def peak_nbytes(device: torch.device) -> int:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import resource  # not on every system
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -21,12 +21,15 @@ def head_scores(profile: Profile, path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    tables: list[tuple[str, Rows]] = [("Semantic retrieval score", profile.semantic_scores)]
+    ranks_only = profile.num_runs == 0  # imported: comparable within a layer, not across layers
+    semantic = "Rank within the layer, best = 1" if ranks_only else "Semantic retrieval score"
+    tables: list[tuple[str, Rows]] = [(semantic, profile.semantic_scores)]
     if profile.traditional_scores is not None:
         tables.append(("Traditional retrieval score", profile.traditional_scores))
     num_layers, num_heads = len(profile.layer_indices), profile.fingerprint.num_query_heads
     width = max(3.0, 0.16 * num_heads + 1.8)
-    figure = _figure(width * len(tables), max(3.0, 0.16 * num_layers + 1.2))
+    figure = _figure(width * len(tables), max(3.0, 0.16 * num_layers + 1.5))
+    figure.suptitle(profile.model_id, fontsize=11)
     for i, (title, rows) in enumerate(tables):
         axes = figure.add_subplot(1, len(tables), i + 1)
         image = axes.imshow(rows, aspect="auto", cmap="magma_r", interpolation="nearest", vmin=0)
@@ -36,6 +39,11 @@ def head_scores(profile: Profile, path: Path) -> None:
         step = max(1, num_layers // 15)
         axes.set_yticks(range(0, num_layers, step), [str(index) for index in profile.layer_indices[::step]])
         axes.set_xticks(range(0, num_heads, max(1, num_heads // 12)))
+        # Faint lines between the cells, so that a cell's layer and head can be read off.
+        axes.set_yticks([row - 0.5 for row in range(1, num_layers)], minor=True)
+        axes.set_xticks([head - 0.5 for head in range(1, num_heads)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.4)
+        axes.tick_params(which="minor", length=0)
         figure.colorbar(image, ax=axes)
     _save(figure, path)
 
@@ -47,14 +55,16 @@ def layer_budgets(profile: Profile, budget: int, path: Path) -> None:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
     tokens = error_aware(budget, 1 << 30, profile.layer_errors)
-    figure = _figure(max(5.0, 0.2 * len(tokens) + 1.5), 3.2)
+    figure = _figure(max(5.0, 0.2 * len(tokens) + 1.5), 3.4)
     axes = figure.add_subplot()
     axes.bar([str(index) for index in profile.layer_indices], tokens, color=_COLOURS["traditional"])
     axes.axhline(budget, color="black", linewidth=1, linestyle="--", label=f"uniform: {budget}")
     axes.set_xlabel("layer")
     axes.set_ylabel("tokens retained per KV head")
     axes.tick_params(axis="x", labelsize=7)
-    axes.legend(frameon=False)
+    axes.margins(x=0.01)
+    axes.set_title(profile.model_id, fontsize=11, loc="left")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)  # above, clear of the bars
     _save(figure, path)
 
 

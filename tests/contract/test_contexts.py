@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TextIteratorStreamer
 
 import compresskv
+import tiny
 from compresskv import CacheStateError, CompressedCache
 from compresskv.compression import Compressing
 from compresskv.methods.snapkv import SnapKV
@@ -115,9 +115,14 @@ def test_reset_makes_room_for_another_prompt(model: PreTrainedModel) -> None:
 
 def test_an_exception_restores_the_model(model: PreTrainedModel) -> None:
     plain = tiny.generate(model, prompt(0)).tolist()
-    with pytest.raises(KeyError, match="mine"), context(model), context(model) as cache:
-        tiny.read(model, cache, sequence(0), STEPS[:2])
-        raise KeyError("mine")
+
+    def fail() -> None:
+        with context(model), context(model) as cache:
+            tiny.read(model, cache, sequence(0), STEPS[:2])
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
     assert model.config._attn_implementation == "sdpa"
     assert tiny.generate(model, prompt(0)).tolist() == plain
 
@@ -152,10 +157,10 @@ def test_generate_works_as_before_inside_without_the_cache_and_after_leaving(mod
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_cache_used_outside_its_context_is_refused(model: PreTrainedModel, steps_inside: int, copied: bool) -> None:
     # Outside, nothing would evict and the masks would not fit. A copy must not carry its own idea of the context along.
-    with context(model) as cache:
+    with context(model) as original:
         if steps_inside:
-            tiny.read(model, cache, sequence(0), STEPS[:steps_inside])
-        cache = copy.deepcopy(cache) if copied else cache
+            tiny.read(model, original, sequence(0), STEPS[:steps_inside])
+        cache = copy.deepcopy(original) if copied else original
     with pytest.raises(CacheStateError, match="inside") as raised:
         tiny.read(model, cache, sequence(0), STEPS[steps_inside : steps_inside + 1])
     assert "\n" not in str(raised.value)

@@ -1,10 +1,10 @@
 """Half precision: finite, exact in its counts, and the first token that of the full cache."""
 
 import pytest
-import tiny
 import torch
 
 import compresskv
+import tiny
 
 NUM_PROMPT = 90
 

@@ -1,20 +1,22 @@
 """After eviction, every logit is that of the full cache with the evicted entries masked out."""
 
+from collections.abc import Callable
+
 import pytest
-import tiny
 import torch
-from oracle import Evictions, evictions, oracle_logits
 from torch import Tensor
 
 import compresskv
+import tiny
 from compresskv.budgets import Budget
 from compresskv.cache import compressible_layers
+from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT = 96
 # one-token decoding, a second question of 7 tokens, decoding again
 STEPS = [NUM_PROMPT, 1, 1, 1, 1, 7, 1, 1, 1]
 UNEQUAL = [NUM_PROMPT + 10, 9, 40, 24, 12, 30]  # the first layer keeps everything
-OTHER_FAMILIES = [("llama_mha", "eager"), ("llama_mha", "sdpa"), ("gemma2", "eager"), ("gpt2", "eager"), ("gpt2", "sdpa")]
+OTHER_MODELS = ["llama_mha eager", "llama_mha sdpa", "gemma2 eager", "gpt2 eager", "gpt2 sdpa"]
 
 
 def run(
@@ -52,10 +54,11 @@ def test_logits_equal_the_full_cache_with_evicted_tokens_masked(
 
 
 @pytest.mark.parametrize("method", ["snapkv", "compresskv"])
-@pytest.mark.parametrize(("family", "attn_implementation"), OTHER_FAMILIES)
+@pytest.mark.parametrize("model", OTHER_MODELS)
 def test_logits_are_exact_without_grouped_queries_with_softcap_and_with_learned_positions(
-    family: str, attn_implementation: str, method: str
+    model: str, method: str
 ) -> None:
+    family, attn_implementation = model.split()
     sequence = tiny.random_tokens(sum(STEPS), batch_size=2)
     logits, evicted = run(family, attn_implementation, method, UNEQUAL, sequence)
     assert evicted
@@ -80,6 +83,28 @@ def test_logits_are_exact_in_left_padded_batches(
     assert_exact(family, logits, evicted, sequence, mask)
 
 
+# Beside padding, only this tells whether a column of the mask belongs to the token that is kept there.
+@pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
+@pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
+def test_a_later_mask_may_hide_prompt_tokens(attn_implementation: str, method: str) -> None:
+    model = tiny.tiny_model("llama", attn_implementation)
+    sequence = tiny.random_tokens(NUM_PROMPT + 8, batch_size=2)
+    mask = torch.ones_like(sequence)
+    with (
+        compresskv.compressing(model, method, UNEQUAL[:4], **tiny.options_for(model, method)) as cache,
+        torch.no_grad(),
+    ):
+        tiny.read(model, cache, sequence, [NUM_PROMPT])
+        mask[:, 10:30] = mask[:, -20:-12] = 0
+        positions = torch.arange(NUM_PROMPT, NUM_PROMPT + 8)[None]
+        later = model(sequence[:, NUM_PROMPT:], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    hidden = mask[:, None, :NUM_PROMPT] == 0
+    evicted = evictions(cache)
+    blocked = {layer.layer_idx: hidden | evicted.get(layer.layer_idx, hidden) for layer in cache.compressed_layers}
+    expected = oracle_logits("llama", sequence, blocked)[:, NUM_PROMPT:]
+    torch.testing.assert_close(later.logits, expected, atol=1e-4, rtol=0)
+
+
 def nothing_evicted(evicted: Evictions) -> Evictions:
     return {}
 
@@ -100,7 +125,7 @@ def one_token_beside(evicted: Evictions) -> Evictions:
 # Negative controls: were attention flat, the tests above would pass whatever the cache kept.
 @pytest.mark.parametrize("wrong", [nothing_evicted, heads_swapped, layers_rotated, one_token_beside])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_reference_notices_wrong_evictions(family: str, wrong) -> None:  # noqa: ANN001
+def test_the_reference_notices_wrong_evictions(family: str, wrong: Callable[[Evictions], Evictions]) -> None:
     sequence = tiny.random_tokens(sum(STEPS), batch_size=2)
     logits, evicted = run(family, "sdpa", "snapkv", 24, sequence)
     off = (oracle_logits(family, sequence, wrong(evicted))[:, NUM_PROMPT - 1 :] - logits).abs().amax(dim=(0, 2))

@@ -1,10 +1,10 @@
 """What compression must never change: everything at a budget of the whole prompt, and the first token at any budget."""
 
 import pytest
-import tiny
 import torch
 
 import compresskv
+import tiny
 from compresskv.budgets import Budget
 
 NUM_PROMPT = 80

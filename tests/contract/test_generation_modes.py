@@ -3,16 +3,16 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from oracle import evicted, evictions, oracle_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 import compresskv
+import tiny
 from compresskv import CacheStateError, CompressedCache
 from compresskv.compression import Compressing
+from oracle import evicted, evictions, oracle_model
 
 NUM_PROMPT = 70
 MODES: dict[str, dict[str, Any]] = {
@@ -96,7 +96,7 @@ def test_positions_follow_their_rows(family: str, method: str, name: str) -> Non
         else:
             assert layer.positions is not None
             assert torch.equal(layer.positions, before.positions[rows])
-    torch.testing.assert_close(logits, expected[rows], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, expected[rows], atol=1e-4, rtol=0)
 
 
 class ListStreamer(BaseStreamer):

@@ -1,11 +1,11 @@
 """Each row of a left-padded batch is treated as if it were alone."""
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
 import compresskv
+import tiny
 from compresskv import CompressedCache
 from compresskv.budgets import Budget
 from compresskv.selection import UNUSED

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import compresskv
+import tiny
 from compresskv import CacheStateError, CompressKVError, ConfigError, ModelError, PromptError
 
 
@@ -52,7 +52,7 @@ def test_encoder_decoder_models_are_refused(method: str) -> None:
         enter(T5ForConditionalGeneration(config), method)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/fa"])
 @pytest.mark.parametrize("method", ["snapkv", "compresskv"])
 def test_other_attention_implementations_are_refused_with_a_way_out(name: str, method: str) -> None:
     model = tiny.build_model("llama")

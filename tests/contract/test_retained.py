@@ -5,14 +5,14 @@ import weakref
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
 import compresskv
+import tiny
 from compresskv import CompressedCache
 from compresskv.budgets import Budget
-from compresskv.cache import CompressedLayer
+from compresskv.layer import CompressedLayer
 from compresskv.methods.snapkv import SnapKV
 
 NUM_PROMPT = 110
@@ -74,7 +74,7 @@ def test_positions_ascend_lie_in_the_prompt_and_end_with_the_window(family: str,
         assert (positions[..., first:] == torch.arange(NUM_PROMPT - num_window, NUM_PROMPT)).all()
 
 
-# Two kinds of leak: a gather that returns a view, and a fused projection (Phi-3) whose slices keep the whole of it alive.
+# Two kinds of leak: a gather that returns a view, and a fused projection (Phi-3) whose slices keep all of it alive.
 @pytest.mark.parametrize("budget", [24, 0.4, NUM_PROMPT], ids=["tokens", "fraction", "whole_prompt"])
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)

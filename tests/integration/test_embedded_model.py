@@ -13,22 +13,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import models
-from compresskv.embedded import EMBEDDED, MANIFEST, ensure_embedded, is_cached
+from compresskv.embedded import EMBEDDED, MANIFEST, is_cached
 from compresskv.models import DEFAULT_MODEL
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 EMBEDDED_MODEL = EMBEDDED[DEFAULT_MODEL]
 
 
-@pytest.fixture(scope="session")
-def loaded() -> Loaded:
-    """The default model from the machine's own cache: a first run fetches it, later runs are offline."""
-    ensure_embedded(DEFAULT_MODEL)
-    return models.load(device="cpu")
-
-
-def test_the_default_model_answers_and_stops_at_its_end_token(loaded: Loaded) -> None:
-    model, tokenizer = loaded
+def test_the_default_model_answers_and_stops_at_its_end_token(embedded_model: Loaded) -> None:
+    model, tokenizer = embedded_model
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
@@ -38,8 +31,8 @@ def test_the_default_model_answers_and_stops_at_its_end_token(loaded: Loaded) ->
     assert output[-1] == tokenizer.eos_token_id == model.generation_config.eos_token_id == 2
 
 
-def test_the_default_model_is_ready_to_generate(loaded: Loaded) -> None:
-    model, _ = loaded
+def test_the_default_model_is_ready_to_generate(embedded_model: Loaded) -> None:
+    model, _ = embedded_model
 
     assert type(model).__name__ == "LlamaForCausalLM"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -58,9 +51,9 @@ def test_the_default_model_is_ready_to_generate(loaded: Loaded) -> None:
         ("<|im_start|>user\n", ["<|im_start|>", "user", "Ċ"]),
     ],
 )
-def test_the_tokenizer_is_the_models_own(loaded: Loaded, text: str, tokens: list[str]) -> None:
+def test_the_tokenizer_is_the_models_own(embedded_model: Loaded, text: str, tokens: list[str]) -> None:
     """transformers 5.2 put a start token before each text, and no release splits the digits off."""
-    model, tokenizer = loaded
+    model, tokenizer = embedded_model
 
     assert tokenizer(text).tokens() == tokens
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -69,13 +62,13 @@ def test_the_tokenizer_is_the_models_own(loaded: Loaded, text: str, tokens: list
     assert tokenizer.model_max_length == EMBEDDED_MODEL.context_length
 
 
-def test_the_wheel_is_not_installed(loaded: Loaded) -> None:
+def test_the_wheel_is_not_installed(embedded_model: Loaded) -> None:
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.distribution(EMBEDDED_MODEL.wheel.split("==")[0])
 
 
 def test_a_later_start_is_quick_and_needs_no_network(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    embedded_model: Loaded, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("it reached for the network")

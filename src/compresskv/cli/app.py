@@ -64,7 +64,7 @@ def main() -> None:
     try:
         app()
     except CompressKVError as error:
-        print(f"compresskv: {error}", file=sys.stderr)  # noqa: T201
+        print(f"compresskv: {' '.join(str(error).splitlines())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
         sys.stderr.close()

@@ -61,7 +61,7 @@ def ask(
     for one in chosen.values():
         with Bar() as bar:
             show = partial(_show_layers, bar, one.name)
-            stream = _Stream(bar, enabled=not as_json and len(chosen) == 1)
+            stream = _Stream(bar, enabled=not as_json and not compare)
             generation = answer(
                 loaded,
                 tokenizer,
@@ -86,6 +86,8 @@ def read_document(document: str) -> str:
     Raises:
         PromptError: missing, a folder, empty, or not text; the message names it.
     """
+    if document == "-" and sys.stdin is None:
+        raise PromptError("document '-': standard input is closed")
     try:
         data = sys.stdin.buffer.read() if document == "-" else Path(document).read_bytes()
     except OSError as error:

@@ -87,6 +87,8 @@ def find(
     from compresskv.profiles.fingerprint import fingerprint
     from compresskv.profiles.measure import NothingRetrievedError
 
+    if output is not None:
+        store.check_writable(output)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         path = output or store.default_path(fingerprint(loaded))

@@ -14,11 +14,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.errors import ModelError, ProfileError
+from compresskv.errors import ConfigError, ModelError, ProfileError
 
 DEFAULT_NEEDLES = Path(__file__).parent / "needles.json"
 _QUESTION = "{question} Answer in one sentence."
 _MIN_SUFFIX = 32  # tokens left to each question's own pass, so that an observation window fits into it
+_NEAR = 16  # a document this many tokens short of the wanted length is long enough
 SUMMARY = "Summarise the text above in three sentences."
 
 
@@ -30,6 +31,12 @@ class Needle:
     kind: str
     needle: str
     question: str
+
+    @property
+    def news(self) -> str:
+        """The needle's words that the question does not give away."""
+        given = set(words(self.question))
+        return " ".join(word for word in words(self.needle) if word not in given)
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,17 @@ def read_needles(path: Path = DEFAULT_NEEDLES) -> list[Needle]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        needles = [Needle(row["id"], row["kind"], row["needle"].strip(), row["question"]) for row in data["needles"]]
+        fields = ("id", "kind", "needle", "question")
+        needles = [Needle(*(row[field].strip() for field in fields)) for row in data["needles"]]
     except OSError as error:
         raise ProfileError(f"--needles {str(path)!r}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProfileError(f"--needles {str(path)!r} is no list of needles: {error!r}") from error
     if not needles or len({needle.id for needle in needles}) != len(needles):
         raise ProfileError(f"--needles {str(path)!r} holds no needle, or one id twice")
+    for needle in needles:
+        if not (needle.question and needle.news):
+            raise ProfileError(f"--needles {str(path)!r}: {needle.id!r} has no question, or one that gives it all away")
     return needles
 
 
@@ -95,16 +106,22 @@ def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
         texts = [topics[name] for name in sorted(topics)]
     else:
         files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
-        try:
-            texts = [file.read_text(encoding="utf-8") for file in files]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"--haystack: {error}") from error
+        texts = [_read_text(file) for file in files]
     # Ends of sentences and of paragraphs; white space inside a sentence is layout, not content.
     pieces = (" ".join(piece.split()) for text in texts for piece in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))
     sentences = [piece for piece in pieces if piece]
     if not sentences:
         raise ProfileError(f"--haystack {', '.join(map(str, paths))} holds no text")
     return sentences
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ProfileError(f"--haystack {str(file)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"--haystack {str(file)!r} is not UTF-8 text: byte {error.start} cannot be read") from error
 
 
 class Haystack:
@@ -121,34 +138,69 @@ class Haystack:
         """Tokens of the whole haystack."""
         return sum(self._counts)
 
-    def document(self, length: int, rotation: int, depths: Sequence[float], needles: list[Needle]) -> Document:
-        """About `length` tokens of haystack from an offset set by `rotation`, and a needle at each depth.
+    def document(
+        self, length: int, rotation: int, depths: Sequence[float], needles: list[Needle], reserved: int = 0
+    ) -> Document:
+        """A text from an offset set by `rotation`, with needles at the depths.
 
+        Args:
+            length: tokens of the prompt and its answer: the document is a little shorter, never longer.
+            rotation: each needle stands at each depth once over as many as there are needles, or depths if more.
+            reserved: how many of these tokens the chat template, the question and the answer take.
         Raises:
             ProfileError: the haystack is shorter than that.
+            ConfigError: the length leaves no room for text beside the needles.
         """
         if self.num_tokens < length:
             raise ProfileError(
                 f"the haystack has {self.num_tokens} tokens, fewer than the longest length {length}: "
                 "give more text with --haystack or a smaller --lengths"
             )
-        chosen = [needles[(rotation + i) % len(needles)] for i in range(min(len(depths), len(needles)))]
-        wanted = length - sum(len(self._tokenizer(needle.needle)["input_ids"]) for needle in chosen)
+        placed = _placed(rotation, depths, needles)
+        encoded = self._tokenizer([f" {needle.needle}" for _, needle in placed], add_special_tokens=False)
+        wanted = length - reserved - sum(len(ids) for ids in encoded["input_ids"])
+        if wanted < _NEAR:
+            raise ConfigError(
+                f"a length of {length} tokens leaves no room for text beside {len(placed)} needles, the question and "
+                "the answer: choose a longer one or fewer --depths"
+            )
         # 7919 is prime: successive rotations start far apart, at ever new places
         start = rotation * 7919 % len(self._sentences)
         sentences: list[str] = []
         ends: list[int] = []
         total = 0
-        while total < wanted:
-            place = (start + len(sentences)) % len(self._sentences)
+        for step in range(len(self._sentences)):
+            place = (start + step) % len(self._sentences)
+            if total + self._counts[place] > wanted:
+                continue  # too long to fit: look for a shorter one
             sentences.append(self._sentences[place])
             total += self._counts[place]
             ends.append(total)
-        placed = sorted(zip(depths, chosen, strict=False), key=lambda pair: pair[0])
+            if wanted - total < _NEAR:
+                break
         for depth, needle in reversed(placed):
             at = sum(1 for end in ends if end <= depth / 100 * total)
             sentences.insert(at, needle.needle)
-        return Document(f"{length}-{rotation}", " ".join(sentences), tuple(placed))
+        return Document(f"{length}-{rotation}", " ".join(sentences), placed)
+
+
+def _placed(rotation: int, depths: Sequence[float], needles: list[Needle]) -> tuple[tuple[float, Needle], ...]:
+    """(depth, needle), by depth; the longer of the two lists is rotated, so that each meets each."""
+    count = min(len(depths), len(needles))
+    turn = [(rotation + i) % max(len(depths), len(needles)) for i in range(count)]
+    if len(depths) > len(needles):
+        pairs = [(depths[at], needles[i]) for i, at in enumerate(turn)]
+    else:
+        pairs = [(depths[i], needles[at]) for i, at in enumerate(turn)]
+    return tuple(sorted(pairs, key=lambda pair: pair[0]))
+
+
+def question_tokens(tokenizer: PreTrainedTokenizerBase, needles: list[Needle]) -> int:
+    """Tokens of a prompt beside its document: the chat template's and the longest question's."""
+    questions = [*(_QUESTION.format(question=needle.question) for needle in needles), SUMMARY]
+    prompts = [render(tokenizer, f".\n\n{question}") for question in questions]
+    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)
+    return max(len(ids) for ids in encoded["input_ids"])
 
 
 def encode_questions(
@@ -192,3 +244,8 @@ def _token_span(text: str, needle: str, offsets: list[tuple[int, int]]) -> slice
     end = start + len(needle)
     inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
     return slice(inside[0], inside[-1] + 1)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers, as ROUGE compares them."""
+    return "".join(char if char.isalnum() else " " for char in text.lower()).split()

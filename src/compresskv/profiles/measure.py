@@ -58,15 +58,18 @@ class Measurement:
         self.needles, _ = calibration.split_needles(needles)
         sentences = calibration.read_haystack([Path(path) for path in settings.haystack])
         self._haystack = Haystack(tokenizer, sentences)
-        content = hashlib.sha256(repr((asdict(settings), self.needles, sentences)).encode()).hexdigest()
+        # All that a run depends on beside the weights: runs of another kind must not be taken for finished.
+        read = (asdict(settings), self.needles, sentences, model.dtype, getattr(tokenizer, "chat_template", None))
+        content = hashlib.sha256(repr(read).encode()).hexdigest()
         self.log = RunLog(log_folder / f"{self.fingerprint}-{content[:12]}.jsonl")
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         """(length, document) of the whole plan, short ones first."""
-        room = self.settings.max_new_tokens + 64  # for the question and the answer
+        reserved = self.settings.max_new_tokens + calibration.question_tokens(self.tokenizer, self.needles)
+        depths = self.settings.depths
         for length in sorted(self.settings.lengths):
-            for rotation in range(self.settings.num_rotations or len(self.needles)):
-                yield length, self._haystack.document(length - room, rotation, self.settings.depths, self.needles)
+            for rotation in range(self._num_rotations):
+                yield length, self._haystack.document(length, rotation, depths, self.needles, reserved)
 
     def measure_heads(self) -> list[dict[str, Any]]:
         """Every run's scores, from the log or measured now.
@@ -139,7 +142,7 @@ class Measurement:
 
     @property
     def _num_rotations(self) -> int:
-        return self.settings.num_rotations or len(self.needles)
+        return self.settings.num_rotations or max(len(self.needles), len(self.settings.depths))
 
     def _error_runs(self, document: Document, semantic: Rows) -> list[list[float]]:
         questions = [*document.questions, (calibration.SUMMARY, "")]
@@ -178,10 +181,8 @@ class Measurement:
 
 def rouge_1_recall(reference: str, answer: str) -> float:
     """Share of the reference's words that the answer holds, case aside."""
-    words = ["".join(char if char.isalnum() else " " for char in text.lower()) for text in (answer, reference)]
-    if not all(text.strip() for text in words):
-        return 0.0
-    return float(Rouge(metrics=["rouge-1"]).get_scores(words[0], words[1])[0]["rouge-1"]["r"])
+    texts = [" ".join(calibration.words(text)) for text in (answer, reference)]
+    return float(Rouge(metrics=["rouge-1"]).get_scores(*texts)[0]["rouge-1"]["r"]) if all(texts) else 0.0
 
 
 def _scores(

@@ -5,31 +5,35 @@ weights: an imported profile is taken on the model's name and shape.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from compresskv.errors import ModelError, ProfileError
+from compresskv.errors import ModelError, ProfileError, first_line
 from compresskv.profiles.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile, combined, normalised
+from compresskv.quiet import quiet
 
 _AVERAGE = "avg_score"
 
 
 @dataclass(frozen=True)
 class _Geometry:
-    head_dim: int
+    num_layers: int
+    num_query_heads: int
     num_kv_heads: int
+    head_dim: int
     vocab_size: int
     architecture: str
 
 
 # Known without a download: the two models whose files were published.
 _KNOWN = {
-    "Llama-3.1-8B-Instruct": _Geometry(128, 8, 128256, "llama"),
-    "Mistral-7B-Instruct-v0.3": _Geometry(128, 8, 32768, "mistral"),
+    "Llama-3.1-8B-Instruct": _Geometry(32, 32, 8, 128, 128256, "llama"),
+    "Mistral-7B-Instruct-v0.3": _Geometry(32, 32, 8, 128, 32768, "mistral"),
 }
 
 
@@ -50,6 +54,11 @@ def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
     average = errors.pop(_AVERAGE, None)
     by_set = {name: normalised(row) for name, row in errors.items()}
     geometry = _geometry(model_id)
+    if (len(rankings), num_heads) != (geometry.num_layers, geometry.num_query_heads):
+        raise ProfileError(
+            f"--heads {str(heads)!r} ranks {num_heads} heads in {len(rankings)} layers, but --model {model_id!r} has "
+            f"{geometry.num_query_heads} in {geometry.num_layers}"
+        )
     return Profile(
         model_id=model_id,
         fingerprint=Fingerprint(
@@ -97,11 +106,13 @@ def _read_errors(path: Path, num_layers: int) -> dict[str, list[float]]:
     data = _read_json(path)
     try:
         errors = {str(name): [float(error) for error in row] for name, row in data.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ProfileError(f"--layers {str(path)!r}: not a list of numbers for each data set ({error})") from error
     for name, row in errors.items():
         if len(row) != num_layers:
             raise ProfileError(f"--layers {str(path)!r}: {name} has {len(row)} layers, the heads have {num_layers}")
+        if not all(math.isfinite(error) and error >= 0 for error in row):
+            raise ProfileError(f"--layers {str(path)!r}: {name} holds a number that is negative, NaN or infinite")
     return errors
 
 
@@ -122,13 +133,16 @@ def _geometry(model_id: str) -> _Geometry:
     if known is not None:
         return known
     try:
-        config = AutoConfig.from_pretrained(model_id).get_text_config(decoder=True)
+        with quiet():
+            # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
+            config = AutoConfig.from_pretrained(model_id, trust_remote_code=False).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise ModelError(f"--model {model_id!r}: cannot read its shape ({first_line})") from error
+        raise ModelError(f"--model {model_id!r}: cannot read its shape ({first_line(error)})") from error
     return _Geometry(
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_layers=config.num_hidden_layers,
+        num_query_heads=config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         architecture=config.model_type,
     )

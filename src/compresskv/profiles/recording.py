@@ -28,8 +28,6 @@ class SpanLayer(RoutedLayer):
 
     span: slice | None = None
     """Where to look; None records nothing."""
-    masked_heads: Sequence[int] = ()
-    """Query heads whose output is set to zero."""
 
     def start(self, span: slice) -> None:
         """Begin a run."""
@@ -40,10 +38,8 @@ class SpanLayer(RoutedLayer):
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Plain attention, recorded; the outputs of masked heads are zero."""
+        """Plain attention, recorded."""
         output, weights = super().attend(attention, query, mask, **kwargs)
-        if self.masked_heads:  # (B, T_new, H_q, D)
-            output[:, :, list(self.masked_heads)] = 0
         if self.span is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             keys, _ = self.stored()
@@ -51,6 +47,27 @@ class SpanLayer(RoutedLayer):
             self.mass.append(rows[:, self.span].sum(dim=-1))  # (H_q,)
             self.peaks.append(rows.argmax(dim=-1))
         return output, weights
+
+
+class MaskedLayer(RoutedLayer):
+    """Sets the output of some query heads to zero, other heads in each row of the batch."""
+
+    kept_heads: Tensor | None = None
+    """(B, H_q), 1 for a head that works and 0 for one that is masked; None masks nothing."""
+
+    def mask_heads(self, rows: Sequence[Sequence[int]], num_heads: int) -> None:
+        """Mask the named heads in each row."""
+        kept = torch.ones(len(rows), num_heads, dtype=self.dtype, device=self.device)
+        for row, heads in enumerate(rows):
+            kept[row, list(heads)] = 0
+        self.kept_heads = kept
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Plain attention; the outputs of masked heads are zero."""
+        output, weights = super().attend(attention, query, mask, **kwargs)  # (B, T_new, H_q, D)
+        return (output if self.kept_heads is None else output * self.kept_heads[:, None, :, None]), weights
 
 
 class CutLayer(RoutedLayer):

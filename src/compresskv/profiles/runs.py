@@ -1,6 +1,7 @@
 """A log of finished runs, one JSON line each: what a killed calibration had finished, it need not measure again."""
 
 import json
+import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ class RunLog:
     """Results by key, kept in a file. Each is written as soon as it is known; none is kept twice."""
 
     def __init__(self, path: Path) -> None:
-        """Open the log and read what it holds; a last line that a kill cut short is dropped.
+        """Open the log and read what it holds; a last line that a kill cut short is dropped, and so is a damaged one.
 
         Raises:
             ProfileError: the place cannot be read or written.
@@ -21,16 +22,19 @@ class RunLog:
         self._results: dict[Hashable, Any] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                path.write_text(whole, encoding="utf-8")
             path.touch()
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                os.truncate(path, len(whole))  # not written anew: a kill at this moment must not cost finished runs
         except OSError as error:
             raise ProfileError(f"cannot keep finished runs in {str(path)!r}: {error.strerror}") from error
         for line in whole.splitlines():
-            record = json.loads(line)
-            self._results[tuple(record["key"])] = record["result"]
+            try:
+                record = json.loads(line)
+                self._results[tuple(record["key"])] = record["result"]
+            except (ValueError, KeyError, TypeError):  # its run is measured again
+                continue
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._results

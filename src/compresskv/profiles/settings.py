@@ -16,7 +16,7 @@ class Settings:
     depths: tuple[float, ...] = (10, 30, 50, 70, 90)
     """Where needles stand, in percent of the document."""
     num_rotations: int | None = None
-    """Documents for each length; None: one for each needle, so that each needle stands at each depth once."""
+    """Documents for each length; None: as many as it takes for each needle to stand at each depth once."""
     max_new_tokens: int = 48
     """The longest answer."""
     error_documents: int = 2
@@ -34,7 +34,9 @@ class Settings:
         """
         if not self.lengths or min(self.lengths) < 256:
             raise ConfigError(f"--lengths {_listed(self.lengths)} must be whole numbers of at least 256 tokens")
-        if not self.depths or min(self.depths) < 0 or max(self.depths) > 100:
+        if len(set(self.lengths)) != len(self.lengths):
+            raise ConfigError(f"--lengths {_listed(self.lengths)} names a length twice")
+        if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):  # NaN, too, fails this
             raise ConfigError(f"--depths {_listed(self.depths)} must lie between 0 and 100 percent")
 
     @classmethod

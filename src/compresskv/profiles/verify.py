@@ -4,6 +4,7 @@ If a profile is right, masking its best semantic retrieval heads costs most of t
 heads costs little (CompressKV, section 4.4; Wu et al., arXiv 2404.15574, section 3).
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention import decoder_config, routing
 from compresskv.errors import ConfigError
-from compresskv.generation import decode, prefill
+from compresskv.generation import end_tokens, prefill
 from compresskv.profiles import calibration
 from compresskv.profiles.calibration import Document, Haystack
 from compresskv.profiles.measure import SUCCESS_RECALL, OnProgress, rouge_1_recall
 from compresskv.profiles.profile import Profile
-from compresskv.profiles.recording import FullCache, SpanLayer
+from compresskv.profiles.recording import FullCache, MaskedLayer
+from compresskv.prompts import context_length
+
+_ROWS = 32  # sets of masked heads that are run as one batch: decode reads the weights once for all of them
 
 Head = tuple[int, int]
 """(layer of the model, query head)."""
@@ -72,25 +76,30 @@ def verify_profile(
 ) -> list[Ablation]:
     """Mask heads and ask for needles that the profile was not made with.
 
-    The document is read whole; heads are masked, at the attention's output, from the question on.
+    The document is read whole; heads are masked, at the attention's output, from the question on. A case counts as
+    answered by the needle's words that the question does not hold: a model that can only echo the question fails.
 
     Returns: no head masked, then for each count the semantic, traditional and random heads.
     Raises:
-        ConfigError: more heads to mask than the model has.
+        ConfigError: fewer heads to mask than one or more than the model has, or a length above the model's context.
         ProfileError: the haystack is too short.
     """
     settings = settings or VerifySettings()
+    limit = context_length(model)
+    if limit is not None and settings.length > limit:
+        raise ConfigError(f"--length {settings.length} is above the model's context of {limit} tokens")
     groups = list(_groups(profile, settings))
     path = Path(settings.needles) if settings.needles else calibration.DEFAULT_NEEDLES
     _, needles = calibration.split_needles(calibration.read_needles(path))
     sentences = calibration.read_haystack([Path(path) for path in settings.haystack])
     haystack = Haystack(tokenizer, sentences)
+    reserved = settings.max_new_tokens + calibration.question_tokens(tokenizer, needles)
     successes = [0] * len(groups)
     cases = 0
     with routing(model):
         for i in range(settings.num_documents):
             # rotations far from those that calibration begins with: other text around the needles
-            document = haystack.document(settings.length - 112, 1000 + i, settings.depths, needles)
+            document = haystack.document(settings.length, 1000 + i, settings.depths, needles, reserved)
             for row in _answered(
                 model, tokenizer, document, [heads for _, _, heads in groups], settings.max_new_tokens
             ):
@@ -104,8 +113,9 @@ def verify_profile(
 def _groups(profile: Profile, settings: VerifySettings) -> Iterator[tuple[str, int, list[Head]]]:
     semantic = profile.ranked_heads(profile.semantic_scores)
     traditional = None if profile.traditional_scores is None else profile.ranked_heads(profile.traditional_scores)
-    if max(settings.counts) > len(semantic):
-        raise ConfigError(f"--counts {max(settings.counts)} is more than the model's {len(semantic)} heads")
+    if not settings.counts or not all(1 <= count <= len(semantic) for count in settings.counts):
+        listed = ",".join(map(str, settings.counts))
+        raise ConfigError(f"--counts {listed} must lie between 1 and the model's {len(semantic)} heads")
     draw = random.Random(settings.seed)
     yield "none", 0, []
     for count in settings.counts:
@@ -126,19 +136,41 @@ def _answered(
     """For each question on the document, whether it was answered with each set of heads masked."""
     prefix, questions = calibration.encode_questions(tokenizer, document, document.questions)
     config = decoder_config(model)
-    cache = FullCache(model, lambda layer_idx, _: SpanLayer(layer_idx, config))
+    cache = FullCache(model, lambda layer_idx, _: MaskedLayer(layer_idx, config))
     prefill(model, torch.tensor([prefix], device=model.device), cache)
     for (_, needle), question in zip(document.needles, questions, strict=True):
-        row = []
-        for heads in head_sets:
+        answers: list[str] = []
+        for start in range(0, len(head_sets), _ROWS):
+            rows = head_sets[start : start + _ROWS]
             branch = cache.branch()
+            branch.batch_repeat_interleave(len(rows))
             for layer in branch.routed:
-                layer.masked_heads = [head for layer_idx, head in heads if layer_idx == layer.layer_idx]
-            logits = prefill(model, torch.tensor([question.suffix], device=model.device), branch)
-            tokens = decode(model, tokenizer, int(logits.argmax()), branch, max_new_tokens)
-            answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            row.append(rouge_1_recall(needle.needle, answer) > SUCCESS_RECALL)
-        yield row
+                masked = [[head for layer_idx, head in heads if layer_idx == layer.layer_idx] for heads in rows]
+                layer.mask_heads(masked, config.num_attention_heads)
+            answers += _answers(model, tokenizer, question.suffix, branch, len(rows), max_new_tokens)
+        yield [rouge_1_recall(needle.news, answer) > SUCCESS_RECALL for answer in answers]
+
+
+@torch.no_grad()
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suffix: list[int],
+    cache: FullCache,
+    num_rows: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Continue all rows greedily; each answer ends at its first end-of-text token."""
+    ends = end_tokens(model, tokenizer)
+    tokens = torch.tensor([suffix] * num_rows, device=model.device)
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    while len(rows[0]) < max_new_tokens and not all(ends.intersection(row) for row in rows):
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
+            row.append(token)
+    whole = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in whole]
 
 
 def _pooled(labels: list[tuple[str, int]], successes: list[int], cases: int) -> list[Ablation]:

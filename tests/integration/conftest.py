@@ -1,0 +1,12 @@
+"""The real model that the integration tests share."""
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv import models
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The default model from the machine's own cache: a first run fetches it, later runs are offline."""
+    return models.load(device="cpu")

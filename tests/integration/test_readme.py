@@ -1,0 +1,67 @@
+"""The README's commands and code, run as they stand, on the embedded model and a text of our own."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+    if "compresskv " in line
+]
+# What is for readers to replace, and what would need a hub or hours.
+PLACEHOLDERS = {"--model org/name": "--model smollm2-135m"}
+LONG = ("compresskv profile org/name", "compresskv profile verify", "compresskv profile import")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, embedded_model):
+    folder = tmp_path_factory.mktemp("readme")
+    text = "The report is about boats. The contract was signed by Ada Marsh on Monday. Nothing else happened. "
+    (folder / "report.txt").write_text(text + "The sea was calm. " * 60, encoding="utf-8")
+    return folder
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if not one.startswith(LONG)])
+def test_command(command, folder):
+    for placeholder, real in PLACEHOLDERS.items():
+        command = command.replace(placeholder, real)
+    command = command.replace("compresskv ", f"{shlex.quote(sys.executable)} -m compresskv ", 1)
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith(LONG)])
+def test_long_commands_name_real_options(command):
+    words = [word for word in shlex.split(command)[1:] if word.startswith("--")]
+    group = shlex.split(command)[1:3] if not command.startswith(LONG[0]) else ["profile", "find"]
+    help_text = subprocess.run(
+        [sys.executable, "-m", "compresskv", *group, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(word in help_text for word in words)
+
+
+def test_python_code(embedded_model):
+    model, tokenizer = embedded_model
+    code = [block for language, block in BLOCKS if language == "python"]
+    assert len(code) == 2
+    names = {"model": model, "inputs": tokenizer("The sea was calm. " * 80, return_tensors="pt")}
+    exec(code[0], names)
+    assert names["cache"].compressed_layers[0].positions.shape[-1] == 256
+    names["text"] = "The contract was signed by Ada Marsh. " + "The sea was calm. " * 80
+    exec(code[1], names)
+    assert names["generation"].stats.retained_fraction == pytest.approx(0.05, abs=0.01)

@@ -1,0 +1,207 @@
+"""Profiles out of the published files, and which models they are used for."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import planted
+from compresskv import models, plots
+from compresskv.budgets import error_aware
+from compresskv.errors import CompressKVError, ModelError, ProfileError
+from compresskv.profiles import store
+from compresskv.profiles.profile import Profile, combined, normalised, read_profile
+from compresskv.profiles.published import import_published
+from compresskv.profiles.store import resolve_profile, user_folder, write_profile
+
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_profiles"
+PUBLISHED_MODELS = ["Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"]
+
+HEADS = {"0": [3, 1, 0, 2], "1": [2, 0, 1, 3], "2": [0, 1, 2, 3]}
+ERRORS = {"one": [2.0, 1.0, 1.0], "two": [0.1, 0.2, 0.7], "avg_score": [0.3, 0.225, 0.475]}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 3 layers and 4 query heads, as the rankings above have them."""
+    return planted.save(tmp_path_factory.mktemp("models") / "planted")
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty user's cache, and nothing shipped."""
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "_SHIPPED", tmp_path / "none")
+
+
+def write_pair(folder: Path, heads: Any = HEADS, errors: Any = ERRORS) -> tuple[Path, Path]:
+    paths = (folder / "heads.json", folder / "layers.jsonl")
+    for path, content in zip(paths, (heads, errors), strict=True):
+        path.write_text(content if isinstance(content, str) else json.dumps(content, indent=4), encoding="utf-8")
+    return paths
+
+
+def assert_is_what_the_files_say(profile: Profile, heads: dict[str, list[int]], errors: dict[str, list[float]]) -> None:
+    for layer, ranked in heads.items():
+        for count in (1, 4, len(ranked)):
+            assert profile.top_heads(int(layer), count) == ranked[:count]
+    average = errors["avg_score"]
+    for mine, theirs in zip(profile.layer_errors, average, strict=True):
+        assert math.isclose(mine, theirs / math.fsum(average), rel_tol=1e-9)
+    assert set(profile.layer_errors_by_set) == set(errors) - {"avg_score"}
+    for name, row in profile.layer_errors_by_set.items():
+        assert row == pytest.approx(normalised(errors[name]))
+    for budget in (1, 8, 31, 32, 33, 64, 128, 256, 1024, 2048):
+        tokens = error_aware(budget, 100_000, profile.layer_errors)
+        assert sum(tokens) == budget * len(average)
+        assert max(tokens) <= 3 * budget
+    assert profile.num_runs == 0
+    assert profile.traditional_scores is None
+    assert profile.fingerprint.weights is None
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here: ../shared/data is absent")
+@pytest.mark.parametrize("name", PUBLISHED_MODELS)
+def test_the_published_files(name: str, tmp_path: Path) -> None:
+    """Both models' shapes are known: nothing is fetched."""
+    heads, layers = PUBLISHED / f"{name}_head_idx.json", PUBLISHED / f"{name}_layer_score.jsonl"
+    profile = import_published(heads, layers, f"some-org/{name}")
+    assert_is_what_the_files_say(profile, json.loads(heads.read_text()), json.loads(layers.read_text()))
+    assert (profile.model_id, len(profile.layer_indices)) == (f"some-org/{name}", 32)
+    shape = profile.fingerprint
+    assert (shape.num_layers, shape.num_query_heads, shape.num_kv_heads, shape.head_dim) == (32, 32, 8, 128)
+    write_profile(profile, tmp_path / "profile.json")
+    assert read_profile(tmp_path / "profile.json") == profile
+
+
+def test_a_pair_for_a_models_folder(model_folder: Path, tmp_path: Path) -> None:
+    profile = import_published(*write_pair(tmp_path), str(model_folder))
+    assert_is_what_the_files_say(profile, HEADS, ERRORS)
+    assert profile.provenance["imported_from"] == ["heads.json", "layers.jsonl"]
+
+
+def test_without_an_average_it_is_computed(model_folder: Path, tmp_path: Path) -> None:
+    sets = {name: row for name, row in ERRORS.items() if name != "avg_score"}
+    profile = import_published(*write_pair(tmp_path, errors=sets), str(model_folder))
+    assert profile.layer_errors == combined({name: normalised(row) for name, row in sets.items()})
+    assert profile.layer_errors == pytest.approx([0.3, 0.225, 0.475])
+
+
+def test_an_average_alone_is_enough(model_folder: Path, tmp_path: Path) -> None:
+    profile = import_published(*write_pair(tmp_path, errors={"avg_score": [4, 0, 4]}), str(model_folder))
+    assert (profile.layer_errors, profile.layer_errors_by_set) == ((0.5, 0.0, 0.5), {})
+
+
+class TestUse:
+    def test_it_is_used_for_the_model_of_that_name(self, model_folder: Path, tmp_path: Path) -> None:
+        profile = import_published(*write_pair(tmp_path), str(model_folder))
+        write_profile(profile, user_folder() / "imported.json")
+        model, _ = models.load(str(model_folder), device="cpu")
+        assert resolve_profile(model) == profile
+
+    def test_it_is_not_used_for_a_model_of_another_name(self, model_folder: Path, tmp_path: Path) -> None:
+        """Two fine-tuned models have one shape and different heads."""
+        profile = import_published(*write_pair(tmp_path), str(model_folder))
+        write_profile(profile, user_folder() / "imported.json")
+        model, _ = models.load(str(model_folder), device="cpu")
+        model.config._name_or_path = "org/other"
+        with pytest.raises(ProfileError, match="no profile of this model"):
+            resolve_profile(model)
+        # Whoever names the file takes the responsibility.
+        assert resolve_profile(model, user_folder() / "imported.json") == profile
+
+    def test_it_is_not_used_for_a_model_of_another_shape(self, model_folder: Path, tmp_path: Path) -> None:
+        profile = import_published(*write_pair(tmp_path), str(model_folder))
+        write_profile(profile, user_folder() / "imported.json")
+        model, _ = models.load(str(model_folder), device="cpu")
+        model.config.num_key_value_heads = 4
+        with pytest.raises(ProfileError, match="no profile of this model"):
+            resolve_profile(model)
+        with pytest.raises(ProfileError, match="belongs to another model"):
+            resolve_profile(model, user_folder() / "imported.json")
+
+
+BAD_HEADS = [
+    "",
+    "no JSON",
+    "[[0, 1]]",
+    "{}",
+    '{"1": [0, 1, 2, 3]}',
+    '{"0": 5}',
+    '{"0": null}',
+    '{"0": ["a", "b"]}',
+    '{"0": []}',
+    '{"0": [0, 1, 2, 2]}',
+    '{"0": [0, 1, 2, 4]}',
+    '{"0": [0, 1, 2, 3], "1": [0, 1, 2]}',
+    '{"0": [0, 1, 2, 3], "2": [0, 1, 2, 3]}',
+    '{"0": [0, 1, 2, 3], "1": [0, 1, 2, 3], "2": [0, 1, 2, 3], "3": [0, 1, 2, 3]}',
+    '{"0": [0, 1], "1": [0, 1], "2": [0, 1]}',
+]
+BAD_LAYERS = [
+    "",
+    "no JSON",
+    "[0.5, 0.25, 0.25]",
+    "{}",
+    '{"one": 3}',
+    '{"one": "abc"}',
+    '{"one": [0.5, "much", 0.25]}',
+    '{"one": [0.5, null, 0.25]}',
+    '{"one": [0.5, 0.5]}',
+    '{"one": [0.5, 0.25, 0.25], "avg_score": [1]}',
+    '{"one": [0.5, NaN, 0.25]}',
+    '{"one": [0.5, -0.5, 1]}',
+    '{"one": [Infinity, 0.5, 1]}',
+    f'{{"one": [1{"0" * 400}, 0.5, 1]}}',
+]
+
+
+class TestDamage:
+    def refused(self, heads: Path, layers: Path, model: str, named: Path, kind: type[Exception] = ProfileError) -> None:
+        with pytest.raises(kind) as caught:
+            import_published(heads, layers, model)
+        assert isinstance(caught.value, CompressKVError)
+        assert "\n" not in str(caught.value)
+        assert str(named) in str(caught.value)
+
+    @pytest.mark.parametrize("content", BAD_HEADS)
+    def test_malformed_heads(self, model_folder: Path, tmp_path: Path, content: str) -> None:
+        heads, layers = write_pair(tmp_path, heads=content)
+        num_layers = max(1, content.count('": ['))  # as many as the heads, so that nothing is wrong with the errors
+        layers.write_text(json.dumps({"avg_score": [1] * num_layers}), encoding="utf-8")
+        self.refused(heads, layers, str(model_folder), heads)
+
+    @pytest.mark.parametrize("content", BAD_LAYERS)
+    def test_malformed_layers(self, model_folder: Path, tmp_path: Path, content: str) -> None:
+        heads, layers = write_pair(tmp_path, errors=content)
+        self.refused(heads, layers, str(model_folder), layers)
+
+    @pytest.mark.parametrize("content", [b"\xff\xfe{", b"\0" * 20])
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_binary_files(self, model_folder: Path, tmp_path: Path, content: bytes, which: int) -> None:
+        pair = write_pair(tmp_path)
+        pair[which].write_bytes(content)
+        self.refused(*pair, str(model_folder), pair[which])
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_missing_files_and_folders(self, model_folder: Path, tmp_path: Path, which: int) -> None:
+        pair = write_pair(tmp_path)
+        pair[which].unlink()
+        self.refused(*pair, str(model_folder), pair[which])
+        pair[which].mkdir()
+        self.refused(*pair, str(model_folder), pair[which])
+
+    def test_a_model_without_a_config(self, tmp_path: Path) -> None:
+        (tmp_path / "nothing").mkdir()
+        self.refused(*write_pair(tmp_path), str(tmp_path / "nothing"), tmp_path / "nothing", ModelError)
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here: ../shared/data is absent")
+def test_a_published_ranking_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    name = PUBLISHED_MODELS[0]
+    heads, layers = PUBLISHED / f"{name}_head_idx.json", PUBLISHED / f"{name}_layer_score.jsonl"
+    plots.head_scores(import_published(heads, layers, name), tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").stat().st_size > 1000
