@@ -38,10 +38,15 @@ class GenerationStats:
     prefill_s: float
     time_to_first_token_s: float
     """Prefill, eviction, and choosing the first token."""
-    decode_tokens_per_s: float | None
-    """None where the answer has one token."""
+    decode_s: float
+    """From the first token to the last."""
     peak_memory_nbytes: int
     """Of the process on a CPU, of the allocator on a GPU."""
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """None where the answer has one token."""
+        return (self.generated_tokens - 1) / self.decode_s if self.generated_tokens > 1 else None
 
     @property
     def retained_fraction(self) -> float:
@@ -63,7 +68,11 @@ class Generation:
         return {
             "answer": self.answer,
             "token_ids": self.token_ids,
-            "stats": {**asdict(self.stats), "retained_fraction": self.stats.retained_fraction},
+            "stats": {
+                **asdict(self.stats),
+                "decode_tokens_per_s": self.stats.decode_tokens_per_s,
+                "retained_fraction": self.stats.retained_fraction,
+            },
         }
 
 
@@ -123,7 +132,7 @@ def ask(
         kv_nbytes=kv_nbytes,
         prefill_s=prefill_s,
         time_to_first_token_s=first_s,
-        decode_tokens_per_s=(len(token_ids) - 1) / decode_s if len(token_ids) > 1 else None,
+        decode_s=decode_s,
         peak_memory_nbytes=memory.peak_nbytes(model.device),
     )
     answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()

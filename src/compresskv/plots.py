@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {"semantic": "#c1272d", "traditional": "#0072b2", "random": "#8c8c8c"}
+_STYLES = {"semantic": "o-", "traditional": "s--", "random": "^:"}  # lines that coincide must both be seen
 
 
 def head_scores(profile: Profile, path: Path) -> None:
@@ -29,7 +30,7 @@ def head_scores(profile: Profile, path: Path) -> None:
     num_layers, num_heads = len(profile.layer_indices), profile.fingerprint.num_query_heads
     width = max(3.0, 0.16 * num_heads + 1.8)
     figure = _figure(width * len(tables), max(3.0, 0.16 * num_layers + 1.5))
-    figure.suptitle(profile.model_id, fontsize=11)
+    figure.suptitle(_name(profile), fontsize=11)
     for i, (title, rows) in enumerate(tables):
         axes = figure.add_subplot(1, len(tables), i + 1)
         image = axes.imshow(rows, aspect="auto", cmap="magma_r", interpolation="nearest", vmin=0)
@@ -63,7 +64,7 @@ def layer_budgets(profile: Profile, budget: int, path: Path) -> None:
     axes.set_ylabel("tokens retained per KV head")
     axes.tick_params(axis="x", labelsize=7)
     axes.margins(x=0.01)
-    axes.set_title(profile.model_id, fontsize=11, loc="left")
+    axes.set_title(_name(profile), fontsize=11, loc="left")
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)  # above, clear of the bars
     _save(figure, path)
 
@@ -82,13 +83,17 @@ def ablation(ablations: Sequence[Ablation], path: Path) -> None:
         if points:
             counts = [0, *(one.count for one in points)]
             accuracies = [base.accuracy, *(one.accuracy for one in points)]
-            axes.plot(counts, [100 * one for one in accuracies], marker="o", color=colour, label=f"{group} heads")
+            axes.plot(counts, [100 * one for one in accuracies], _STYLES[group], color=colour, label=f"{group} heads")
     axes.set_xlabel("heads masked")
     axes.set_ylabel("needles answered, %")
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     _save(figure, path)
+
+
+def _name(profile: Profile) -> str:
+    return profile.model_id.rstrip("/").rpartition("/")[2]  # of a folder, whose whole path would not fit
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -10,6 +10,9 @@ import compresskv
 import tiny
 from compresskv.budgets import Budget
 from compresskv.cache import compressible_layers
+from compresskv.method import LayerInputs
+from compresskv.methods.snapkv import SnapKV
+from compresskv.scoring import window_attention
 from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT = 96
@@ -103,6 +106,33 @@ def test_a_later_mask_may_hide_prompt_tokens(attn_implementation: str, method: s
     blocked = {layer.layer_idx: hidden | evicted.get(layer.layer_idx, hidden) for layer in cache.compressed_layers}
     expected = oracle_logits("llama", sequence, blocked)[:, NUM_PROMPT:]
     torch.testing.assert_close(later.logits, expected, atol=1e-4, rtol=0)
+
+
+# The queries, scaling, softcap and padding that a method is given: the wrong ones choose plausible but other tokens.
+@pytest.mark.parametrize("steps", [[NUM_PROMPT], [60, 33, 3]], ids=["at_once", "in_chunks"])
+@pytest.mark.parametrize("model", [f"{family} sdpa" for family in tiny.FAMILIES] + OTHER_MODELS)
+def test_methods_are_given_the_models_own_attention_of_the_window(model: str, steps: list[int]) -> None:
+    family, attn_implementation = model.split()
+    seen: dict[int, Tensor] = {}
+
+    class Recording(SnapKV):
+        def score(self, inputs: LayerInputs) -> Tensor:
+            seen[inputs.layer_idx] = window_attention(
+                inputs.query_window, inputs.keys, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
+            )
+            return super().score(inputs)
+
+    prompt, mask = tiny.left_padded([tiny.random_tokens(length, seed=length) for length in (NUM_PROMPT, 40)])
+    compressed = tiny.tiny_model(family, attn_implementation)
+    with compresskv.compressing(compressed, Recording(window_size=8), 24, prompt_tokens=NUM_PROMPT) as cache:
+        tiny.read(compressed, cache, prompt, steps, mask)
+    assert list(seen) == compressible_layers(compressed)
+    with torch.no_grad():
+        output = tiny.tiny_model(family, "eager")(
+            prompt, attention_mask=mask, position_ids=tiny.position_ids(mask), use_cache=False, output_attentions=True
+        )
+    for layer_idx, attention in seen.items():
+        torch.testing.assert_close(attention, output.attentions[layer_idx][:, :, -8:], atol=1e-5, rtol=0)
 
 
 def nothing_evicted(evicted: Evictions) -> Evictions:

@@ -642,3 +642,23 @@ class TestSettings:
         assert quick.num_rotations is not None
         changed = Settings.quick(lengths=(512,), depths=(30, 70))
         assert (changed.lengths, changed.depths, changed.num_rotations) == ((512,), (30, 70), quick.num_rotations)
+
+    @pytest.mark.parametrize(
+        ("context_length", "lengths"),
+        [
+            (None, (1024, 2048, 4096)),
+            (4096, (1024, 2048, 4096)),
+            (2048, (1024, 2048)),
+            (4095, (1024, 2048)),
+            (512, (512,)),
+        ],
+    )
+    def test_default_lengths_are_those_that_fit_the_model(
+        self, context_length: int | None, lengths: tuple[int, ...]
+    ) -> None:
+        fitted = Settings(depths=(5,)).fitted(context_length)
+        assert fitted == Settings(lengths=lengths, depths=(5,))
+
+    def test_a_context_too_short_for_any_length_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="--lengths 128"):
+            Settings().fitted(128)

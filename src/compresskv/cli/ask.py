@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, parse_settings
@@ -45,10 +46,11 @@ def ask(
     """
     context = read_document(document)
     names = list(dict.fromkeys([method, *(name.strip() for name in compare.split(",") if name.strip())]))
-    from compresskv import registry
     from compresskv.budgets import parse_budget
 
     parsed_budget = parse_budget(budget)
+    from compresskv import registry
+
     chosen = {
         name: registry.create(name, **(parse_settings(settings or []) if name == method else {})) for name in names
     }
@@ -153,21 +155,18 @@ def _cost(generation: "Generation") -> str:
 
 
 def _table(generations: "list[Generation]") -> Table:
-    table = Table("method", "answer", show_lines=True)
-    for title in ("retained", "KV MB", "first token s", "tokens/s", "total s"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for title in ("kept", "KV MB", "seconds"):
         table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("answer", ratio=1)
     for generation in generations:
         stats = generation.stats
         kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
-        speed = stats.decode_tokens_per_s
-        decode_s = 0.0 if speed is None else (stats.generated_tokens - 1) / speed
-        table.add_row(
-            stats.method,
-            generation.answer,
-            f"{kept:,.0f} ({stats.retained_fraction:.1%})",
-            megabytes(stats.kv_nbytes),
-            f"{stats.time_to_first_token_s:.1f}",
-            "-" if speed is None else f"{speed:.1f}",
-            f"{stats.time_to_first_token_s + decode_s:.1f}",
-        )
+        seconds = f"{stats.time_to_first_token_s + stats.decode_s:.1f}"
+        answer = " ".join(generation.answer.split())
+        table.add_row(stats.method, f"{kept:,.0f}", megabytes(stats.kv_nbytes), seconds, answer, end_section=True)
+    first = generations[0].stats
+    table.caption = f"{first.prompt_tokens:,} prompt tokens; kept: mean tokens per KV head and layer"
+    table.caption_justify = "left"
     return table

@@ -28,13 +28,15 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     """`["window_size=32"]` as method options; numbers become numbers.
 
     Raises:
-        ConfigError: no NAME=VALUE.
+        ConfigError: no NAME=VALUE, or a value that is no number.
     """
     options: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not (name and equals and text):
             raise ConfigError(f"--set {setting!r} is not NAME=VALUE, such as window_size=32")
+        if name == "profile":
+            raise ConfigError(f"--set {setting!r}: a profile is given with --profile FILE")
         options[name.replace("-", "_")] = _number(text)
     return options
 

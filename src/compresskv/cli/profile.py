@@ -62,7 +62,9 @@ def find(
     model: ModelArgument,
     haystack: HaystackOption = None,
     needles: NeedlesOption = None,
-    lengths: Annotated[str | None, typer.Option(help="Prompt lengths in tokens, such as 1024,4096.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens. Default: those of 1024,2048,4096 that fit the model.")
+    ] = None,
     depths: Annotated[str | None, typer.Option(help="Needle depths in percent, such as 10,50,90.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A first, rougher result in minutes.")] = False,
@@ -86,6 +88,7 @@ def find(
     from compresskv.profiles.find import find_profile
     from compresskv.profiles.fingerprint import fingerprint
     from compresskv.profiles.measure import NothingRetrievedError
+    from compresskv.prompts import context_length
 
     if output is not None:
         store.check_writable(output)
@@ -93,6 +96,8 @@ def find(
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         path = output or store.default_path(fingerprint(loaded))
         store.check_writable(path)
+        if lengths is None:
+            settings = settings.fitted(context_length(loaded))
         try:
             outcome = find_profile(loaded, tokenizer, model, store.user_folder() / "runs", settings, bar)
         except NothingRetrievedError as error:
@@ -125,7 +130,8 @@ def show(
         out.print_json(json.dumps({**loaded.to_dict(), "layer_budgets": budgets}))
     else:
         _print_heads(loaded)
-        out.print(_layer_table(loaded, tokens, budget), soft_wrap=False)
+        out.print(f"\nlayer budgets at a mean of {budget} tokens")
+        out.print(_layer_table(loaded, tokens), soft_wrap=False)
     if plot is not None:
         from compresskv import plots
 
@@ -212,14 +218,15 @@ def _find_file(name: str) -> "Profile":
 def _print_heads(profile: "Profile") -> None:
     scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
     runs = f"mean of {profile.num_runs} runs" if profile.num_runs else "imported ranks"
-    table = Table("rank", "layer", "head", "semantic score", title=f"{profile.model_id}: best heads ({runs})")
+    out.print(f"{profile.model_id}: best heads ({runs})")
+    table = Table("rank", "layer", "head", "semantic score")
     for rank, (layer, head) in enumerate(profile.ranked_heads(profile.semantic_scores)[:20], start=1):
         table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")
     out.print(table, soft_wrap=False)
 
 
-def _layer_table(profile: "Profile", tokens: list[int], budget: int) -> Table:
-    table = Table("layer", "best 4 heads", "error", "tokens", title=f"layer budgets at a mean of {budget}")
+def _layer_table(profile: "Profile", tokens: list[int]) -> Table:
+    table = Table("layer", "best 4 heads", "error", "tokens")
     for layer, error, count in zip(profile.layer_indices, profile.layer_errors, tokens, strict=True):
         heads = ", ".join(map(str, profile.top_heads(layer, 4)))
         table.add_row(str(layer), heads, f"{error:.4f}", str(count))

@@ -43,6 +43,7 @@ def find_profile(
 
     Args:
         log_folder: keeps each finished run, so that a killed calibration goes on where it stopped.
+        settings: None: the default ones, without the lengths above the model's context.
         on_progress: called with (what is being done, the fraction done).
     Raises:
         ConfigError: lengths above the model's context.
@@ -51,7 +52,7 @@ def find_profile(
     Source: CompressKV (arXiv 2508.02401), sections 3.1 and 3.3. Differs: needles share documents, and the text is
     neither LongBench's nor any other benchmark's.
     """
-    chosen = settings or Settings()
+    chosen = settings or Settings().fitted(context_length(model))
     _check_model(model, chosen)
     profiler = Measurement(model, tokenizer, log_folder, chosen, on_progress or _silent)
     with routing(model):

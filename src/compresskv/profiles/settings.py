@@ -1,7 +1,7 @@
 """What a calibration reads and how long it may answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compresskv.errors import ConfigError
@@ -43,6 +43,12 @@ class Settings:
     def quick(cls, **changes: Any) -> "Settings":
         """A first result in minutes: one short length, three depths, six documents."""
         return cls(**{"lengths": (1024,), "depths": (10, 50, 90), "num_rotations": 6, "error_documents": 1, **changes})
+
+    def fitted(self, context_length: int | None) -> "Settings":
+        """The same without the lengths above a model's context; with the context's own where none is left."""
+        if context_length is None or max(self.lengths) <= context_length:
+            return self
+        return replace(self, lengths=tuple(n for n in self.lengths if n <= context_length) or (context_length,))
 
 
 def _listed(numbers: Sequence[float]) -> str:

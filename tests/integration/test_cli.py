@@ -1,0 +1,506 @@
+"""The command line as its users meet it: exit codes, what goes to which stream, one line for what is wrong.
+
+New processes are started where that is what is tested. Importing torch takes each of them seconds, so the many inputs
+that only differ in their message run the same entry point in this process.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+import compresskv
+import planted
+from compresskv import registry
+from compresskv.cli import main
+from compresskv.profiles.fingerprint import fingerprint
+from compresskv.profiles.profile import Profile
+from compresskv.profiles.store import default_path, write_profile
+
+QUESTION = "What of amber?"
+ANSWER = "amber1 amber2 amber3 amber4 amber5 amber6"
+METHODS = list(registry.methods())
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its profile in the user's cache, and documents."""
+    folder = tmp_path_factory.mktemp("place")
+    planted.save(folder / "model")
+    sentences = planted.haystack_sentences(60)
+    sentences.insert(30, planted.needle("amber"))
+    (folder / "doc.txt").write_text(" ".join(sentences), encoding="utf-8")
+    (folder / "long.txt").write_text(
+        " ".join([*planted.haystack_sentences(), planted.needle("amber")]), encoding="utf-8"
+    )
+    (folder / "empty.txt").write_text("", encoding="utf-8")
+    (folder / "binary.pdf").write_bytes(b"%PDF-1.7\n\0\x01\x02")
+    (folder / "latin.txt").write_bytes("na\xefve".encode("latin-1"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESSKV_CACHE", str(folder / "cache"))
+        write_profile(planted_profile(), default_path(planted_profile().fingerprint))
+    return folder
+
+
+def planted_profile() -> Profile:
+    scores = [[0.0] * planted.NUM_HEADS for _ in range(planted.NUM_LAYERS)]
+    for rank, (layer, head) in enumerate([planted.WIDE, *planted.COPYING]):
+        scores[layer][head] = 6.0 - rank
+    return Profile(
+        model_id="planted",
+        fingerprint=fingerprint(planted.model()),
+        layer_indices=(0, 1, 2),
+        semantic_scores=tuple(map(tuple, scores)),
+        traditional_scores=None,
+        num_runs=1,
+        layer_errors_by_set={},
+        layer_errors=(0.2, 0.4, 0.4),
+    )
+
+
+@pytest.fixture
+def call(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run a command in this process, in the folder of documents."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(place / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*args: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["compresskv", *args])
+        capfd.readouterr()  # transformers tells of what a test saved
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return Result(code or 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def start(place: Path) -> Callable[..., Result]:
+    """Run a command in a process of its own."""
+
+    def run(*args: str, **options: Any) -> Result:
+        command = [sys.executable, "-m", "compresskv", *args]
+        options = {"cwd": place, "env": environment(place), "stdin": subprocess.DEVNULL, **options}
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False, **options)
+        return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+def environment(place: Path) -> dict[str, str]:
+    return os.environ | {"COMPRESSKV_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    """Exit code 2, nothing on standard output, and one line that says what is wrong."""
+    assert result.code == 2
+    assert result.out == ""
+    assert re.fullmatch(r"compresskv: [^\n]+\n", result.err), result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err
+
+
+ASK = ["ask", "doc.txt", QUESTION, "--model", "model"]
+
+
+class TestHelp:
+    HEAVY = ("torch", "transformers", "numpy", "matplotlib", "safetensors")
+
+    def imported(self, *args: str) -> tuple[str, list[str]]:
+        """Standard output, and which heavy packages the command imported."""
+        code = f"""
+import sys
+from compresskv.cli import main
+sys.argv = ["compresskv", *{list(args)!r}]
+try:
+    main()
+except SystemExit as ended:
+    assert ended.code in (0, 2), ended.code
+print(*sorted(set({self.HEAVY!r}) & set(sys.modules)), file=sys.stderr)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout, done.stderr.split()
+
+    def test_a_new_process_shows_help_with_examples(self, start: Callable[..., Result]) -> None:
+        result = start("--help")
+        assert (result.code, result.err) == (0, "")
+        for word in ("ask", "methods", "models", "profile", "--version", "Examples:"):
+            assert word in result.out
+
+    def test_version(self, start: Callable[..., Result]) -> None:
+        assert start("--version") == (0, f"compresskv {compresskv.__version__}\n", "")
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ["--help"],
+            ["--version"],
+            ["ask", "-h"],
+            ["profile", "--help"],
+            ["profile", "find", "--help"],
+            ["methods", "-h"],
+        ],
+        ids=" ".join,
+    )
+    def test_is_quick_since_nothing_heavy_is_imported(self, args: list[str]) -> None:
+        out, heavy = self.imported(*args)
+        assert out
+        assert heavy == []
+
+    def test_no_command_is_help(self, call: Callable[..., Result]) -> None:
+        result = call()
+        assert "Usage:" in result.out + result.err
+        assert "ask" in result.out + result.err
+
+
+class TestCatalogue:
+    def test_methods(self, call: Callable[..., Result]) -> None:
+        result = call("methods")
+        assert (result.code, result.err) == (0, "")
+        assert all(name in result.out for name in METHODS)
+
+    def test_methods_as_json(self, start: Callable[..., Result]) -> None:
+        result = start("methods", "--json")
+        assert (result.code, result.err) == (0, "")
+        rows = json.loads(result.out)
+        assert [row["name"] for row in rows] == METHODS
+        for row in rows:
+            assert set(row) == {"name", "summary", "source", "needs_profile", "options"}
+            assert row["needs_profile"] == registry.methods()[row["name"]].needs_profile
+            registry.create(row["name"], **row["options"])
+
+    def test_models(self, call: Callable[..., Result]) -> None:
+        result = call("models")
+        assert (result.code, result.err) == (0, "")
+        assert "smollm2-135m" in result.out
+        assert ".gguf" in result.out
+
+    def test_models_as_json(self, call: Callable[..., Result]) -> None:
+        (row,) = json.loads(call("models", "--json").out)
+        assert (row["name"], row["context_length"], row["downloaded"]) == ("smollm2-135m", 8192, False)
+
+
+class TestAsk:
+    def test_the_answer_goes_to_standard_output_and_what_it_cost_to_standard_error(
+        self, start: Callable[..., Result]
+    ) -> None:
+        """With all defaults but the model: the user's own profile is found."""
+        result = start(*ASK)
+        assert (result.code, result.out) == (0, f"{ANSWER}\n")
+        assert re.fullmatch(
+            r"\[compresskv: \d+ prompt tokens, 256 kept per layer \(.*%\); KV cache .* MB; first token .*\]\n",
+            result.err,
+        )
+
+    def test_a_document_from_standard_input(self, place: Path, start: Callable[..., Result]) -> None:
+        with (place / "doc.txt").open("rb") as file:
+            result = start("ask", "-", QUESTION, "--model", "model", "--method", "full", "--json", stdin=file)
+        assert (result.code, result.err) == (0, "")
+        assert json.loads(result.out)["answer"] == ANSWER
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_json_and_nothing_else(self, call: Callable[..., Result], method: str) -> None:
+        result = call(*ASK, "--method", method, "--budget", "100", "--max-new-tokens", "5", "--json")
+        assert (result.code, result.err) == (0, "")
+        data = json.loads(result.out)
+        assert set(data) == {"model", "answer", "token_ids", "stats"}
+        assert data["model"] == "model"
+        stats = data["stats"]
+        assert set(stats) == {
+            "method",
+            "budget",
+            "prompt_tokens",
+            "truncated_tokens",
+            "generated_tokens",
+            "retained_per_layer",
+            "retained_fraction",
+            "kv_nbytes_full",
+            "kv_nbytes",
+            "prefill_s",
+            "time_to_first_token_s",
+            "decode_s",
+            "decode_tokens_per_s",
+            "peak_memory_nbytes",
+        }
+        num_tokens, retained = stats["prompt_tokens"], stats["retained_per_layer"]
+        assert (stats["method"], stats["budget"], stats["truncated_tokens"]) == (method, 100, 0)
+        assert sum(retained) == 3 * (num_tokens if method == "full" else 100)
+        assert stats["retained_fraction"] == pytest.approx(sum(retained) / (3 * num_tokens))
+        nbytes = 2 * planted.NUM_KV_HEADS * 64 * 4  # of one token in one layer: keys and values, float32
+        assert stats["kv_nbytes_full"] == 3 * num_tokens * nbytes
+        assert stats["kv_nbytes"] == sum(retained) * nbytes
+        assert stats["generated_tokens"] == len(data["token_ids"]) <= 5
+        assert 0 < stats["prefill_s"] <= stats["time_to_first_token_s"]
+        assert stats["peak_memory_nbytes"] > 10_000_000
+
+    def test_a_comparison_has_one_row_for_each_method_the_first_included(self, call: Callable[..., Result]) -> None:
+        result = call(*ASK, "--method", "full", "--compare", "snapkv, streaming_llm,full,compresskv", "--budget", "15%")
+        assert (result.code, result.err) == (0, "")
+        assert table_rows(result.out) == ["full", "snapkv", "streaming_llm", "compresskv"]
+        assert max(map(len, result.out.splitlines())) <= 80
+
+    def test_a_comparison_as_json_is_a_list(self, call: Callable[..., Result]) -> None:
+        rows = json.loads(call(*ASK, "--method", "full", "--compare", "snapkv", "--json").out)
+        assert [row["stats"]["method"] for row in rows] == ["full", "snapkv"]
+        assert rows[0]["answer"] == ANSWER
+
+    def test_a_comparison_with_itself_is_a_table_of_one(self, call: Callable[..., Result]) -> None:
+        result = call(*ASK, "--method", "full", "--compare", "full")
+        assert table_rows(result.out) == ["full"]
+        assert not result.out.startswith(ANSWER)  # it is not printed as it comes, too
+
+    @pytest.mark.parametrize(("budget", "kept"), [("64", 64), ("1", 1), ("100%", None), ("1.0", None), ("99999", None)])
+    def test_budgets(self, call: Callable[..., Result], budget: str, kept: int | None) -> None:
+        """One at or below the window keeps the most recent tokens; a whole prompt is kept whole."""
+        result = call(*ASK, "--method", "snapkv", "--budget", budget, "--json")
+        stats = json.loads(result.out)["stats"]
+        assert stats["retained_per_layer"] == [kept or stats["prompt_tokens"]] * 3
+
+    def test_options_of_the_method(self, call: Callable[..., Result]) -> None:
+        result = call(*ASK, "--method", "snapkv", "--set", "window_size=16", "--set", "kernel-size=1")
+        assert result.code == 0
+
+    def test_truncation_cuts_the_middle_and_says_so(self, call: Callable[..., Result]) -> None:
+        long = ["ask", "long.txt", QUESTION, "--model", "model", "--method", "full", "--truncate", "middle"]
+        result = call(*long)
+        assert (result.code, result.out) == (0, f"{ANSWER}\n")
+        assert "cut from the middle" in result.err
+        stats = json.loads(call(*long, "--json").out)["stats"]
+        assert stats["truncated_tokens"] > 1000
+        assert stats["prompt_tokens"] <= planted.CONTEXT_LENGTH - 128
+
+    def test_a_profile_by_its_file(self, call: Callable[..., Result], place: Path, tmp_path: Path) -> None:
+        write_profile(planted_profile(), tmp_path / "mine.json")
+        result = call(*ASK, "--profile", str(tmp_path / "mine.json"))
+        assert (result.code, result.out) == (0, f"{ANSWER}\n")
+
+
+def table_rows(output: str) -> list[str]:
+    """The methods that a line of numbers begins with."""
+    return [name for name in re.findall(r"^\W*(\w+)\W+[\d,]+\W", output, re.MULTILINE) if name in METHODS]
+
+
+class TestBadInput:
+    """Each is refused in one line. Those that need no model are refused before torch is imported."""
+
+    @pytest.mark.parametrize(
+        ("document", "words"),
+        [
+            ("missing.txt", ["'missing.txt'", "No such file"]),
+            (".", ["'.'", "Is a directory"]),
+            ("empty.txt", ["'empty.txt'", "is empty"]),
+            ("binary.pdf", ["'binary.pdf'", "is binary"]),
+            ("latin.txt", ["'latin.txt'", "not UTF-8"]),
+            ("-", ["standard input", "is empty"]),
+        ],
+    )
+    def test_documents_in_new_processes(self, start: Callable[..., Result], document: str, words: list[str]) -> None:
+        assert_refused(start("ask", document, QUESTION, "--model", "model"), *words)
+
+    @pytest.mark.parametrize("budget", ["0", "-5", "1.5", "abc", "", "0%", "101%", "nan", "0.0"])
+    def test_budgets_in_new_processes(self, start: Callable[..., Result], budget: str) -> None:
+        assert_refused(start(*ASK, f"--budget={budget}"), "budget")
+
+    def test_a_closed_standard_input(self, start: Callable[..., Result]) -> None:
+        assert_refused(
+            start("ask", "-", QUESTION, stdin=None, preexec_fn=lambda: os.close(0)), "standard input is closed"
+        )
+
+    def test_bytes_that_are_no_text_as_a_question(self, start: Callable[..., Result]) -> None:
+        assert_refused(start("ask", "doc.txt", b"\xff\xfe", "--model", "model", "--method", "full"), "not valid text")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (["--method", "snapvk"], ["'snapvk'", "did you mean 'snapkv'"]),
+            (["--method", "banana"], ["'banana'", "choose from"]),
+            (["--method", ""], ["unknown method ''"]),
+            (["--compare", "snapkv,strem"], ["'strem'"]),
+            (["--method", "snapkv", "--set", "windowsize=8"], ["'windowsize'", "did you mean 'window_size'"]),
+            (["--method", "snapkv", "--set", "window_size=0"], ["window_size=0"]),
+            (["--method", "snapkv", "--set", "window_size=1.5"], ["window_size=1.5"]),
+            (["--method", "snapkv", "--set", "kernel_size=4"], ["kernel_size=4"]),
+            (["--set", "profile=3"], ["profile"]),
+            (["--method", "full", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
+            (["--method", "full", "--max-new-tokens", "2048"], ["max_new_tokens=2048", "2048 tokens"]),
+            (["--method", "full", "--truncate", "end"], ["truncate='end'", "middle"]),
+            (["--method", "full", "--dtype", "int8"], ["--dtype int8"]),
+            (["--method", "full", "--device", "cuda:99"], ["--device cuda:99"]),
+            (["--profile", "missing.json"], ["'missing.json'", "no such file"]),
+            (["--profile", "doc.txt"], ["'doc.txt'", "is not JSON"]),
+            (["--profile", "."], ["profile '.'"]),
+        ],
+        ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+    )
+    def test_options(self, call: Callable[..., Result], args: list[str], words: list[str]) -> None:
+        assert_refused(call(*ASK, *args), *words)
+
+    @pytest.mark.parametrize("question", ["", "  \n"])
+    def test_an_empty_question(self, call: Callable[..., Result], question: str) -> None:
+        assert_refused(call("ask", "doc.txt", question, "--model", "model", "--method", "full"), "question is empty")
+
+    def test_a_prompt_above_the_context_is_refused_with_both_numbers(self, call: Callable[..., Result]) -> None:
+        result = call("ask", "long.txt", QUESTION, "--model", "model", "--method", "full")
+        assert_refused(result, str(planted.CONTEXT_LENGTH - 128), "--truncate middle")
+        (needed,) = re.findall(r"prompt has (\d+) tokens", result.err)
+        assert int(needed) > planted.CONTEXT_LENGTH
+
+    def test_a_question_longer_than_the_context(self, call: Callable[..., Result]) -> None:
+        question = "What of amber? " * 700
+        result = call("ask", "doc.txt", question, "--model", "model", "--method", "full", "--truncate", "middle")
+        assert_refused(result, "the question alone")
+
+    def test_a_profile_of_another_model_with_both_fingerprints(
+        self, call: Callable[..., Result], place: Path, tmp_path: Path
+    ) -> None:
+        other, _ = planted.build(noise=0.01)
+        foreign = planted_profile().to_dict()
+        foreign["model"] = {"id": "other", "fingerprint": fingerprint(other).to_dict()}
+        (tmp_path / "other.json").write_text(json.dumps(foreign), encoding="utf-8")
+        result = call(*ASK, "--profile", str(tmp_path / "other.json"))
+        assert_refused(result, str(fingerprint(other)), str(fingerprint(planted.model())))
+
+    def test_a_model_without_a_profile_is_told_how_to_get_one(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
+        assert_refused(call(*ASK), "no profile of this model", "compresskv profile model")
+
+    def test_a_damaged_profile_of_the_model_is_named(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
+        path = default_path(fingerprint(planted.model()))
+        path.parent.mkdir(parents=True)
+        path.write_text("{}", encoding="utf-8")
+        assert_refused(call(*ASK), path.name, "delete it")
+
+
+class TestBadModels:
+    def ask(self, call: Callable[..., Result], model: str | Path) -> Result:
+        return call("ask", "doc.txt", QUESTION, "--model", str(model), "--method", "full")
+
+    @pytest.mark.parametrize("model", ["./nowhere", "/no/such/folder", "nowhere.gguf", "smollm2-135", "", "doc.txt"])
+    def test_unknown_ones(self, call: Callable[..., Result], model: str) -> None:
+        assert_refused(self.ask(call, model), "--model", model)
+
+    def test_a_name_on_two_lines_is_told_on_one(self, call: Callable[..., Result]) -> None:
+        assert_refused(self.ask(call, "./no\nsuch"), "--model ./no such")
+
+    @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 100, b"text " * 100])
+    def test_damaged_gguf_files(self, call: Callable[..., Result], tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "damaged.gguf").write_bytes(content)
+        assert_refused(self.ask(call, tmp_path / "damaged.gguf"), "damaged.gguf")
+
+    def test_an_empty_folder(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        assert_refused(self.ask(call, tmp_path), "no config.json")
+
+    @pytest.mark.parametrize("damage", ["cut", "missing"])
+    def test_damaged_weights(self, call: Callable[..., Result], tmp_path: Path, damage: str) -> None:
+        weights = planted.save(tmp_path / "model") / "model.safetensors"
+        if damage == "cut":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        else:
+            weights.unlink()
+        assert_refused(self.ask(call, tmp_path / "model"), "--model")
+
+    def test_a_model_with_another_architecture(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        config = T5Config(vocab_size=120, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+        planted.tokenizer().save_pretrained(tmp_path / "t5")
+        assert_refused(self.ask(call, tmp_path / "t5"), "encoder-decoder")
+
+    def test_a_model_without_full_attention(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        config = AutoConfig.for_model("mamba", vocab_size=120, hidden_size=16, state_size=4, num_hidden_layers=1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+        planted.tokenizer().save_pretrained(tmp_path / "mamba")
+        result = call("ask", "doc.txt", QUESTION, "--model", str(tmp_path / "mamba"), "--method", "snapkv")
+        assert_refused(result, "Mamba")
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes a long document, and such a document: seconds a layer."""
+    folder = tmp_path_factory.mktemp("slow")
+    config = json.loads((planted.save(folder / "model") / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 1_000_000
+    (folder / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "doc.txt").write_text(" ".join(planted.haystack_sentences(1200)), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals and SIGINT are POSIX")
+class TestInterrupt:
+    def test_ctrl_c_while_the_document_is_read(self, slow: Path) -> None:
+        """Standard error is a terminal, so that the progress bar shows when reading has begun."""
+        import pty
+
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "compresskv", "ask", "doc.txt", QUESTION, "-m", "model", "--method", "snapkv"]
+        with subprocess.Popen(
+            command, cwd=slow, env=environment(slow), stdout=subprocess.PIPE, stderr=theirs
+        ) as process:
+            os.close(theirs)
+            seen = b""
+            while b"reading" not in seen:
+                seen += os.read(ours, 4096)
+            process.send_signal(signal.SIGINT)
+            rest = drained(ours)
+            out, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert out == b""
+        assert b"Traceback" not in seen + rest
+        *_, last = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", rest).replace(b"\r", b"\n").split()
+        assert last == b"interrupted"
+        assert b"compresskv: interrupted" in rest
+
+
+def drained(terminal: int) -> bytes:
+    """All that comes until the other end is closed."""
+    data = b""
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # how Linux says that nobody has the other end any more
+            piece = b""
+        if not piece:
+            os.close(terminal)
+            return data
+        data += piece
+
+
+@pytest.mark.slow
+def test_the_embedded_model_answers_from_the_command_line(tmp_path: Path) -> None:
+    """The machine's own cache: the first run on it fetches the model."""
+    text = "The harbour master of Ostrand is a patient woman named Ingrid Vahl. " * 3 + "Ships come and go. " * 60
+    (tmp_path / "doc.txt").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "compresskv", "ask", "doc.txt", "Who is the harbour master of Ostrand?"]
+    command += ["--method", "snapkv", "--budget", "50%", "--max-new-tokens", "24", "--json"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    data = json.loads(done.stdout)
+    assert "Ingrid" in data["answer"]
+    assert len(data["stats"]["retained_per_layer"]) == 30
+    assert data["stats"]["kv_nbytes"] < 0.6 * data["stats"]["kv_nbytes_full"]

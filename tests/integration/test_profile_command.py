@@ -1,0 +1,395 @@
+"""`compresskv profile` and its subcommands: on a planted model, killed and started again, and on the embedded one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import planted
+import tiny
+from compresskv import models
+from compresskv.cli import main
+from compresskv.embedded import ensure_embedded
+from compresskv.profiles import store
+from compresskv.profiles.fingerprint import fingerprint
+from compresskv.profiles.profile import Profile, read_profile
+
+QUESTION = "What of amber?"
+ANSWER = "amber1 amber2 amber3 amber4 amber5 amber6"
+SMALL = ["--lengths", "256", "--depths", "20,70"]
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the 'plot' extra is not installed")
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, needles and text that it knows."""
+    folder = tmp_path_factory.mktemp("place")
+    planted.save(folder / "model")
+    planted.write_needles(folder / "needles.json")
+    planted.write_haystack(folder / "haystack.txt")
+    (folder / "doc.txt").write_text(" ".join(planted.haystack_sentences(40)) + f" {planted.needle('amber')}")
+    return folder
+
+
+@pytest.fixture
+def call(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Run a command in this process, in the folder of the model, with a cache of the test's own."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "_SHIPPED", tmp_path / "none")
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*args: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["compresskv", *args])
+        capfd.readouterr()  # transformers tells of what a test saved
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return Result(code or 0, *capfd.readouterr())
+
+    return run
+
+
+def find(*args: str) -> list[str]:
+    return ["profile", "model", "--needles", "needles.json", "--haystack", "haystack.txt", *args]
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    """Exit code 2, nothing on standard output, and one line that says what is wrong."""
+    assert result.code == 2
+    assert result.out == ""
+    assert re.fullmatch(r"compresskv: [^\n]+\n", result.err), result.err
+    for word in words:
+        assert word in result.err
+
+
+class TestFind:
+    def test_a_profile_is_written_told_of_and_used(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        result = call(*find(*SMALL))
+        assert (result.code, result.err) == (0, "")
+        path = Path(result.out.splitlines()[0])
+        assert path.parent == tmp_path / "cache" / "profiles"
+        assert "12 runs counted, 0 failed" in result.out
+        assert re.search(r"1 +│ 2 +│ 0 +│ 5\.", result.out)  # rank, layer, head, score
+        profile = read_profile(path)
+        assert profile.model_id == "model"
+        assert set(profile.ranked_heads(profile.semantic_scores)[:3]) == planted.PLANTED
+
+        answer = call("ask", "doc.txt", QUESTION, "--model", "model", "--budget", "128")
+        assert (answer.code, answer.out) == (0, f"{ANSWER}\n")
+
+    def test_quick_into_a_file_as_json(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        path = tmp_path / "new" / "profile.json"
+        result = call(*find("--quick", *SMALL, "--output", str(path), "--json"))
+        assert (result.code, result.err) == (0, "")
+        data = json.loads(result.out)
+        assert data.pop("file") == str(path)
+        assert data == json.loads(path.read_text(encoding="utf-8"))
+        assert data["provenance"]["settings"]["num_rotations"] == 6
+        assert not list((tmp_path / "cache" / "profiles").glob("*.json"))
+
+    def test_default_lengths_are_those_that_fit_the_model(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        path = tmp_path / "profile.json"
+        assert call(*find("--depths", "50", "-o", str(path))).code == 0
+        assert read_profile(path).provenance["settings"]["lengths"] == [1024, 2048]
+
+    def test_the_default_haystack_is_long_enough_for_the_models_whole_context(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        """The planted model knows few of its words; its needles it finds all the same."""
+        args = ["profile", "model", "--needles", "needles.json", "--quick", "--lengths", "2048", "--depths", "50"]
+        result = call(*args, "-o", str(tmp_path / "profile.json"))
+        assert (result.code, result.err) == (0, "")
+        assert "6 runs counted, 0 failed" in result.out
+
+
+class TestShowImportVerify:
+    @pytest.fixture
+    def file(self, call: Callable[..., Result], tmp_path: Path) -> Path:
+        path = tmp_path / "profile.json"
+        assert call(*find("--quick", *SMALL, "-o", str(path))).code == 0
+        return path
+
+    def test_show_prints_heads_and_budgets_that_add_up(self, call: Callable[..., Result], file: Path) -> None:
+        result = call("profile", "show", str(file), "--budget", "100")
+        assert (result.code, result.err) == (0, "")
+        assert "model: best heads (mean of 12 runs)" in result.out
+        layers = re.findall(r"│ (\d) +│ [\d, ]+│ 0\.\d{4} │ (\d+) +│", result.out)
+        assert [layer for layer, _ in layers] == ["0", "1", "2"]
+        assert sum(int(tokens) for _, tokens in layers) == 300
+
+    def test_show_as_json(self, call: Callable[..., Result], file: Path) -> None:
+        data = json.loads(call("profile", "show", str(file), "--budget", "100", "--json").out)
+        assert sum(data.pop("layer_budgets").values()) == 300
+        assert Profile.from_dict(data) == read_profile(file)
+
+    def test_show_by_the_models_name(self, call: Callable[..., Result]) -> None:
+        assert_refused(call("profile", "show", "model"), "'model'", "neither a profile file nor a model")
+        call(*find("--quick", *SMALL))
+        assert "best heads" in call("profile", "show", "model").out
+
+    @needs_matplotlib
+    def test_show_draws_two_figures(self, call: Callable[..., Result], file: Path, tmp_path: Path) -> None:
+        result = call("profile", "show", str(file), "--plot", str(tmp_path / "figures"))
+        assert result.code == 0
+        for name in ("head_scores.png", "layer_budgets.png"):
+            assert (tmp_path / "figures" / name).stat().st_size > 1000
+            assert name in result.err
+
+    @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "compresskv-profile", "version": 99}'])
+    def test_show_refuses_what_is_no_profile(self, call: Callable[..., Result], tmp_path: Path, content: str) -> None:
+        (tmp_path / "bad.json").write_text(content, encoding="utf-8")
+        assert_refused(call("profile", "show", str(tmp_path / "bad.json")), "bad.json")
+
+    def test_import_serves_the_model_of_that_name(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        heads, layers = tmp_path / "heads.json", tmp_path / "layers.jsonl"
+        heads.write_text(json.dumps({"0": [0, 1, 2, 3], "1": [2, 0, 1, 3], "2": [0, 1, 2, 3]}), encoding="utf-8")
+        layers.write_text(json.dumps({"one": [0.2, 0.4, 0.4], "avg_score": [0.2, 0.4, 0.4]}), encoding="utf-8")
+        args = ["profile", "import", "--heads", str(heads), "--layers", str(layers), "--model"]
+
+        imported = call(*args, "model")
+        assert (imported.code, imported.err) == (0, "")
+        assert read_profile(imported.out.strip()).top_heads(1, 2) == [2, 0]
+        assert call("ask", "doc.txt", QUESTION, "--model", "model", "--budget", "128").out == f"{ANSWER}\n"
+
+        assert_refused(call(*args, str(tmp_path)), "cannot read its shape")
+        heads.write_text('{"0": [0, 1, 2, 3]}', encoding="utf-8")
+        assert_refused(call(*args, "model"), "layers.jsonl")
+
+    def verify(self, *args: str) -> list[str]:
+        given = ["--needles", "needles.json", "--haystack", "haystack.txt", "--length", "256", "--documents", "1"]
+        return ["profile", "verify", "model", *args, *given]
+
+    def test_verify_as_json(self, call: Callable[..., Result], file: Path) -> None:
+        result = call(*self.verify(str(file), "--counts", "2,3", "--json"))
+        assert (result.code, result.err) == (0, "")
+        rows = {(row["masked"], row["heads"]): row["accuracy"] for row in json.loads(result.out)}
+        assert rows["none", 0] == 1
+        assert rows["semantic", 2] == 1
+        assert rows["semantic", 3] == rows["traditional", 2] == 0
+
+    @needs_matplotlib
+    def test_verify_prints_a_table_and_draws_it(self, call: Callable[..., Result], file: Path, tmp_path: Path) -> None:
+        result = call(*self.verify(str(file), "--counts", "3", "--plot", str(tmp_path)))
+        assert result.code == 0
+        assert re.search(r"none +│ 0 +│ 4 of 4 +│ 100%", result.out)
+        assert re.search(r"semantic +│ 3 +│ 0 of 4 +│ 0%", result.out)
+        assert (tmp_path / "verify.png").stat().st_size > 1000
+
+    def test_verify_without_a_profile_is_refused(self, call: Callable[..., Result]) -> None:
+        assert_refused(call(*self.verify()), "no profile of this model")
+
+    @pytest.mark.parametrize("counts", ["0", "-5", "13", "five"])
+    def test_verify_refuses_counts_that_cannot_be(self, call: Callable[..., Result], file: Path, counts: str) -> None:
+        assert_refused(call(*self.verify(str(file), f"--counts={counts}")), "--counts")
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (["--lengths", "long"], ["--lengths 'long'"]),
+            (["--lengths", "256;512"], ["--lengths '256;512'"]),
+            (["--lengths", ""], ["--lengths"]),
+            (["--lengths", "100"], ["--lengths 100", "256"]),
+            (["--lengths", "512,512"], ["--lengths 512,512", "twice"]),
+            (["--depths", "middle"], ["--depths 'middle'"]),
+            (["--depths", "50,101"], ["--depths 50.0,101.0"]),
+            (["--depths", "nan"], ["--depths nan"]),
+            (["--depths=-1"], ["--depths -1"]),
+            (["--lengths", "2049"], ["--lengths 2049", "2048"]),
+            (["--needles", "missing.json"], ["--needles 'missing.json'", "No such file"]),
+            (["--needles", "doc.txt"], ["--needles 'doc.txt'"]),
+            (["--haystack", "missing.txt"], ["--haystack 'missing.txt'", "No such file"]),
+            (["--haystack", "needles.json", "--lengths", "2048"], ["the haystack has", "2048"]),
+            (["--haystack", "model/generation_config.json", "--lengths", "256"], ["the haystack has", "256"]),
+            (["--haystack", ".cache"], ["--haystack '.cache'", "No such file"]),
+            (["--haystack", "model"], ["--haystack model holds no text"]),
+        ],
+        ids=lambda value: " ".join(value)[:40],
+    )
+    def test_options(self, call: Callable[..., Result], args: list[str], words: list[str]) -> None:
+        assert_refused(call("profile", "model", *args), *words)
+
+    @pytest.mark.parametrize("output", ["{}", "{}/doc.txt/profile.json"])
+    def test_an_unwritable_output_is_found_before_the_model_is_loaded(
+        self, call: Callable[..., Result], place: Path, monkeypatch: pytest.MonkeyPatch, output: str
+    ) -> None:
+        def load(*_: object, **__: object) -> None:
+            raise AssertionError("the model is loaded already")
+
+        monkeypatch.setattr(models, "load", load)
+        assert_refused(call(*find(*SMALL, "--output", output.format(place))), "cannot write the profile")
+
+    def test_an_unwritable_cache_is_found_before_the_long_work(
+        self, call: Callable[..., Result], place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COMPRESSKV_CACHE", str(place / "doc.txt"))
+        assert_refused(call(*find(*SMALL)), "cannot write the profile")
+
+    def test_an_unwritable_log_is_found_before_the_long_work(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        (tmp_path / "cache" / "profiles").mkdir(parents=True)
+        (tmp_path / "cache" / "profiles" / "runs").write_text("", encoding="utf-8")
+        assert_refused(call(*find(*SMALL)), "cannot keep finished runs")
+
+    def test_a_model_that_never_retrieves_shows_what_it_answered(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        model, tokenizer = planted.build()
+        model.lm_head.weight.data[:, len(tokenizer) :] = 0  # what was retrieved is not said
+        model.save_pretrained(tmp_path / "mute")
+        tokenizer.save_pretrained(tmp_path / "mute")
+        output = tmp_path / "profile.json"
+        result = call("profile", str(tmp_path / "mute"), *find(*SMALL, "--output", str(output))[2:])
+        assert result.code == 2
+        assert result.out == ""
+        *table, last = result.err.splitlines()
+        assert last == "compresskv: the model retrieved no needle in 12 runs, so its heads cannot be scored"
+        assert sum("dunno" in line for line in table) == 12
+        assert all(topic in result.err for topic in planted.TOPICS)
+        assert not output.exists()
+        assert not list((tmp_path / "cache" / "profiles").glob("*.json"))
+
+    def test_a_model_without_grouped_queries(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        tiny.build_model("llama_mha").save_pretrained(tmp_path / "mha")
+        planted.tokenizer().save_pretrained(tmp_path / "mha")
+        result = call("profile", str(tmp_path / "mha"), *find(*SMALL)[2:])
+        assert_refused(result, "no grouped-query attention", "'snapkv'")
+        assert not list((tmp_path / "cache" / "profiles").glob("*.json"))
+
+    def test_weights_that_are_not_numbers(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        model, tokenizer = planted.build()
+        model.lm_head.weight.data.fill_(torch.nan)
+        model.save_pretrained(tmp_path / "nan")
+        tokenizer.save_pretrained(tmp_path / "nan")
+        output = tmp_path / "profile.json"
+        result = call("profile", str(tmp_path / "nan"), *find(*SMALL, "-o", str(output))[2:])
+        assert_refused(result, "NaN")
+        assert not output.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+class TestKilled:
+    ARGS = ("--lengths", "1024,1500", "--depths", "10,50,90")
+    NUM_RUNS = 2 * 6 * 3
+
+    def run(self, place: Path, cache: Path, output: Path) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "compresskv", *find(*self.ARGS, "-o", str(output))]
+        environment = os.environ | {"COMPRESSKV_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def test_a_killed_calibration_goes_on_and_ends_as_an_uninterrupted_one(
+        self, call: Callable[..., Result], place: Path, tmp_path: Path
+    ) -> None:
+        runs, output = tmp_path / "killed" / "profiles" / "runs", tmp_path / "resumed.json"
+        with self.run(place, tmp_path / "killed", output) as process:
+            while sum(log.read_bytes().count(b"\n") for log in runs.glob("*.jsonl")) < 5:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        (log,) = runs.glob("*.jsonl")
+        finished = log.read_bytes()
+        finished = finished[: finished.rfind(b"\n") + 1]
+        assert 5 <= finished.count(b"\n") < self.NUM_RUNS
+        assert not output.exists()
+        with log.open("ab") as file:
+            file.write(b'{"key": ["heads", "1024-9", "am')  # as if it had been killed while it wrote
+
+        with self.run(place, tmp_path / "killed", output) as process:
+            out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, b"")
+        assert f"{self.NUM_RUNS} runs counted, 0 failed".encode() in out
+        assert log.read_bytes().startswith(finished)
+        keys = [tuple(json.loads(line)["key"]) for line in log.read_bytes().splitlines()]
+        assert len(keys) == len(set(keys))
+        assert sum(kind == "heads" for kind, *_ in keys) == self.NUM_RUNS
+        assert list(runs.glob("*.jsonl")) == [log]
+
+        whole = tmp_path / "whole.json"
+        assert call(*find(*self.ARGS, "-o", str(whole))).code == 0
+        assert read_profile(output) == read_profile(whole)
+
+
+@pytest.mark.slow
+class TestEmbeddedModel:
+    """One quick calibration of the real model; what is read is as little as shows the heads."""
+
+    @pytest.fixture(scope="module", name="calibrated")
+    @classmethod
+    def _calibrated(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A folder with `profile.json`, and a cache of its own that holds the machine's model."""
+        folder, model = tmp_path_factory.mktemp("embedded"), ensure_embedded("smollm2-135m")
+        (folder / "cache").mkdir()
+        (folder / "cache" / model.name).symlink_to(model, target_is_directory=True)
+        args = ["profile", "smollm2-135m", "--quick", "--lengths", "512", "--depths", "30,70", "-o", "profile.json"]
+        start = time.perf_counter()
+        done = cls.command(folder, *args)
+        print(f"calibrated in {time.perf_counter() - start:.0f} s")
+        assert (done.returncode, done.stderr) == (0, "")
+        return folder
+
+    @staticmethod
+    def command(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+        environment = os.environ | {"COMPRESSKV_CACHE": str(folder / "cache"), "COLUMNS": "80"}
+        command = [sys.executable, "-m", "compresskv", *args]
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=550, check=False
+        )
+
+    def test_its_best_heads_are_where_a_probe_found_them(self, calibrated: Path) -> None:
+        """In a few of the layers 7 and 14 to 23 (ALGORITHM, section 6)."""
+        profile = read_profile(calibrated / "profile.json")
+        assert profile.num_runs >= 6
+        best = profile.ranked_heads(profile.semantic_scores)[:10]
+        assert sum(14 <= layer <= 23 for layer, _ in best) >= 6
+        scores = {place: profile.semantic_scores[place[0]][place[1]] for place in best}
+        typical = sorted(score for row in profile.semantic_scores for score in row)[135]
+        assert min(scores.values()) > 5 * typical  # few heads, far ahead of the others
+
+    def test_the_file_is_that_models(self, calibrated: Path) -> None:
+        model, _ = models.load("smollm2-135m", device="cpu")
+        profile = store.resolve_profile(model, calibrated / "profile.json")
+        assert profile.fingerprint == fingerprint(model)
+        assert (len(profile.layer_indices), len(profile.semantic_scores[0])) == (30, 9)
+        assert sum(profile.layer_errors) == pytest.approx(1)
+
+    @needs_matplotlib
+    def test_show_with_figures(self, calibrated: Path) -> None:
+        done = self.command(calibrated, "profile", "show", "profile.json", "--plot", "figures")
+        assert done.returncode == 0
+        assert "smollm2-135m: best heads" in done.stdout
+        assert all(
+            (calibrated / "figures" / name).stat().st_size > 5000 for name in ("head_scores.png", "layer_budgets.png")
+        )
+
+    def test_masking_its_best_heads_costs_more_than_masking_others(self, calibrated: Path) -> None:
+        args = ["--counts", "20", "--length", "512", "--documents", "1", "--json"]
+        done = self.command(calibrated, "profile", "verify", "smollm2-135m", "profile.json", *args)
+        assert (done.returncode, done.stderr) == (0, "")
+        rows = {row["masked"]: row["accuracy"] for row in json.loads(done.stdout)}
+        assert set(rows) == {"none", "semantic", "traditional", "random"}
+        assert rows["none"] >= 0.5
+        assert rows["semantic"] < rows["none"]
+        assert rows["semantic"] <= rows["random"]
