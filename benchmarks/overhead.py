@@ -123,11 +123,12 @@ def report(rows, options, model):
         return
     print(f"{options.model}, {model.dtype}, {options.tokens} tokens, budget {options.budget}, ", end="")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':15}{'prefill s':>10}{'x plain':>9}{'peak MB':>9}{'decode ms':>11}{'x plain at ' + str(options.budget):>14}")
+    last = f"x plain at {options.budget}"
+    print(f"{'':15}{'prefill s':>10}{'x plain':>9}{'peak MB':>9}{'decode ms':>11}{last:>16}")
     for name, row in rows.items():
         print(
             f"{name:15}{row['prefill_s']:10.2f}{row['prefill_ratio']:9.3f}{row['prefill_peak_mb']:9.0f}"
-            f"{row['decode_ms']:11.1f}{row['decode_ratio_to_short_prompt']:14.2f}"
+            f"{row['decode_ms']:11.1f}{row['decode_ratio_to_short_prompt']:16.2f}"
         )
 
 

@@ -73,12 +73,13 @@ def compressing(
             or one count for each full-attention layer. A budget of at least the prompt's length changes nothing; one
             at or below the method's window keeps the most recent tokens.
         profile: for methods that need one, a `Profile` or its file; None finds the model's own.
-        prompt_tokens: the prompt's length, where it is read in several forward passes (`prefill_chunk_size`).
+        prompt_tokens: the prompt's exact length, where it is read in several forward passes (`prefill_chunk_size`):
+            eviction waits until that many tokens were read.
         options: the method's own options, such as window_size.
     Raises:
         ConfigError: an unknown method or option, or a value out of range.
         ProfileError: no profile of this model, or one of another model.
-        ModelError: on entering, a model that cannot be used.
+        ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
     chosen = prepare_method(model, method, profile, **options)
     return Compressing(model, chosen, budget, prompt_tokens=prompt_tokens)
@@ -100,5 +101,7 @@ def prepare_method(
         chosen = registry.create(method, **options)
     if chosen.needs_profile:
         own = getattr(chosen, "profile", None)
-        chosen = chosen.with_profile(resolve_profile(model, profile if own is None else own))
+        chosen = chosen.with_profile(resolve_profile(model, own if profile is None else profile))
+    elif profile is not None:
+        raise ConfigError(f"method {chosen.name!r} takes no profile")
     return chosen

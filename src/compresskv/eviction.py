@@ -25,6 +25,8 @@ class Eviction:
         self.budget = budgets.check_budget(budget)
         if not isinstance(budget, (int, float)) and len(budget) != num_layers:
             raise ConfigError(f"budget has {len(budget)} numbers, but the model has {num_layers} compressible layers")
+        if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
+            raise ConfigError(f"prompt_tokens={prompt_tokens!r} must be an int of at least 1")
         self.num_layers = num_layers
         self.prompt_tokens = prompt_tokens
         self.on_layer = on_layer

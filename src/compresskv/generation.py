@@ -1,5 +1,6 @@
 """Ask a document one question: prefill, evict, decode greedily, and say what it cost."""
 
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -115,7 +116,8 @@ def ask(
         logits = prefill(model, input_ids, cache)
         _synchronize(model.device)
         prefill_s = time.perf_counter() - start
-        kv_nbytes, retained = cache.nbytes, [layer.num_retained for layer in cache.compressed_layers]
+        kv_nbytes, kv_nbytes_full = cache.nbytes, cache.full_nbytes
+        retained = [layer.num_retained for layer in cache.compressed_layers]
         first = int(logits.argmax())
         first_s = time.perf_counter() - start
         streamer = None if on_text is None else _CallbackStreamer(tokenizer, on_text)
@@ -128,7 +130,7 @@ def ask(
         truncated_tokens=prompt.num_truncated,
         generated_tokens=len(token_ids),
         retained_per_layer=retained,
-        kv_nbytes_full=cache.full_nbytes,
+        kv_nbytes_full=kv_nbytes_full,
         kv_nbytes=kv_nbytes,
         prefill_s=prefill_s,
         time_to_first_token_s=first_s,
@@ -142,18 +144,26 @@ def ask(
 @torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
     """Read the prompt (1, T) and return the last position's logits (vocab,)."""
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only)
-    logits: Tensor = output.logits[0, -1]
-    return logits
+    return last_logits(model, input_ids, cache)[0]
 
 
 @torch.no_grad()
 def decode_one_token(model: PreTrainedModel, token: int, cache: Cache) -> Tensor:
     """Feed one token and return the next position's logits (vocab,)."""
-    input_ids = torch.tensor([[token]], device=model.device)
-    logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits[0, -1]
+    return last_logits(model, torch.tensor([[token]], device=model.device), cache)[0]
+
+
+@torch.no_grad()
+def last_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
+    """Read tokens (B, T) and return the last position's logits (B, vocab): of no other are they computed."""
+    last_only = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}  # type: ignore[arg-type]
+    logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
     return logits
+
+
+@functools.cache
+def _keeps_logits(model_class: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def decode(

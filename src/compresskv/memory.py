@@ -18,14 +18,16 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_nbytes(device: torch.device) -> int:
-    """The largest number of bytes held at once since `reset_peak`."""
+    """The largest number of bytes held at once since `reset_peak`; 0 where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource  # not on every system
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

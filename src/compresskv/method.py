@@ -68,7 +68,7 @@ class Method:
 
     def with_profile(self, profile: "Profile") -> "Method":
         """The same method with a model's measurements. Only methods with `needs_profile` take one."""
-        raise ConfigError(f"method {self.name!r} takes no profile")
+        raise NotImplementedError
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""

@@ -42,13 +42,7 @@ def build_prompt(
         PromptError: an empty document or question, one that is not text, or a prompt that does not fit (both numbers
             are named).
     """
-    if truncate not in TRUNCATIONS:
-        raise ConfigError(f"truncate={truncate!r} is unknown: choose from {', '.join(TRUNCATIONS)}")
-    for name, text in (("document", context), ("question", question)):
-        if not text.strip():
-            raise PromptError(f"the {name} is empty")
-        if any("\ud800" <= char <= "\udfff" for char in text):  # Python's stand-ins for bytes that are no UTF-8
-            raise PromptError(f"the {name} is not valid text: it holds bytes that are not UTF-8")
+    check_request(context, question, truncate)
     input_ids = _encode(tokenizer, context, question)
     num_tokens = input_ids.shape[1]
     if max_tokens is None or num_tokens <= max_tokens:
@@ -59,6 +53,21 @@ def build_prompt(
             "answer: shorten the document or cut its middle with --truncate middle"
         )
     return _cut_middle(tokenizer, context, question, max_tokens)
+
+
+def check_request(context: str, question: str, truncate: str) -> None:
+    """Refuse, before a model is loaded, what no model can answer.
+
+    Raises:
+        ConfigError, PromptError: as for `build_prompt`.
+    """
+    if truncate not in TRUNCATIONS:
+        raise ConfigError(f"truncate={truncate!r} is unknown: choose from {', '.join(TRUNCATIONS)}")
+    for name, text in (("document", context), ("question", question)):
+        if not text.strip():
+            raise PromptError(f"the {name} is empty")
+        if any("\ud800" <= char <= "\udfff" for char in text):  # Python's stand-ins for bytes that are no UTF-8
+            raise PromptError(f"the {name} is not valid text: it holds bytes that are not UTF-8")
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -179,8 +179,8 @@ class TestCatalogue:
         assert (result.code, result.err) == (0, "")
         assert all(name in result.out for name in METHODS)
 
-    def test_methods_as_json(self, start: Callable[..., Result]) -> None:
-        result = start("methods", "--json")
+    def test_methods_as_json(self, call: Callable[..., Result]) -> None:
+        result = call("methods", "--json")
         assert (result.code, result.err) == (0, "")
         rows = json.loads(result.out)
         assert [row["name"] for row in rows] == METHODS
@@ -188,6 +188,18 @@ class TestCatalogue:
             assert set(row) == {"name", "summary", "source", "needs_profile", "options"}
             assert row["needs_profile"] == registry.methods()[row["name"]].needs_profile
             registry.create(row["name"], **row["options"])
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
+    def test_a_reader_that_goes_away_is_no_traceback(self, place: Path) -> None:
+        command = [sys.executable, "-m", "compresskv", "models", "--json"]
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            command, cwd=place, env=environment(place), stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+        os.close(writer)
+        assert done.returncode != 0
+        assert b"Traceback" not in done.stderr
 
     def test_models(self, call: Callable[..., Result]) -> None:
         result = call("models")
@@ -326,8 +338,9 @@ class TestBadInput:
             start("ask", "-", QUESTION, stdin=None, preexec_fn=lambda: os.close(0)), "standard input is closed"
         )
 
-    def test_bytes_that_are_no_text_as_a_question(self, start: Callable[..., Result]) -> None:
-        assert_refused(start("ask", "doc.txt", b"\xff\xfe", "--model", "model", "--method", "full"), "not valid text")  # type: ignore[arg-type]
+    def test_bytes_that_are_no_text_as_a_question(self, call: Callable[..., Result]) -> None:
+        """This is how Python hands over the bytes FF FE."""
+        assert_refused(call("ask", "doc.txt", "\udcff\udcfe", "--model", "model", "--method", "full"), "not valid text")
 
     @pytest.mark.parametrize(
         ("args", "words"),

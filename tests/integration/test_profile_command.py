@@ -26,6 +26,7 @@ from compresskv.profiles.profile import Profile, read_profile
 
 QUESTION = "What of amber?"
 ANSWER = "amber1 amber2 amber3 amber4 amber5 amber6"
+FIGURES = "figures: figures/head_scores.png, figures/layer_budgets.png\n"
 SMALL = ["--lengths", "256", "--depths", "20,70"]
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the 'plot' extra is not installed")
 
@@ -109,6 +110,16 @@ class TestFind:
         assert data["provenance"]["settings"]["num_rotations"] == 6
         assert not list((tmp_path / "cache" / "profiles").glob("*.json"))
 
+    def test_a_quick_profile_never_takes_the_place_of_a_full_one(self, call: Callable[..., Result]) -> None:
+        quick = Path(call(*find("--quick", *SMALL)).out.splitlines()[0])
+        model, _ = models.load("model", device="cpu")
+        assert store.resolve_profile(model) == read_profile(quick)
+        full = Path(call(*find(*SMALL)).out.splitlines()[0])
+        assert quick != full
+        assert store.resolve_profile(model) == read_profile(full)
+        call(*find("--quick", *SMALL))
+        assert store.resolve_profile(model) == read_profile(full)
+
     def test_default_lengths_are_those_that_fit_the_model(self, call: Callable[..., Result], tmp_path: Path) -> None:
         path = tmp_path / "profile.json"
         assert call(*find("--depths", "50", "-o", str(path))).code == 0
@@ -171,6 +182,9 @@ class TestShowImportVerify:
         imported = call(*args, "model")
         assert (imported.code, imported.err) == (0, "")
         assert read_profile(imported.out.strip()).top_heads(1, 2) == [2, 0]
+        shown = call("profile", "show", imported.out.strip())
+        assert (shown.code, shown.err) == (0, "")
+        assert "2, 0, 1, 3" in shown.out
         assert call("ask", "doc.txt", QUESTION, "--model", "model", "--budget", "128").out == f"{ANSWER}\n"
 
         assert_refused(call(*args, str(tmp_path)), "cannot read its shape")
@@ -333,63 +347,40 @@ class TestKilled:
 
 
 @pytest.mark.slow
-class TestEmbeddedModel:
-    """One quick calibration of the real model; what is read is as little as shows the heads."""
+def test_the_embedded_model_is_calibrated_shown_and_verified(tmp_path: Path) -> None:
+    """A quick calibration of the real model; what is read is as little as shows the heads."""
+    model_folder = ensure_embedded("smollm2-135m")
+    (tmp_path / "cache").mkdir()  # without the runs of other calibrations, but with the machine's own model
+    (tmp_path / "cache" / model_folder.name).symlink_to(model_folder, target_is_directory=True)
 
-    @pytest.fixture(scope="module", name="calibrated")
-    @classmethod
-    def _calibrated(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A folder with `profile.json`, and a cache of its own that holds the machine's model."""
-        folder, model = tmp_path_factory.mktemp("embedded"), ensure_embedded("smollm2-135m")
-        (folder / "cache").mkdir()
-        (folder / "cache" / model.name).symlink_to(model, target_is_directory=True)
-        args = ["profile", "smollm2-135m", "--quick", "--lengths", "512", "--depths", "30,70", "-o", "profile.json"]
-        start = time.perf_counter()
-        done = cls.command(folder, *args)
-        print(f"calibrated in {time.perf_counter() - start:.0f} s")
-        assert (done.returncode, done.stderr) == (0, "")
-        return folder
+    def run(*args: str) -> str:
+        environment = os.environ | {"COMPRESSKV_CACHE": str(tmp_path / "cache"), "COLUMNS": "80"}
+        command = [sys.executable, "-m", "compresskv", "profile", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=550, check=False)
+        assert (done.returncode, done.stderr.decode().replace(FIGURES, "")) == (0, "")
+        return done.stdout.decode()
 
-    @staticmethod
-    def command(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
-        environment = os.environ | {"COMPRESSKV_CACHE": str(folder / "cache"), "COLUMNS": "80"}
-        command = [sys.executable, "-m", "compresskv", *args]
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=550, check=False
-        )
+    run("smollm2-135m", "--quick", "--lengths", "512", "--depths", "30,70", "-o", "profile.json")
+    model, _ = models.load("smollm2-135m", device="cpu")
+    profile = store.resolve_profile(model, tmp_path / "profile.json")
+    assert profile.fingerprint == fingerprint(model)
+    assert (len(profile.layer_indices), len(profile.semantic_scores[0])) == (30, 9)
+    assert profile.num_runs >= 6
 
-    def test_its_best_heads_are_where_a_probe_found_them(self, calibrated: Path) -> None:
-        """In a few of the layers 7 and 14 to 23 (ALGORITHM, section 6)."""
-        profile = read_profile(calibrated / "profile.json")
-        assert profile.num_runs >= 6
-        best = profile.ranked_heads(profile.semantic_scores)[:10]
-        assert sum(14 <= layer <= 23 for layer, _ in best) >= 6
-        scores = {place: profile.semantic_scores[place[0]][place[1]] for place in best}
-        typical = sorted(score for row in profile.semantic_scores for score in row)[135]
-        assert min(scores.values()) > 5 * typical  # few heads, far ahead of the others
+    # The heads are few, far ahead of the others, and in the layers where a probe found them (ALGORITHM, section 6).
+    best = profile.ranked_heads(profile.semantic_scores)[:10]
+    assert sum(14 <= layer <= 23 for layer, _ in best) >= 6
+    scores = sorted((score for row in profile.semantic_scores for score in row), reverse=True)
+    assert scores[9] > 5 * scores[135]
 
-    def test_the_file_is_that_models(self, calibrated: Path) -> None:
-        model, _ = models.load("smollm2-135m", device="cpu")
-        profile = store.resolve_profile(model, calibrated / "profile.json")
-        assert profile.fingerprint == fingerprint(model)
-        assert (len(profile.layer_indices), len(profile.semantic_scores[0])) == (30, 9)
-        assert sum(profile.layer_errors) == pytest.approx(1)
+    figures = [] if find_spec("matplotlib") is None else ["--plot", "figures"]
+    assert "smollm2-135m: best heads" in run("show", "profile.json", *figures)
+    assert all(path.stat().st_size > 5000 for path in (tmp_path / "figures").glob("*.png"))
+    assert len(list(tmp_path.glob("figures/*.png"))) == len(figures)
 
-    @needs_matplotlib
-    def test_show_with_figures(self, calibrated: Path) -> None:
-        done = self.command(calibrated, "profile", "show", "profile.json", "--plot", "figures")
-        assert done.returncode == 0
-        assert "smollm2-135m: best heads" in done.stdout
-        assert all(
-            (calibrated / "figures" / name).stat().st_size > 5000 for name in ("head_scores.png", "layer_budgets.png")
-        )
-
-    def test_masking_its_best_heads_costs_more_than_masking_others(self, calibrated: Path) -> None:
-        args = ["--counts", "20", "--length", "512", "--documents", "1", "--json"]
-        done = self.command(calibrated, "profile", "verify", "smollm2-135m", "profile.json", *args)
-        assert (done.returncode, done.stderr) == (0, "")
-        rows = {row["masked"]: row["accuracy"] for row in json.loads(done.stdout)}
-        assert set(rows) == {"none", "semantic", "traditional", "random"}
-        assert rows["none"] >= 0.5
-        assert rows["semantic"] < rows["none"]
-        assert rows["semantic"] <= rows["random"]
+    args = ["--counts", "20", "--length", "512", "--documents", "1", "--json"]
+    rows = {row["masked"]: row["accuracy"] for row in json.loads(run("verify", "smollm2-135m", "profile.json", *args))}
+    assert set(rows) == {"none", "semantic", "traditional", "random"}
+    assert rows["none"] >= 0.5
+    assert rows["semantic"] < rows["none"]
+    assert rows["semantic"] <= rows["random"]

@@ -37,6 +37,7 @@ NEEDLES = [
     *(Needle(topic, "planted", planted.needle(topic), f"What of {topic}?") for topic in planted.TOPICS[:2]),
 ]
 DEPTHS = (10.0, 50.0, 90.0)
+ENDS = (0.0, 50.0, 100.0)  # nothing stands before the first needle, only the question behind the last
 ANSWER = 48
 
 
@@ -82,13 +83,7 @@ class TestNeedles:
 
     def test_a_users_file(self, tmp_path: Path) -> None:
         path = tmp_path / "needles.json"
-        row = {
-            "id": "key",
-            "kind": "place",
-            "needle": " The key is here. ",
-            "question": "Where is the key? ",
-            "by": "me",
-        }
+        row = {"id": "key", "kind": "place", "needle": " The key is here. ", "question": "Where is it? ", "by": "me"}
         path.write_text(json.dumps({"needles": [row], "note": "ignored"}), encoding="utf-8")
         assert read_needles(path) == [Needle("key", "place", "The key is here.", "Where is it?")]
 
@@ -142,6 +137,16 @@ class TestHaystackText:
         (tmp_path / "last.md").write_text("Last.", encoding="utf-8")
         expected = ["First", "Second.", "Third!", "Is it fourth?", "Fifth", "sixth", "Last."]
         assert read_haystack([tmp_path / "notes", tmp_path / "last.md"]) == expected
+
+    @pytest.mark.parametrize("text", ["word " * 2000, "字" * 5000], ids=["spaces", "none"])
+    def test_text_without_ends_of_sentences_is_cut_by_length_and_nothing_is_lost(
+        self, tmp_path: Path, text: str
+    ) -> None:
+        (tmp_path / "code.txt").write_text(f"Before. {text}", encoding="utf-8")
+        sentences = read_haystack([tmp_path / "code.txt"])
+        assert sentences[0] == "Before."
+        assert max(map(len, sentences)) < 1000
+        assert "".join(sentences[1:]).replace(" ", "") == text.replace(" ", "")
 
     @pytest.mark.parametrize("name", ["missing.txt", "binary.txt", "empty.txt", "folder"])
     def test_what_holds_no_text_is_told_by_name(self, tmp_path: Path, name: str) -> None:
@@ -233,7 +238,7 @@ class TestDocuments:
 
 class TestQuestions:
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[str, str]], list[int], list[Any]]:
-        document = Haystack(tokenizer, planted.haystack_sentences()).document(500, 4, DEPTHS, NEEDLES)
+        document = Haystack(tokenizer, planted.haystack_sentences()).document(500, 4, ENDS, NEEDLES)
         questions = [*document.questions, (calibration.SUMMARY, "")]
         return document.text, questions, *encode_questions(tokenizer, document, questions)
 

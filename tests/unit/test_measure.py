@@ -636,6 +636,12 @@ class TestSettings:
         with pytest.raises(ConfigError, match="--depths"):
             Settings(depths=depths)
 
+    @pytest.mark.parametrize("name", ["max_new_tokens", "error_documents", "num_rotations"])
+    def test_numbers_below_1(self, name: str) -> None:
+        changes: dict[str, Any] = {name: 0}
+        with pytest.raises(ConfigError, match=f"{name}=0"):
+            Settings(**changes)
+
     def test_quick_is_less_work_and_can_be_changed(self) -> None:
         quick, default = Settings.quick(), Settings()
         assert sum(quick.lengths) < sum(default.lengths)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from compresskv import models, plots
 from compresskv.budgets import error_aware
 from compresskv.errors import CompressKVError, ModelError, ProfileError
 from compresskv.profiles import store
+from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, combined, normalised, read_profile
 from compresskv.profiles.published import import_published
-from compresskv.profiles.store import resolve_profile, user_folder, write_profile
+from compresskv.profiles.store import default_path, resolve_profile, user_folder, write_profile
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_profiles"
 PUBLISHED_MODELS = ["Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"]
@@ -100,6 +102,15 @@ class TestUse:
         write_profile(profile, user_folder() / "imported.json")
         model, _ = models.load(str(model_folder), device="cpu")
         assert resolve_profile(model) == profile
+
+    def test_a_measured_profile_of_these_weights_comes_first(self, model_folder: Path, tmp_path: Path) -> None:
+        """Whatever the files are called: an imported one knows the model by name and shape alone."""
+        model, _ = models.load(str(model_folder), device="cpu")
+        imported = import_published(*write_pair(tmp_path), str(model_folder))
+        measured = replace(imported, fingerprint=fingerprint(model), num_runs=5)
+        write_profile(imported, user_folder() / "imported.json")
+        write_profile(measured, default_path(fingerprint(model)))
+        assert resolve_profile(model) == measured
 
     def test_it_is_not_used_for_a_model_of_another_name(self, model_folder: Path, tmp_path: Path) -> None:
         """Two fine-tuned models have one shape and different heads."""

@@ -150,7 +150,7 @@ class TestTable:
         assert [(one.group, one.count) for one in ablations] == rows
         assert all(one.cases == 8 for one in ablations)
 
-    def test_an_imported_profile_has_no_traditional_heads(self, settings: VerifySettings) -> None:
+    def test_a_profile_without_traditional_scores_has_no_such_rows(self, settings: VerifySettings) -> None:
         few = replace(settings, counts=(1,), num_documents=1)
         found = verify_profile(planted.model(), planted.tokenizer(), profile_of([planted.WIDE]), few)
         assert [one.group for one in found] == ["none", "semantic", "random"]
@@ -228,6 +228,13 @@ class TestRefusals:
     @pytest.mark.parametrize("counts", [(), (0,), (-1, 2), (5, 13)])
     def test_counts_that_cannot_be_masked(self, settings: VerifySettings, counts: tuple[int, ...]) -> None:
         self.refused(ConfigError, "--counts .* 12 heads", replace(settings, counts=counts))
+
+    def test_an_imported_profile(self, settings: VerifySettings) -> None:
+        """Its ranks within each layer do not say which heads are the model's best."""
+        imported = replace(profile_of([planted.WIDE]), num_runs=0)
+        with pytest.raises(ProfileError, match="imported") as caught:
+            verify_profile(planted.model(), planted.tokenizer(), imported, settings)
+        assert "\n" not in str(caught.value)
 
     def test_a_length_above_the_context(self, settings: VerifySettings) -> None:
         self.refused(ConfigError, "--length 2049 .* 2048 tokens", replace(settings, length=2049))

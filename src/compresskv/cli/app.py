@@ -66,9 +66,6 @@ def main() -> None:
     except CompressKVError as error:
         print(f"compresskv: {' '.join(str(error).splitlines())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
-        sys.stderr.close()
-        sys.exit(141)
     except SystemExit as end:
         if end.code == 130:
             print("compresskv: interrupted", file=sys.stderr)  # noqa: T201

@@ -16,6 +16,7 @@ from compresskv.errors import PromptError
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
+    from compresskv.method import Method
 
 
 def ask(
@@ -46,40 +47,42 @@ def ask(
     """
     context = read_document(document)
     names = list(dict.fromkeys([method, *(name.strip() for name in compare.split(",") if name.strip())]))
+    from compresskv import registry
     from compresskv.budgets import parse_budget
 
-    parsed_budget = parse_budget(budget)
-    from compresskv import registry
-
-    chosen = {
-        name: registry.create(name, **(parse_settings(settings or []) if name == method else {})) for name in names
-    }
-    from compresskv.generation import ask as answer
+    request: dict[str, Any] = {"budget": parse_budget(budget), "max_new_tokens": max_new_tokens, "truncate": truncate}
+    options = parse_settings(settings or [])
+    chosen = [registry.create(name, **(options if name == method else {})) for name in names]
+    from compresskv.compression import prepare_method
     from compresskv.models import load
+    from compresskv.prompts import check_request
 
+    check_request(context, question, truncate)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
+    # All profiles are found before the first prefill: a missing one must not cost the others' answers.
+    prepared = [prepare_method(loaded, one, profile if one.needs_profile else None) for one in chosen]
     generations: list[Generation] = []
-    for one in chosen.values():
-        with Bar() as bar:
-            show = partial(_show_layers, bar, one.name)
-            stream = _Stream(bar, enabled=not as_json and not compare)
-            generation = answer(
-                loaded,
-                tokenizer,
-                context,
-                question,
-                method=one,
-                budget=parsed_budget,
-                profile=profile if one.needs_profile else None,
-                max_new_tokens=max_new_tokens,
-                truncate=truncate,
-                on_text=stream,
-                on_prefill=show,
-            )
-        stream.finish()
-        generations.append(generation)
-    _report(generations, single=not compare, as_json=as_json, model=model)
+    try:
+        for one in prepared:
+            generations.append(_answer(loaded, tokenizer, context, question, one, request, not as_json and not compare))
+    finally:  # on Ctrl-C, what is there already is shown
+        _report(generations, single=not compare, as_json=as_json, model=model)
+
+
+def _answer(
+    model: Any, tokenizer: Any, context: str, question: str, method: "Method", request: dict[str, Any], streams: bool
+) -> "Generation":
+    from compresskv.generation import ask as answer
+
+    with Bar() as bar:
+        stream = _Stream(bar, enabled=streams)
+        show = partial(_show_layers, bar, method.name)
+        generation = answer(
+            model, tokenizer, context, question, method=method, on_text=stream, on_prefill=show, **request
+        )
+    stream.finish()
+    return generation
 
 
 def read_document(document: str) -> str:
@@ -132,6 +135,8 @@ class _Stream:
 
 
 def _report(generations: "list[Generation]", *, single: bool, as_json: bool, model: str) -> None:
+    if not generations:
+        return
     if as_json:
         results: list[dict[str, Any]] = [{"model": model, **generation.to_dict()} for generation in generations]
         out.print_json(json.dumps(results[0] if single else results))

@@ -72,7 +72,10 @@ def find(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model's retrieval heads and layer errors. A killed run goes on where it stopped."""
+    """Measure a model's retrieval heads and layer errors. A killed run goes on where it stopped.
+
+    A quick profile is used where the model has no full one, and never replaces one.
+    """
     from compresskv.profiles.settings import Settings
 
     given: dict[str, Any] = {
@@ -94,7 +97,7 @@ def find(
         store.check_writable(output)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
-        path = output or store.default_path(fingerprint(loaded))
+        path = output or store.default_path(fingerprint(loaded), quick=quick)
         store.check_writable(path)
         if lengths is None:
             settings = settings.fitted(context_length(loaded))
@@ -216,9 +219,11 @@ def _find_file(name: str) -> "Profile":
 
 
 def _print_heads(profile: "Profile") -> None:
+    if not profile.num_runs:
+        out.print(f"{profile.model_id}: imported; its heads are ranked within each layer only")
+        return
     scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
-    runs = f"mean of {profile.num_runs} runs" if profile.num_runs else "imported ranks"
-    out.print(f"{profile.model_id}: best heads ({runs})")
+    out.print(f"{profile.model_id}: best heads (mean of {profile.num_runs} runs)")
     table = Table("rank", "layer", "head", "semantic score")
     for rank, (layer, head) in enumerate(profile.ranked_heads(profile.semantic_scores)[:20], start=1):
         table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")

@@ -7,6 +7,7 @@ paper, which reads the whole prompt anew for each needle; measured, that costs a
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ _QUESTION = "{question} Answer in one sentence."
 _MIN_SUFFIX = 32  # tokens left to each question's own pass, so that an observation window fits into it
 _NEAR = 16  # a document this many tokens short of the wanted length is long enough
 SUMMARY = "Summarise the text above in three sentences."
+WORDING = (_QUESTION, SUMMARY)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def split_needles(needles: list[Needle]) -> tuple[list[Needle], list[Needle]]:
     return [needle for needle in needles if needle not in held_out], held_out
 
 
+_LONGEST_SENTENCE = 600  # characters
+
+
 def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
     """Sentences to hide needles between: of text files or folders of them, or of Python's own help topics.
 
@@ -109,7 +114,8 @@ def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
         texts = [_read_text(file) for file in files]
     # Ends of sentences and of paragraphs; white space inside a sentence is layout, not content.
     pieces = (" ".join(piece.split()) for text in texts for piece in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))
-    sentences = [piece for piece in pieces if piece]
+    # Text without ends of sentences, such as code or Chinese, is cut by length.
+    sentences = [part for piece in pieces for part in textwrap.wrap(piece, _LONGEST_SENTENCE)]
     if not sentences:
         raise ProfileError(f"--haystack {', '.join(map(str, paths))} holds no text")
     return sentences

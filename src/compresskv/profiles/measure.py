@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rouge import Rouge
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import compresskv
 from compresskv.attention import decoder_config
 from compresskv.cache import compressible_layers
 from compresskv.errors import ModelError, ProfileError
@@ -59,8 +61,9 @@ class Measurement:
         sentences = calibration.read_haystack([Path(path) for path in settings.haystack])
         self._haystack = Haystack(tokenizer, sentences)
         # All that a run depends on beside the weights: runs of another kind must not be taken for finished.
-        read = (asdict(settings), self.needles, sentences, model.dtype, getattr(tokenizer, "chat_template", None))
-        content = hashlib.sha256(repr(read).encode()).hexdigest()
+        read = (asdict(settings), self.needles, sentences, calibration.WORDING, getattr(tokenizer, "chat_template", ""))
+        by = (compresskv.__version__, transformers.__version__, torch.__version__, model.dtype)
+        content = hashlib.sha256(repr((read, by)).encode()).hexdigest()
         self.log = RunLog(log_folder / f"{self.fingerprint}-{content[:12]}.jsonl")
 
     def documents(self) -> Iterator[tuple[int, Document]]:

@@ -36,6 +36,10 @@ class Settings:
             raise ConfigError(f"--lengths {_listed(self.lengths)} must be whole numbers of at least 256 tokens")
         if len(set(self.lengths)) != len(self.lengths):
             raise ConfigError(f"--lengths {_listed(self.lengths)} names a length twice")
+        for name in ("max_new_tokens", "error_documents", "num_rotations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
         if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):  # NaN, too, fails this
             raise ConfigError(f"--depths {_listed(self.depths)} must lie between 0 and 100 percent")
 

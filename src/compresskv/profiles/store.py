@@ -15,6 +15,7 @@ from compresskv.paths import cache_dir
 from compresskv.profiles.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
 
+_QUICK = ".quick.json"
 _SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -40,6 +41,7 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
             )
         return given
     model_id = str(getattr(model.config, "_name_or_path", "") or "MODEL")
+    imported = None
     for path in profile_files():
         try:
             found = read_profile(path)
@@ -49,9 +51,12 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
                 raise ProfileError(f"{error}: {hint}") from error
             warnings.warn(f"{error}: skipped", stacklevel=2)
             continue
-        by_name = found.fingerprint.weights is not None or found.model_id == model_id
-        if by_name and found.fingerprint.matches(own):
+        if found.fingerprint == own:
             return found
+        if found.fingerprint.weights is None and found.model_id == model_id and found.fingerprint.matches(own):
+            imported = imported or found
+    if imported is not None:  # it knows the model by name and shape alone: any measured one is better
+        return imported
     raise ProfileError(
         f"no profile of this model ({own}): make one with 'compresskv profile {model_id}', "
         "give one with --profile FILE, or choose a method that needs none, such as 'snapkv'"
@@ -59,9 +64,11 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
 
 
 def profile_files() -> Iterator[Path]:
-    """The user's profiles, then the shipped ones."""
-    for folder in (user_folder(), _SHIPPED):
-        yield from sorted(folder.glob("*.json"))
+    """The user's profiles, then the shipped ones, then the user's quick ones, which are rougher."""
+    users = sorted(user_folder().glob("*.json"))
+    yield from (path for path in users if not path.name.endswith(_QUICK))
+    yield from sorted(_SHIPPED.glob("*.json"))
+    yield from (path for path in users if path.name.endswith(_QUICK))
 
 
 def user_folder() -> Path:
@@ -69,9 +76,9 @@ def user_folder() -> Path:
     return cache_dir() / "profiles"
 
 
-def default_path(model_fingerprint: Fingerprint) -> Path:
-    """The file of a model's profile in the user's cache."""
-    return user_folder() / f"{model_fingerprint}.json"
+def default_path(model_fingerprint: Fingerprint, *, quick: bool = False) -> Path:
+    """The file of a model's profile in the user's cache; a quick one never takes the place of a full one."""
+    return user_folder() / f"{model_fingerprint}{_QUICK if quick else '.json'}"
 
 
 def stored_profiles() -> Iterator[Profile]:

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention import decoder_config, routing
-from compresskv.errors import ConfigError
-from compresskv.generation import end_tokens, prefill
+from compresskv.errors import ConfigError, ProfileError
+from compresskv.generation import end_tokens, last_logits, prefill
 from compresskv.profiles import calibration
 from compresskv.profiles.calibration import Document, Haystack
 from compresskv.profiles.measure import SUCCESS_RECALL, OnProgress, rouge_1_recall
@@ -74,7 +74,7 @@ def verify_profile(
     settings: VerifySettings | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Ablation]:
-    """Mask heads and ask for needles that the profile was not made with.
+    """Mask heads and ask for needles, by default those held out when the profile was made.
 
     The document is read whole; heads are masked, at the attention's output, from the question on. A case counts as
     answered by the needle's words that the question does not hold: a model that can only echo the question fails.
@@ -111,6 +111,11 @@ def verify_profile(
 
 
 def _groups(profile: Profile, settings: VerifySettings) -> Iterator[tuple[str, int, list[Head]]]:
+    if not profile.num_runs:
+        raise ProfileError(
+            f"the profile of {profile.model_id} was imported and ranks heads within each layer only: "
+            "nothing says which are the model's best; make a measured one with 'compresskv profile'"
+        )
     semantic = profile.ranked_heads(profile.semantic_scores)
     traditional = None if profile.traditional_scores is None else profile.ranked_heads(profile.traditional_scores)
     if not settings.counts or not all(1 <= count <= len(semantic) for count in settings.counts):
@@ -165,8 +170,7 @@ def _answers(
     tokens = torch.tensor([suffix] * num_rows, device=model.device)
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     while len(rows[0]) < max_new_tokens and not all(ends.intersection(row) for row in rows):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        tokens = last_logits(model, tokens, cache).argmax(dim=-1, keepdim=True)
         for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
             row.append(token)
     whole = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
