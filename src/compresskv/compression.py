@@ -13,7 +13,7 @@ from compresskv.budgets import Budget
 from compresskv.cache import CompressedCache
 from compresskv.errors import ConfigError
 from compresskv.method import Method
-from compresskv.profiles.profile import Profile
+from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import resolve_profile
 
 DEFAULT_METHOD = "compresskv"
@@ -103,5 +103,5 @@ def prepare_method(
         own = getattr(chosen, "profile", None)
         chosen = chosen.with_profile(resolve_profile(model, own if profile is None else profile))
     elif profile is not None:
-        raise ConfigError(f"method {chosen.name!r} takes no profile")
+        chosen.with_profile(profile if isinstance(profile, Profile) else read_profile(profile))  # refuses
     return chosen

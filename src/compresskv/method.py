@@ -67,8 +67,12 @@ class Method:
             raise ConfigError(f"kernel_size={kernel_size} must be an odd number of at least 1")
 
     def with_profile(self, profile: "Profile") -> "Method":
-        """The same method with a model's measurements. Only methods with `needs_profile` take one."""
-        raise NotImplementedError
+        """The same method with a model's measurements. Only methods with `needs_profile` take one.
+
+        Raises:
+            ConfigError: this is no such method.
+        """
+        raise ConfigError(f"method {self.name!r} takes no profile")
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""

@@ -107,3 +107,9 @@ def test_an_empty_layer_has_nothing_stored() -> None:
         assert cache.compressed_layers[0].num_retained == 0
         with refused(CacheStateError, "layer 0 of the cache is empty"):
             cache.compressed_layers[0].stored()
+
+
+def test_a_profile_for_a_method_that_takes_none() -> None:
+    model = tiny.tiny_model("llama")
+    with refused(ConfigError, "'snapkv' takes no profile"):
+        compresskv.compressing(model, "snapkv", 20, profile=tiny.random_profile(model))
