@@ -108,6 +108,11 @@ class RoutedLayer(DynamicLayer):
         self._awaits_attention = False
 
 
+def scaling_of(query: Tensor, scaling: float | None) -> float:
+    """The factor on dot products that a module gave to its attention function, or the usual D ** -0.5."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
 def owned(states: Tensor) -> Tensor:
     """`states` itself, or a copy where it is a view that would keep a larger tensor alive (fused projections)."""
     if states.untyped_storage().nbytes() > states.nelement() * states.element_size():

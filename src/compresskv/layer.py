@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config
+from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.errors import CacheStateError
 from compresskv.eviction import Eviction, valid_keys
 from compresskv.method import LayerInputs
@@ -86,7 +86,7 @@ class CompressedLayer(RoutedLayer):
         window = query[:, :, max(0, query.shape[2] - eviction.method.window_size) :]
         if eviction.prompt_tokens is None or self.seen_tokens >= eviction.prompt_tokens:
             self._query_window = None
-            self._evict(window, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+            self._evict(window, mask, scaling_of(query, scaling), softcap)
         else:
             self._query_window = window.clone()  # a view would keep the whole chunk's queries alive
         if eviction.on_layer is not None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compresskv.budgets import error_aware
 from compresskv.errors import ConfigError
 from compresskv.profiles.profile import Profile, Rows
 from compresskv.profiles.verify import Ablation
@@ -55,7 +54,7 @@ def layer_budgets(profile: Profile, budget: int, path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    tokens = error_aware(budget, 1 << 30, profile.layer_errors)
+    tokens = profile.layer_budgets(budget)
     figure = _figure(max(5.0, 0.2 * len(tokens) + 1.5), 3.4)
     axes = figure.add_subplot()
     axes.bar([str(index) for index in profile.layer_indices], tokens, color=_COLOURS["traditional"])

@@ -124,10 +124,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print a profile's heads and layer budgets; with --plot also as figures."""
-    from compresskv.budgets import error_aware
-
     loaded = _find_file(profile)
-    tokens = error_aware(budget, 1 << 30, loaded.layer_errors)
+    tokens = loaded.layer_budgets(budget)
     if as_json:
         budgets = dict(zip(map(str, loaded.layer_indices), tokens, strict=True))
         out.print_json(json.dumps({**loaded.to_dict(), "layer_budgets": budgets}))

@@ -3,11 +3,13 @@
 import json
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compresskv.budgets import error_aware
 from compresskv.errors import ProfileError
 from compresskv.profiles.fingerprint import Fingerprint
 
@@ -83,6 +85,10 @@ class Profile:
         heads = [(row, head) for row in range(len(scores)) for head in range(len(scores[row]))]
         heads.sort(key=lambda place: -scores[place[0]][place[1]])
         return [(self.layer_indices[row], head) for row, head in heads]
+
+    def layer_budgets(self, budget: int) -> list[int]:
+        """Tokens that each layer retains at a mean of `budget`, of a prompt too long to cap any of them."""
+        return error_aware(budget, sys.maxsize, self.layer_errors)
 
     def to_dict(self) -> dict[str, Any]:
         """As stored."""

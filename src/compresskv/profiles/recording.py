@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config
+from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.cache import routed_layers
 from compresskv.errors import ModelError
 from compresskv.method import LayerInputs
@@ -41,7 +41,7 @@ class SpanLayer(RoutedLayer):
         """Plain attention, recorded."""
         output, weights = super().attend(attention, query, mask, **kwargs)
         if self.span is not None:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            scaling = scaling_of(query, kwargs.get("scaling"))
             keys, _ = self.stored()
             rows = window_attention(query[:, :, -1:], keys, scaling=scaling, softcap=kwargs.get("softcap"))[0, :, 0]
             self.mass.append(rows[:, self.span].sum(dim=-1))  # (H_q,)
@@ -108,7 +108,7 @@ class CutLayer(RoutedLayer):
             return output, weights
         keys, values = self.stored()
         if self._kept is None:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            scaling = scaling_of(query, kwargs.get("scaling"))
             window = query[:, :, -self._window_size :]
             inputs = LayerInputs(self.layer_idx, window, keys, values, scaling, kwargs.get("softcap"))
             self._kept = select(self._score(inputs), self._budget, self._window_size)[0, 0]
