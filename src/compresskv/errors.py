@@ -21,6 +21,10 @@ class ProfileError(CompressKVError):
     """A profile is missing, malformed, or belongs to another model."""
 
 
+class DataError(CompressKVError):
+    """Benchmark data or records are missing, malformed, or belong to another run."""
+
+
 class CacheStateError(CompressKVError, RuntimeError):
     """A compressed cache was used in a way that its state does not allow."""
 

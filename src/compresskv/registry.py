@@ -1,11 +1,11 @@
 """Methods by name."""
 
 import dataclasses
-import difflib
 from typing import Any, TypeVar
 
 from compresskv.errors import ConfigError
 from compresskv.method import Method
+from compresskv.suggest import suggestion
 
 _METHODS: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound=type[Method])
@@ -38,15 +38,9 @@ def create(name: str, /, **options: Any) -> Method:
     """
     known = methods()
     if not isinstance(name, str) or name not in known:  # compressing(model, 256): a budget in its place
-        raise ConfigError(f"unknown method {name!r}{_suggestion(name, list(known))}")
+        raise ConfigError(f"unknown method {name!r}{suggestion(name, list(known))}")
     fields = [field.name for field in dataclasses.fields(known[name])]
     for option in options:
         if option not in fields:
-            raise ConfigError(f"method {name!r} has no option {option!r}{_suggestion(option, fields)}")
+            raise ConfigError(f"method {name!r} has no option {option!r}{suggestion(option, fields)}")
     return known[name](**options)
-
-
-def _suggestion(word: object, known: list[str]) -> str:
-    """', did you mean ...' where one comes near, and the whole list otherwise."""
-    near = difflib.get_close_matches(str(word).lower(), known, n=1)
-    return f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
