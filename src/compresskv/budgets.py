@@ -139,6 +139,31 @@ def error_aware(
     return tokens
 
 
+def proportional(total: int, shares: Sequence[float], cap: int) -> list[int]:
+    """`total` dealt in proportion to non-negative `shares`, each at most `cap`; what a cap cuts off goes to the rest.
+
+    Returns: whole numbers whose sum is exactly min(total, cap * len(shares)). Shares that are all 0 mean uniform.
+    """
+    counts = [0] * len(shares)
+    left, total = set(range(len(shares))), min(total, cap * len(shares))
+    while True:
+        norm = math.fsum(shares[i] for i in left)
+        spare = total - sum(counts[i] for i in range(len(shares)) if i not in left)
+        # dividing first keeps denormal shares from rounding the quotient up to infinity
+        wanted = {i: spare * (shares[i] / norm if norm > 0 else 1 / len(left)) for i in sorted(left)}
+        full = {i for i in left if wanted[i] >= cap}
+        if not full or full == left:
+            break
+        for i in full:
+            counts[i] = cap
+        left -= full
+    if full == left:
+        return [cap if i in left else counts[i] for i in range(len(shares))]
+    for i, count in zip(wanted, _round_to_sum(list(wanted.values()), spare), strict=True):
+        counts[i] = count
+    return counts
+
+
 def _round_to_sum(values: Sequence[float], total: int) -> list[int]:
     """Whole numbers next to `values` whose sum is `total`: the largest fractions are rounded up."""
     floors = [math.floor(value) for value in values]

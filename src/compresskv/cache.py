@@ -129,4 +129,8 @@ def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer
 
 
 def _layers_nbytes(layers: Sequence[Any]) -> int:
-    return storage_nbytes([getattr(layer, name, None) for layer in layers for name in ("keys", "values")])
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        own = isinstance(layer, CompressedLayer)
+        tensors += layer.tensors if own else [getattr(layer, name, None) for name in ("keys", "values")]
+    return storage_nbytes(tensors)

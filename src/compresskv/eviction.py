@@ -1,13 +1,22 @@
-"""What the layers of one cache share: the method, the budget, the prompt's shape."""
+"""What the layers of one cache decide together: budgets, the prompt's shape, and when each layer is cut."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from compresskv import budgets
 from compresskv.errors import ConfigError, PromptError
-from compresskv.method import Method
+from compresskv.method import LayerInputs, Method
+
+
+class Retaining(Protocol):
+    """A cache layer as the eviction sees it."""
+
+    def retain(self, indices: Tensor) -> None:
+        """Keep the named prompt tokens and free all others."""
 
 
 class Eviction:
@@ -30,40 +39,78 @@ class Eviction:
         self.num_layers = num_layers
         self.prompt_tokens = prompt_tokens
         self.on_layer = on_layer
-        self.row_lengths: list[int] | None = None
-        self._layer_budgets: dict[int, list[int]] = {}
+        self._head_budgets: dict[int, list[list[int]]] = {}
+        self.reset()
 
     def reset(self) -> None:
         """Forget the last prompt."""
-        self.row_lengths = None
+        self._row_lengths: list[int] | None = None
+        self._waiting: list[tuple[Retaining, LayerInputs]] = []
 
-    def layer_budget(self, position: int, num_tokens: int) -> int:
-        """Tokens that the compressible layer at `position` retains of a prompt of `num_tokens`."""
-        if num_tokens not in self._layer_budgets:
+    def end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs) -> None:
+        """Cut the layer, now or, where the method decides for all layers together, when the last one has come."""
+        row_lengths = self._note_rows(inputs)
+        if min(row_lengths) == inputs.keys.shape[2]:
+            inputs = replace(inputs, valid=None)
+        if self.method.decides_together:
+            self._waiting.append((layer, inputs))
+            if len(self._waiting) == self.num_layers:
+                self._decide(row_lengths)
+        else:
+            row_budgets = [self._budgets(length)[position] for length in row_lengths]
+            if not _keeps_all(row_budgets, row_lengths):
+                layer.retain(self.method.select(self.method.score(inputs), row_budgets, row_lengths))
+
+    def _decide(self, row_lengths: list[int]) -> None:
+        """Cut all layers that wait."""
+        retaining, layers = (list(column) for column in zip(*self._waiting, strict=True))
+        self._waiting = []
+        budgets = [[self._budgets(length)[position][:] for length in row_lengths] for position in range(len(layers))]
+        if all(_keeps_all(row_budgets, row_lengths) for row_budgets in budgets):
+            return
+        if isinstance(self.budget, (int, float)):  # what the caller gives for each layer is not shared out again
+            means = [[counts[0] for counts in row_budgets] for row_budgets in budgets]
+            shared = self.method.share_budgets(layers, means, row_lengths)
+            budgets = [[[count] for count in counts] for counts in shared]
+        scores = self.method.score_layers(layers)
+        del layers  # with it would stay the full keys and values of layers that are cut already
+        for layer, row_budgets, layer_scores in zip(retaining, budgets, scores, strict=True):
+            if not _keeps_all(row_budgets, row_lengths):
+                layer.retain(self.method.select(layer_scores, row_budgets, row_lengths))
+
+    def _budgets(self, num_tokens: int) -> list[list[int]]:
+        """What each layer retains of a prompt of `num_tokens`: one number, or one for each KV head."""
+        if num_tokens not in self._head_budgets:
             if isinstance(self.budget, (int, float)):
                 mean = budgets.resolve(self.budget, num_tokens)
-                per_layer = self.method.layer_budgets(mean, self.num_layers, num_tokens)
+                per_layer = self.method.head_budgets(mean, self.num_layers, num_tokens)
             else:
-                per_layer = self.method.given_budgets(self.budget, num_tokens)
-            self._layer_budgets[num_tokens] = per_layer
-        return self._layer_budgets[num_tokens][position]
+                per_layer = [[count] for count in self.method.given_budgets(self.budget, num_tokens)]
+            self._head_budgets[num_tokens] = per_layer
+        return self._head_budgets[num_tokens]
 
-    def note_rows(self, valid: Tensor | None, batch_size: int, num_tokens: int) -> list[int]:
+    def _note_rows(self, inputs: LayerInputs) -> list[int]:
         """The number of tokens in each row that are no padding: read from the device once a prompt.
 
         Raises:
             PromptError: a row's padding is not all at its left.
         """
-        if self.row_lengths is None:
+        if self._row_lengths is None:
+            batch_size, _, num_tokens, _ = inputs.keys.shape
+            valid = inputs.valid
             if valid is None:
-                self.row_lengths = [num_tokens] * batch_size
+                self._row_lengths = [num_tokens] * batch_size
             else:
                 lengths = valid.sum(dim=-1)
                 expected = torch.arange(num_tokens, device=valid.device) >= num_tokens - lengths[:, None]
                 if not torch.equal(valid, expected) or not bool(lengths.all()):
                     raise PromptError("the attention mask has padding inside or right of a prompt: pad on the left")
-                self.row_lengths = lengths.tolist()
-        return self.row_lengths
+                self._row_lengths = lengths.tolist()
+        return self._row_lengths
+
+
+def _keeps_all(row_budgets: list[list[int]], row_lengths: list[int]) -> bool:
+    return all(min(counts) >= length for counts, length in zip(row_budgets, row_lengths, strict=True))
 
 
 def valid_keys(mask: Tensor | None) -> Tensor | None:

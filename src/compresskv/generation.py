@@ -30,8 +30,8 @@ class GenerationStats:
     truncated_tokens: int
     """Document tokens cut out to make the prompt fit."""
     generated_tokens: int
-    retained_per_layer: list[int]
-    """Prompt tokens kept per KV head in each full-attention layer."""
+    retained_per_layer: list[float]
+    """Prompt tokens kept per KV head in each full-attention layer: a mean where KV heads differ."""
     kv_nbytes_full: int
     """KV bytes of the whole prompt, before eviction."""
     kv_nbytes: int

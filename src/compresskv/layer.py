@@ -1,5 +1,7 @@
 """One compressed layer: `seen_tokens` drives positions, `num_retained` what is stored."""
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,8 @@ from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config,
 from compresskv.errors import CacheStateError
 from compresskv.eviction import Eviction, valid_keys
 from compresskv.method import LayerInputs
-from compresskv.selection import UNUSED, select, select_rows
+from compresskv.ragged import RaggedStore, gather_tokens
+from compresskv.selection import UNUSED
 
 NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
 
@@ -20,7 +23,8 @@ class CompressedLayer(RoutedLayer):
     """One full-attention layer. It stores all of the prompt, attends over it exactly, then evicts and frees the rest.
 
     After eviction, `keys` holds the R retained prompt tokens and every token since; `positions` (B, H, R) tells which
-    prompt tokens they are, H being 1 where all KV heads retain the same.
+    prompt tokens they are, H being 1 where all KV heads retain the same. Where KV heads retain different numbers,
+    `ragged` holds each head's own tensors, and `keys` the newest tokens only.
     """
 
     def __init__(self, layer_idx: int, position: int, model: PreTrainedModel, eviction: Eviction) -> None:
@@ -35,12 +39,28 @@ class CompressedLayer(RoutedLayer):
         self.num_prompt_tokens = 0
         self.full_nbytes = 0
         self.positions: Tensor | None = None
+        self.ragged: RaggedStore | None = None
+        self._has_unused = False
         self._query_window: Tensor | None = None
 
     @property
-    def num_retained(self) -> int:
-        """Tokens stored per KV head, the generated ones included."""
+    def num_retained(self) -> float:
+        """Tokens stored per KV head, the generated ones included: a mean where KV heads differ."""
+        if self.ragged is not None:
+            return sum(keys.shape[-2] for keys in self.ragged.keys) / len(self.ragged.keys)
         return self.stored()[0].shape[-2] if self.is_initialized else 0
+
+    @property
+    def mean_retained(self) -> float:
+        """Prompt tokens kept, mean over rows and KV heads."""
+        if self.positions is None:
+            return self.num_prompt_tokens
+        return float((self.positions != UNUSED).sum(dim=-1).float().mean())
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All tensors that hold keys and values."""
+        return [self.keys, self.values] if self.ragged is None else [*self.ragged.keys, *self.ragged.values]
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: what positions and attention masks are counted by."""
@@ -57,14 +77,22 @@ class CompressedLayer(RoutedLayer):
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self.seen_tokens += key_states.shape[-2]
-        return super()._append(key_states, value_states)
+        if self.ragged is None:
+            return super()._append(key_states, value_states)
+        self.ragged.append(key_states, value_states)
+        self.keys, self.values = key_states, value_states  # what tells the attention function that it is this layer's
+        return self.stored()
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Exact attention over what is stored; the end of prefill evicts."""
+        if self.ragged is not None:
+            mask_for = functools.partial(self._retained_mask, query, mask)
+            self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())  # its heads hold them
+            return self.ragged.attend(attention, kwargs["module"], query, mask_for)
         if not self.in_prefill:
-            return attention(query, *self.stored(), self._retained_mask(query, mask))
+            return attention(query, *self.stored(), self._retained_mask(query, mask, self.positions))
         output = attention(query, *self.stored(), mask)
         self._observe(query, mask, **kwargs)
         return output
@@ -86,37 +114,32 @@ class CompressedLayer(RoutedLayer):
         window = query[:, :, max(0, query.shape[2] - eviction.method.window_size) :]
         if eviction.prompt_tokens is None or self.seen_tokens >= eviction.prompt_tokens:
             self._query_window = None
-            self._evict(window, mask, scaling_of(query, scaling), softcap)
+            self.finish_prompt(window, valid_keys(mask), scaling_of(query, scaling), softcap)
         else:
             self._query_window = window.clone()  # a view would keep the whole chunk's queries alive
         if eviction.on_layer is not None:
             eviction.on_layer(self._position + 1, eviction.num_layers)
 
-    def _evict(self, query_window: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
+    def __copy__(self) -> "CompressedLayer":
+        """A layer that goes on from here alone; tensors are shared, since they are never changed in place."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.ragged = copy.copy(self.ragged)
+        return copied
+
+    def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
+        """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `finish_prompt` comes next."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.seen_tokens = keys.shape[2]
+
+    def finish_prompt(self, query_window: Tensor, valid: Tensor | None, scaling: float, softcap: float | None) -> None:
+        """End prefill: what is stored is the whole prompt, and is cut as soon as the method can choose."""
         keys, values = self.stored()
-        num_tokens = self.seen_tokens
-        valid = valid_keys(mask)
-        row_lengths = self._eviction.note_rows(valid, keys.shape[0], num_tokens)
-        row_budgets = [self._eviction.layer_budget(self._position, length) for length in row_lengths]
-        self.in_prefill, self.num_prompt_tokens = False, num_tokens
+        self.in_prefill, self.num_prompt_tokens = False, self.seen_tokens
         self.full_nbytes = storage_nbytes([keys, values])
-        if all(budget >= length for budget, length in zip(row_budgets, row_lengths, strict=True)):
-            return
-        method = self._eviction.method
-        inputs = LayerInputs(
-            self.layer_idx,
-            query_window,
-            keys,
-            values,
-            scaling,
-            softcap,
-            None if min(row_lengths) == num_tokens else valid,
-        )
-        scores = method.score(inputs)
-        if inputs.valid is None:
-            self.retain(select(scores, row_budgets[0], method.window_size))
-        else:
-            self.retain(select_rows(scores, row_budgets, method.window_size, row_lengths))
+        inputs = LayerInputs(self.layer_idx, query_window, keys, values, scaling, softcap, valid)
+        self._eviction.end_of_prompt(self, self._position, inputs)
 
     def retain(self, indices: Tensor) -> None:
         """Keep the named prompt tokens and free the memory of all others.
@@ -124,22 +147,31 @@ class CompressedLayer(RoutedLayer):
         Args:
             indices: (B, H, R) int64, ascending, H being 1 or the number of KV heads; `UNUSED` marks empty slots.
         """
-        where = indices.clamp(min=0)[..., None]
-        self.keys, self.values = (torch.take_along_dim(states, where, dim=2) for states in self.stored())
+        keys, values = self.stored()
         self.positions = indices
+        self._has_unused = bool((indices == UNUSED).any())
+        if RaggedStore.fits(indices):
+            self.ragged = RaggedStore(keys, values, indices)
+            self.keys, self.values = (states[:, :, :0].clone() for states in (keys, values))
+        else:
+            self.keys, self.values = (gather_tokens(states, indices) for states in (keys, values))
 
-    def _retained_mask(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Cut the mask over all seen tokens to this layer's columns: (B, 1 or H_q, T_new, stored)."""
+    def _retained_mask(self, query: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+        """Cut the mask over all seen tokens to what is stored: (B, 1 or H_q, T_new, stored).
+
+        Args:
+            positions: (B, 1 or H, R), the prompt tokens that are stored; None: all.
+        """
         num_new = query.shape[2]
-        if self.positions is None or (mask is None and num_new == 1):
+        if positions is None or (mask is None and num_new == 1 and not self._has_unused):
             return mask
         num_prompt = self.num_prompt_tokens
         if mask is None:  # transformers left causality to the function, but our columns are not aligned to the queries
             mask = torch.ones(num_new, self.seen_tokens, dtype=torch.bool, device=query.device)
             mask = mask.tril_(self.seen_tokens - num_new)[None, None]
-        num_heads, unused = self.positions.shape[1], self.positions == UNUSED
-        index = self.positions.clamp(min=0)[:, :, None].expand(-1, -1, num_new, -1)
-        old = mask[..., :num_prompt].expand(len(self.positions), num_heads, -1, -1).gather(-1, index)
+        num_heads, unused = positions.shape[1], positions == UNUSED
+        index = positions.clamp(min=0)[:, :, None].expand(-1, -1, num_new, -1)
+        old = mask[..., :num_prompt].expand(len(positions), num_heads, -1, -1).gather(-1, index)
         blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         old = old.masked_fill(unused[:, :, None], blocked)
         new = mask[..., num_prompt:].expand(*old.shape[:3], -1)
@@ -173,8 +205,11 @@ class CompressedLayer(RoutedLayer):
         """
         length = self.check_crop(max_length)
         if removed := self.seen_tokens - length:
-            self.keys, self.values = (states[..., :-removed, :] for states in self.stored())
             self.seen_tokens = length
+            if self.ragged is not None:
+                self.ragged.map(lambda states: states[..., :-removed, :])
+            else:
+                self.keys, self.values = (states[..., :-removed, :] for states in self.stored())
 
     def reset(self) -> None:
         """Forget everything; the next forward pass is a new prompt."""
@@ -197,6 +232,8 @@ class CompressedLayer(RoutedLayer):
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = map(function, self.stored())
+            if self.ragged is not None:
+                self.ragged.map_rows(function)
             if self.positions is not None:
                 self.positions = function(self.positions)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compresskv import budgets
 from compresskv.errors import ConfigError
+from compresskv.selection import select, select_rows
 
 if TYPE_CHECKING:
     from compresskv.profiles.profile import Profile
@@ -38,6 +39,10 @@ class LayerInputs:
 class Method:
     """Base of every method. A subclass is one file: class attributes, options as fields, and `score`.
 
+    How a prompt is cut: `head_budgets` says how many tokens each layer keeps, `score` what each token is worth, and
+    `select` which are kept. Methods that need all layers for that set `decides_together` and override `score_layers`
+    or `share_budgets`.
+
     The most recent `window_size` tokens are always kept; their scores are ignored.
     """
 
@@ -45,6 +50,8 @@ class Method:
     summary: ClassVar[str]
     source: ClassVar[str]
     needs_profile: ClassVar[bool] = False
+    decides_together: ClassVar[bool] = False
+    """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
 
     window_size: int = 0
 
@@ -78,6 +85,10 @@ class Method:
         """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""
         return budgets.uniform(budget, num_layers, num_tokens)
 
+    def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
+        """For each compressible layer, one number for all its KV heads, or one number for each of them."""
+        return [[count] for count in self.layer_budgets(budget, num_layers, num_tokens)]
+
     def given_budgets(self, counts: Sequence[int], num_tokens: int) -> list[int]:
         """Tokens to retain in each compressible layer where the caller gives one count a layer."""
         return [min(count, num_tokens) for count in counts]
@@ -88,3 +99,25 @@ class Method:
         Returns: (B, H_kv, T) float32, or (B, 1, T) where all KV heads of the layer share one choice.
         """
         raise NotImplementedError
+
+    def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
+        """Scores of all layers at once, for methods that `decide_together`."""
+        return [self.score(layer) for layer in layers]
+
+    def share_budgets(
+        self, layers: Sequence[LayerInputs], budgets: list[list[int]], row_lengths: list[int]
+    ) -> list[list[int]]:
+        """Budgets that only the prompt tells, for methods that `decide_together`.
+
+        Args:
+            budgets: (L, B) tokens that each layer would retain of each row.
+        Returns: (L, B), each row with the same sum over layers.
+        """
+        return budgets
+
+    def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
+        """The tokens that one layer keeps; see `compresskv.selection.select_rows`."""
+        num_tokens = scores.shape[2]
+        if min(row_lengths) == num_tokens and all(counts == budgets[0][:1] for counts in budgets):
+            return select(scores, budgets[0][0], self.window_size)
+        return select_rows(scores, budgets, self.window_size, row_lengths)

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from compresskv.errors import ConfigError
+from compresskv.drawing import new_figure as _figure
+from compresskv.drawing import save_figure as _save
 from compresskv.profiles.profile import Profile, Rows
 from compresskv.profiles.verify import Ablation
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _COLOURS = {"semantic": "#c1272d", "traditional": "#0072b2", "random": "#8c8c8c"}
 _STYLES = {"semantic": "o-", "traditional": "s--", "random": "^:"}  # lines that coincide must both be seen
@@ -93,19 +90,3 @@ def ablation(ablations: Sequence[Ablation], path: Path) -> None:
 
 def _name(profile: Profile) -> str:
     return profile.model_id.rstrip("/").rpartition("/")[2]  # of a folder, whose whole path would not fit
-
-
-def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'compresskv[plot]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
-        raise ConfigError(f"cannot write the figure {str(path)!r}: {error}") from error

@@ -96,8 +96,12 @@ def sum_over_window(attention: Tensor) -> Tensor:
         attention: (B, H, W, T).
     Returns: (B, H, T).
     """
-    scores = attention.sum(dim=2)
-    scores[..., attention.shape[3] - attention.shape[2] :] = 0
+    return without_window(attention.sum(dim=2), attention.shape[2])
+
+
+def without_window(scores: Tensor, window_size: int) -> Tensor:
+    """Set the scores (B, H, T) of the last `window_size` tokens to 0, in place."""
+    scores[..., scores.shape[-1] - window_size :] = 0
     return scores
 
 

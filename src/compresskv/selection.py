@@ -32,20 +32,26 @@ def select(scores: Tensor, budget: int, window_size: int) -> Tensor:
     return torch.cat([best, recent], dim=-1)
 
 
-def select_rows(scores: Tensor, budgets: list[int], window_size: int, row_lengths: list[int]) -> Tensor:
-    """`select` for a left-padded batch: each row chooses among its own tokens, with its own budget.
+def select_rows(scores: Tensor, budgets: list[list[int]], window_size: int, row_lengths: list[int]) -> Tensor:
+    """`select` for a left-padded batch and for budgets that differ between KV heads.
 
     Args:
         scores: (B, H, T).
-        budgets: B numbers of tokens to keep.
-        row_lengths: B numbers of tokens that are not padding.
-    Returns: (B, H, R) int64 with R the largest number kept in a row; ascending; shorter rows begin with `UNUSED`.
+        budgets: for each of B rows, the tokens to keep in each of H_kv heads, or one number for all of them; with one
+            number in every row, H stays as it is, else scores of one head serve them all.
+        row_lengths: B numbers of tokens that are not padding: each row chooses among its own.
+    Returns: (B, H or H_kv, R) int64 with R the largest number kept anywhere; ascending; what keeps fewer begins with
+        `UNUSED`.
     """
-    num_heads, num_tokens = scores.shape[1:]
-    kept = [min(budget, length) for budget, length in zip(budgets, row_lengths, strict=True)]
-    indices = scores.new_full((len(kept), num_heads, max(kept)), UNUSED, dtype=torch.long)
-    for row, (num_kept, length) in enumerate(zip(kept, row_lengths, strict=True)):
+    num_heads, num_tokens = max(scores.shape[1], *(len(counts) for counts in budgets)), scores.shape[2]
+    scores = scores.expand(-1, num_heads, -1)
+    longest = max(min(max(counts), length) for counts, length in zip(budgets, row_lengths, strict=True))
+    indices = scores.new_full((len(budgets), num_heads, longest), UNUSED, dtype=torch.long)
+    for row, (counts, length) in enumerate(zip(budgets, row_lengths, strict=True)):
         start = num_tokens - length
-        chosen = select(scores[row : row + 1, :, start:], num_kept, window_size)
-        indices[row, :, max(kept) - num_kept :] = chosen[0] + start
+        together = len(set(counts)) == 1
+        for head in range(1 if together else num_heads):
+            heads = slice(None) if together else slice(head, head + 1)
+            chosen = select(scores[row : row + 1, heads, start:], counts[head], window_size)[0] + start
+            indices[row, heads, longest - chosen.shape[-1] :] = chosen
     return indices

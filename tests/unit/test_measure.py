@@ -20,13 +20,14 @@ import tiny
 from compresskv.attention import decoder_config, routing
 from compresskv.cache import compressible_layers
 from compresskv.errors import CompressKVError, ConfigError, ModelError, ProfileError
+from compresskv.full_cache import FullCache
 from compresskv.generation import decode, prefill
 from compresskv.profiles import measure
 from compresskv.profiles.calibration import encode_questions, render
 from compresskv.profiles.find import Outcome, find_profile
 from compresskv.profiles.measure import Measurement, NothingRetrievedError, mean_scores, rouge_1_recall
 from compresskv.profiles.profile import Rows
-from compresskv.profiles.recording import FullCache, SpanLayer
+from compresskv.profiles.recording import SpanLayer
 from compresskv.profiles.settings import Settings
 
 Planted = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -15,12 +15,13 @@ import planted
 import tiny
 from compresskv.attention import decoder_config, routing
 from compresskv.errors import ConfigError, ProfileError
+from compresskv.full_cache import FullCache
 from compresskv.generation import prefill
 from compresskv.profiles import verify
 from compresskv.profiles.calibration import Document, read_needles, split_needles
 from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, Rows
-from compresskv.profiles.recording import FullCache, MaskedLayer
+from compresskv.profiles.recording import MaskedLayer
 from compresskv.profiles.verify import Ablation, VerifySettings, to_rows, verify_profile
 
 Head = tuple[int, int]

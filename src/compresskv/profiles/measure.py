@@ -16,13 +16,14 @@ import compresskv
 from compresskv.attention import decoder_config
 from compresskv.cache import compressible_layers
 from compresskv.errors import ModelError, ProfileError
+from compresskv.full_cache import FullCache
 from compresskv.generation import decode, prefill
 from compresskv.methods.compresskv import CompressKV
 from compresskv.profiles import calibration
 from compresskv.profiles.calibration import Document, Haystack
 from compresskv.profiles.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, Rows, normalised
-from compresskv.profiles.recording import CutLayer, FullCache, SpanLayer
+from compresskv.profiles.recording import CutLayer, SpanLayer
 from compresskv.profiles.runs import RunLog
 from compresskv.profiles.settings import Settings
 

@@ -1,16 +1,13 @@
 """Cache layers that keep the whole cache and measure the attention over it. Batches of one prompt."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
 from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
-from compresskv.cache import routed_layers
 from compresskv.errors import ModelError
 from compresskv.method import LayerInputs
 from compresskv.scoring import window_attention
@@ -132,26 +129,3 @@ def _output_projection(module: nn.Module) -> nn.Module:
         if isinstance(projection, nn.Module):
             return projection
     raise ModelError(f"{type(module).__name__} has no output projection named {', '.join(_OUTPUT_PROJECTIONS)}")
-
-
-class FullCache(Cache):
-    """A full cache whose full-attention layers are made by `make(layer_idx, position)`."""
-
-    def __init__(self, model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> None:
-        super().__init__(layers=routed_layers(model, make))
-
-    @property
-    def routed(self) -> list[Any]:
-        """The full-attention layers, in order."""
-        return [layer for layer in self.layers if isinstance(layer, RoutedLayer)]
-
-    def branch(self) -> "FullCache":
-        """A cache that goes on from here and leaves this one as it is.
-
-        Attention layers share their tensors with it: they grow by making new ones.
-        """
-        branched = copy.copy(self)
-        branched.layers = [
-            copy.copy(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer) for layer in self.layers
-        ]
-        return branched

@@ -1,40 +1,28 @@
 """A log of finished runs, one JSON line each: what a killed calibration had finished, it need not measure again."""
 
-import json
-import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ProfileError
+from compresskv.jsonl_log import JsonlLog
 
 
 class RunLog:
     """Results by key, kept in a file. Each is written as soon as it is known; none is kept twice."""
 
     def __init__(self, path: Path) -> None:
-        """Open the log and read what it holds; a last line that a kill cut short is dropped, and so is a damaged one.
+        """Open the log and read what it holds. A damaged line is dropped: its run is measured again.
 
         Raises:
             ProfileError: the place cannot be read or written.
         """
         self._path = path
-        self._results: dict[Hashable, Any] = {}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if whole != data:
-                os.truncate(path, len(whole))  # not written anew: a kill at this moment must not cost finished runs
+            self._log = JsonlLog(path, _keyed_result)
         except OSError as error:
-            raise ProfileError(f"cannot keep finished runs in {str(path)!r}: {error.strerror}") from error
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-                self._results[tuple(record["key"])] = record["result"]
-            except (ValueError, KeyError, TypeError):  # its run is measured again
-                continue
+            raise self._error(error) from error
+        self._results = dict(self._log.values)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._results
@@ -54,8 +42,16 @@ class RunLog:
         if key in self._results:
             raise ValueError(f"run {key} is in the log already")
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "result": result}) + "\n")
+            self._log.append({"key": key, "result": result})
         except OSError as error:
-            raise ProfileError(f"cannot keep finished runs in {str(self._path)!r}: {error.strerror}") from error
+            raise self._error(error) from error
         self._results[key] = result
+
+    def _error(self, error: OSError) -> ProfileError:
+        return ProfileError(f"cannot keep finished runs in {str(self._path)!r}: {error.strerror}")
+
+
+def _keyed_result(row: Any) -> tuple[Hashable, Any]:
+    key = tuple(row["key"])
+    hash(key)  # TypeError where a part is a list: nobody wrote such a key
+    return key, row["result"]

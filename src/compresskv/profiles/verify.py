@@ -16,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention import decoder_config, routing
 from compresskv.errors import ConfigError, ProfileError
+from compresskv.full_cache import FullCache
 from compresskv.generation import end_tokens, last_logits, prefill
 from compresskv.profiles import calibration
 from compresskv.profiles.calibration import Document, Haystack
 from compresskv.profiles.measure import SUCCESS_RECALL, OnProgress, rouge_1_recall
 from compresskv.profiles.profile import Profile
-from compresskv.profiles.recording import FullCache, MaskedLayer
+from compresskv.profiles.recording import MaskedLayer
 from compresskv.prompts import context_length
 
 _ROWS = 32  # sets of masked heads that are run as one batch: decode reads the weights once for all of them

@@ -1,0 +1,75 @@
+"""One prefill that serves every method: the full cache, with the last queries of the prompt kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
+from compresskv.budgets import Budget
+from compresskv.cache import CompressedCache
+from compresskv.full_cache import FullCache
+from compresskv.generation import prefill
+from compresskv.method import Method
+
+
+class WindowLayer(RoutedLayer):
+    """Keeps everything and, beside it, the queries of the last `window_size` tokens read."""
+
+    def __init__(self, layer_idx: int, model: PreTrainedModel, window_size: int) -> None:
+        super().__init__(layer_idx, decoder_config(model))
+        self._window_size = window_size
+        self.query_window: Tensor | None = None
+        self.scaling = 1.0
+        self.softcap: float | None = None
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Plain attention; the queries are noted."""
+        recent = query if self.query_window is None else torch.cat([self.query_window, query], dim=2)
+        # a view would keep the whole prompt's queries alive
+        self.query_window = recent[:, :, max(0, recent.shape[2] - self._window_size) :].clone()
+        self.scaling, self.softcap = scaling_of(query, kwargs.get("scaling")), kwargs.get("softcap")
+        return super().attend(attention, query, mask, **kwargs)
+
+
+class CapturedPrompt:
+    """A prompt's full cache, from which caches of any method and budget are cut without reading it again.
+
+    Batches of one prompt, without padding. All of it happens inside `routing(model)`.
+    """
+
+    def __init__(self, model: PreTrainedModel, window_size: int) -> None:
+        """Make an empty one.
+
+        Args:
+            window_size: the largest observation window of the methods to come.
+        """
+        self._model = model
+        self.cache = FullCache(model, lambda layer_idx, _: WindowLayer(layer_idx, model, window_size))
+        self.input_ids: list[int] = []
+
+    def read(self, input_ids: Sequence[int]) -> Tensor:
+        """Read more of the prompt: the last position's logits (vocab,)."""
+        self.input_ids += input_ids
+        return prefill(self._model, torch.tensor([list(input_ids)], device=self._model.device), self.cache)
+
+    @torch.no_grad()
+    def compress(self, method: Method, budget: Budget) -> CompressedCache:
+        """The cache that `compressing` would hold after reading the same prompt."""
+        cache = CompressedCache(self._model, method, budget)
+        for layer_idx, source in enumerate(self.cache.branch().layers):
+            if isinstance(source, WindowLayer):
+                layer: Any = cache.layers[layer_idx]
+                layer.adopt_prompt(*source.stored())
+                queries = source.query_window
+                assert queries is not None
+                window = queries[:, :, max(0, queries.shape[2] - method.window_size) :]
+                layer.finish_prompt(window, None, source.scaling, source.softcap)
+            elif isinstance(source, DynamicLayer):
+                cache.layers[layer_idx] = source
+        return cache

@@ -1,0 +1,83 @@
+"""CAKE: attention that is strong or restless over the window, and layer budgets from the prompt itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compresskv import budgets as layer_budgets
+from compresskv.errors import ConfigError
+from compresskv.method import LayerInputs
+from compresskv.methods.snapkv import SnapKV
+from compresskv.registry import register
+from compresskv.scoring import pool, window_attention, without_window
+
+
+@register
+@dataclass(frozen=True)
+class CAKE(SnapKV):
+    """Mean attention plus `gamma` times its variance over the window; layers share by entropy and variance.
+
+    A layer's preference is H^(1/tau1) * V^(1/tau2): H is the entropy of its attention over tokens, V the variance
+    over the window's queries, each summed over the tokens before the window and averaged over heads.
+
+    Source: CAKE (arXiv 2503.12491), sections 4.2 and 4.3, with its published settings' order of magnitude. Differs:
+    layers are cut together at the end of prefill (the paper cuts them in a cascade, to the same result), and budgets
+    sum exactly.
+    """
+
+    name = "cake"
+    summary = "attention and its variance; layers share by the prompt"
+    source = "arXiv 2503.12491"
+    decides_together = True
+
+    window_size: int = 32
+    gamma: float = 200.0
+    tau1: float = 1.0
+    tau2: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        for option in ("gamma", "tau1", "tau2"):
+            value = getattr(self, option)
+            if value < 0 or (value == 0 and option != "gamma"):
+                raise ConfigError(f"{option}={value} must be positive")
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, H_kv, T)."""
+        mean, variance = _moments(inputs)
+        per_head = pool(mean + self.gamma * variance, self.kernel_size)  # (B, H_q, T)
+        batch_size, num_kv_heads, num_tokens = inputs.keys.shape[:3]
+        return per_head.view(batch_size, num_kv_heads, -1, num_tokens).mean(dim=2)
+
+    def share_budgets(
+        self, layers: Sequence[LayerInputs], budgets: list[list[int]], row_lengths: list[int]
+    ) -> list[list[int]]:
+        """In proportion to the layers' preferences; every layer keeps at least its window, as far as that goes."""
+        preferences = torch.stack([self._preference(layer) for layer in layers], dim=1).tolist()  # (B, L)
+        rows = []
+        for row, length in enumerate(row_lengths):
+            mean = budgets[0][row]
+            window = min(self.window_size, mean)
+            spares = layer_budgets.proportional((mean - window) * len(layers), preferences[row], length - window)
+            rows.append([window + spare for spare in spares])
+        return [list(column) for column in zip(*rows, strict=True)]
+
+    def _preference(self, inputs: LayerInputs) -> Tensor:
+        """(B,): how much of the budget the layer should have."""
+        mean, variance = _moments(inputs)
+        entropy = -(mean * mean.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=-1).mean(dim=-1)
+        restless = variance.sum(dim=-1).mean(dim=-1)
+        return entropy.clamp(min=0) ** (1 / self.tau1) * restless ** (1 / self.tau2)
+
+
+def _moments(inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the window's queries, (B, H_q, T) each; 0 for the window's own tokens."""
+    attention = window_attention(
+        inputs.query_window, inputs.keys, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
+    )
+    window_size = attention.shape[2]
+    variance, mean = torch.var_mean(attention, dim=2, correction=0)
+    return without_window(mean, window_size), without_window(variance, window_size)

@@ -1,0 +1,60 @@
+"""HeadKV: KV heads that retrieve, as measured offline, get more of the budget."""
+
+from dataclasses import dataclass, replace
+
+from compresskv import budgets
+from compresskv.errors import ConfigError, ProfileError
+from compresskv.methods.snapkv import SnapKV
+from compresskv.profiles.profile import Profile
+from compresskv.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class HeadKV(SnapKV):
+    """SnapKV's choice with budgets per KV head: 1 / beta of the whole in proportion to head scores, the rest evenly.
+
+    Source: HeadKV (arXiv 2410.19258), section 3.2. Differs: its head scores come from retrieval-and-reasoning tests;
+    here they are the profile's traditional retrieval scores (semantic ones where a profile has no others), summed
+    over the query heads that read a KV head.
+    """
+
+    name = "headkv"
+    summary = "SnapKV; KV heads share by retrieval scores"
+    source = "arXiv 2410.19258"
+    needs_profile = True
+
+    beta: float = 1.2
+    profile: Profile | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        if self.beta < 1:
+            raise ConfigError(f"beta={self.beta} must be at least 1")
+
+    def with_profile(self, profile: Profile) -> "HeadKV":
+        """The method with a model's head scores."""
+        return replace(self, profile=profile)
+
+    def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
+        """(L, H_kv) tokens; the sum is exact."""
+        scores = [score for layer in self._kv_head_scores() for score in layer]
+        num_kv_heads = len(scores) // num_layers
+        budget = min(budget, num_tokens)
+        spare = max(0, budget - self.window_size)
+        shared = round(spare * len(scores) / self.beta)
+        even = budgets.proportional(spare * len(scores) - shared, [1.0] * len(scores), spare)
+        floor = budget - spare
+        extra = budgets.proportional(shared, scores, num_tokens - floor - max(even, default=0))
+        counts = [floor + own + more for own, more in zip(even, extra, strict=True)]
+        return [counts[start : start + num_kv_heads] for start in range(0, len(counts), num_kv_heads)]
+
+    def _kv_head_scores(self) -> list[list[float]]:
+        """(L, H_kv)."""
+        if self.profile is None:
+            raise ProfileError("method 'headkv' needs a profile of the model: make one with 'compresskv profile MODEL'")
+        own = self.profile.fingerprint
+        groups = own.num_query_heads // own.num_kv_heads
+        rows = self.profile.traditional_scores or self.profile.semantic_scores
+        return [[sum(row[head : head + groups]) for head in range(0, len(row), groups)] for row in rows]
