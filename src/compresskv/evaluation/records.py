@@ -1,7 +1,19 @@
-"""Records: one JSONL row for each case and configuration."""
+"""Records: one JSONL row for each case and configuration, in a folder of their run."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from filelock import FileLock, Timeout
+
+from compresskv.errors import DataError
+from compresskv.jsonl_log import JsonlLog, parse_line, whole_lines, write_whole
+
+_CONFIGURATION = "run.json"
+_RECORDS = "records.jsonl"
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,192 @@ class Record:
     @property
     def config(self) -> str:
         """What tables call it: 'full', 'snapkv @ 128'."""
-        name = self.method if self.budget is None else f"{self.method} @ {self.budget:g}"
+        name = self.method if self.budget is None else f"{self.method} @ {self.budget}"
         return name if self.setting == "aware" else f"{name} (agnostic)"
 
     @property
     def retained_fraction(self) -> float:
         """Mean share of the prompt's tokens that was kept."""
         return self.retained_tokens / self.prompt_tokens
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What is kept once in a run: task, example, configuration."""
+        return self.task, self.example, self.config
+
+    @classmethod
+    def from_dict(cls, row: Any) -> "Record":
+        """The record that `dataclasses.asdict` made into `row`.
+
+        Raises:
+            ValueError: it is none; the message names the field.
+        """
+        if not isinstance(row, dict):
+            raise ValueError("not an object")
+        hints = _hints()
+        for name, value in row.items():
+            if name not in hints:
+                raise ValueError(f"unknown field {name!r}")
+            if not _fits(value, hints[name]):
+                raise ValueError(f"{name}={json.dumps(value)[:60]} has the wrong type")
+        try:
+            record = cls(**row)
+        except TypeError as error:
+            raise ValueError(str(error).partition(" ")[2]) from None  # 'missing 1 required positional argument: ...'
+        if record.prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens={record.prompt_tokens} is not positive")
+        return record
+
+
+class RecordLog:
+    """The records of one run, in a folder. A killed run goes on with what its folder holds.
+
+    The folder is this process's alone until `close`, or until the end of a `with`.
+    """
+
+    def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
+        """Open a run, or make it. A record that a kill cut short is dropped, and so is a damaged one.
+
+        Args:
+            folder: Holds run.json and records.jsonl.
+            configuration: What must not change within a run, JSON values only.
+
+        Raises:
+            DataError: the folder belongs to a run with another configuration or to another process at this moment,
+                or cannot be read or written.
+        """
+        self._folder = folder
+        self._lock = FileLock(folder / "run.lock")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise DataError(
+                f"{str(folder)!r} is in use by another process: wait for it, or give another --output"
+            ) from None
+        except OSError as error:
+            raise self._error(error) from error
+        try:
+            self._claim(json.loads(json.dumps(configuration, allow_nan=False)))
+            self._log = JsonlLog(folder / _RECORDS, Record.from_dict)
+        except OSError as error:
+            self.close()
+            raise self._error(error) from error
+        except BaseException:
+            self.close()
+            raise
+        self._records = {record.key: record for record in self._log.values}
+
+    def __enter__(self) -> "RecordLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes open the run."""
+        self._lock.release()
+
+    def has(self, task: str, example: str, config: str) -> bool:
+        """Whether the run holds a record of that example and configuration (`Record.config`)."""
+        return (task, example, config) in self._records
+
+    def add(self, record: Record) -> None:
+        """Keep a record: it is on disk when this returns.
+
+        Raises:
+            DataError: the disk is full or the file cannot be written; earlier records stay.
+            ValueError: it is in the run already, or holds a NaN or an infinity.
+        """
+        if record.key in self._records:
+            raise ValueError(f"record {record.key} is in the run already")
+        try:
+            self._log.append(asdict(record))
+        except OSError as error:
+            raise self._error(error) from error
+        self._records[record.key] = record
+
+    def records(self) -> list[Record]:
+        """All records, in the order in which they were added."""
+        return list(self._records.values())
+
+    def _claim(self, configuration: dict[str, Any]) -> None:
+        """Compare with run.json, or write it."""
+        path, records = self._folder / _CONFIGURATION, self._folder / _RECORDS
+        if not path.exists():
+            if records.exists() and records.stat().st_size:
+                raise DataError(f"{str(records)!r} has no {_CONFIGURATION} beside it: give another --output")
+            write_whole(path, (json.dumps(configuration, indent=1) + "\n").encode())
+            return
+        difference = _difference(_read_configuration(path), configuration)
+        if difference is not None:
+            option, old, new = difference
+            raise DataError(
+                f"{str(self._folder)!r} was made with {option}={json.dumps(old)}, not {json.dumps(new)}: "
+                "give another --output"
+            )
+
+    def _error(self, error: OSError) -> DataError:
+        return DataError(f"cannot keep records in {str(self._folder)!r}: {error.strerror}")
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """A run's configuration and its records; a last line that a kill cut short is left out.
+
+    Raises:
+        DataError: the folder holds no run, or a malformed one; the message names file and line.
+    """
+    path = folder / _RECORDS
+    try:
+        configuration = _read_configuration(folder / _CONFIGURATION)
+        lines = whole_lines(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{str(folder)!r} holds no run: cannot read {error.filename!r}: {error.strerror}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(Record.from_dict(parse_line(line)))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+    return configuration, records
+
+
+def _read_configuration(path: Path) -> dict[str, Any]:
+    try:
+        configuration = parse_line(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    if not isinstance(configuration, dict):
+        raise DataError(f"{path}: not an object")
+    return configuration
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option that differs, with both values. An option that is not there counts as null."""
+    for option in [*new, *(option for option in old if option not in new)]:
+        before, after = old.get(option), new.get(option)
+        if isinstance(before, dict) and isinstance(after, dict):
+            deeper = _difference(before, after)
+            if deeper is not None:
+                return f"{option}.{deeper[0]}", deeper[1], deeper[2]
+        elif json.dumps(before, sort_keys=True) != json.dumps(after, sort_keys=True):  # 1, 1.0 and true differ
+            return option, before, after
+    return None
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Record)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type; a whole number will do for a float."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(one, get_args(hint)[1]) for one in value.values())
+    if hint is Any:
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint

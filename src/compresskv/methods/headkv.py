@@ -1,5 +1,6 @@
 """HeadKV: KV heads that retrieve, as measured offline, get more of the budget."""
 
+import math
 from dataclasses import dataclass, replace
 
 from compresskv import budgets
@@ -40,14 +41,12 @@ class HeadKV(SnapKV):
     def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
         """(L, H_kv) tokens; the sum is exact."""
         scores = [score for layer in self._kv_head_scores() for score in layer]
-        num_kv_heads = len(scores) // num_layers
+        num_kv_heads, norm = len(scores) // num_layers, math.fsum(scores)
         budget = min(budget, num_tokens)
         spare = max(0, budget - self.window_size)
-        shared = round(spare * len(scores) / self.beta)
-        even = budgets.proportional(spare * len(scores) - shared, [1.0] * len(scores), spare)
-        floor = budget - spare
-        extra = budgets.proportional(shared, scores, num_tokens - floor - max(even, default=0))
-        counts = [floor + own + more for own, more in zip(even, extra, strict=True)]
+        shares = [(1 - 1 / self.beta) / len(scores) + score / norm / self.beta for score in scores]
+        extra = budgets.proportional(spare * len(scores), shares, num_tokens - budget + spare)
+        counts = [budget - spare + more for more in extra]
         return [counts[start : start + num_kv_heads] for start in range(0, len(counts), num_kv_heads)]
 
     def _kv_head_scores(self) -> list[list[float]]:
