@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
-from compresskv import registry
+from compresskv import CompressedCache, registry
 from compresskv.cache import compressible_layers
+from compresskv.layer import CompressedLayer
 from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, normalised
+from compresskv.selection import UNUSED
 
 VOCAB_SIZE = 128
 PAD = 0
@@ -93,8 +95,10 @@ def _sharpen(model: PreTrainedModel, seed: int) -> None:
         if weight.ndim >= 2:
             std = 1.5 / math.sqrt(weight.shape[-1])
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-        elif "q_norm" in name or "k_norm" in name:
+        elif "q_norm" in name:
             weight.add_(1.0)
+        elif "k_norm" in name:  # equal weights would make all keys' norms equal but for rounding
+            weight.add_(torch.linspace(0.5, 1.5, len(weight)))
 
 
 def random_profile(model: PreTrainedModel) -> Profile:
@@ -118,6 +122,23 @@ def random_profile(model: PreTrainedModel) -> Profile:
 def options_for(model: PreTrainedModel, method: str) -> dict[str, Any]:
     """What `compressing` needs beside the method's name."""
     return {"profile": random_profile(model)} if registry.methods()[method].needs_profile else {}
+
+
+def kept_tokens(layer: CompressedLayer) -> list[list[list[int]]]:
+    """For each row and KV head, the prompt tokens that the layer says it keeps, in its order."""
+    assert layer.keys is not None
+    num_rows, num_heads = layer.keys.shape[:2]
+    if layer.positions is None:
+        return [[list(range(layer.num_prompt_tokens))] * num_heads] * num_rows
+    rows = layer.positions.expand(num_rows, num_heads, -1).tolist()
+    return [[[token for token in head if token != UNUSED] for head in row] for row in rows]
+
+
+def kept_counts(cache: CompressedCache) -> Tensor:
+    """(layers, rows, KV heads): how many prompt tokens each keeps."""
+    return torch.tensor(
+        [[[len(head) for head in row] for row in kept_tokens(layer)] for layer in cache.compressed_layers]
+    )
 
 
 def random_tokens(num_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:

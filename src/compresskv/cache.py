@@ -54,10 +54,8 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
         stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
-        if isinstance(layer, DynamicSlidingWindowLayer) and key_states.shape[-2] > 1:
-            # It keeps a view of the whole prompt, which would stay in memory until the next token.
-            layer.keys, layer.values = (owned(states) for states in (layer.keys, layer.values) if states is not None)
+        if key_states.shape[-2] > 1:
+            own_window(self.layers[layer_idx])
         return stored
 
     def __bool__(self) -> bool:
@@ -98,13 +96,13 @@ class CompressedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the storages that keys and values hold now, in all layers."""
-        return _layers_nbytes(self.layers)
+        return layers_nbytes(self.layers)
 
     @property
     def full_nbytes(self) -> int:
         """Bytes that the cache held, or would have held, for the whole prompt before eviction."""
         other = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
-        return _layers_nbytes(other) + sum(layer.full_nbytes for layer in self.compressed_layers)
+        return layers_nbytes(other) + sum(layer.full_nbytes for layer in self.compressed_layers)
 
 
 def compressible_layers(model: PreTrainedModel) -> list[int]:
@@ -120,6 +118,15 @@ def compressible_layers(model: PreTrainedModel) -> list[int]:
     return indices
 
 
+def own_window(layer: Any) -> None:
+    """Free what a sliding-window layer has left behind its window.
+
+    It keeps a view of the whole prompt, which would stay in memory until the next token, and in copies of the layer.
+    """
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.keys, layer.values = (owned(states) for states in (layer.keys, layer.values) if states is not None)
+
+
 def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:
     """One cache layer for each layer of the model, the full-attention ones made by `make(layer_idx, position)`."""
     layers = list(DynamicCache(config=decoder_config(model)).layers)
@@ -128,7 +135,8 @@ def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer
     return layers
 
 
-def _layers_nbytes(layers: Sequence[Any]) -> int:
+def layers_nbytes(layers: Sequence[Any]) -> int:
+    """Bytes of the storages behind the keys and values of cache layers."""
     tensors: list[Tensor | None] = []
     for layer in layers:
         own = isinstance(layer, CompressedLayer)

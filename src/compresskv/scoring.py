@@ -105,6 +105,20 @@ def without_window(scores: Tensor, window_size: int) -> Tensor:
     return scores
 
 
+def keep_first(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """Set the scores (B, H, T) of each row's first `count` tokens to infinity, in place.
+
+    Args:
+        valid: (B, T) bool, False at padding; None where nothing is padded.
+    """
+    if valid is None:
+        scores[..., :count] = torch.inf
+    else:
+        first = valid & (valid.cumsum(-1) <= count)
+        scores.masked_fill_(first[:, None], torch.inf)
+    return scores
+
+
 def pool(scores: Tensor, kernel_size: int) -> Tensor:
     """Average along tokens with stride 1 and unchanged length; beyond both ends counts as 0.
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TextIteratorStreamer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import compresskv
 import tiny
 from compresskv import CacheStateError, CompressedCache
 from compresskv.compression import Compressing
+from compresskv.full_cache import branch
 from compresskv.methods.snapkv import SnapKV
 
 NUM_PROMPT = 60
@@ -179,6 +181,26 @@ def test_a_copied_cache_goes_on_identically_and_apart(model: PreTrainedModel, me
         assert torch.equal(tiny.read(model, twin, sequence(0), [1]), tiny.read(model, cache, sequence(0), [1]))
         twin.reset()
         assert cache.get_seq_length() == sum(STEPS[:3]) + 8
+
+
+# A branch shares tensors: whatever one of the two does must make new ones.
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_branch_goes_on_apart_and_leaves_the_original_untouched(model: PreTrainedModel, method: str) -> None:
+    with context(model, method, 0.4) as cache:
+        tiny.read(model, cache, sequence(0), STEPS[:3])
+        nbytes, counts = cache.nbytes, tiny.kept_counts(cache)
+        twin, other = branch(cache), branch(cache)
+        ours = tiny.read(model, twin, sequence(0), STEPS[3:])
+        tiny.read(model, other, torch.cat([sequence(0)[:, :-8], sequence(1)], dim=1), [5, 1, 2])
+        other.reorder_cache(torch.tensor([0]))
+        if not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in other.layers):
+            other.crop(-3)
+        other.batch_repeat_interleave(2)
+        other.reset()
+        assert cache.nbytes == nbytes
+        assert torch.equal(tiny.kept_counts(cache), counts)
+        assert torch.equal(tiny.read(model, cache, sequence(0), STEPS[3:]), ours)
+    assert torch.equal(ours, logits_alone(model, method, 0.4, seed=0)[:, sum(STEPS[:3]) :])
 
 
 # The attention function finds its cache through the thread that runs it; the model's config is shared by all.

@@ -1,6 +1,7 @@
 """After eviction, every logit is that of the full cache with the evicted entries masked out."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from compresskv.cache import compressible_layers
 from compresskv.method import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 from compresskv.scoring import window_attention
+from compresskv.selection import select_rows
 from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT = 96
@@ -84,6 +86,52 @@ def test_logits_are_exact_in_left_padded_batches(
     logits, evicted = run(family, attn_implementation, method, budget, sequence, mask)
     assert evicted
     assert_exact(family, logits, evicted, sequence, mask)
+
+
+class Planned(SnapKV):
+    """Keeps `COUNTS[row][KV head]` tokens, whatever the budget."""
+
+    COUNTS: ClassVar[list[list[int]]]
+
+    def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
+        return select_rows(scores, self.COUNTS, self.window_size, row_lengths)
+
+
+# Without padding transformers builds no mask, and the unused slots of the row that keeps less would be attended to.
+@pytest.mark.parametrize(
+    ("counts", "ragged"),
+    [
+        pytest.param([[10, 30], [30, 10]], False, id="rows_differ_but_the_fullest_do_not"),
+        pytest.param([[10, 10], [40, 40]], False, id="rows_differ_alone"),
+        pytest.param([[10, 30], [10, 30]], True, id="heads_differ_alone"),
+        pytest.param([[10, 50], [24, 9]], True, id="rows_and_heads_differ"),
+        pytest.param([[NUM_PROMPT, 9], [9, 40]], True, id="one_head_keeps_all"),
+        pytest.param([[1, 2], [2, 1]], False, id="fewer_than_the_window"),
+    ],
+)
+@pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_unused_slots_are_masked_where_nothing_is_padded(
+    family: str, attn_implementation: str, counts: list[list[int]], ragged: bool
+) -> None:
+    method = type("PlannedCounts", (Planned,), {"COUNTS": counts})()
+    model, sequence = tiny.tiny_model(family, attn_implementation), tiny.random_tokens(sum(STEPS), batch_size=2)
+    with compresskv.compressing(model, method, 24) as cache:
+        logits = tiny.read(model, cache, sequence, STEPS)
+    assert (tiny.kept_counts(cache) == torch.tensor(counts)).all()
+    assert all((layer.ragged is not None) == ragged for layer in cache.compressed_layers)
+    assert_exact(family, logits[:, NUM_PROMPT - 1 :], evictions(cache), sequence)
+
+
+def test_adakv_and_headkv_are_tested_with_heads_that_differ() -> None:
+    sequence = tiny.random_tokens(NUM_PROMPT, batch_size=2)
+    model = tiny.tiny_model("llama")
+    for method in ("adakv", "headkv"):
+        with compresskv.compressing(model, method, 24, **tiny.options_for(model, method)) as cache:
+            tiny.read(model, cache, sequence, [NUM_PROMPT])
+        counts = tiny.kept_counts(cache)
+        assert (counts[..., 0] != counts[..., 1]).any()
+        assert (counts[:, 0] != counts[:, 1]).any() == (method == "adakv")
 
 
 # Beside padding, only this tells whether a column of the mask belongs to the token that is kept there.

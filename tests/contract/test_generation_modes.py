@@ -139,17 +139,18 @@ def test_a_second_question_on_the_same_cache_equals_the_masked_full_cache(
 
 
 @pytest.mark.parametrize("steps", [[1, 1, 5, 1], [7]], ids=["decoded", "one_question"])
+@pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_generated_tokens_can_be_cropped_for_another_question(family: str, steps: list[int]) -> None:
+def test_generated_tokens_can_be_cropped_for_another_question(family: str, method: str, steps: list[int]) -> None:
     model, prompt = tiny.tiny_model(family), tiny.random_tokens(NUM_PROMPT)
     questions = [torch.cat([prompt, tiny.random_tokens(sum(steps), seed=seed)], dim=1) for seed in (1, 2)]
-    with context(model) as cache:
+    with context(model, method) as cache:
         tiny.read(model, cache, prompt, [NUM_PROMPT])
         tiny.read(model, cache, questions[0], steps)
         cache.crop(-sum(steps))
         assert cache.get_seq_length() == NUM_PROMPT
         logits = tiny.read(model, cache, questions[1], steps)
-    with context(model) as fresh:
+    with context(model, method) as fresh:
         tiny.read(model, fresh, prompt, [NUM_PROMPT])
         assert torch.equal(logits, tiny.read(model, fresh, questions[1], steps))
 

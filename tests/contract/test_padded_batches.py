@@ -1,5 +1,7 @@
 """Each row of a left-padded batch is treated as if it were alone."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ import compresskv
 import tiny
 from compresskv import CompressedCache
 from compresskv.budgets import Budget
+from compresskv.layer import CompressedLayer
 from compresskv.selection import UNUSED
 
 # One row as long as the batch, one shorter than its budget and the window.
@@ -23,11 +26,13 @@ def run(
         return tiny.generate(model, prompt, cache, attention_mask=mask), cache
 
 
-def kept_of_row(positions: Tensor | None, row: int, length: int) -> list[list[int]]:
+def kept_of_row(layer: CompressedLayer, row: int, length: int) -> list[list[int]]:
     """For each KV head, the tokens that a row keeps, counted from its first token that is no padding."""
-    if positions is None:
-        return [list(range(length))]
-    return [[index - (LENGTHS[0] - length) for index in head if index != UNUSED] for head in positions[row].tolist()]
+    start = layer.num_prompt_tokens - length
+    kept = [[token - start for token in head] for head in tiny.kept_tokens(layer)[row]]
+    if layer.positions is None:  # nothing was cut, padding neither
+        return [head[start:] for head in kept]
+    return kept
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -42,9 +47,8 @@ def test_each_row_keeps_and_generates_what_it_does_alone(
     for i, row in enumerate(rows):
         tokens_alone, alone = run(family, attn_implementation, method, budget, row, torch.ones_like(row))
         for in_batch, own in zip(together.compressed_layers, alone.compressed_layers, strict=True):
-            expected = [list(range(LENGTHS[i]))] if own.positions is None else own.positions[0].tolist()
-            kept = kept_of_row(in_batch.positions, i, LENGTHS[i])
-            assert kept == expected * (len(kept) // len(expected)), f"row {i}, layer {in_batch.layer_idx}"
+            kept = kept_of_row(in_batch, i, LENGTHS[i])
+            assert kept == tiny.kept_tokens(own)[0], f"row {i}, layer {in_batch.layer_idx}"
         assert tokens[i].tolist() == tokens_alone[0].tolist(), f"row {i}"
 
 
@@ -59,9 +63,20 @@ def test_no_padding_is_kept_and_unused_slots_come_first(method: str, budget: Bud
         used = layer.positions != UNUSED
         rows, heads, slots = used.nonzero(as_tuple=True)
         assert mask[rows, layer.positions[rows, heads, slots]].all(), "a padding token is retained"
-        assert used.flatten(1).all(dim=1).any(), "no more slots than the row that keeps the most needs"
+        assert used.all(dim=-1).any(), "no more slots than the head that keeps the most needs"
         assert (used.int().diff(dim=-1) >= 0).all(), "unused slots come before all used ones"
-        assert (used.sum(-1) == used.sum(-1)[:, :1]).all(), "all heads of a row keep as many"
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
+def test_each_rows_counts_sum_to_its_own_budget(method: str, budget: Budget) -> None:
+    prompt, mask = tiny.left_padded([tiny.random_tokens(length, seed=length) for length in LENGTHS])
+    _, cache = run("llama", "sdpa", method, budget, prompt, mask)
+    for row, length in enumerate(LENGTHS):
+        counts = [len(head) for layer in cache.compressed_layers for head in kept_of_row(layer, row, length)]
+        mean = min(budget, length) if isinstance(budget, int) else math.floor(budget * length + 0.5)
+        assert sum(counts) == mean * len(counts)
+        assert max(counts) <= length
 
 
 # Padding to a multiple of some number pads every row; "full" has no scores to evict that padding by.

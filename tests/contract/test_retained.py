@@ -27,32 +27,42 @@ def read_prompt(family: str, method: str, budget: Budget, batch_size: int = 2, *
     return cache
 
 
-def num_kept(layer: CompressedLayer) -> int:
-    return NUM_PROMPT if layer.positions is None else layer.positions.shape[-1]
-
-
 def states(layer: CompressedLayer) -> list[Tensor]:
-    assert layer.keys is not None
-    assert layer.values is not None
-    return [layer.keys, layer.values]
+    """All keys, then all values: (B, H_kv, R, D) each or, where KV heads differ, (B, 1, R_h, D) for each head."""
+    tensors = [tensor for tensor in layer.tensors if tensor is not None]
+    assert len(tensors) == len(layer.tensors)
+    return tensors
 
 
-def assert_storage_is_exact(layer: CompressedLayer, num_tokens: int) -> None:
-    for tensor in states(layer):
-        assert tensor.shape[-2] == num_tokens
+def stored_counts(cache: CompressedCache) -> Tensor:
+    """(layers, KV heads): prompt tokens that must be in memory, those of the row that keeps the most."""
+    return tiny.kept_counts(cache).amax(dim=1)
+
+
+def assert_storage_is_exact(layer: CompressedLayer, counts: list[int]) -> None:
+    tensors = states(layer)
+    if len(tensors) == 2:
+        assert len(set(counts)) == 1, "no head is padded to the fullest"
+        counts = counts[:1]
+    assert [tensor.shape[-2] for tensor in tensors] == counts * 2
+    for tensor in tensors:
         assert tensor.untyped_storage().nbytes() == tensor.nelement() * tensor.element_size()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_counts_over_layers_sum_to_exactly_the_budget(family: str, method: str, budget: Budget) -> None:
-    layers = read_prompt(family, method, budget).compressed_layers
+def test_counts_over_layers_and_heads_sum_to_exactly_the_budget(family: str, method: str, budget: Budget) -> None:
+    cache = read_prompt(family, method, budget)
+    counts = tiny.kept_counts(cache)
     # Rounded half up; Python's round() would round half to even.
     mean = budget if isinstance(budget, int) else math.floor(budget * NUM_PROMPT + 0.5)
     expected = NUM_PROMPT if method == "full" else mean
-    assert sum(map(num_kept, layers)) == expected * len(layers)
-    assert [layer.num_retained for layer in layers] == list(map(num_kept, layers))
+    assert (counts.sum(dim=(0, 2)) == expected * counts[:, 0].numel()).all(), "of every row"
+    layers = cache.compressed_layers
+    assert [layer.mean_retained for layer in layers] == pytest.approx(counts.float().mean(dim=(1, 2)).tolist())
+    assert [layer.num_retained for layer in layers] == stored_counts(cache).float().mean(dim=1).tolist()
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -63,15 +73,15 @@ def test_positions_ascend_lie_in_the_prompt_and_end_with_the_window(family: str,
     evicting = [layer for layer in cache.compressed_layers if layer.positions is not None]
     assert evicting
     for layer in evicting:
-        positions, keys = layer.positions, states(layer)[0]
-        assert positions is not None
-        assert positions.shape[0] == keys.shape[0]
-        assert positions.shape[1] in (1, keys.shape[1])
-        assert (positions.diff(dim=-1) > 0).all(), "ascending, hence unique"
-        assert positions.min() >= 0
-        num_window = min(cache.method.window_size, positions.shape[-1])
-        first = positions.shape[-1] - num_window
-        assert (positions[..., first:] == torch.arange(NUM_PROMPT - num_window, NUM_PROMPT)).all()
+        assert layer.positions is not None
+        assert layer.keys is not None
+        assert layer.positions.shape[0] == layer.keys.shape[0]
+        assert layer.positions.shape[1] in (1, layer.keys.shape[1])
+        for kept in (head for row in tiny.kept_tokens(layer) for head in row):
+            assert kept == sorted(set(kept)), "ascending, hence unique"
+            assert kept[0] >= 0
+            num_window = min(cache.method.window_size, len(kept))
+            assert kept[len(kept) - num_window :] == list(range(NUM_PROMPT - num_window, NUM_PROMPT))
 
 
 # Two kinds of leak: a gather that returns a view, and a fused projection (Phi-3) whose slices keep all of it alive.
@@ -82,12 +92,11 @@ def test_storage_holds_the_retained_elements_and_nothing_else(family: str, metho
     model = tiny.tiny_model(family)
     with compresskv.compressing(model, method, budget, **tiny.options_for(model, method)) as cache:
         sequence = tiny.random_tokens(NUM_PROMPT + 9, batch_size=2)
-        tiny.read(model, cache, sequence, [NUM_PROMPT])
-        for layer in cache.compressed_layers:
-            assert_storage_is_exact(layer, num_kept(layer))
-        tiny.read(model, cache, sequence, [1, 1, 7])
-        for layer in cache.compressed_layers:
-            assert_storage_is_exact(layer, num_kept(layer) + 9)
+        for steps in ([NUM_PROMPT], [1, 1, 7]):
+            tiny.read(model, cache, sequence, steps)
+            generated = cache.get_seq_length() - NUM_PROMPT
+            for layer, counts in zip(cache.compressed_layers, stored_counts(cache), strict=True):
+                assert_storage_is_exact(layer, (counts + generated).tolist())
 
 
 # Sliding-window layers keep a view of the last tokens, behind which transformers leaves the whole prompt in memory.
@@ -95,45 +104,57 @@ def test_storage_holds_the_retained_elements_and_nothing_else(family: str, metho
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_nbytes_are_those_of_the_tokens_that_all_layers_still_need(family: str, method: str) -> None:
     cache = read_prompt(family, method, 24)
-    assert cache.nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    bounded = [layer for layer in cache.layers if not isinstance(layer, CompressedLayer)]
+    expected = sum(layer.keys.nbytes + layer.values.nbytes for layer in bounded)
+    batch_size, _, _, head_dim = states(cache.compressed_layers[0])[0].shape
+    float32 = 4
+    assert cache.nbytes == expected + 2 * batch_size * head_dim * float32 * int(stored_counts(cache).sum())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_full_nbytes_is_what_the_prompt_would_have_taken(family: str) -> None:
-    full, compressed = (read_prompt(family, "snapkv", budget) for budget in (NUM_PROMPT, 24))
+    full, compressed = read_prompt(family, "snapkv", NUM_PROMPT), read_prompt(family, "adakv", 24)
     assert compressed.full_nbytes == full.full_nbytes == full.nbytes
     expected = sum(2 * tensor.nbytes for layer in full.compressed_layers for tensor in states(layer)[:1])
     assert sum(layer.full_nbytes for layer in compressed.compressed_layers) == expected
 
 
 # Freed at once: when a layer is reached, the full keys and values of all layers before it must be gone, or a prompt's
-# peak memory would be that of the full cache.
+# peak memory would be that of the full cache. Methods that decide together hold all of them, but cut one by one.
 @pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
 @pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_layers_prompt_is_garbage_before_the_next_layer_is_reached(
+def test_a_layers_prompt_is_garbage_before_the_next_layer_is_reached_or_cut(
     family: str, attn_implementation: str, method: str
 ) -> None:
     model = tiny.tiny_model(family, attn_implementation)
     seen: list[weakref.ref[Tensor]] = []
-    alive: list[int] = []
+    alive: dict[str, list[int]] = {"update": [], "retain": []}
 
     def watch(layer: CompressedLayer) -> None:
-        update = layer.update
+        update, retain = layer.update, layer.retain
+        starts: list[int] = []
 
         def watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            alive.append(sum(reference() is not None for reference in seen))
+            alive["update"].append(sum(reference() is not None for reference in seen))
+            starts.append(len(seen))
             stored = update(*args, **kwargs)
             seen.extend(weakref.ref(tensor) for tensor in (*args[:2], *stored))
             return stored
 
+        def watched_retain(indices: Tensor) -> None:
+            alive["retain"].append(sum(reference() is not None for reference in seen[: starts[0]]))
+            retain(indices)
+
         layer.update = watched  # type: ignore[method-assign]
+        layer.retain = watched_retain  # type: ignore[method-assign]
 
     with compresskv.compressing(model, method, 24, **tiny.options_for(model, method)) as cache:
         for layer in cache.compressed_layers:
             watch(layer)
         tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
-    assert alive == [0] * len(cache.compressed_layers)
+    alive_when = alive["retain" if cache.method.decides_together else "update"]
+    assert alive_when == [0] * len(cache.compressed_layers)
     assert all(reference() is None for reference in seen)
 
 

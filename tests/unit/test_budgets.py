@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from compresskv.budgets import check_budget, error_aware, parse_budget, pyramid, resolve, uniform
+from compresskv.budgets import check_budget, error_aware, parse_budget, proportional, pyramid, resolve, uniform
 from compresskv.errors import ConfigError
 
 budgets = st.integers(1, 2500)
@@ -150,6 +150,77 @@ class TestPyramid:
 
     def test_one_layer_gets_the_budget(self) -> None:
         assert pyramid(108, 1, 1000, window_size=8, beta=20) == [108]
+
+
+def water_filled(total: int, shares: list[float], cap: int) -> list[float]:
+    """min(cap, level * share) with the level at which they sum to `total`, found by bisection."""
+    low, high = 0.0, cap / min(share for share in shares if share > 0)
+    for _ in range(200):
+        level = (low + high) / 2
+        if math.fsum(min(cap, level * share) for share in shares) < total:
+            low = level
+        else:
+            high = level
+    return [min(cap, high * share) for share in shares]
+
+
+class TestProportional:
+    @settings(deadline=None, max_examples=200)
+    @given(st.integers(0, 5000), errors, st.integers(0, 300))
+    def test_sum_is_exact_and_the_cap_holds(self, total: int, shares: list[float], cap: int) -> None:
+        counts = proportional(total, shares, cap)
+        assert len(counts) == len(shares)
+        assert sum(counts) == min(total, cap * len(shares))
+        assert all(type(count) is int and 0 <= count <= cap for count in counts)
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.integers(0, 5000), errors, st.integers(0, 300))
+    def test_a_larger_share_never_gets_less(self, total: int, shares: list[float], cap: int) -> None:
+        for (small, fewer), (large, more) in itertools.pairwise(
+            sorted(zip(shares, proportional(total, shares, cap), strict=True))
+        ):
+            assert fewer <= more if small < large else abs(fewer - more) <= 1
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.integers(0, 5000), errors, st.integers(1, 300))
+    def test_within_one_token_of_the_exact_shares(self, total: int, shares: list[float], cap: int) -> None:
+        assume(total <= cap * sum(share > 0 for share in shares))  # beyond that, shares of 0 get tokens
+        expected = water_filled(total, shares, cap) if any(shares) else [total / len(shares)] * len(shares)
+        for count, exact in zip(proportional(total, shares, cap), expected, strict=True):
+            assert abs(count - exact) < 1 + 1e-6
+
+    @settings(deadline=None)
+    @given(st.integers(0, 5000), errors, st.integers(0, 300), st.integers(-30, 30))
+    def test_the_scale_of_the_shares_does_not_matter(
+        self, total: int, shares: list[float], cap: int, exponent: int
+    ) -> None:
+        scaled = [share * 2.0**exponent for share in shares]  # exact in binary
+        assert proportional(total, scaled, cap) == proportional(total, shares, cap)
+
+    @settings(deadline=None)
+    @given(st.integers(0, 5000), st.integers(1, 40), st.integers(0, 300))
+    def test_no_shares_mean_uniform(self, total: int, num_shares: int, cap: int) -> None:
+        counts = proportional(total, [0.0] * num_shares, cap)
+        assert max(counts) - min(counts) <= 1
+        assert sum(counts) == min(total, cap * num_shares)
+
+    @pytest.mark.parametrize(
+        ("total", "shares", "cap", "expected"),
+        [
+            pytest.param(8, [1, 3, 4], 8, [1, 3, 4], id="whole numbers"),
+            pytest.param(10, [1, 1, 1], 10, [4, 3, 3], id="a rest goes to the first of equals"),
+            pytest.param(10, [1, 2, 4], 10, [1, 3, 6], id="largest remainders"),
+            pytest.param(10, [8, 1, 1], 4, [4, 3, 3], id="a cap's surplus goes to the rest"),
+            pytest.param(15, [100, 10, 1, 1], 6, [6, 6, 2, 1], id="the surplus fills another"),
+            pytest.param(10, [1, 0, 0], 4, [4, 3, 3], id="what only zeros can take is dealt evenly"),
+            pytest.param(100, [1, 2, 3], 5, [5, 5, 5], id="more than there is room for"),
+            pytest.param(7, [0, 1e300, 0], 9, [0, 7, 0], id="one huge share"),
+            pytest.param(7, [5e-324, 0, 0], 9, [7, 0, 0], id="one tiny share"),
+            pytest.param(0, [1, 2], 9, [0, 0], id="nothing to deal"),
+        ],
+    )
+    def test_by_hand(self, total: int, shares: list[float], cap: int, expected: list[int]) -> None:
+        assert proportional(total, shares, cap) == expected
 
 
 @pytest.mark.parametrize(("budget", "num_tokens", "expected"), [(3, 10, 3), (10, 10, 10), (11, 10, 10)])

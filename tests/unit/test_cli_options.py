@@ -9,7 +9,7 @@ import pytest
 
 from compresskv.cli import main
 from compresskv.cli.ask import read_document
-from compresskv.cli.options import parse_numbers, parse_settings
+from compresskv.cli.options import parse_numbers
 from compresskv.cli.terminal import Bar, megabytes
 from compresskv.errors import ConfigError, PromptError
 
@@ -43,24 +43,24 @@ class TestNumbers:
 
 class TestSettings:
     def test_numbers_of_both_kinds_and_both_spellings_of_a_name(self) -> None:
-        assert parse_settings(["window_size=32", "beta=2.5", "kernel-size=7"]) == {
+        assert parse_settings("--set", ["window_size=32", "beta=2.5", "kernel-size=7"]) == {
             "window_size": 32,
             "beta": 2.5,
             "kernel_size": 7,
         }
 
     def test_the_last_of_two_counts(self) -> None:
-        assert parse_settings(["beta=1", "beta=2"]) == {"beta": 2}
+        assert parse_settings("--set", ["beta=1", "beta=2"]) == {"beta": 2}
 
     @pytest.mark.parametrize("text", ["window_size", "window_size=", "=3", "=", ""])
     def test_what_is_no_name_and_value(self, text: str) -> None:
         with pytest.raises(ConfigError, match="NAME=VALUE"):
-            parse_settings([text])
+            parse_settings("--set", [text])
 
     @pytest.mark.parametrize("text", ["window_size=many", "a=b=3", "beta=1,5"])
     def test_values_that_are_no_numbers(self, text: str) -> None:
         with pytest.raises(ConfigError, match="is not a number"):
-            parse_settings([text])
+            parse_settings("--set", [text])
 
 
 class TestDocument:

@@ -1,8 +1,10 @@
 """Each method against its formula (ALGORITHM, sections 2 and 5), written out with loops."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +14,15 @@ from torch import Tensor
 from compresskv import budgets, registry
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.method import LayerInputs, Method
+from compresskv.methods.adakv import AdaKV
+from compresskv.methods.cake import CAKE
 from compresskv.methods.compresskv import CompressKV
+from compresskv.methods.headkv import HeadKV
+from compresskv.methods.knorm import KNorm
 from compresskv.methods.snapkv import SnapKV
 from compresskv.profiles.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
-from compresskv.selection import select, select_rows
+from compresskv.selection import UNUSED, select, select_rows
 
 LAYER_INDICES = (1, 3, 4)
 
@@ -176,7 +182,7 @@ class TestCompressKV:
             method.score(planted([(9, 1.0)], num_kv_heads=1, layer_idx=2))
 
 
-@pytest.mark.parametrize("name", ["snapkv", "compresskv"])
+@pytest.mark.parametrize("name", ["snapkv", "compresskv", "cake"])
 class TestEveryModel:
     """What some models have, and methods that score by attention must pass on."""
 
@@ -217,6 +223,245 @@ class TestPyramidKV:
         assert registry.create("pyramidkv").layer_budgets(108, 3, 1000) == [203, 108, 13]
 
 
+def naive_moments(layer: LayerInputs, row: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance over the window's queries of one query head's attention to each token before the window."""
+    num_query_heads, window_size, _ = layer.query_window.shape[1:]
+    num_kv_heads, num_tokens = layer.keys.shape[1:3]
+    query = layer.query_window[row, head].double().numpy()
+    keys = layer.keys[row, head // (num_query_heads // num_kv_heads)].double().numpy()
+    older = num_tokens - window_size
+    attention = []
+    for i in range(window_size):
+        weights = np.exp(layer.scaling * keys[: older + i + 1] @ query[i])
+        attention.append(weights[:older] / weights.sum())
+    mean = sum(attention) / window_size
+    return mean, sum((weights - mean) ** 2 for weights in attention) / window_size
+
+
+def naive_preference(layer: LayerInputs, row: int, tau1: float, tau2: float) -> float:
+    moments = [naive_moments(layer, row, head) for head in range(layer.query_window.shape[1])]
+    entropy = np.mean([-sum(p * math.log(p) for p in mean) for mean, _ in moments])
+    variance = np.mean([variance.sum() for _, variance in moments])
+    return float(entropy ** (1 / tau1) * variance ** (1 / tau2))
+
+
+class TestCAKE:
+    @settings(deadline=None, max_examples=40)
+    @given(inputs(), st.sampled_from([1, 5, 7]), st.sampled_from([0.0, 1.0, 200.0]))
+    def test_scores_equal_the_formula(self, layer: LayerInputs, kernel_size: int, gamma: float) -> None:
+        scores = CAKE(kernel_size=kernel_size, gamma=gamma).score(layer)
+        batch_size, num_query_heads, window_size, _ = layer.query_window.shape
+        num_kv_heads, num_tokens = layer.keys.shape[1:3]
+        groups, half, older = num_query_heads // num_kv_heads, kernel_size // 2, num_tokens - window_size
+        assert scores.shape == (batch_size, num_kv_heads, num_tokens)
+        assert scores.dtype == torch.float32
+        for row in range(batch_size):
+            for kv_head in range(num_kv_heads):
+                expected = np.zeros(older)
+                for head in range(kv_head * groups, (kv_head + 1) * groups):
+                    mean, variance = naive_moments(layer, row, head)
+                    worth = np.pad(mean + gamma * variance, half)
+                    expected += [worth[j : j + kernel_size].sum() / kernel_size / groups for j in range(older)]
+                np.testing.assert_allclose(scores[row, kv_head, :older].numpy(), expected, atol=1e-4, rtol=1e-4)
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=4), st.integers(1, 60), st.sampled_from([0.5, 1, 2.5]))
+    def test_layers_share_in_proportion_to_their_preferences(self, seeds: list[int], mean: int, tau: float) -> None:
+        method, layers, num_tokens = CAKE(window_size=8, tau1=tau, tau2=3 - tau), [], 60
+        for i, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            query = (1 + 2 * i) * torch.randn(2, 4, 8, 4, generator=generator)
+            keys = torch.randn(2, 2, num_tokens, 4, generator=generator)
+            layers.append(LayerInputs(i, query, keys, keys, 0.5))
+        shared = method.share_budgets(layers, [[mean, mean]] * len(layers), [num_tokens] * 2)
+        assert len(shared) == len(layers)
+        window = min(8, mean)
+        for row in range(2):
+            counts = [layer_counts[row] for layer_counts in shared]
+            assert sum(counts) == mean * len(layers)
+            assert window <= min(counts) <= max(counts) <= num_tokens
+            preferences = [naive_preference(layer, row, tau, 3 - tau) for layer in layers]
+            level = (mean - window) * len(layers) / sum(preferences)
+            if level * max(preferences) < num_tokens - window:  # no layer is capped by the prompt
+                for count, preference in zip(counts, preferences, strict=True):
+                    assert abs(count - window - level * preference) < 1.01
+
+    def test_each_row_of_a_padded_batch_shares_its_own_budget_by_its_own_tokens(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        layers = [
+            LayerInputs(i, (1 + i) * torch.randn(2, 4, 8, 4, generator=generator), keys, keys, 0.5)
+            for i, keys in enumerate(torch.randn(3, 2, 2, 60, 4, generator=generator))
+        ]
+        valid = torch.arange(60) >= torch.tensor([[0], [25]])
+        method = CAKE(window_size=8)
+        padded = [replace(layer, valid=valid) for layer in layers]
+        together = method.share_budgets(padded, [[30, 18]] * 3, [60, 35])
+        short = [
+            replace(layer, query_window=layer.query_window[1:], keys=layer.keys[1:, :, 25:], values=layer.keys)
+            for layer in layers
+        ]
+        alone = method.share_budgets(short, [[18]] * 3, [35])
+        assert [row[1:] for row in together] == alone
+        assert [sum(column) for column in zip(*together, strict=True)] == [90, 54]
+        assert len({row[0] for row in together}) > 1, "otherwise this tests nothing"
+
+    def test_gamma_lifts_tokens_that_only_some_queries_attend_to(self) -> None:
+        """Both get half of the attention: token 20 from each query, token 40 from every other one all of it."""
+        layer = planted([(20, 20.0)], num_kv_heads=1)
+        query = layer.query_window.clone()
+        query[0, 0, ::2, 40] = 40.0
+        layer = replace(layer, query_window=query)
+        steady, restless = (CAKE(kernel_size=1, gamma=gamma).score(layer)[0, 0, [20, 40]] for gamma in (0.0, 200.0))
+        assert float(steady[0] - steady[1]) == pytest.approx(0, abs=1e-3)
+        assert float(restless[0]) == pytest.approx(float(restless[1]), rel=1e-3)
+        assert float(restless[1] - steady[1]) == pytest.approx(200 * 0.25, rel=1e-3)
+
+
+def naive_adakv(scores: list[list[float]], budget: int, window_size: int, guaranteed: float) -> list[list[int]]:
+    """For each head, the tokens that a row keeps."""
+    num_heads, num_tokens = len(scores), len(scores[0])
+    if budget >= num_tokens:
+        return [list(range(num_tokens))] * num_heads
+    if budget <= window_size:
+        return [list(range(num_tokens - budget, num_tokens))] * num_heads
+    older, spare = range(num_tokens - window_size), budget - window_size
+    kept = [set(range(num_tokens - window_size, num_tokens)) for _ in scores]
+    contested = []
+    for head, own in enumerate(scores):
+        ranked = sorted(older, key=lambda token: (-own[token], token))
+        sure = math.floor(guaranteed * spare)
+        kept[head] |= set(ranked[:sure])
+        contested += [(-own[token], head, token) for token in ranked[sure:]]
+    free = (budget - window_size) * num_heads - sum(len(tokens) - window_size for tokens in kept)
+    for _, head, token in sorted(contested)[:free]:
+        kept[head].add(token)
+    return [sorted(tokens) for tokens in kept]
+
+
+class TestAdaKV:
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.integers(1, 4),
+        st.integers(2, 30),
+        st.integers(1, 8),
+        st.sampled_from([0.0, 0.2, 0.55, 1.0]),
+        st.data(),
+    )
+    def test_keeps_the_best_tokens_of_all_heads_beside_each_heads_own_share(
+        self, num_heads: int, num_tokens: int, window_size: int, guaranteed: float, data: st.DataObject
+    ) -> None:
+        values = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0, 3.0])  # few, so that ties are common
+        head = st.lists(values, min_size=num_tokens, max_size=num_tokens)
+        scores = torch.tensor(
+            data.draw(st.lists(st.lists(head, min_size=num_heads, max_size=num_heads), min_size=2, max_size=2))
+        )
+        lengths = [data.draw(st.integers(1, num_tokens)) for _ in scores]
+        budgets = [data.draw(st.integers(1, length + 2)) for length in lengths]
+        method = AdaKV(window_size=window_size, guaranteed=guaranteed)
+        indices = method.select(scores, [[budget] for budget in budgets], lengths)
+        for row, (budget, length) in enumerate(zip(budgets, lengths, strict=True)):
+            start = num_tokens - length
+            kept = [[token - start for token in head if token != UNUSED] for head in indices[row].tolist()]
+            assert kept == naive_adakv(scores[row, :, start:].tolist(), budget, window_size, guaranteed)
+            assert sum(map(len, kept)) == min(budget, length) * num_heads
+
+    def test_a_head_with_nothing_to_see_keeps_its_guaranteed_fifth(self) -> None:
+        scores = torch.zeros(1, 2, 60)
+        scores[0, 0] = torch.linspace(2, 1, 60)
+        indices = AdaKV().select(scores, [[28]], [60])
+        assert (indices != UNUSED).sum(dim=-1).tolist() == [[8 + 4 + 32, 8 + 4]]
+
+    @settings(deadline=None, max_examples=20)
+    @given(inputs())
+    def test_scores_are_snapkvs(self, layer: LayerInputs) -> None:
+        assert torch.equal(AdaKV().score(layer), SnapKV().score(layer))
+
+
+class TestHeadKV:
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.lists(st.lists(st.integers(0, 1000), min_size=6, max_size=6), min_size=3, max_size=3),
+        st.integers(1, 300),
+        st.integers(1, 400),
+        st.sampled_from([1.0, 1.2, 3.0]),
+    )
+    def test_budgets_are_exact_and_in_proportion(
+        self, scores: list[list[int]], budget: int, num_tokens: int, beta: float
+    ) -> None:
+        semantic = [[1.0] * 6] * 3
+        profile = replace(make_profile(semantic), traditional_scores=tuple(tuple(map(float, row)) for row in scores))
+        counts = HeadKV(beta=beta, profile=profile).head_budgets(budget, 3, num_tokens)
+        assert [len(row) for row in counts] == [2, 2, 2]
+        mean = min(budget, num_tokens)
+        flat = [count for row in counts for count in row]
+        assert sum(flat) == mean * 6
+        assert min(8, mean) <= min(flat) <= max(flat) <= num_tokens
+        of_kv_heads = [sum(row[start : start + 3]) for row in scores for start in (0, 3)]  # query heads that read one
+        total, spare = sum(of_kv_heads), max(0, mean - 8) * 6
+        if total:
+            shares = [spare * ((1 - 1 / beta) / 6 + own / total / beta) for own in of_kv_heads]
+        else:
+            shares = [spare / 6] * 6
+        if max(shares) < num_tokens - 8:  # no head is capped by the prompt
+            for count, share in zip(flat, shares, strict=True):
+                assert abs(count - min(8, mean) - share) < 1 + 1e-6
+
+    @pytest.mark.parametrize("budget", [50, 51, 1000])
+    def test_a_budget_of_the_prompt_or_more_keeps_all(self, budget: int) -> None:
+        profile = make_profile([[9.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+        assert HeadKV(profile=profile).head_budgets(budget, 3, 50) == [[50, 50]] * 3
+
+    def test_a_head_above_the_prompt_keeps_the_prompt_and_the_others_more(self) -> None:
+        profile = make_profile([[9.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        counts = HeadKV(profile=profile).head_budgets(28, 3, 50)
+        assert counts[0][0] == 50
+        assert sum(map(sum, counts)) == 28 * 6
+        rest = [*counts[0][1:], *counts[1], *counts[2]]
+        assert max(rest) - min(rest) <= 1
+
+    def test_a_model_without_any_traditional_retrieval_head_shares_evenly(self) -> None:
+        profile = replace(make_profile([[1.0, 0.0]] * 3), traditional_scores=((0.0, 0.0),) * 3)
+        for beta in (1.0, 1.2):
+            assert HeadKV(beta=beta, profile=profile).head_budgets(28, 3, 500) == [[28, 28]] * 3
+
+    def test_semantic_scores_stand_in_where_a_profile_has_no_others(self) -> None:
+        counts = HeadKV(beta=1, profile=make_profile([[3.0, 1.0], [2.0, 2.0], [0.0, 4.0]])).head_budgets(18, 3, 500)
+        assert counts == [[8 + 15, 8 + 5], [8 + 10, 8 + 10], [8, 8 + 20]]
+
+    def test_without_a_profile_the_command_is_named(self) -> None:
+        with pytest.raises(ProfileError, match="'compresskv profile MODEL'"):
+            HeadKV().head_budgets(128, 3, 1000)
+
+    @settings(deadline=None, max_examples=20)
+    @given(inputs())
+    def test_scores_are_snapkvs(self, layer: LayerInputs) -> None:
+        assert torch.equal(HeadKV().score(layer), SnapKV().score(layer))
+
+
+class TestKNorm:
+    @settings(deadline=None, max_examples=50)
+    @given(inputs(), st.integers(1, 28))
+    def test_keeps_the_keys_with_the_smallest_norm_of_each_head(self, layer: LayerInputs, budget: int) -> None:
+        kept = select(KNorm().score(layer), budget, KNorm().window_size).tolist()
+        for row, heads in enumerate(layer.keys.tolist()):
+            for head, keys in enumerate(heads):
+                norms = [math.sqrt(math.fsum(x * x for x in key)) for key in keys]
+                smallest = sorted(range(len(keys)), key=norms.__getitem__)[:budget]
+                assert kept[row][head] == sorted(smallest)
+
+    def test_large_keys_of_half_precision_do_not_overflow(self) -> None:
+        """In float16 both norms would be infinite, and the earlier token would win."""
+        keys = torch.tensor([[40000.0, 40000.0], [30000.0, 30000.0]], dtype=torch.float16)[None, None]
+        scores = KNorm().score(LayerInputs(0, keys[:, :, :0], keys, keys, 1.0))
+        assert scores.dtype == torch.float32
+        assert select(scores, 1, 0).tolist() == [[[1]]]
+
+    def test_the_question_plays_no_part(self) -> None:
+        layer = planted([(20, 5.0)], num_kv_heads=2)
+        other = replace(layer, query_window=-layer.query_window)
+        assert torch.equal(KNorm().score(layer), KNorm().score(other))
+
+
 class TestStreamingLLM:
     @pytest.mark.parametrize("num_sinks", [0, 1, 4])
     @pytest.mark.parametrize("budget", range(1, 13))
@@ -239,7 +484,7 @@ class TestStreamingLLM:
         valid = torch.arange(12) >= 12 - torch.tensor(lengths)[:, None]
         method = registry.create("streaming_llm")
         scores = method.score(LayerInputs(0, keys[:, :, :0], keys, keys, 1.0, None, valid))
-        indices = select_rows(scores, [6, 6, 6], method.window_size, lengths)
+        indices = select_rows(scores, [[6], [6], [6]], method.window_size, lengths)
         assert indices.tolist() == [[[0, 1, 2, 3, 10, 11]], [[3, 4, 5, 6, 10, 11]], [[-1, -1, -1, 9, 10, 11]]]
 
     def test_budgets_are_uniform(self) -> None:
@@ -281,6 +526,16 @@ def test_snapkv_budgets_are_uniform() -> None:
         ("compresskv", {"kernel_size": 2}, "kernel_size=2"),
         ("compresskv", {"heads_per_layer": 0}, "heads_per_layer=0"),
         ("compresskv", {"heads_per_layer": 1.5}, "heads_per_layer=1.5"),
+        ("adakv", {"guaranteed": -0.1}, "guaranteed=-0.1"),
+        ("adakv", {"guaranteed": 1.1}, "guaranteed=1.1"),
+        ("adakv", {"window_size": 0}, "window_size=0"),
+        ("headkv", {"beta": 0.9}, "beta=0.9"),
+        ("headkv", {"window_size": 0}, "window_size=0"),
+        ("cake", {"gamma": -1.0}, "gamma=-1.0"),
+        ("cake", {"tau1": 0.0}, "tau1=0.0"),
+        ("cake", {"tau2": -1.0}, "tau2=-1.0"),
+        ("cake", {"window_size": 0}, "window_size=0"),
+        ("knorm", {"window_size": -1}, "window_size=-1"),
     ],
 )
 def test_an_option_that_cannot_work_is_named_with_its_value(name: str, options: dict[str, Any], message: str) -> None:
@@ -298,6 +553,11 @@ def test_an_option_that_cannot_work_is_named_with_its_value(name: str, options: 
         ("snapkv", {"window_size": 1, "kernel_size": 1}),
         ("pyramidkv", {"beta": 1}),
         ("compresskv", {"heads_per_layer": 100}),
+        ("adakv", {"guaranteed": 0}),
+        ("adakv", {"guaranteed": 1}),
+        ("headkv", {"beta": 1}),
+        ("cake", {"gamma": 0}),
+        ("knorm", {"window_size": 8}),
     ],
 )
 def test_options_at_the_edge_are_taken(name: str, options: dict[str, Any]) -> None:

@@ -56,16 +56,14 @@ def test_select_keeps_the_window_and_exact_counts(scores: Tensor, budget: int, w
 
 
 @settings(deadline=None)
-@given(score_tensors(), st.integers(1, 30), st.integers(0, 8), st.data())
-def test_select_rows_equals_select_on_each_row_alone(
-    scores: Tensor, budget: int, window_size: int, data: st.DataObject
-) -> None:
+@given(score_tensors(), st.integers(0, 8), st.data())
+def test_select_rows_equals_select_on_each_row_alone(scores: Tensor, window_size: int, data: st.DataObject) -> None:
     batch_size, _, num_tokens = scores.shape
     lengths = data.draw(st.lists(st.integers(1, num_tokens), min_size=batch_size, max_size=batch_size))
     budgets = data.draw(st.lists(st.integers(1, 30), min_size=batch_size, max_size=batch_size))
     for row, length in enumerate(lengths):
         scores[row, :, : num_tokens - length] = math.inf  # padding that would win if it were looked at
-    indices = select_rows(scores, budgets, window_size, lengths)
+    indices = select_rows(scores, [[budget] for budget in budgets], window_size, lengths)
 
     kept = [min(budget, length) for budget, length in zip(budgets, lengths, strict=True)]
     assert indices.dtype == torch.long
@@ -76,6 +74,30 @@ def test_select_rows_equals_select_on_each_row_alone(
         assert bool((indices[row, :, :num_unused] == UNUSED).all())
         alone = select(scores[row : row + 1, :, start:], budgets[row], window_size)[0] + start
         assert indices[row, :, num_unused:].tolist() == alone.tolist()
+
+
+# Scores that all KV heads share, too, are cut to each head's own count.
+@settings(deadline=None)
+@given(score_tensors(), st.integers(1, 3), st.integers(0, 8), st.data())
+def test_select_rows_equals_select_on_each_head_alone(
+    scores: Tensor, num_kv_heads: int, window_size: int, data: st.DataObject
+) -> None:
+    batch_size, num_heads, num_tokens = scores.shape
+    num_kv_heads = num_kv_heads if num_heads == 1 else num_heads
+    lengths = data.draw(st.lists(st.integers(1, num_tokens), min_size=batch_size, max_size=batch_size))
+    counts = st.lists(st.integers(1, 30), min_size=num_kv_heads, max_size=num_kv_heads)
+    budgets = data.draw(st.lists(counts, min_size=batch_size, max_size=batch_size))
+    indices = select_rows(scores, budgets, window_size, lengths)
+    assert indices.shape[:2] == (batch_size, num_kv_heads)
+    longest = 0
+    for row, length in enumerate(lengths):
+        for head in range(num_kv_heads):
+            own = scores[row, head if num_heads > 1 else 0, num_tokens - length :].tolist()
+            expected = [num_tokens - length + token for token in naive_select(own, budgets[row][head], window_size)]
+            kept = indices[row, head].tolist()
+            assert kept == [UNUSED] * (len(kept) - len(expected)) + expected
+            longest = max(longest, len(expected))
+    assert indices.shape[2] == longest
 
 
 def test_ties_go_to_the_earlier_token() -> None:
@@ -108,5 +130,5 @@ def test_the_result_can_be_written_to() -> None:
 
 def test_rows_with_one_index_set_per_layer() -> None:
     scores = torch.tensor([[[9.0, 9.0, 1.0, 5.0, 0.0]], [[1.0, 5.0, 2.0, 3.0, 0.0]]])
-    indices = select_rows(scores, [2, 3], 1, [3, 5])
+    indices = select_rows(scores, [[2], [3]], 1, [3, 5])
     assert indices.tolist() == [[[UNUSED, 3, 4]], [[1, 3, 4]]]

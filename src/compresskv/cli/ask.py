@@ -10,9 +10,10 @@ import typer
 from rich import box
 from rich.table import Table
 
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, parse_settings
+from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption
 from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import PromptError
+from compresskv.options import parse_settings
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -51,7 +52,7 @@ def ask(
     from compresskv.budgets import parse_budget
 
     request: dict[str, Any] = {"budget": parse_budget(budget), "max_new_tokens": max_new_tokens, "truncate": truncate}
-    options = parse_settings(settings or [])
+    options = parse_settings("--set", settings or [])
     chosen = [registry.create(name, **(options if name == method else {})) for name in names]
     from compresskv.compression import prepare_method
     from compresskv.models import load

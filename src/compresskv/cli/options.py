@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -24,23 +24,6 @@ ProfileOption = Annotated[
 ]
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`["window_size=32"]` as method options; numbers become numbers.
-
-    Raises:
-        ConfigError: no NAME=VALUE, or a value that is no number.
-    """
-    options: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not (name and equals and text):
-            raise ConfigError(f"--set {setting!r} is not NAME=VALUE, such as window_size=32")
-        if name == "profile":
-            raise ConfigError(f"--set {setting!r}: a profile is given with --profile FILE")
-        options[name.replace("-", "_")] = _number(text)
-    return options
-
-
 def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tuple[N, ...] | None:
     """'1024,4096' as numbers; None stays None.
 
@@ -53,12 +36,3 @@ def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tu
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ConfigError(f"{option} {text!r} is not a list of numbers separated by commas") from None
-
-
-def _number(text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ConfigError(f"{text!r} is not a number")

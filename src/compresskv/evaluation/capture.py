@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.budgets import Budget
-from compresskv.cache import CompressedCache
+from compresskv.cache import CompressedCache, layers_nbytes
 from compresskv.full_cache import FullCache
 from compresskv.generation import prefill
 from compresskv.method import Method
@@ -55,8 +55,19 @@ class CapturedPrompt:
 
     def read(self, input_ids: Sequence[int]) -> Tensor:
         """Read more of the prompt: the last position's logits (vocab,)."""
-        self.input_ids += input_ids
+        self.input_ids = [*self.input_ids, *input_ids]
         return prefill(self._model, torch.tensor([list(input_ids)], device=self._model.device), self.cache)
+
+    def fork(self) -> "CapturedPrompt":
+        """What was read so far, to stay as it is when this one reads on."""
+        forked = object.__new__(CapturedPrompt)
+        forked._model, forked.cache, forked.input_ids = self._model, self.cache.branch(), list(self.input_ids)
+        return forked
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its keys and values hold, in all layers."""
+        return layers_nbytes(self.cache.layers)
 
     @torch.no_grad()
     def compress(self, method: Method, budget: Budget) -> CompressedCache:

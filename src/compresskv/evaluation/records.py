@@ -55,7 +55,8 @@ class Record:
     select_s: float | None = None
     """Scoring, selecting and gathering."""
     decode_s: float | None = None
-    generated_tokens: int | None = None
+    token_ids: list[int] | None = None
+    """The generated tokens."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The example's: length, depth, ..."""
     seed: int = 0
@@ -249,6 +250,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in get_args(hint))
     if get_origin(hint) is dict:
         return isinstance(value, dict) and all(_fits(one, get_args(hint)[1]) for one in value.values())
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
     if hint is Any:
         return True
     if hint is float:

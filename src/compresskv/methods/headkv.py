@@ -41,7 +41,7 @@ class HeadKV(SnapKV):
     def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
         """(L, H_kv) tokens; the sum is exact."""
         scores = [score for layer in self._kv_head_scores() for score in layer]
-        num_kv_heads, norm = len(scores) // num_layers, math.fsum(scores)
+        num_kv_heads, norm = len(scores) // num_layers, math.fsum(scores) or 1.0  # no retrieval head: evenly
         budget = min(budget, num_tokens)
         spare = max(0, budget - self.window_size)
         shares = [(1 - 1 / self.beta) / len(scores) + score / norm / self.beta for score in scores]

@@ -8,6 +8,7 @@ from torch import Tensor
 from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
 from compresskv.registry import register
+from compresskv.scoring import keep_first
 
 
 @register
@@ -35,10 +36,4 @@ class StreamingLLM(Method):
         """The later the better, sinks best of all."""
         batch_size, _, num_tokens, _ = inputs.keys.shape
         recency = torch.arange(num_tokens, dtype=torch.float32, device=inputs.keys.device)
-        scores = recency.repeat(batch_size, 1)
-        if inputs.valid is None:
-            scores[:, : self.num_sinks] = torch.inf
-        else:
-            rank = inputs.valid.cumsum(-1)  # 1 at the first token that is no padding
-            scores[inputs.valid & (rank <= self.num_sinks)] = torch.inf
-        return scores[:, None]
+        return keep_first(recency.repeat(batch_size, 1, 1), self.num_sinks, inputs.valid)

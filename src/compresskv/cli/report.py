@@ -1,0 +1,70 @@
+"""`compresskv report`: tables and figures of what benchmark runs found."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from compresskv.cli.options import JsonOption
+from compresskv.cli.terminal import err, out
+
+EPILOG = """\b
+Examples:
+  compresskv report runs/needle
+  compresskv report runs/needle runs/longbench --output results
+  compresskv report runs/needle --json
+"""
+
+_SHOWN = ("configuration", "tasks", "score", "vs full", "vs best baseline", "retained %")
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs. Of a case in several, the last run's counts.", metavar="RUN..."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for report.md and figures. Default: RUN; of several, ./report."),
+    ] = None,
+    own: Annotated[
+        str, typer.Option(help="Methods to compare with the best of the others.", metavar="NAME,NAME")
+    ] = "compresskv,vote",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a report of benchmark runs: tables with intervals, and figures; print the overall table."""
+    from compresskv.evaluation.report import write_pages
+    from compresskv.evaluation.summary import report_data
+
+    data = report_data(runs, {name.strip() for name in own.split(",")})
+    path = write_pages(data, output or (runs[0] if len(runs) == 1 else Path("report")))
+    if as_json:
+        out.print_json(json.dumps({"file": str(path), **data}))
+        return
+    for section in data["models"]:
+        out.print(_overall(section), soft_wrap=False)
+    err.print(f"report: {path}")
+
+
+def _overall(section: dict[str, Any]) -> Table:
+    """The overall table, without what a terminal of 100 columns has no room for."""
+    from compresskv.evaluation.report import COLUMNS
+
+    overall = section["overall"]
+    rows, tasks = overall["rows"], overall["tasks"]
+    name = tasks[0] if len(tasks) == 1 else f"mean over {len(tasks)} tasks"
+    name += f", {max(row['num_cases'] for row in rows)} cases"
+    cells = {title: [COLUMNS[title](row) for row in rows] for title in _SHOWN}
+    cells["vs full"] = [text.partition(" ")[0] for text in cells["vs full"]]
+    if all(row["num_tasks"] == len(tasks) for row in rows):
+        del cells["tasks"]
+    cells = {title: column for title, column in cells.items() if any(column)}
+    table = Table(title=f"{section['model']} ({section['dtype']})\n{name}", box=None, title_justify="left")
+    for title in cells:
+        first = title == "configuration"
+        table.add_column(title, justify="left" if first else "right", no_wrap=not first, overflow="fold")
+    for at, row in enumerate(rows):
+        table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
+    return table

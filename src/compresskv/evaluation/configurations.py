@@ -1,0 +1,99 @@
+"""Which methods, at which budgets, a run compares."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+
+from transformers import PreTrainedModel
+
+from compresskv import registry
+from compresskv.budgets import parse_budget
+from compresskv.compression import prepare_method
+from compresskv.errors import ConfigError
+from compresskv.evaluation.runner import SETTINGS, Configuration
+from compresskv.method import Method
+from compresskv.options import parse_settings
+from compresskv.profiles.profile import Profile
+from compresskv.suggest import suggestion
+
+FULL = "full"
+
+
+def parse_methods(text: str) -> dict[str, Method]:
+    """'snapkv,snapkv[window_size=32,kernel_size=15]' as methods by label; a label tells what differs from defaults.
+
+    Raises:
+        ConfigError: an unknown method or option, or brackets that do not close.
+    """
+    methods: dict[str, Method] = {}
+    for spec in re.split(r",(?![^\[]*\])", text):
+        match = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*", spec)
+        if match is None:
+            raise ConfigError(f"--methods {spec.strip()!r} is not NAME or NAME[option=value,...]")
+        settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
+        method = registry.create(match[1], **parse_settings("--methods", settings))
+        methods[label(method)] = method
+    return methods
+
+
+def label(method: Method) -> str:
+    """The method's name, with the options that differ from its defaults."""
+    changed = [
+        f"{field.name}={getattr(method, field.name)}"
+        for field in fields(method)
+        if field.name != "profile" and getattr(method, field.name) != field.default
+    ]
+    return f"{method.name}[{','.join(changed)}]" if changed else method.name
+
+
+def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """'a,b' as names, each once.
+
+    Raises:
+        ConfigError: one is unknown, or there is none.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {name!r} is unknown{suggestion(name, known)}")
+    if not names:
+        raise ConfigError(f"{option} {text!r} names nothing: choose from {', '.join(known)}")
+    return names
+
+
+def parse_budgets(text: str) -> tuple[int | float, ...]:
+    """'64,128,3%' as budgets.
+
+    Raises:
+        ConfigError: one is none, or there is none.
+    """
+    budgets = tuple(dict.fromkeys(parse_budget(part) for part in text.split(",") if part.strip()))
+    if not budgets:
+        raise ConfigError(f"--budgets {text!r} names no budget: give counts (128) or shares (3%)")
+    return budgets
+
+
+def configurations(
+    model: PreTrainedModel,
+    methods: dict[str, Method],
+    budgets: Sequence[int | float],
+    settings: Sequence[str] = SETTINGS[:1],
+    profile: Profile | None = None,
+) -> list[Configuration]:
+    """The full cache, and every other method at every budget in every setting.
+
+    Raises:
+        ProfileError: a method needs a profile and the model has none.
+    """
+    prepared = {
+        name: prepare_method(model, method, profile if method.needs_profile else None)
+        for name, method in methods.items()
+        if method.name != FULL
+    }
+    full = Configuration(FULL, registry.create(FULL), None)
+    return [full] + [
+        Configuration(name, method, budget, setting)
+        for setting in settings
+        for budget in budgets
+        for name, method in prepared.items()
+    ]

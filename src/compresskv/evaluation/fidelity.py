@@ -1,0 +1,86 @@
+"""How near a compressed cache stays to the full one, without decoding: evidence recall and teacher-forced fidelity."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from compresskv.cache import CompressedCache
+from compresskv.full_cache import branch
+from compresskv.generation import decode
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The full cache's own greedy answer, and what it thought at each step."""
+
+    token_ids: list[int]
+    log_probs: Tensor
+    """(n - 1, vocab) float32: log-probabilities of the tokens after the first; the first comes before any eviction."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over the tokens of the full cache's answer, the first one left out."""
+
+    kl_divergence: float
+    """Nats per token, of the full cache's distribution from the compressed one's."""
+    top1_agreement: float
+    """Share of tokens at which both would choose the same."""
+
+
+def reference(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, first: int, max_new_tokens: int
+) -> Reference:
+    """Decode greedily from the full cache (which stays as it is), then read the answer again in one pass.
+
+    The second reading is what every compressed cache is compared with: both are multi-token passes, so that rounding
+    that differs between one-token and multi-token steps does not count as a loss.
+    """
+    token_ids = decode(model, tokenizer, first, branch(cache), max_new_tokens)
+    return Reference(token_ids, teacher_forced(model, cache, token_ids))
+
+
+@torch.no_grad()
+def teacher_forced(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int]) -> Tensor:
+    """(n - 1, vocab) log-probabilities after each token but the last. `cache` stays as it is."""
+    if len(token_ids) < 2:
+        return torch.empty(0, 0)
+    inputs = torch.tensor([list(token_ids[:-1])], device=model.device)
+    logits: Tensor = model(input_ids=inputs, past_key_values=branch(cache), use_cache=True).logits[0]
+    return logits.float().log_softmax(dim=-1)
+
+
+def fidelity(model: PreTrainedModel, cache: CompressedCache, full: Reference) -> Fidelity | None:
+    """Feed the full cache's answer through a compressed cache, in one multi-token pass. `cache` stays as it is.
+
+    None where the answer has one token only: it was chosen before eviction.
+    """
+    if len(full.token_ids) < 2:
+        return None
+    log_probs = teacher_forced(model, cache, full.token_ids)
+    kl = torch.nn.functional.kl_div(log_probs, full.log_probs, reduction="none", log_target=True).sum(dim=-1)
+    same = log_probs.argmax(dim=-1) == full.log_probs.argmax(dim=-1)
+    return Fidelity(float(kl.mean().clamp(min=0)), float(same.float().mean()))
+
+
+def evidence_recall(cache: CompressedCache, evidence: Sequence[slice]) -> float | None:
+    """Share of the evidence tokens retained, mean over layers and KV heads. Batches of one prompt.
+
+    None where no evidence is known, or none of it is left in the prompt.
+    """
+    tokens = sorted({token for span in evidence for token in range(span.start, span.stop)})
+    if not tokens:
+        return None
+    shares = []
+    for layer in cache.compressed_layers:
+        if layer.positions is None:
+            shares.append(1.0)
+        else:
+            wanted = torch.tensor(tokens, device=layer.positions.device)
+            kept = (layer.positions[0, :, :, None] == wanted).any(dim=1)  # (H, evidence tokens)
+            shares.append(float(kept.float().mean()))
+    return sum(shares) / len(shares)

@@ -1,0 +1,193 @@
+"""Figures of a report: scores and fidelity against what is retained, needle maps."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compresskv.drawing import new_figure, save_figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow: too pale for lines on white.
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKERS = "os^DvPX<>"  # another number of them than of colours: a colour that comes back has another marker
+_LINES = ("-", "--", ":")
+_FIDELITY = {
+    "evidence_recall": "evidence retained, %",
+    "top1_agreement": "same token as full, %",
+    "kl_divergence": "KL, nats per token",
+}
+_WIDTH = 9.0  # inches: text of 9 points can be read where the page shows the figure 900 pixels wide
+
+
+def draw(section: dict[str, Any], folder: Path, name: str) -> dict[str, Path]:
+    """Draw what a model's section of `report_data` holds; file names start with `name`.
+
+    Returns: what each figure is, with its path.
+
+    Raises:
+        ConfigError: matplotlib is missing, or a file cannot be written.
+    """
+    drawn: dict[str, Path] = {}
+    styles = _styles(section["overall"]["rows"])
+    scored = [table for table in section["groups"] if any(row["score"] for row in _compressed(table))]
+    if scored:
+        path = folder / f"{name}-score.png"
+        _curves([(table, "score", f"{table['name']}: score, %") for table in scored], styles, path)
+        drawn["Score against the share of the cache retained"] = path
+    overall = section["overall"]
+    measured = [key for key in _FIDELITY if any(row[key] is not None for row in _compressed(overall))]
+    if measured:
+        path = folder / f"{name}-fidelity.png"
+        _curves([(overall, key, _FIDELITY[key]) for key in measured], styles, path)
+        drawn["Fidelity to the full cache against the share retained"] = path
+    for task in dict.fromkeys(one["task"] for one in section["heat_maps"]):
+        path = folder / f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', task)}.png"
+        _heat_maps([one for one in section["heat_maps"] if one["task"] == task], list(styles), path)
+        drawn[f"{task}: score by length and depth"] = path
+    return drawn
+
+
+def _curves(panels: Sequence[tuple[dict[str, Any], str, str]], styles: dict[str, dict[str, Any]], path: Path) -> None:
+    """A panel for each (table, key, title): a line a method over the share retained, the full cache dashed."""
+    num_columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    num_rows = math.ceil(len(panels) / num_columns)
+    width = _WIDTH if num_columns > 1 else 6.0
+    num_legend = _legend_columns(["full", *styles], width)
+    legend_height = 0.2 * math.ceil((len(styles) + 1) / num_legend)
+    figure = new_figure(width, 3.1 * num_rows + legend_height)
+    known: dict[str, Any] = {}
+    for at, (table, key, title) in enumerate(panels, start=1):
+        axes = figure.add_subplot(num_rows, num_columns, at)
+        known.update(_panel(axes, table, key, styles))
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("share of the cache retained, %")
+    order = [label for label in ("full", *styles) if label in known]
+    lines = [known[label] for label in order]
+    style = {"ncols": num_legend, "frameon": False, "fontsize": 9, "handlelength": 3}
+    figure.legend(lines, order, loc="outside lower center", **style)  # where it hides no line
+    save_figure(figure, path)
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns a legend of that many inches has room for: each is as wide as its longest label."""
+    for num_columns in (4, 3, 2):
+        size = math.ceil(len(labels) / num_columns)
+        longest = [max(map(len, labels[at : at + size])) for at in range(0, len(labels), size)]
+        if sum(0.8 + 0.075 * length for length in longest) < width:
+            return num_columns
+    return 1
+
+
+def _panel(axes: Any, table: dict[str, Any], key: str, styles: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    lines: dict[str, Any] = {}
+    scale = 1 if key == "kl_divergence" else 100
+    rows = [row for row in table["rows"] if row[key] is not None and row["num_tasks"] == len(table["tasks"])]
+    _log_axis(axes, [100 * row["retained_fraction"] for row in rows if row["series"] in styles])
+    for series, style in styles.items():
+        points = sorted(
+            (100 * row["retained_fraction"], scale * _mean(row[key])) for row in rows if row["series"] == series
+        )
+        if points:
+            (lines[series],) = axes.plot(*zip(*points, strict=True), label=series, markersize=5, **style)
+    full = [row for row in rows if row["method"] == "full"]
+    if full and lines:
+        height = scale * _mean(full[0][key])
+        lines["full"] = axes.axhline(height, color="#555555", linewidth=1.2, linestyle=(0, (6, 3)), label="full")
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.08)
+    return lines
+
+
+def _log_axis(axes: Any, shares: Sequence[float]) -> None:
+    """Ticks where the budgets are: powers of ten alone would leave most of these axes without a number."""
+    axes.set_xscale("log")
+    axes.set_xlim(min(shares) / 1.15, max(shares) * 1.15)  # has a width even where all shares are one
+    ticks: list[float] = []
+    for share in sorted(shares):
+        if not ticks or share > 1.35 * ticks[-1]:  # closer ones would be written over each other
+            ticks.append(share)
+    axes.set_xticks(ticks, [f"{tick:.2g}" if tick < 99.5 else "100" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _heat_maps(maps: Sequence[dict[str, Any]], series: Sequence[str], path: Path) -> None:
+    """A grid of maps, depth over length: a row for each budget, a column for each method, the full cache first."""
+    columns = [one for one in ("full", *series) if any(found["series"] == one for found in maps)]
+    budgets = list(dict.fromkeys(one["budget"] for one in maps if one["budget"] is not None)) or [None]
+    budgets.sort(key=lambda budget: (isinstance(budget, int), budget or 0))
+    figure = new_figure(max(4.0, 1.1 * len(columns) + 1.6), 1.5 * len(budgets) + 1.1)
+    grid = figure.subplots(len(budgets), len(columns), squeeze=False, sharex=True, sharey=True)
+    images = []
+    for at, budget in enumerate(budgets):
+        drawn: list[Any] = []
+        for axes, name in zip(grid[at], columns, strict=True):
+            wanted = budget if name != "full" else None
+            found = [one for one in maps if one["series"] == name and str(one["budget"]) == str(wanted)]
+            if not found or (name == "full" and at):  # the full cache has one map, beside the first budget
+                axes.set_axis_off()
+                continue
+            images.append(_heat_map(axes, found[0]))
+            axes.tick_params(labelleft=not drawn, labelbottom=name == "full" or at == len(budgets) - 1, labelsize=7)
+            drawn.append(axes)
+        _label_row(grid[at], budget)
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(_wrapped(name), fontsize=8)
+    figure.suptitle(maps[0]["task"], fontsize=10)
+    figure.supxlabel("prompt length, tokens", fontsize=9)
+    figure.supylabel("depth, %", fontsize=9)
+    figure.colorbar(images[0], ax=grid, label="score, %", shrink=0.8, pad=0.01)
+    save_figure(figure, path)
+
+
+def _heat_map(axes: Any, found: dict[str, Any]) -> Any:
+    scores = [[math.nan if score is None else 100 * score for score in row] for row in found["scores"]]
+    axes.set_facecolor("#cccccc")  # no case there: not a score of 0
+    image = axes.imshow(scores, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
+    axes.set_xticks(range(len(found["lengths"])), [_short(length) for length in found["lengths"]])
+    axes.set_yticks(range(len(found["depths"])), [f"{depth:g}" for depth in found["depths"]])
+    return image
+
+
+def _label_row(row: Sequence[Any], budget: float | None) -> None:
+    if budget is not None:
+        text = f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:g} %"
+        row[-1].annotate(text, (1.04, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9)
+
+
+def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How each method's line looks, in all figures alike: first those that the report is about."""
+    own = {row["series"]: row["own"] for row in rows if row["method"] != "full"}
+    styles: dict[str, dict[str, Any]] = {}
+    for at, series in enumerate(sorted(own, key=lambda one: (not own[one], one))):
+        lap, place = divmod(at, len(_COLOURS))
+        styles[series] = {
+            "color": _COLOURS[place],
+            "marker": _MARKERS[at % len(_MARKERS)],
+            "linestyle": _LINES[lap % len(_LINES)],
+            "linewidth": 2.4 if own[series] else 1.3,
+            "zorder": 3 if own[series] else 2,
+        }
+    return styles
+
+
+def _compressed(table: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in table["rows"] if row["method"] != "full" and row["num_tasks"] == len(table["tasks"])]
+
+
+def _mean(value: Any) -> float:
+    return float(value[0] if isinstance(value, list) else value)
+
+
+def _short(length: float) -> str:
+    return f"{length / 1024:g}k" if length >= 1024 and length % 512 == 0 else f"{length:g}"
+
+
+def _wrapped(name: str) -> str:
+    """In lines of a heat map's width, broken where words end."""
+    lines = [""]
+    for part in re.split(r"(?<=[_: ])|(?=\[)|(?<=[a-z])(?=[A-Z])", name):
+        if lines[-1] and len(lines[-1] + part) > 14:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.strip() for line in lines)

@@ -1,0 +1,91 @@
+"""Start the peers' process and take its results as they come."""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from compresskv.errors import CompressKVError, ConfigError
+from compresskv.evaluation.peer_request import PeerRequest
+
+PYTHON_VARIABLE = "COMPRESSKV_PEERS_PYTHON"
+_HOW_TO = "scripts/peers makes the environment and prints its python"
+
+
+def peers_python(chosen: Path | None = None) -> Path:
+    """The interpreter of the peers' environment: the chosen one, $COMPRESSKV_PEERS_PYTHON, or .venv-peers here.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    python = chosen or Path(os.environ.get(PYTHON_VARIABLE) or ".venv-peers/bin/python")
+    if not python.is_file():
+        raise ConfigError(f"the peers' python {python} does not exist: {_HOW_TO}")
+    return python
+
+
+def run_peers(python: Path, request: PeerRequest) -> Iterator[dict[str, Any]]:
+    """Run the request in another environment; ends its process where the caller stops early or is interrupted.
+
+    Returns: a result for each case, setting, press and budget as soon as it is known, with the names that `Record`
+        has; one that failed has 'error' instead of figures.
+    Raises:
+        ConfigError: the environment is missing or lacks kvpress, or nothing in the request can be run.
+        CompressKVError: the process ended early or wrote what is not a result.
+    """
+    return _results(peers_python(python), request)
+
+
+def _results(python: Path, request: PeerRequest) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
+        path = Path(folder) / "request.json"
+        request.write(path)
+        command = [str(python), "-m", "compresskv.evaluation.peers", "--request", str(path)]
+        with _started(command, log) as process:
+            try:
+                for line in process.stdout or ():
+                    yield _parse(line)
+            except BaseException:  # an interrupt and the caller's `close` too
+                process.kill()
+                raise
+        if process.returncode != 0:
+            raise _explain(python, process.returncode, log)
+
+
+def _started(command: list[str], log: IO[bytes]) -> "subprocess.Popen[str]":
+    # What it logs goes to a file: a pipe that nobody reads fills up, and then the process waits for ever.
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as err:
+        raise ConfigError(f"the peers' python {command[0]} cannot be started ({err.strerror}): {_HOW_TO}") from err
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise CompressKVError(f"the peers' process wrote a line that is no result: {line.strip()[:80]!r}")
+    if "fatal" in row:
+        raise ConfigError(f"peers: {row['fatal']}")
+    return row
+
+
+def _explain(python: Path, status: int, log: IO[bytes]) -> CompressKVError:
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else "it said nothing"
+    if "No module named" in last:
+        return ConfigError(f"the peers' python {python} lacks a package ({last}): {_HOW_TO}")
+    return CompressKVError(f"the peers' process ended with status {status} ({last})")

@@ -1,0 +1,147 @@
+"""Run kvpress's presses on our cases: `python -m compresskv.evaluation.peers --request FILE`.
+
+It runs in the environment that `scripts/peers` makes, because kvpress needs an older transformers than ours may be.
+Each result is one line of JSON on stdout, written as soon as it is known.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv import models
+from compresskv.budgets import resolve
+from compresskv.errors import CompressKVError, ConfigError, DataError, first_line
+from compresskv.evaluation.peer import Peer, now, peer
+from compresskv.evaluation.peer_cache import PeerCache
+from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.generation import end_tokens
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def run_peer(loaded: Loaded, chosen: Peer, case: PeerCase, budget: int | float, setting: str) -> dict[str, Any]:
+    """Compress, compare and decode one case.
+
+    Returns: figures counted as `Runner` counts ours. In the agnostic setting only the first `compressed_tokens` are
+        compressed; bytes are those after that, and tokens include the suffix, which is read afterwards.
+    Raises:
+        ConfigError: as for `Peer.compress`, or the prompt cannot be cut for the agnostic setting.
+    """
+    model, tokenizer = loaded
+    input_ids = torch.tensor([case.input_ids], device=model.device)
+    num_compressed = input_ids.shape[1] if setting == "aware" else _cut(case)
+    context, suffix = input_ids[:, :num_compressed], input_ids[:, num_compressed:]
+    cache = chosen.compress(model, tokenizer, context, resolve(budget, num_compressed), case.suffix_start)
+    if suffix.shape[1]:
+        cache.read(suffix, last_only=True)
+    fidelity = _fidelity(cache, case)
+    start = now(model)
+    token_ids = cache.decode(end_tokens(model, tokenizer), case.max_new_tokens)
+    return {
+        "token_ids": token_ids,
+        "compressed_tokens": num_compressed,
+        "logical_tokens": cache.retained_tokens + suffix.shape[1],
+        "held_tokens": cache.held_tokens + suffix.shape[1],
+        "kv_nbytes": cache.nbytes,
+        "kv_nbytes_full": cache.nbytes_full,
+        "prefill_s": cache.prefill_s,
+        "select_s": cache.select_s,
+        "decode_s": now(model) - start,
+        **fidelity,
+    }
+
+
+def _cut(case: PeerCase) -> int:
+    if case.suffix_start is None or not 0 < case.suffix_start < len(case.input_ids):
+        raise ConfigError("the prompt has no suffix to hold back, which the agnostic setting needs")
+    return case.suffix_start
+
+
+def _fidelity(cache: PeerCache, case: PeerCase) -> dict[str, float | None]:
+    """The figures of `fidelity.fidelity`: over the full cache's own answer, its first token left out."""
+    if len(case.reference_ids) < 2:
+        return {"top1_agreement": None, "kl_divergence": None}
+    log_probs = cache.teacher_forced(case.reference_ids)
+    choices, divergence = torch.tensor(case.reference_ids[1:], device=log_probs.device), None
+    if case.reference_log_probs is not None:
+        full = _load_log_probs(Path(case.reference_log_probs)).to(log_probs)
+        if full.shape != log_probs.shape:
+            shapes = f"{tuple(full.shape)}, not {tuple(log_probs.shape)}"
+            raise DataError(f"{case.reference_log_probs}: the log-probabilities have shape {shapes}")
+        choices = full.argmax(dim=-1)
+        kl = torch.nn.functional.kl_div(log_probs, full, reduction="none", log_target=True).sum(dim=-1)
+        divergence = float(kl.mean().clamp(min=0))
+    return {"top1_agreement": float((log_probs.argmax(dim=-1) == choices).float().mean()), "kl_divergence": divergence}
+
+
+def _load_log_probs(path: Path) -> Tensor:
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path) as arrays:
+            return torch.from_numpy(arrays[arrays.files[0]])
+    tensor: Tensor = torch.load(path, weights_only=True)
+    return tensor
+
+
+def results(request: PeerRequest) -> Iterator[dict[str, Any]]:
+    """Every case, setting, press and budget: a result, or what went wrong with it.
+
+    Raises:
+        ConfigError, ModelError: nothing can be run at all.
+    """
+    peers = [peer(name) for name in request.presses]
+    loaded = models.load(request.model, dtype=request.dtype, device=request.device)
+    versions = {name: version(name) for name in ("compresskv", "kvpress", "torch", "transformers")}
+    configs = [
+        (case, setting, chosen, budget)
+        for case in request.cases
+        for setting in request.settings
+        for chosen in peers
+        for budget in request.budgets
+    ]
+    for case, setting, chosen, budget in configs:
+        row: dict[str, Any] = {"task": case.task, "example": case.example, "method": f"kvpress:{chosen.name}"}
+        row |= {"budget": budget, "setting": setting}
+        try:
+            figures = run_peer(loaded, chosen, case, budget, setting)
+            counted = figures["logical_tokens" if request.peer_budget == "tokens" else "held_tokens"]
+            yield row | {"retained_tokens": counted} | figures | {"versions": versions}
+        except Exception as err:  # noqa: BLE001 - kvpress raises of all kinds, and other cases may still work
+            yield row | {"error": first_line(err)}
+
+
+def main() -> int:
+    """Answer the request on stdout."""
+    parser = argparse.ArgumentParser(description="Run kvpress's presses; one JSON line for each result.")
+    parser.add_argument("--request", type=Path, required=True, help="a JSON file: see PeerRequest")
+    options = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not come between the results
+        return _write_results(options.request, sys.__stdout__)
+
+
+def _write_results(request: Path, sink: Any) -> int:
+    def write(row: dict[str, Any]) -> None:
+        sink.write(json.dumps(row) + "\n")
+        sink.flush()
+
+    try:
+        for row in results(PeerRequest.read(request)):
+            write(row)
+    except CompressKVError as err:
+        write({"fatal": first_line(err)})
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Run configurations over examples: each prompt is read once, and every configuration cuts its own cache from that."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv.attention import routing
+from compresskv.cache import CompressedCache
+from compresskv.evaluation.capture import CapturedPrompt
+from compresskv.evaluation.encode import EncodedPrompt, encode
+from compresskv.evaluation.example import Example
+from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference
+from compresskv.evaluation.records import Record
+from compresskv.evaluation.task import Task
+from compresskv.generation import decode, prefill
+from compresskv.method import Method
+
+SETTINGS = ("aware", "agnostic")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to compress: what a row of a table stands for."""
+
+    label: str
+    """The method's name, with the options that differ from its defaults: 'snapkv[window_size=32]'."""
+    method: Method
+    budget: int | float | None
+    """None for the full cache."""
+    setting: str = "aware"
+    """'agnostic': the document is read and compressed before the question comes."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from the others of a run."""
+        return self.label, "" if self.budget is None else f"{self.budget:g}", self.setting
+
+
+@dataclass(frozen=True)
+class Case:
+    """An example, its task, and its prompt for this model."""
+
+    task: Task
+    example: Example
+    prompt: EncodedPrompt
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs configurations on cases with one model."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    seed: int = 0
+    answers: bool = True
+    """Whether compressed caches decode an answer; without, only recall and fidelity are measured."""
+    versions: dict[str, str] | None = None
+
+    def case(self, task: Task, example: Example, max_prompt_tokens: int | None) -> Case:
+        """Encode an example, cut to `max_prompt_tokens`."""
+        return Case(task, example, encode(self.tokenizer, example, max_prompt_tokens))
+
+    def run(self, case: Case, configurations: Sequence[Configuration]) -> Iterator[Record]:
+        """One record for each configuration, in order, from one prefill."""
+        window_size = max(1, *(configuration.method.window_size for configuration in configurations))
+        with routing(self.model):
+            yield from _Reading(self, case, window_size).records(configurations)
+
+
+class _Reading:
+    """One prompt, read once."""
+
+    def __init__(self, runner: Runner, case: Case, window_size: int) -> None:
+        self._runner = runner
+        self._case = case
+        self._window_size = window_size
+
+    def records(self, configurations: Sequence[Configuration]) -> Iterator[Record]:
+        runner, prompt = self._runner, self._case.prompt
+        captured = CapturedPrompt(runner.model, self._window_size)
+        document = None
+        start = time.perf_counter()
+        if any(configuration.setting == "agnostic" for configuration in configurations):
+            captured.read(prompt.input_ids[: prompt.suffix_start])
+            document = captured.fork()
+        logits = captured.read(prompt.input_ids[len(captured.input_ids) :])
+        self._prefill_s = time.perf_counter() - start
+        first = int(logits.argmax())
+        start = time.perf_counter()
+        full = reference(runner.model, runner.tokenizer, captured.cache, first, self._case.example.max_new_tokens)
+        full_s = time.perf_counter() - start
+        for configuration in configurations:
+            if configuration.budget is None:
+                yield self._full_record(configuration, captured, full, full_s)
+            elif configuration.setting == "aware":
+                yield self._record(configuration, captured, full, first)
+            elif document is not None:
+                yield self._record(configuration, document, full, None)
+
+    def _record(
+        self, configuration: Configuration, captured: CapturedPrompt, full: Reference, first: int | None
+    ) -> Record:
+        """Cut, measure, decode. `first`: the answer's first token; None where the question is still to be read."""
+        runner, prompt = self._runner, self._case.prompt
+        assert configuration.budget is not None
+        start = time.perf_counter()
+        cache = captured.compress(configuration.method, configuration.budget)
+        select_s = time.perf_counter() - start
+        nbytes = cache.nbytes
+        layers = cache.compressed_layers
+        retained = sum(layer.mean_retained for layer in layers) / len(layers)
+        recall = evidence_recall(cache, prompt.evidence)
+        if first is None:
+            rest = torch.tensor([prompt.input_ids[len(captured.input_ids) :]], device=runner.model.device)
+            first = int(prefill(runner.model, rest, cache).argmax())
+            retained += rest.shape[1]
+        near = fidelity(runner.model, cache, full)
+        measured: dict[str, Any] = {
+            "retained_tokens": retained,
+            "kv_nbytes": nbytes,
+            "kv_nbytes_full": captured.nbytes,
+            "evidence_recall": recall,
+            "kl_divergence": None if near is None else near.kl_divergence,
+            "top1_agreement": None if near is None else near.top1_agreement,
+            "select_s": select_s,
+        }
+        if runner.answers:
+            measured |= self._answer(cache, first)
+        return self._filled(configuration, measured)
+
+    def _answer(self, cache: CompressedCache, first: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        limit = self._case.example.max_new_tokens
+        token_ids = decode(self._runner.model, self._runner.tokenizer, first, cache, limit)
+        return self._scored(token_ids) | {"decode_s": time.perf_counter() - start}
+
+    def _scored(self, token_ids: list[int]) -> dict[str, Any]:
+        text = str(self._runner.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+        return {
+            "prediction": text,
+            "metrics": self._case.task.score(self._case.example, text),
+            "token_ids": token_ids,
+        }
+
+    def _full_record(
+        self, configuration: Configuration, captured: CapturedPrompt, full: Reference, decode_s: float
+    ) -> Record:
+        measured = {
+            "retained_tokens": float(len(self._case.prompt.input_ids)),
+            "kv_nbytes": captured.nbytes,
+            "kv_nbytes_full": captured.nbytes,
+            "evidence_recall": 1.0 if self._case.prompt.evidence else None,
+            "kl_divergence": 0.0,
+            "top1_agreement": 1.0,
+            "select_s": 0.0,
+            "decode_s": decode_s,
+        }
+        return self._filled(configuration, measured | self._scored(full.token_ids))
+
+    def _filled(self, configuration: Configuration, measured: dict[str, Any]) -> Record:
+        case = self._case
+        return Record(
+            task=case.example.task,
+            example=case.example.id,
+            method=configuration.label,
+            budget=configuration.budget,
+            setting=configuration.setting,
+            prompt_sha256=case.prompt.sha256,
+            prompt_tokens=len(case.prompt.input_ids),
+            truncated_tokens=case.prompt.num_truncated,
+            prefill_s=self._prefill_s,
+            meta=case.example.meta,
+            seed=self._runner.seed,
+            versions=self._runner.versions or {},
+            **measured,
+        )

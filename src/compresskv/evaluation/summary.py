@@ -1,0 +1,205 @@
+"""What runs found, as numbers: the tables of a report before they are text."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compresskv.errors import DataError
+from compresskv.evaluation.records import Record, read_run
+from compresskv.evaluation.statistics import macro_interval, macro_paired_difference
+
+OWN = frozenset({"compresskv", "vote"})
+"""Methods that are compared with the best of the others."""
+
+Case = tuple[str, str]  # example and prompt: another seed or length makes another case
+Cases = dict[Case, Record]
+Row = dict[str, Any]
+Table = dict[str, Any]
+
+_MEANS: dict[str, Callable[[Record], float | None]] = {
+    "evidence_recall": lambda record: record.evidence_recall,
+    "kl_divergence": lambda record: record.kl_divergence,
+    "top1_agreement": lambda record: record.top1_agreement,
+    "retained_fraction": lambda record: record.retained_fraction,
+    "kv_nbytes": lambda record: record.kv_nbytes,
+    "seconds": lambda record: _sum(record.select_s, record.decode_s),
+}
+
+
+def report_data(folders: Sequence[Path], own: Iterable[str] = OWN) -> dict[str, Any]:
+    """Everything that a report says, JSON values only. Scores and shares are 0..1.
+
+    The runs' records are pooled; of the same case and configuration in two runs, the later run counts. Models, and
+    dtypes of a model, are kept apart. A mean over tasks weighs each task alike.
+
+    Raises:
+        DataError: a folder holds no run, or a malformed one, or there is no record at all.
+        ConfigError: scipy is missing.
+    """
+    pooled: dict[tuple[str, str], dict[tuple[str, str, Case], Record]] = defaultdict(dict)
+    for folder in folders:
+        for record in read_run(folder)[1]:
+            model = record.versions.get("model", "unknown model"), record.versions.get("dtype", "unknown dtype")
+            case = record.example, record.prompt_sha256
+            pooled[model][record.task, record.config, case] = record
+    if not pooled:
+        raise DataError(f"no records yet in {', '.join(map(repr, map(str, folders)))}")
+    sections = [_section(*model, records, frozenset(own)) for model, records in sorted(pooled.items())]
+    return {"runs": [str(folder) for folder in folders], "models": sections}
+
+
+def _section(
+    model: str, dtype: str, records: dict[tuple[str, str, Case], Record], own: frozenset[str]
+) -> dict[str, Any]:
+    cells: dict[str, dict[str, Cases]] = defaultdict(lambda: defaultdict(dict))  # task -> configuration -> case
+    for (task, config, case), record in records.items():
+        cells[task][config][case] = record
+    tasks = {task: _table(task, {task: cells[task]}, own) for task in sorted(cells)}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for task in tasks:
+        groups[task.partition("/")[0]].append(task)
+    group_tables = []
+    for group, members in groups.items():
+        table = {**tasks[members[0]], "name": group}
+        if len(members) > 1:
+            table = _table(group, {task: cells[task] for task in members}, own)
+        group_tables.append(table)
+    overall = group_tables[0] if len(groups) == 1 else _table("all tasks", cells, own)
+    return {
+        "model": model,
+        "dtype": dtype,
+        **_counts(list(records.values())),
+        "overall": overall,
+        "groups": group_tables,
+        "tasks": list(tasks.values()),
+        "heat_maps": [_heat_map(task, config, cells[task][config]) for task, config in _mappable(cells)],
+    }
+
+
+def _counts(records: list[Record]) -> dict[str, Any]:
+    prompts = {record.prompt_sha256: record for record in records}
+    shared = {record.prompt_sha256 for record in records if record.shared_prefill}
+    versions: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, version in record.versions.items():
+            versions[name].add(version)
+    lengths = [record.prompt_tokens for record in records]
+    return {
+        "num_records": len(records),
+        "num_prefills": len(shared) + sum(not record.shared_prefill for record in records),
+        "num_prompts": len(prompts),
+        "num_truncated": sum(record.truncated_tokens > 0 for record in prompts.values()),
+        "prompt_tokens": [min(lengths), max(lengths)],
+        "seeds": sorted({record.seed for record in records}),
+        "versions": {name: sorted(found) for name, found in sorted(versions.items()) if name not in ("model", "dtype")},
+    }
+
+
+def _table(name: str, cells: dict[str, dict[str, Cases]], own: frozenset[str]) -> Table:
+    """A row for each configuration, over the tasks in `cells`."""
+    configs = sorted({config for by_config in cells.values() for config in by_config})
+    by_config = {
+        config: {task: cases[config] for task, cases in cells.items() if config in cases} for config in configs
+    }
+    rows = [_row(config, tasks, own) for config, tasks in by_config.items()]
+    rows.sort(key=lambda row: (_place(row["budget"]), row["setting"], -_mean(row), row["config"]))
+    scores = {
+        config: {task: _scores(records) for task, records in tasks.items()} for config, tasks in by_config.items()
+    }
+    for row in rows:
+        rivals = [one for one in rows if _rival(one, row) and one["num_tasks"] == len(cells)]
+        full = [one for one in rows if one["method"] == "full" and row["method"] != "full"]
+        full.sort(key=lambda one: one["setting"] != row["setting"])  # stable: the row's own setting if there is one
+        baselines = [one for one in rivals if not one["own"] and row["own"]]
+        baseline = max(baselines, key=_mean, default=None)
+        row["best_baseline"] = baseline and baseline["config"]
+        row["from_best_baseline"] = baseline and _from(scores[row["config"]], scores[baseline["config"]])
+        row["from_full"] = _from(scores[row["config"]], scores[full[0]["config"]]) if full else None
+        row["best"] = len(rivals) > 1 and row in rivals and _mean(row) == max(map(_mean, rivals))
+    return {"name": name, "tasks": list(cells), "rows": rows}
+
+
+def _row(config: str, tasks: dict[str, Cases], own: frozenset[str]) -> Row:
+    records = [list(cases.values()) for cases in tasks.values()]
+    scores = [list(found.values()) for found in map(_scores, tasks.values()) if found]
+    first = records[0][0]
+    return {
+        "config": config,
+        "method": first.method,
+        "series": first.method if first.setting == "aware" else f"{first.method} ({first.setting})",
+        "budget": first.budget,
+        "setting": first.setting,
+        "own": first.method.partition("[")[0] in own,
+        "num_tasks": len(tasks),
+        "num_cases": sum(map(len, records)),
+        "score": list(macro_interval(scores)) if scores else None,
+        **{name: _macro_mean(records, value) for name, value in _MEANS.items()},
+    }
+
+
+def _rival(one: Row, row: Row) -> bool:
+    """Whether `one` may be compared with `row`: it is compressed to the same budget in the same setting."""
+    same = (str(one["budget"]), one["setting"]) == (str(row["budget"]), row["setting"])
+    return same and one["method"] != "full" and one["score"] is not None
+
+
+def _scores(cases: Cases) -> dict[Case, float]:
+    return {case: record.metrics["score"] for case, record in cases.items() if "score" in record.metrics}
+
+
+def _from(a: dict[str, dict[Case, float]], b: dict[str, dict[Case, float]]) -> dict[str, float] | None:
+    """How far `a` lies above `b`, over the tasks and cases that both have."""
+    common = [(a[task], b[task]) for task in a if a[task] and b.get(task)]
+    found = macro_paired_difference(common)
+    return None if found is None else found._asdict()
+
+
+def _macro_mean(groups: list[list[Record]], value: Callable[[Record], float | None]) -> float | None:
+    found = [[one for record in group if (one := value(record)) is not None] for group in groups]
+    means = [sum(values) / len(values) for values in found if values]
+    return sum(means) / len(means) if means else None
+
+
+def _mappable(cells: dict[str, dict[str, Cases]]) -> list[tuple[str, str]]:
+    """The tasks and configurations whose cases all lie at a length and a depth, and have a score."""
+    return [
+        (task, config)
+        for task in sorted(cells)
+        for config, cases in cells[task].items()
+        if all({"length", "depth"} <= set(one.meta) and "score" in one.metrics for one in cases.values())
+    ]
+
+
+def _heat_map(task: str, config: str, cases: Cases) -> dict[str, Any]:
+    places: dict[tuple[float, float], list[float]] = defaultdict(list)
+    for record in cases.values():
+        places[record.meta["depth"], record.meta["length"]].append(record.metrics["score"])
+    depths, lengths = (sorted({place[axis] for place in places}) for axis in (0, 1))
+    means = {place: sum(values) / len(values) for place, values in places.items()}
+    first = next(iter(cases.values()))
+    return {
+        "task": task,
+        "config": config,
+        "series": first.method if first.setting == "aware" else f"{first.method} ({first.setting})",
+        "budget": first.budget,
+        "depths": depths,
+        "lengths": lengths,
+        "scores": [[means.get((depth, length)) for length in lengths] for depth in depths],
+    }
+
+
+def _place(budget: float | None) -> tuple[int, float]:
+    """Order of budgets: none, fractions, counts of tokens."""
+    if budget is None:
+        return 0, 0.0
+    return (2 if isinstance(budget, int) else 1), budget
+
+
+def _mean(row: Row) -> float:
+    return float(row["score"][0]) if row["score"] else -1.0
+
+
+def _sum(*seconds: float | None) -> float | None:
+    known = [one for one in seconds if one is not None]
+    return sum(known) if known else None

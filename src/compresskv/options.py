@@ -1,0 +1,34 @@
+"""Method options as people type them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from compresskv.errors import ConfigError
+
+
+def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
+    """`["window_size=32"]` as method options; numbers become numbers.
+
+    Args:
+        option: what the user typed them behind, for error messages.
+    Raises:
+        ConfigError: no NAME=VALUE, or a value that is no number.
+    """
+    options: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not (name and equals and text):
+            raise ConfigError(f"{option} {setting!r} is not NAME=VALUE, such as window_size=32")
+        if name == "profile":
+            raise ConfigError(f"{option} {setting!r}: a profile is given with --profile FILE")
+        options[name.replace("-", "_")] = _number(text)
+    return options
+
+
+def _number(text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise ConfigError(f"{text!r} is not a number")

@@ -1,0 +1,112 @@
+"""kvpress for real, in the environment that `scripts/peers` makes, beside our own full cache."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from compresskv import models
+from compresskv.errors import ConfigError
+from compresskv.evaluation.fidelity import reference
+from compresskv.evaluation.peer_process import peers_python, run_peers
+from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.generation import prefill
+
+pytestmark = pytest.mark.slow
+
+NUM_CONTEXT, BUDGET, ALL = 390, 100, 10_000
+FREEING, MASKING = "SnapKVPress", "AdaKVPress(SnapKVPress)"
+QUESTION = "\n\nIn one sentence: what is this text about?\n"
+Rows = dict[tuple[str, int, str], dict[str, Any]]
+
+
+def _python() -> Path:
+    try:
+        return peers_python()
+    except ConfigError:
+        return pytest.skip("there is no environment for kvpress: scripts/peers makes .venv-peers")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> PeerCase:
+    """A prompt, and what the full cache answers. In float32, where the order of sums decides no arg-max."""
+    _python()
+    model, tokenizer = models.load(dtype="float32", device="cpu")
+    context = tokenizer(" ".join(topics[name] for name in sorted(topics)), verbose=False)["input_ids"][:NUM_CONTEXT]
+    ids = [*context, *tokenizer(QUESTION)["input_ids"]]
+    cache = DynamicCache()
+    first = int(prefill(model, torch.tensor([ids]), cache).argmax())
+    full = reference(model, tokenizer, cache, first, 12)
+    log_probs = tmp_path_factory.mktemp("reference") / "log_probs.pt"
+    torch.save(full.log_probs, log_probs)
+    return PeerCase("t", "1", tuple(ids), 12, NUM_CONTEXT, tuple(full.token_ids), str(log_probs))
+
+
+@pytest.fixture(scope="module")
+def rows(case: PeerCase) -> Rows:
+    """Results by (press, budget, setting)."""
+    request = PeerRequest(
+        "smollm2-135m", (case,), (FREEING, MASKING), (BUDGET, ALL), ("aware", "agnostic"), "float32", "cpu"
+    )
+    found = list(run_peers(_python(), request))
+    assert [row.get("error") for row in found] == [None] * 8
+    return {(row["method"].removeprefix("kvpress:"), row["budget"], row["setting"]): row for row in found}
+
+
+@pytest.mark.parametrize("press", [FREEING, MASKING])
+@pytest.mark.parametrize("setting", ["aware", "agnostic"])
+def test_a_press_retains_exactly_its_budget(rows: Rows, case: PeerCase, press: str, setting: str) -> None:
+    row = rows[press, BUDGET, setting]
+    num_compressed = len(case.input_ids) if setting == "aware" else NUM_CONTEXT
+    num_suffix = len(case.input_ids) - num_compressed
+
+    assert row["retained_tokens"] == row["logical_tokens"] == BUDGET + num_suffix
+    assert row["compressed_tokens"] == num_compressed
+    assert rows[press, ALL, setting]["retained_tokens"] == len(case.input_ids)
+
+
+def test_bytes_are_those_really_held(rows: Rows, case: PeerCase) -> None:
+    nbytes_a_token = 30 * 2 * 3 * 64 * 4  # layers, keys and values, KV heads, head size, float32
+    full = len(case.input_ids) * nbytes_a_token
+
+    assert rows[FREEING, BUDGET, "aware"]["kv_nbytes"] == BUDGET * nbytes_a_token
+    assert rows[MASKING, BUDGET, "aware"]["kv_nbytes"] == full
+    assert rows[MASKING, BUDGET, "aware"]["held_tokens"] == len(case.input_ids)
+    assert {row["kv_nbytes_full"] for key, row in rows.items() if key[2] == "aware"} == {full}
+
+
+@pytest.mark.parametrize("press", [FREEING, MASKING])
+@pytest.mark.parametrize("setting", ["aware", "agnostic"])
+def test_a_budget_above_the_prompt_answers_as_the_full_cache(
+    rows: Rows, case: PeerCase, press: str, setting: str
+) -> None:
+    row = rows[press, ALL, setting]
+
+    assert tuple(row["token_ids"]) == case.reference_ids
+    assert row["top1_agreement"] == 1
+    assert row["kl_divergence"] == pytest.approx(0, abs=1e-6)
+
+
+def test_compression_shows_in_the_divergence(rows: Rows) -> None:
+    for (_, budget, _), row in rows.items():
+        assert 0 <= row["top1_agreement"] <= 1
+        assert (row["kl_divergence"] > 1e-3) == (budget == BUDGET)
+
+
+def test_a_case_that_fails_leaves_the_others_their_results(case: PeerCase) -> None:
+    uncut = PeerCase(case.task, "uncut", case.input_ids, 2)
+    request = PeerRequest("smollm2-135m", (uncut,), (MASKING,), (BUDGET,), ("agnostic", "aware"), peer_budget="bytes")
+
+    failed, done = run_peers(_python(), request)
+
+    assert failed["error"].startswith("the prompt has no suffix to hold back")
+    assert (done["retained_tokens"], done["logical_tokens"]) == (len(case.input_ids), BUDGET)
+    assert (done["top1_agreement"], done["kl_divergence"]) == (None, None)
+
+
+def test_an_unknown_press_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"unknown press 'SnapKVPres': choose from SnapKVPress, "):
+        list(run_peers(_python(), PeerRequest("smollm2-135m", (), ("SnapKVPres",), (BUDGET,))))

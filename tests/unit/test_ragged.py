@@ -1,0 +1,87 @@
+"""The store of KV heads that retain different numbers of tokens."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from compresskv.ragged import RaggedStore
+from compresskv.selection import UNUSED
+
+NUM_TOKENS = 12
+# two rows, two heads; the first head holds 3 slots, the second 5
+INDICES = torch.tensor([[[-1, -1, 0, 4, 11], [1, 2, 3, 9, 11]], [[-1, -1, -1, -1, 11], [-1, 5, 6, 7, 11]]])
+
+
+def states(offset: float = 0.0, num_tokens: int = NUM_TOKENS) -> Tensor:
+    """(2, 2, T, 1): every token's number, its head's times 100 and its row's times 1000."""
+    rows, heads = torch.arange(2.0)[:, None, None] * 1000, torch.arange(2.0)[None, :, None] * 100
+    return (rows + heads + torch.arange(num_tokens) + offset)[..., None]
+
+
+def store() -> RaggedStore:
+    return RaggedStore(states(), states(0.5), INDICES)
+
+
+def contents(store: RaggedStore) -> list[list[list[float]]]:
+    return [tensor.flatten(1).tolist() for held in (store.keys, store.values, store.positions) for tensor in held]
+
+
+def test_each_head_holds_its_own_tokens_and_no_slot_more_than_its_fullest_row() -> None:
+    ragged = store()
+    assert [keys.shape for keys in ragged.keys] == [(2, 1, 3, 1), (2, 1, 5, 1)]
+    for head in range(2):
+        for row in range(2):
+            slots = INDICES[row, head, 5 - ragged.keys[head].shape[2] :]
+            assert torch.equal(ragged.positions[head][row, 0], slots)
+            used = slots != UNUSED
+            kept = slots[used] + 1000.0 * row + 100 * head
+            assert torch.equal(ragged.keys[head][row, 0, used, 0], kept)
+            assert torch.equal(ragged.values[head][row, 0, used, 0], kept + 0.5)
+
+
+def test_no_head_keeps_the_prompt_or_another_head_alive() -> None:
+    ragged = store()
+    tensors = [*ragged.keys, *ragged.values]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+
+
+@pytest.mark.parametrize(
+    ("indices", "fits"),
+    [
+        pytest.param(INDICES, True, id="heads_differ"),
+        pytest.param(INDICES[:, 1:], False, id="one_choice_for_all_heads"),
+        pytest.param(torch.tensor([[[UNUSED, 1], [0, 1]], [[0, 1], [UNUSED, 1]]]), False, id="rows_even_it_out"),
+        pytest.param(torch.tensor([[[0, 1], [2, 3]]]), False, id="as_many_but_others"),
+    ],
+)
+def test_only_heads_that_need_different_room_are_stored_apart(indices: Tensor, fits: bool) -> None:
+    assert RaggedStore.fits(indices) == fits
+
+
+def test_new_tokens_go_to_the_end_of_every_head() -> None:
+    ragged, new = store(), states(20.0, 2)
+    ragged.append(new, new + 0.5)
+    for head, count in enumerate((3, 5)):
+        assert ragged.keys[head].shape[2] == count + 2
+        assert torch.equal(ragged.keys[head][:, 0, count:], new[:, head])
+        assert torch.equal(ragged.values[head][:, 0, count:], new[:, head] + 0.5)
+
+
+def test_rows_are_rearranged_with_their_positions() -> None:
+    ragged = store()
+    ragged.map_rows(lambda rows: rows[[1, 1, 0]])
+    assert [rows[0] == rows[1] for rows in contents(ragged)] == [True] * 6
+    assert [[rows[2], rows[0]] for rows in contents(ragged)] == contents(store())
+
+
+def test_a_copy_that_goes_on_leaves_the_original_as_it_was() -> None:
+    ragged = store()
+    copied = copy.copy(ragged)
+    assert all(a is b for a, b in zip(copied.keys, ragged.keys, strict=True)), "nothing is copied before it is needed"
+    copied.append(states(20.0, 2), states(20.5, 2))
+    copied.map(lambda held: held[..., :-1, :])
+    copied.map_rows(lambda rows: rows[[1, 0]])
+    assert contents(ragged) == contents(store())

@@ -1,0 +1,282 @@
+"""Reports: every number by hand from a few records, and what the page, the figures and the command show of them."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("scipy", reason="the 'eval' extra is not installed")
+pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")
+
+from compresskv.cli.report import EPILOG, report
+from compresskv.errors import ConfigError, DataError
+from compresskv.evaluation.records import Record, RecordLog
+from compresskv.evaluation.report import digits, report_data, write_report
+
+VERSIONS = {"model": "org/tiny", "dtype": "float32", "torch": "2.13.0"}
+
+
+def record(method: str, budget: float | None, example: str, score: float | None, **changes: Any) -> Record:
+    base = Record(
+        task="needle/single",
+        example=example,
+        method=method,
+        budget=budget,
+        setting="aware",
+        prompt_sha256=f"hash-{example}",
+        prompt_tokens=1000,
+        truncated_tokens=0,
+        retained_tokens=1000.0 if budget is None else 100.0,
+        kv_nbytes=8_000_000,
+        kv_nbytes_full=80_000_000,
+        prediction=None if score is None else "x",
+        metrics={} if score is None else {"score": score},
+        versions=VERSIONS,
+    )
+    return replace(base, **changes)
+
+
+def run(folder: Path, *records: Record) -> Path:
+    with RecordLog(folder, {"tasks": ["needle"]}) as log:
+        for one in records:
+            log.add(one)
+    return folder
+
+
+FULL = [record("full", None, "1", 1.0), record("full", None, "2", 1.0), record("full", None, "3", 0.5)]
+OURS = [record("compresskv", 100, "1", 1.0), record("compresskv", 100, "2", 0.75), record("compresskv", 100, "3", 0.5)]
+SNAP = [record("snapkv", 100, "1", 0.5), record("snapkv", 100, "2", 0.25), record("snapkv", 100, "3", 0.0)]
+RANDOM = [record("random", 100, "1", 0.0), record("random", 100, "2", 0.25), record("random", 100, "3", 0.25)]
+SMALL = [record("snapkv", 0.05, "1", 0.25, retained_tokens=50.0), record("snapkv", 0.05, "2", 0.25)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return run(tmp_path / "run", *FULL, *SNAP, *RANDOM, *OURS, *SMALL)
+
+
+def rows_of(folders: list[Path], **options: Any) -> dict[str, dict[str, Any]]:
+    (section,) = report_data(folders, **options)["models"]
+    return {row["config"]: row for row in section["overall"]["rows"]}
+
+
+class TestNumbers:
+    def test_rows_come_by_budget_then_score(self, folder: Path) -> None:
+        expected = ["full", "snapkv @ 0.05", "compresskv @ 100", "snapkv @ 100", "random @ 100"]
+        assert list(rows_of([folder])) == expected
+
+    def test_scores_are_means_over_cases(self, folder: Path) -> None:
+        rows = rows_of([folder])
+        assert [rows[name]["score"][0] for name in ("compresskv @ 100", "snapkv @ 100")] == [0.75, 0.25]
+        assert rows["full"]["score"][0] == pytest.approx(2.5 / 3)
+        _, low, high = rows["compresskv @ 100"]["score"]
+        assert 0.5 <= low < 0.75 < high <= 1.0
+        assert (rows["full"]["num_cases"], rows["snapkv @ 0.05"]["num_cases"]) == (3, 2)
+
+    def test_differences_are_over_the_same_cases(self, folder: Path) -> None:
+        rows = rows_of([folder])
+        assert rows["snapkv @ 0.05"]["from_full"] == {"mean": -0.75, "low": -0.75, "high": -0.75, "num_cases": 2}
+        assert rows["compresskv @ 100"]["from_full"]["mean"] == pytest.approx(-0.25 / 3)
+        assert rows["full"]["from_full"] is None
+
+    def test_only_our_own_are_compared_with_the_best_of_the_others(self, folder: Path) -> None:
+        rows = rows_of([folder])
+        ours = rows["compresskv @ 100"]
+        assert ours["best_baseline"] == "snapkv @ 100"
+        assert ours["from_best_baseline"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "num_cases": 3}
+        assert {row["best_baseline"] for row in rows.values() if row is not ours} == {None}
+        assert rows_of([folder], own={"random"})["random @ 100"]["best_baseline"] == "compresskv @ 100"
+
+    def test_options_of_ones_own_leave_a_method_ones_own(self, tmp_path: Path) -> None:
+        ours = [replace(one, method="compresskv[pool=3]") for one in OURS]
+        row = rows_of([run(tmp_path, *ours, *SNAP)])["compresskv[pool=3] @ 100"]
+        assert row["best_baseline"] == "snapkv @ 100"
+
+    def test_the_best_is_marked_where_there_is_a_choice(self, folder: Path) -> None:
+        assert [name for name, row in rows_of([folder]).items() if row["best"]] == ["compresskv @ 100"]
+
+    def test_settings_compete_with_their_own_kind_only(self, tmp_path: Path) -> None:
+        agnostic = [replace(one, setting="agnostic", metrics={"score": 0.125}) for one in (*SNAP, *OURS)]
+        rows = rows_of([run(tmp_path, *FULL, *OURS, *SNAP, *agnostic)])
+        assert rows["compresskv @ 100 (agnostic)"]["best_baseline"] == "snapkv @ 100 (agnostic)"
+        assert rows["compresskv @ 100 (agnostic)"]["from_best_baseline"]["mean"] == 0
+        assert rows["compresskv @ 100 (agnostic)"]["from_full"]["mean"] == pytest.approx(0.125 - 2.5 / 3)
+        assert rows["compresskv @ 100"]["best_baseline"] == "snapkv @ 100"
+
+    def test_means_are_over_the_cases_that_have_a_value(self, tmp_path: Path) -> None:
+        given = [
+            record("snapkv", 100, "1", None, evidence_recall=0.5, kl_divergence=0.2, select_s=0.5, decode_s=1.0),
+            record("snapkv", 100, "2", None, evidence_recall=1.0, select_s=0.25, retained_tokens=300.0),
+            record("snapkv", 100, "3", None, kv_nbytes=2_000_000),
+        ]
+        (row,) = rows_of([run(tmp_path, *given)]).values()
+        assert row["score"] is None
+        assert (row["evidence_recall"], row["kl_divergence"], row["top1_agreement"]) == (0.75, 0.2, None)
+        assert row["seconds"] == pytest.approx((1.5 + 0.25) / 2)
+        assert row["retained_fraction"] == pytest.approx((0.1 + 0.3 + 0.1) / 3)
+        assert row["kv_nbytes"] == 6_000_000
+
+    def test_tasks_weigh_alike_and_a_task_that_is_missing_is_told(self, tmp_path: Path) -> None:
+        other = [replace(one, task="longbench/qa", metrics={"score": 0.0}) for one in (OURS[0], FULL[0])]
+        (section,) = report_data([run(tmp_path, *FULL, *OURS, *SNAP, *other)])["models"]
+        rows = {row["config"]: row for row in section["overall"]["rows"]}
+        assert rows["compresskv @ 100"]["score"][0] == 0.375
+        assert rows["compresskv @ 100"]["from_full"]["mean"] == pytest.approx(-0.25 / 3 / 2)
+        assert rows["snapkv @ 100"]["num_tasks"] == 1
+        assert rows["compresskv @ 100"]["best_baseline"] is None  # snapkv's mean is over fewer tasks
+        assert [table["name"] for table in section["groups"]] == ["longbench", "needle"]
+        assert [table["tasks"] for table in section["tasks"]] == [["longbench/qa"], ["needle/single"]]
+
+    def test_prefills_are_counted_once_a_prompt_but_for_those_not_shared(self, tmp_path: Path) -> None:
+        peers = [replace(one, method="kvpress:Press", shared_prefill=False) for one in SNAP]
+        (section,) = report_data([run(tmp_path, *FULL, *OURS, *peers)])["models"]
+        assert (section["num_records"], section["num_prompts"], section["num_prefills"]) == (9, 3, 6)
+
+    def test_heat_maps_hold_means_by_depth_and_length(self, tmp_path: Path) -> None:
+        def at(depth: float, length: int, name: str, score: float) -> Record:
+            return record("snapkv", 100, name, score, meta={"depth": depth, "length": length})
+
+        given = [at(50, 2048, "1", 1.0), at(50, 2048, "2", 0.5), at(0, 1024, "3", 0.25), at(0, 2048, "4", 0.0)]
+        (section,) = report_data([run(tmp_path, *given)])["models"]
+        (found,) = section["heat_maps"]
+        assert (found["lengths"], found["depths"]) == ([1024, 2048], [0, 50])
+        assert found["scores"] == [[0.25, 0.0], [None, 0.75]]
+
+
+class TestPooled:
+    def test_of_a_case_in_two_runs_the_later_counts(self, tmp_path: Path) -> None:
+        first = run(tmp_path / "a", *SNAP)
+        second = run(tmp_path / "b", replace(SNAP[2], metrics={"score": 0.75}), record("snapkv", 100, "4", 0.5))
+        assert rows_of([first, second])["snapkv @ 100"]["score"][0] == 0.5
+        assert rows_of([second, first])["snapkv @ 100"]["score"][0] == 0.3125
+
+    def test_another_prompt_is_another_case(self, tmp_path: Path) -> None:
+        first = run(tmp_path / "a", SNAP[0])
+        second = run(tmp_path / "b", replace(SNAP[0], prompt_sha256="another seed's", metrics={"score": 1.0}))
+        assert rows_of([first, second])["snapkv @ 100"]["num_cases"] == 2
+
+    def test_models_and_dtypes_are_kept_apart(self, tmp_path: Path) -> None:
+        other = [replace(one, versions={**VERSIONS, "dtype": "bfloat16"}) for one in SNAP]
+        data = report_data([run(tmp_path / "a", *OURS), run(tmp_path / "b", *other)])
+        assert [(one["model"], one["dtype"]) for one in data["models"]] == [
+            ("org/tiny", "bfloat16"),
+            ("org/tiny", "float32"),
+        ]
+        write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+        names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+        assert names == {"tiny-bfloat16-score.png", "tiny-float32-score.png"}
+
+    def test_runs_without_records_are_told(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no records yet"):
+            report_data([run(tmp_path / "a")])
+
+
+class TestPage:
+    def table(self, page: str) -> list[list[str]]:
+        lines = [line for line in page.splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "--" not in line]
+
+    def test_the_table_shows_the_numbers(self, folder: Path) -> None:
+        page = write_report([folder], folder / "out").read_text(encoding="utf-8")
+        titles, *rows = self.table(page)
+        expected = ["configuration", "cases", "score", "vs full", "vs best baseline", "retained %", "KV MB"]
+        assert titles == expected
+        ours = dict(zip(titles, rows[2], strict=True))
+        assert ours["configuration"] == "compresskv @ 100"
+        assert re.fullmatch(r"\*\*75\.0\*\* \[\d+\.\d, \d+\.\d\]", ours["score"])
+        assert ours["vs best baseline"] == "+50.0 [+50.0, +50.0]"
+        assert (ours["retained %"], ours["KV MB"]) == ("10.0", "8.00")
+        assert "Best baselines: snapkv @ 100." in page
+        assert "- Records: 14, served by 3 prefills." in page
+
+    def test_columns_are_aligned_in_plain_text(self, folder: Path) -> None:
+        page = write_report([folder], folder / "out").read_text(encoding="utf-8")
+        lines = [line for line in page.splitlines() if line.startswith("|")]
+        assert len({tuple(at for at, letter in enumerate(line) if letter == "|") for line in lines}) == 1
+        assert max(map(len, page.splitlines())) < 160
+
+    def test_a_single_case_has_no_interval(self, tmp_path: Path) -> None:
+        page = write_report([run(tmp_path, SNAP[0])], tmp_path).read_text(encoding="utf-8")
+        assert self.table(page)[1][:3] == ["snapkv @ 100", "1", "50.0"]
+
+    def test_a_bar_in_a_label_does_not_end_its_cell(self, tmp_path: Path) -> None:
+        page = write_report([run(tmp_path, replace(SNAP[0], method="a|b"))], tmp_path).read_text(encoding="utf-8")
+        assert "| a\\|b @ 100 " in page
+
+    def test_each_figure_that_is_named_is_there(self, tmp_path: Path) -> None:
+        meta = {"length": 1024, "depth": 50}
+        given = [replace(one, meta=meta, evidence_recall=0.5) for one in (*FULL, *OURS, *SNAP, *SMALL)]
+        page = write_report([run(tmp_path / "run", *given)], tmp_path / "out")
+        figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert figures == [f"figures/tiny-float32-{name}.png" for name in ("score", "fidelity", "needle-single")]
+        for figure in figures:
+            header = (tmp_path / "out" / figure).read_bytes()[:24]
+            assert header[:8] == b"\x89PNG\r\n\x1a\n"
+            assert all(300 < int.from_bytes(header[at : at + 4], "big") < 4000 for at in (16, 20))
+
+    def test_the_full_cache_alone_makes_a_page(self, tmp_path: Path) -> None:
+        given = [replace(one, meta={"length": 1024, "depth": 50}, kl_divergence=0.0) for one in FULL]
+        page = write_report([run(tmp_path, *given)], tmp_path)
+        assert self.table(page.read_text(encoding="utf-8"))[1][0] == "full"
+
+    def test_many_methods_and_budgets_draw_without_a_warning(self, tmp_path: Path) -> None:
+        methods = ["compresskv", "vote", *(f"kvpress:SomeLongNamed{letter}Press" for letter in "ABCDEFGHIJ")]
+        given = [
+            record(method, budget, f"{length}-{depth}", 0.5, meta={"length": length, "depth": depth}, kl_divergence=1.0)
+            for method, budget, length, depth in product(methods, (0.05, 64, 128), (1000, 2048), (0.0, 100.0))
+        ]
+        write_report([run(tmp_path, *given)], tmp_path)
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(0.0, "0.000"), (0.0001, "<0.001"), (0.0123, "0.012"), (3.6567, "3.66"), (14.66, "14.7"), (1234.5, "1,234")],
+    )
+    def test_digits(self, value: float, text: str) -> None:
+        assert digits(value) == text
+
+    def test_without_matplotlib_the_extra_is_named(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ConfigError, match=r"compresskv\[plot\]") as caught:
+            write_report([folder], folder / "out")
+        assert "\n" not in str(caught.value)
+        assert not (folder / "out").exists()
+
+    def test_a_page_that_cannot_be_written_is_told_in_one_line(self, folder: Path) -> None:
+        (folder / "out" / "report.md").mkdir(parents=True)
+        with pytest.raises(DataError, match="cannot write") as caught:
+            write_report([folder], folder / "out")
+        assert "\n" not in str(caught.value)
+
+
+class TestCommand:
+    def test_it_prints_the_overall_table_and_where_the_page_is(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "100")
+        report([folder])
+        shown = capsys.readouterr()
+        assert re.search(r"compresskv @ 100 +75\.0 \[.*\] +-8\.3 +\+50\.0 \[\+50\.0, \+50\.0\] +10\.0", shown.out)
+        assert max(map(len, shown.out.splitlines())) <= 100
+        assert shown.err.replace("\n", "") == f"report: {folder / 'report.md'}"
+        assert (folder / "report.md").is_file()
+
+    def test_json_is_all_there_is_on_standard_output(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        report([folder], output=folder / "out", own="snapkv", as_json=True)
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["file"] == str(folder / "out" / "report.md")
+        assert shown["models"] == report_data([folder], {"snapkv"})["models"]
+
+    def test_several_runs_have_a_folder_of_their_own(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        report([folder, run(tmp_path / "two", *SNAP)])
+        assert (tmp_path / "report" / "report.md").is_file()
+
+    def test_its_help_ends_with_examples(self) -> None:
+        assert EPILOG.startswith("\b\nExamples:\n  compresskv report ")
