@@ -8,7 +8,11 @@ import typer
 import compresskv
 from compresskv.cli.ask import ask
 from compresskv.cli.catalogue import methods, models
+from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
+from compresskv.cli.evaluate import evaluate
 from compresskv.cli.profile import profile_app
+from compresskv.cli.report import EPILOG as REPORT_EPILOG
+from compresskv.cli.report import report
 from compresskv.errors import CompressKVError
 
 app = typer.Typer(
@@ -56,6 +60,8 @@ Examples:
 app.command(epilog=ASK_EPILOG)(ask)
 app.command()(methods)
 app.command()(models)
+app.command("eval", epilog=EVAL_EPILOG)(evaluate)
+app.command(epilog=REPORT_EPILOG)(report)
 app.add_typer(profile_app, name="profile")
 
 

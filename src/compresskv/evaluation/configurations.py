@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -78,7 +79,7 @@ def configurations(
     methods: dict[str, Method],
     budgets: Sequence[int | float],
     settings: Sequence[str] = SETTINGS[:1],
-    profile: Profile | None = None,
+    profile: Profile | str | Path | None = None,
 ) -> list[Configuration]:
     """The full cache, and every other method at every budget in every setting.
 

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +27,7 @@ def peers_python(chosen: Path | None = None) -> Path:
     return python
 
 
-def run_peers(python: Path, request: PeerRequest) -> Iterator[dict[str, Any]]:
+def run_peers(python: Path, request: PeerRequest) -> Generator[dict[str, Any], None, None]:
     """Run the request in another environment; ends its process where the caller stops early or is interrupted.
 
     Returns: a result for each case, setting, press and budget as soon as it is known, with the names that `Record`
@@ -39,7 +39,7 @@ def run_peers(python: Path, request: PeerRequest) -> Iterator[dict[str, Any]]:
     return _results(peers_python(python), request)
 
 
-def _results(python: Path, request: PeerRequest) -> Iterator[dict[str, Any]]:
+def _results(python: Path, request: PeerRequest) -> Generator[dict[str, Any], None, None]:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
         path = Path(folder) / "request.json"
         request.write(path)

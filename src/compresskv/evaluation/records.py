@@ -66,8 +66,7 @@ class Record:
     @property
     def config(self) -> str:
         """What tables call it: 'full', 'snapkv @ 128'."""
-        name = self.method if self.budget is None else f"{self.method} @ {self.budget}"
-        return name if self.setting == "aware" else f"{name} (agnostic)"
+        return config_name(self.method, self.budget, self.setting)
 
     @property
     def retained_fraction(self) -> float:
@@ -101,6 +100,12 @@ class Record:
         if record.prompt_tokens < 1:
             raise ValueError(f"prompt_tokens={record.prompt_tokens} is not positive")
         return record
+
+
+def config_name(method: str, budget: int | float | None, setting: str) -> str:
+    """What tables call a configuration: 'full', 'snapkv @ 128', 'snapkv @ 0.03 (agnostic)'."""
+    name = method if budget is None else f"{method} @ {budget}"
+    return name if setting == "aware" else f"{name} ({setting})"
 
 
 class RecordLog:

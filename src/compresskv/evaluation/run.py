@@ -1,9 +1,10 @@
 """A whole evaluation: examples of several tasks, every configuration, records on disk, peers beside them."""
 
-import contextlib
+import functools
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compresskv
 from compresskv.errors import ConfigError
-from compresskv.evaluation.peer_records import peer_records
-from compresskv.evaluation.records import Record, RecordLog
+from compresskv.evaluation.encode import encode
+from compresskv.evaluation.example import Example
+from compresskv.evaluation.peer_records import add_peers
+from compresskv.evaluation.peer_request import PeerRequest
+from compresskv.evaluation.records import RecordLog
 from compresskv.evaluation.runner import Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings, create_task
 from compresskv.prompts import room_for_prompt
@@ -26,10 +30,16 @@ TOO_LONG = ("cut", "skip")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. All of it but methods, budgets and peers is fixed once a run has begun."""
+    """What to run. All of it is fixed once a run has begun; only methods, budgets and peers can be added later."""
 
     tasks: tuple[str, ...]
-    settings: TaskSettings
+    subsets: tuple[str, ...] = ()
+    data: Path | None = None
+    haystack: tuple[Path, ...] = ()
+    lengths: tuple[int, ...] = TaskSettings.lengths
+    depths: tuple[float, ...] = TaskSettings.depths
+    limit: int | None = None
+    seed: int = 0
     too_long: str = "cut"
     """Prompts above the limit: 'cut' takes out their middle, 'skip' leaves them out."""
     max_prompt_tokens: int | None = None
@@ -37,6 +47,7 @@ class Plan:
     max_new_tokens: int | None = None
     """Shortens the benchmark's own answer lengths; None leaves them."""
     answers: bool = True
+    """Whether compressed caches decode answers."""
 
     def __post_init__(self) -> None:
         if self.too_long not in TOO_LONG:
@@ -45,24 +56,31 @@ class Plan:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1")
+        self.chosen_tasks()
+
+    def chosen_tasks(self) -> list[tuple[Task, tuple[str, ...]]]:
+        """The tasks, each with those of the chosen subsets that are its own; none of them means all.
+
+        Raises:
+            ConfigError: a subset that no task has.
+        """
+        chosen = [create_task(name) for name in self.tasks]
+        known = [subset for task in chosen for subset in task.default_subsets]
+        for subset in self.subsets:
+            if subset not in known:
+                raise ConfigError(f"--subsets {subset!r} is unknown{suggestion(subset, known)}")
+        own = [tuple(subset for subset in self.subsets if subset in task.default_subsets) for task in chosen]
+        return [pair for pair in zip(chosen, own, strict=True) if pair[1] or not self.subsets]
+
+    def task_settings(self, tokenizer: PreTrainedTokenizerBase, subsets: tuple[str, ...]) -> TaskSettings:
+        """What one task is told."""
+        shared = {field.name: getattr(self, field.name) for field in fields(TaskSettings) if hasattr(self, field.name)}
+        return TaskSettings(**{**shared, "tokenizer": tokenizer, "subsets": subsets})
 
     def to_dict(self) -> dict[str, Any]:
-        """For run.json."""
-        own = self.settings
-        return {
-            "tasks": list(self.tasks),
-            "subsets": list(own.subsets),
-            "data": None if own.data is None else own.data.name,
-            "haystack": [path.name for path in own.haystack],
-            "lengths": list(own.lengths),
-            "depths": list(own.depths),
-            "limit": own.limit,
-            "seed": own.seed,
-            "too_long": self.too_long,
-            "max_prompt_tokens": self.max_prompt_tokens,
-            "max_new_tokens": self.max_new_tokens,
-            "answers": self.answers,
-        }
+        """For run.json: paths by their names alone, so that a run can be resumed from another folder."""
+        paths = {"data": None if self.data is None else self.data.name, "haystack": [p.name for p in self.haystack]}
+        return {**asdict(self), **paths}
 
 
 @dataclass
@@ -75,93 +93,87 @@ class Counts:
     prefills: int = 0
     """Prompts read in this process, peers' aside."""
     records: int = 0
-    """New records of this process."""
-    peer_failures: int = 0
+    """New ones."""
+    peer_failures: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A model, what to run on it, and where records go."""
+class Evaluation(AbstractContextManager["Evaluation"]):
+    """A model, what to run on it, and the folder its records go to, which is this process's alone until the end."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    plan: Plan
-    log: RecordLog
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        folder: Path,
+        profile: Path | None = None,
+    ) -> None:
+        """Open or resume a run.
 
-    def cases(self, counts: Counts) -> list[Case]:
-        """The prompts of all tasks; those that are too long cut or left out, and counted.
+        Raises:
+            DataError: the folder holds a run of another plan or model, or cannot be used.
+        """
+        self._model, self._tokenizer, self._plan = model, tokenizer, plan
+        self._versions = versions(model)
+        configuration = {**plan.to_dict(), "profile": None if profile is None else profile.name, **self._versions}
+        self.counts = Counts()
+        self.log = RecordLog(folder, configuration)
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+    @functools.cached_property
+    def cases(self) -> list[Case]:
+        """The prompts of all tasks; those that are too long are cut or left out, and counted.
 
         Raises:
             DataError, ConfigError: as the tasks raise them.
         """
         cases = []
-        runner = Runner(self.model, self.tokenizer)
-        for task, settings in chosen_tasks(self.plan):
-            for example in task.examples(settings):
-                wanted = min(example.max_new_tokens, self.plan.max_new_tokens or example.max_new_tokens)
-                room = room_for_prompt(self.model, wanted)
-                limits = [limit for limit in (room, self.plan.max_prompt_tokens) if limit is not None]
-                case = runner.case(task, replace(example, max_new_tokens=wanted), min(limits, default=None))
-                counts.truncated += case.prompt.num_truncated > 0 and self.plan.too_long == "cut"
-                if case.prompt.num_truncated and self.plan.too_long == "skip":
-                    counts.skipped += 1
-                else:
+        for task, subsets in self._plan.chosen_tasks():
+            for example in task.examples(self._plan.task_settings(self._tokenizer, subsets)):
+                case = self._case(task, example)
+                if not case.prompt.num_truncated:
                     cases.append(case)
-        counts.examples = len(cases)
+                elif self._plan.too_long == "skip":
+                    self.counts.skipped += 1
+                else:
+                    self.counts.truncated += 1
+                    cases.append(case)
+        self.counts.examples = len(cases)
         return cases
 
-    def run(
-        self, cases: Sequence[Case], configurations: Sequence[Configuration], counts: Counts, progress: Progress
-    ) -> None:
+    def _case(self, task: Task, example: Example) -> Case:
+        wanted = min(example.max_new_tokens, self._plan.max_new_tokens or example.max_new_tokens)
+        limits = [room_for_prompt(self._model, wanted), self._plan.max_prompt_tokens]
+        max_tokens = min((limit for limit in limits if limit is not None), default=None)
+        example = replace(example, max_new_tokens=wanted)
+        return Case(task, example, encode(self._tokenizer, example, max_tokens))
+
+    def run(self, configurations: Sequence[Configuration], progress: Progress) -> None:
         """Run what the log does not hold yet. A kill loses the configuration at hand, nothing more."""
-        runner = Runner(self.model, self.tokenizer, self.plan.settings.seed, self.plan.answers, versions(self.model))
-        for number, case in enumerate(cases):
+        runner = Runner(self._model, self._tokenizer, self._plan.seed, self._plan.answers, self._versions)
+        for number, case in enumerate(self.cases):
             example = case.example
-            progress(f"{example.task} {example.id}", number / len(cases))
-            pending = [
-                configuration
-                for configuration in configurations
-                if not self.log.has(example.task, example.id, configuration.name)
-            ]
+            progress(f"{example.task} {example.id[:12]}", number / len(self.cases))
+            pending = [one for one in configurations if not self.log.has(example.task, example.id, one.name)]
             if not pending:
                 continue
-            counts.prefills += 1
+            self.counts.prefills += 1
             for done, record in enumerate(runner.run(case, pending), 1):
                 self.log.add(record)
-                counts.records += 1
-                progress(f"{example.task} {example.id}", (number + done / len(pending)) / len(cases))
+                self.counts.records += 1
+                progress(f"{example.task} {example.id[:12]}", (number + done / len(pending)) / len(self.cases))
 
-    def run_peers(self, cases: Sequence[Case], request: "Any", counts: Counts, progress: Progress) -> Iterator[str]:
-        """Run kvpress presses on the same cases; yields a line for each that failed."""
-        full = {(record.task, record.example): record for record in self.log.records() if record.budget is None}
-        with contextlib.closing(peer_records(request, cases, full, self.log)) as results:
-            for fraction, result in results:
-                progress("peers", fraction)
-                if isinstance(result, Record):
-                    self.log.add(result)
-                    counts.records += 1
-                else:
-                    counts.peer_failures += 1
-                    yield result
-
-
-def chosen_tasks(plan: Plan) -> list[tuple[Task, TaskSettings]]:
-    """The tasks, each with those of the chosen subsets that are its own.
-
-    Raises:
-        ConfigError: a subset that no task has.
-    """
-    chosen = [create_task(name) for name in plan.tasks]
-    known = [subset for task in chosen for subset in task.default_subsets]
-    for subset in plan.settings.subsets:
-        if subset not in known:
-            raise ConfigError(f"--subsets {subset!r} is unknown{suggestion(subset, known)}")
-    pairs = []
-    for task in chosen:
-        own = tuple(subset for subset in plan.settings.subsets if subset in task.default_subsets)
-        if own or not plan.settings.subsets:
-            pairs.append((task, replace(plan.settings, subsets=own)))
-    return pairs
+    def run_peers(self, python: Path, request: PeerRequest, progress: Progress) -> None:
+        """Run kvpress presses on the same cases; those that fail are counted by name."""
+        shared = {"seed": self._plan.seed, "versions": self._versions}
+        for fraction, failure in add_peers(python, request, self.cases, self.log, self._tokenizer, shared):
+            progress("peers", fraction)
+            if failure is None:
+                self.counts.records += 1
+            else:
+                self.counts.peer_failures.append(failure)
 
 
 def versions(model: PreTrainedModel) -> dict[str, str]:

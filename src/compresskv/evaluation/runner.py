@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.attention import routing
 from compresskv.cache import CompressedCache
 from compresskv.evaluation.capture import CapturedPrompt
-from compresskv.evaluation.encode import EncodedPrompt, encode
+from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference
-from compresskv.evaluation.records import Record
+from compresskv.evaluation.records import Record, config_name
 from compresskv.evaluation.task import Task
 from compresskv.generation import decode, prefill
 from compresskv.method import Method
@@ -35,9 +35,9 @@ class Configuration:
     """'agnostic': the document is read and compressed before the question comes."""
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What tells it from the others of a run."""
-        return self.label, "" if self.budget is None else f"{self.budget:g}", self.setting
+    def name(self) -> str:
+        """What tables call it, and what tells it from the others of a run."""
+        return config_name(self.label, self.budget, self.setting)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,6 @@ class Runner:
     answers: bool = True
     """Whether compressed caches decode an answer; without, only recall and fidelity are measured."""
     versions: dict[str, str] | None = None
-
-    def case(self, task: Task, example: Example, max_prompt_tokens: int | None) -> Case:
-        """Encode an example, cut to `max_prompt_tokens`."""
-        return Case(task, example, encode(self.tokenizer, example, max_prompt_tokens))
 
     def run(self, case: Case, configurations: Sequence[Configuration]) -> Iterator[Record]:
         """One record for each configuration, in order, from one prefill."""

@@ -1,0 +1,134 @@
+"""`compresskv eval`: what each method loses, measured on benchmarks."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, parse_numbers
+from compresskv.cli.terminal import Bar, err, out
+
+if TYPE_CHECKING:
+    from compresskv.evaluation.run import Evaluation
+
+EPILOG = """\b
+Examples:
+  compresskv eval --tasks needle --lengths 1024,2048 --budgets 64,128 -o runs/needle
+  compresskv eval --tasks longbench --subsets hotpotqa,samsum --data ~/data -o runs/longbench
+  compresskv eval --tasks needle --methods full,snapkv[window_size=32],vote --no-answers -o runs/quick
+  compresskv eval --tasks needle --peers SnapKVPress,ChunkKVPress -o runs/needle
+  compresskv report runs/needle
+
+A run that was stopped goes on where it was when the same command is given again; more methods, budgets and peers can
+be added to it.
+"""
+
+
+def evaluate(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the run's records; made if missing.", metavar="RUN")
+    ],
+    tasks: Annotated[str, typer.Option(help="needle, longbench, babilong; several with commas.")] = "needle",
+    methods: Annotated[
+        str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHODS")
+    ] = "full,streaming_llm,snapkv,pyramidkv,cake,adakv,headkv,knorm,compresskv,vote",
+    budgets: Annotated[str, typer.Option(help="Tokens per layer, or shares of the prompt.")] = "64,128,256",
+    model: ModelOption = "smollm2-135m",
+    data: Annotated[Path | None, typer.Option(help="Folder with benchmark files.", metavar="DIR")] = None,
+    haystack: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file or folder to hide needles in; may be repeated. Default: Python's help topics."),
+    ] = None,
+    subsets: Annotated[str, typer.Option(help="Only these subsets of the tasks: hotpotqa,qa1-1k.")] = "",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths of needle cases.")] = "1024,2048,4096",
+    depths: Annotated[str, typer.Option(help="Where needles are hidden, per cent.")] = "0,25,50,75,100",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Cases of each subset; for needles, of each length and depth.")
+    ] = None,
+    settings: Annotated[
+        str, typer.Option(help="'aware': the question is known when tokens are chosen; 'agnostic': it comes after.")
+    ] = "aware",
+    too_long: Annotated[str, typer.Option(help="Prompts above the limit: 'cut' their middle, or 'skip' them.")] = "cut",
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="A limit below the model's context.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Shorten the benchmark's answer lengths.")] = None,
+    answers: Annotated[
+        bool, typer.Option(help="Decode an answer with each cache; without, recall and fidelity only.")
+    ] = True,
+    peers: Annotated[str, typer.Option(help="kvpress presses to run too: SnapKVPress,ChunkKVPress.")] = "",
+    peer_budget: Annotated[
+        str, typer.Option(help="What a press that masks without freeing is charged: its 'tokens' or its 'bytes'.")
+    ] = "tokens",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    profile: ProfileOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what methods lose: benchmark scores, evidence recall, and fidelity to the full cache.
+
+    Each prompt is read once, and every method and budget cuts its own cache from that.
+    """
+    from compresskv.evaluation.configurations import configurations, parse_budgets, parse_methods, parse_names
+    from compresskv.evaluation.peer_request import PeerRequest
+    from compresskv.evaluation.run import Evaluation, Plan
+    from compresskv.evaluation.runner import SETTINGS
+    from compresskv.evaluation.task import tasks as known_tasks
+
+    plan = Plan(
+        tasks=parse_names("--tasks", tasks, list(known_tasks())),
+        subsets=_split(subsets),
+        data=data,
+        haystack=tuple(haystack or ()),
+        lengths=parse_numbers("--lengths", lengths, int) or (),
+        depths=parse_numbers("--depths", depths, float) or (),
+        limit=limit,
+        seed=seed,
+        too_long=too_long,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        answers=answers,
+    )
+    chosen_methods, chosen_budgets = parse_methods(methods), parse_budgets(budgets)
+    chosen_settings = parse_names("--settings", settings, SETTINGS)
+    request = PeerRequest(model, (), _split(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
+    python = _python_of_peers() if peers else None
+    with Bar() as bar:
+        from compresskv.models import load
+
+        loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
+        prepared = configurations(loaded, chosen_methods, chosen_budgets, chosen_settings, profile)
+        with Evaluation(loaded, tokenizer, plan, output, profile) as evaluation:
+            try:
+                evaluation.run(prepared, bar)
+                if python is not None:
+                    evaluation.run_peers(python, request, bar)
+            finally:  # on Ctrl-C, what was done is said too
+                bar.stop()
+                _finish(output, evaluation, len(prepared), as_json=as_json)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _python_of_peers() -> Path:
+    """Looked for before anything is computed."""
+    from compresskv.evaluation.peer_process import peers_python
+
+    return peers_python()
+
+
+def _finish(output: Path, evaluation: "Evaluation", num_configurations: int, *, as_json: bool) -> None:
+    counts = evaluation.counts
+    if as_json:
+        out.print_json(json.dumps({"run": str(output), "configurations": num_configurations, **asdict(counts)}))
+        return
+    for failure in counts.peer_failures:
+        err.print(f"peer failed: {failure}")
+    out.print(
+        f"{counts.examples} examples ({counts.truncated} cut, {counts.skipped} skipped), {num_configurations} "
+        f"configurations: {counts.records} new records from {counts.prefills} prefills."
+    )
+    out.print(f"records: {output / 'records.jsonl'}; tables and figures: compresskv report {output}")
