@@ -76,9 +76,14 @@ class Retention:
         return cls(tuple(_layer_retention(layer) for layer in cache.compressed_layers))
 
     @property
+    def num_tokens(self) -> int:
+        """The prompt's length."""
+        return len(self.layers[0].counts)
+
+    @property
     def fraction(self) -> float:
         """Mean share of the prompt's tokens that is kept, over layers and KV heads."""
-        return self.fraction_of([slice(0, len(self.layers[0].counts))])
+        return self.fraction_of([slice(0, self.num_tokens)])
 
     def fraction_of(self, spans: Sequence[slice]) -> float:
         """The same, of the tokens in `spans` only."""

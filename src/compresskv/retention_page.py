@@ -38,9 +38,17 @@ def _packed(report: Report) -> dict[str, Any]:
     """The report's data with one base64 byte a token and layer instead of numbers: a third of the size."""
     data = report.to_dict()
     for method in data["methods"]:
+        method["budget_text"] = _budget_text(method["budget"])
         for layer in method["layers"]:
             layer["retained"] = base64.b64encode(bytes(layer["retained"])).decode("ascii")
     return data
+
+
+def _budget_text(budget: int | float | list[int]) -> str:
+    """As a reader would say it. Not the script's to do: to it, 1.0 (all of the prompt) and 1 (token) are the same."""
+    if isinstance(budget, list):
+        return f"{min(budget):,} to {max(budget):,} tokens, by layer"
+    return f"{budget:,} tokens" if isinstance(budget, int) else f"{100 * budget:.3g}% of the prompt"
 
 
 def _asset(name: str) -> str:

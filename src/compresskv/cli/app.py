@@ -10,6 +10,8 @@ from compresskv.cli.ask import ask
 from compresskv.cli.catalogue import methods, models
 from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
 from compresskv.cli.evaluate import evaluate
+from compresskv.cli.explain import EPILOG as EXPLAIN_EPILOG
+from compresskv.cli.explain import explain
 from compresskv.cli.profile import profile_app
 from compresskv.cli.report import EPILOG as REPORT_EPILOG
 from compresskv.cli.report import report
@@ -29,6 +31,8 @@ _EPILOG = """\b
 Examples:
   compresskv ask report.txt "Who signed the contract?"
   compresskv ask report.txt "Who signed the contract?" --budget 3% --compare full,snapkv
+  compresskv explain report.txt "Who signed the contract?" --html kept.html
+  compresskv eval --tasks needle --output runs/needle
   compresskv methods
   compresskv profile show smollm2-135m
 """
@@ -62,6 +66,7 @@ app.command()(methods)
 app.command()(models)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command(epilog=REPORT_EPILOG)(report)
+app.command(epilog=EXPLAIN_EPILOG)(explain)
 app.add_typer(profile_app, name="profile")
 
 
