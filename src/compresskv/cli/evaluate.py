@@ -47,6 +47,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Cases of each subset; for needles, of each length and depth.")
     ] = None,
+    rows: Annotated[
+        str, typer.Option(help="Which cases of each subset, as a slice: 1::2 is every second one.", metavar="SLICE")
+    ] = "",
     settings: Annotated[
         str, typer.Option(help="'aware': the question is known when tokens are chosen; 'agnostic': it comes after.")
     ] = "aware",
@@ -72,7 +75,7 @@ def evaluate(
     """
     from compresskv.evaluation.configurations import configurations, parse_budgets, parse_methods, parse_names
     from compresskv.evaluation.peer_request import PeerRequest
-    from compresskv.evaluation.run import Evaluation, Plan
+    from compresskv.evaluation.run import Evaluation, Plan, parse_rows
     from compresskv.evaluation.runner import SETTINGS
     from compresskv.evaluation.task import tasks as known_tasks
 
@@ -84,6 +87,7 @@ def evaluate(
         lengths=parse_numbers("--lengths", lengths, int) or (),
         depths=parse_numbers("--depths", depths, float) or (),
         limit=limit,
+        rows=parse_rows(rows),
         seed=seed,
         too_long=too_long,
         max_prompt_tokens=max_prompt_tokens,

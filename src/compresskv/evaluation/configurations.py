@@ -68,7 +68,8 @@ def parse_budgets(text: str) -> tuple[int | float, ...]:
     Raises:
         ConfigError: one is none, or there is none.
     """
-    budgets = tuple(dict.fromkeys(parse_budget(part) for part in text.split(",") if part.strip()))
+    parsed = [parse_budget(part) for part in text.split(",") if part.strip()]
+    budgets = tuple({repr(budget): budget for budget in parsed}.values())  # 1 token and 100 % are equal as numbers
     if not budgets:
         raise ConfigError(f"--budgets {text!r} names no budget: give counts (128) or shares (3%)")
     return budgets

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from compresskv.errors import PromptError
 from compresskv.evaluation.example import Example
 
 _STAND_IN = "\x1a"  # what no template contains
@@ -17,7 +18,7 @@ class EncodedPrompt:
 
     input_ids: list[int]
     num_truncated: int
-    """Tokens cut out of the middle."""
+    """Tokens cut out of the middle: what the whole prompt has more than this."""
     evidence: tuple[slice, ...]
     """Token ranges that hold the answer; what was cut away is not among them."""
     suffix_start: int
@@ -34,27 +35,39 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_tokens: int
 
     The cut is LongBench's (arXiv 2308.14508): of the prompt without the template, as many tokens of its beginning as
     of its end are kept.
+
+    Raises:
+        PromptError: not even two tokens of the prompt fit.
     """
-    head, tail = _template(tokenizer) if example.chat else ("", "")
+    template = _template(tokenizer) if example.chat else None
+    head, tail = template or ("", "")
     spans = [*example.evidence, (len(example.prefix) + len(example.context), len(example.prompt))]
-    text, cut = example.prompt, 0
-    encoded = _tokens(tokenizer, head + text + tail, special=not head)
+    encoded = _tokens(tokenizer, head + example.prompt + tail, special=template is None)
+    num_tokens, cut = len(encoded["input_ids"]), 0
     while max_tokens is not None and len(encoded["input_ids"]) > max_tokens:
         # Tokens at the seam can merge into more than there were, so one cut is not always enough.
         cut += len(encoded["input_ids"]) - max_tokens
-        text, spans = _without_middle(tokenizer, example, cut)
-        encoded = _tokens(tokenizer, head + text + tail, special=not head)
+        shorter = _without_middle(tokenizer, example, cut)
+        if shorter is None:
+            raise PromptError(f"{example.task} {example.id}: no room for a prompt in {max_tokens} tokens")
+        text, spans = shorter
+        encoded = _tokens(tokenizer, head + text + tail, special=template is None)
     *evidence, (start, end) = [(a + len(head), b + len(head)) for a, b in spans]
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     ranges = (_token_range(offsets, *span) for span in evidence if span[0] < span[1])
     suffix = _token_range(offsets, start, end).start if start < end else len(offsets)
-    return EncodedPrompt(encoded["input_ids"], cut, tuple(ranges), min(suffix, _token_range(offsets, end, end).start))
+    return EncodedPrompt(
+        input_ids=encoded["input_ids"],
+        num_truncated=num_tokens - len(offsets),
+        evidence=tuple(ranges),
+        suffix_start=min(suffix, _token_range(offsets, end, end).start),
+    )
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template puts before and after a user's text; two empty strings where there is none."""
+def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """What the chat template puts before and after a user's text; None where there is no template."""
     if not getattr(tokenizer, "chat_template", None):
-        return "", ""
+        return None
     message = [{"role": "user", "content": _STAND_IN}]
     text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
     head, _, tail = text.partition(_STAND_IN)
@@ -67,11 +80,17 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> 
 
 def _without_middle(
     tokenizer: PreTrainedTokenizerBase, example: Example, num_cut: int
-) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt without `num_cut` tokens of its middle, and where its evidence and suffix are then."""
+) -> tuple[str, list[tuple[int, int]]] | None:
+    """The prompt without `num_cut` tokens of its middle, and where its evidence and suffix are then.
+
+    None where fewer than two tokens are left.
+    """
     offsets: list[tuple[int, int]] = _tokens(tokenizer, example.prompt, special=False)["offset_mapping"]
-    half = max(1, (len(offsets) - num_cut) // 2)
-    gap_start, gap_end = offsets[half - 1][1], offsets[-half][0]
+    half = (len(offsets) - num_cut) // 2
+    if half < 1:
+        return None
+    # both ends can be pieces of one character
+    gap_start, gap_end = offsets[half - 1][1], max(offsets[half - 1][1], offsets[-half][0])
 
     def moved(place: int) -> int:
         return min(place, gap_start) if place < gap_end else place - (gap_end - gap_start)

@@ -1,6 +1,5 @@
 """A whole evaluation: examples of several tasks, every configuration, records on disk, peers beside them."""
 
-import functools
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -39,6 +38,8 @@ class Plan:
     lengths: tuple[int, ...] = TaskSettings.lengths
     depths: tuple[float, ...] = TaskSettings.depths
     limit: int | None = None
+    rows: tuple[int | None, int | None, int | None] = (None, None, None)
+    """(start, stop, step) among each subset's cases, as in a Python slice: (1, None, 2) is every second one."""
     seed: int = 0
     too_long: str = "cut"
     """Prompts above the limit: 'cut' takes out their middle, 'skip' leaves them out."""
@@ -112,26 +113,26 @@ class Evaluation(AbstractContextManager["Evaluation"]):
 
         Raises:
             DataError: the folder holds a run of another plan or model, or cannot be used.
+            DataError, ConfigError: as the tasks raise them. The folder is not touched then.
+            PromptError: no prompt fits below the limit.
         """
         self._model, self._tokenizer, self._plan = model, tokenizer, plan
         self._versions = versions(model)
         configuration = {**plan.to_dict(), "profile": None if profile is None else profile.name, **self._versions}
         self.counts = Counts()
+        self.cases = self._encoded()
+        """The prompts of all tasks."""
         self.log = RecordLog(folder, configuration)
 
     def __exit__(self, *_: object) -> None:
         self.log.close()
 
-    @functools.cached_property
-    def cases(self) -> list[Case]:
-        """The prompts of all tasks; those that are too long are cut or left out, and counted.
-
-        Raises:
-            DataError, ConfigError: as the tasks raise them.
-        """
+    def _encoded(self) -> list[Case]:
+        """Prompts that are too long are cut or left out, and counted."""
         cases = []
         for task, subsets in self._plan.chosen_tasks():
-            for example in task.examples(self._plan.task_settings(self._tokenizer, subsets)):
+            examples = task.examples(self._plan.task_settings(self._tokenizer, subsets))
+            for example in _sliced(examples, slice(*self._plan.rows)):
                 case = self._case(task, example)
                 if not case.prompt.num_truncated:
                     cases.append(case)
@@ -174,6 +175,30 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                 self.counts.records += 1
             else:
                 self.counts.peer_failures.append(failure)
+
+
+def _sliced(examples: Sequence[Example], rows: slice) -> list[Example]:
+    """Of each subset, the chosen rows."""
+    by_task: dict[str, list[Example]] = {}
+    for example in examples:
+        by_task.setdefault(example.task, []).append(example)
+    return [example for own in by_task.values() for example in own[rows]]
+
+
+def parse_rows(text: str) -> tuple[int | None, int | None, int | None]:
+    """'1::2' as the three parts of a slice; '' is all, '3' the first three.
+
+    Raises:
+        ConfigError: not a slice of whole numbers, or a step of 0.
+    """
+    parts = [part.strip() for part in text.split(":")] if ":" in text else ["", text.strip(), ""]
+    try:
+        start, stop, step = (int(part) if part else None for part in [*parts, ""][:3])
+        if len(parts) > 3 or step == 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--rows {text!r} is not START:STOP:STEP, such as 1::2 or :10") from None
+    return start, stop, step
 
 
 def versions(model: PreTrainedModel) -> dict[str, str]:

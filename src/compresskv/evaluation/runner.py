@@ -81,9 +81,11 @@ class _Reading:
         document = None
         start = time.perf_counter()
         if any(configuration.setting == "agnostic" for configuration in configurations):
-            captured.read(prompt.input_ids[: prompt.suffix_start])
+            logits = captured.read(prompt.input_ids[: prompt.suffix_start])
             document = captured.fork()
-        logits = captured.read(prompt.input_ids[len(captured.input_ids) :])
+        rest = prompt.input_ids[len(captured.input_ids) :]
+        if rest:  # nothing, where no question follows the document
+            logits = captured.read(rest)
         self._prefill_s = time.perf_counter() - start
         first = int(logits.argmax())
         start = time.perf_counter()
@@ -95,7 +97,7 @@ class _Reading:
             elif configuration.setting == "aware":
                 yield self._record(configuration, captured, full, first)
             elif document is not None:
-                yield self._record(configuration, document, full, None)
+                yield self._record(configuration, document, full, None if rest else first)
 
     def _record(
         self, configuration: Configuration, captured: CapturedPrompt, full: Reference, first: int | None
