@@ -113,7 +113,7 @@ def random_profile(model: PreTrainedModel) -> Profile:
         layer_indices=tuple(layers),
         semantic_scores=tuple(map(tuple, scores)),
         traditional_scores=None,
-        num_runs=0,
+        num_runs=1,
         layer_errors_by_set={"random": errors},
         layer_errors=errors,
     )

@@ -105,18 +105,42 @@ def without_window(scores: Tensor, window_size: int) -> Tensor:
     return scores
 
 
-def keep_first(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
-    """Set the scores (B, H, T) of each row's first `count` tokens to infinity, in place.
+def set_first(scores: Tensor, count: int, value: float, valid: Tensor | None) -> Tensor:
+    """Set the scores (B, H, T) of each row's first `count` tokens, in place; infinity keeps them.
 
     Args:
         valid: (B, T) bool, False at padding; None where nothing is padded.
     """
     if valid is None:
-        scores[..., :count] = torch.inf
+        scores[..., :count] = value
     else:
         first = valid & (valid.cumsum(-1) <= count)
-        scores.masked_fill_(first[:, None], torch.inf)
+        scores.masked_fill_(first[:, None], value)
     return scores
+
+
+def window_moments(
+    query_window: Tensor,
+    keys: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of attention over the window's queries; 0 for the window's own tokens.
+
+    Args: as for `window_attention`.
+    Returns: two of (B, H_q, T) float32.
+    """
+    attention = window_attention(query_window, keys, scaling=scaling, softcap=softcap, valid=valid)
+    variance, mean = torch.var_mean(attention, dim=2, correction=0)
+    window_size = attention.shape[2]
+    return without_window(mean, window_size), without_window(variance, window_size)
+
+
+def mean_over_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
+    """(B, H_q, T) to (B, H_kv, T): the mean over the query heads that read each KV head."""
+    return scores.view(scores.shape[0], num_kv_heads, -1, scores.shape[-1]).mean(dim=2)
 
 
 def pool(scores: Tensor, kernel_size: int) -> Tensor:

@@ -55,3 +55,38 @@ def select_rows(scores: Tensor, budgets: list[list[int]], window_size: int, row_
             chosen = select(scores[row : row + 1, heads, start:], counts[head], window_size)[0] + start
             indices[row, heads, longest - chosen.shape[-1] :] = chosen
     return indices
+
+
+def select_across_heads(
+    scores: Tensor, budgets: list[list[int]], window_size: int, row_lengths: list[int], guaranteed: float
+) -> Tensor:
+    """A layer's best tokens of all KV heads together, so that heads keep different numbers.
+
+    Args:
+        scores: (B, H_kv, T).
+        budgets: for each of B rows, one number: the mean over heads.
+        guaranteed: share of an even budget that each head is sure of, 0 to 1.
+    Returns: (B, H_kv, R); see `select_rows`.
+    Source: AdaKV (arXiv 2407.11550), Algorithm 1.
+    """
+    counts = [
+        _head_counts(scores[row, :, scores.shape[2] - length :], own[0], window_size, guaranteed)
+        for row, (own, length) in enumerate(zip(budgets, row_lengths, strict=True))
+    ]
+    return select_rows(scores, counts, window_size, row_lengths)
+
+
+def _head_counts(scores: Tensor, budget: int, window_size: int, guaranteed: float) -> list[int]:
+    """Tokens for each head at a mean of `budget`; scores (H_kv, T)."""
+    num_heads, num_tokens = scores.shape
+    num_older = num_tokens - window_size
+    spare = min(budget, num_tokens) - window_size
+    if spare <= 0 or spare >= num_older:
+        return [min(budget, num_tokens)] * num_heads
+    sure = int(guaranteed * spare)
+    order = scores[:, :num_older].sort(dim=-1, descending=True, stable=True)
+    contested = order.values[:, sure:].flatten()  # equal scores: the lower head first
+    winners = contested.sort(descending=True, stable=True).indices[: (spare - sure) * num_heads]
+    won = torch.bincount(winners // (num_older - sure), minlength=num_heads)
+    counts: list[int] = (won + sure + window_size).tolist()
+    return counts

@@ -11,7 +11,7 @@ from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 from compresskv.registry import register
-from compresskv.scoring import pool, window_attention, without_window
+from compresskv.scoring import mean_over_groups, pool, window_moments
 
 
 @register
@@ -48,9 +48,7 @@ class CAKE(SnapKV):
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
         mean, variance = _moments(inputs)
-        per_head = pool(mean + self.gamma * variance, self.kernel_size)  # (B, H_q, T)
-        batch_size, num_kv_heads, num_tokens = inputs.keys.shape[:3]
-        return per_head.view(batch_size, num_kv_heads, -1, num_tokens).mean(dim=2)
+        return mean_over_groups(pool(mean + self.gamma * variance, self.kernel_size), inputs.keys.shape[1])
 
     def share_budgets(
         self, layers: Sequence[LayerInputs], budgets: list[list[int]], row_lengths: list[int]
@@ -74,10 +72,6 @@ class CAKE(SnapKV):
 
 
 def _moments(inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-    """Mean and variance over the window's queries, (B, H_q, T) each; 0 for the window's own tokens."""
-    attention = window_attention(
+    return window_moments(
         inputs.query_window, inputs.keys, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
     )
-    window_size = attention.shape[2]
-    variance, mean = torch.var_mean(attention, dim=2, correction=0)
-    return without_window(mean, window_size), without_window(variance, window_size)

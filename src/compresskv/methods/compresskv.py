@@ -7,7 +7,7 @@ from torch import Tensor
 from compresskv import budgets
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.method import LayerInputs, Method
-from compresskv.profiles.profile import Profile
+from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
 from compresskv.scoring import heads_window_attention, pool, sum_over_window
 
@@ -65,8 +65,4 @@ class CompressKV(Method):
 
     @property
     def _profile(self) -> Profile:
-        if self.profile is None:
-            raise ProfileError(
-                "method 'compresskv' needs a profile of the model: make one with 'compresskv profile MODEL'"
-            )
-        return self.profile
+        return needed_profile(self.name, self.profile)

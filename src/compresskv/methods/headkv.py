@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, replace
 
 from compresskv import budgets
-from compresskv.errors import ConfigError, ProfileError
+from compresskv.errors import ConfigError
 from compresskv.methods.snapkv import SnapKV
-from compresskv.profiles.profile import Profile
+from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
 
 
@@ -51,9 +51,8 @@ class HeadKV(SnapKV):
 
     def _kv_head_scores(self) -> list[list[float]]:
         """(L, H_kv)."""
-        if self.profile is None:
-            raise ProfileError("method 'headkv' needs a profile of the model: make one with 'compresskv profile MODEL'")
-        own = self.profile.fingerprint
+        profile = needed_profile(self.name, self.profile)
+        own = profile.fingerprint
         groups = own.num_query_heads // own.num_kv_heads
-        rows = self.profile.traditional_scores or self.profile.semantic_scores
+        rows = profile.traditional_scores or profile.semantic_scores
         return [[sum(row[head : head + groups]) for head in range(0, len(row), groups)] for row in rows]

@@ -7,7 +7,7 @@ from torch import Tensor
 from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
 from compresskv.registry import register
-from compresskv.scoring import pool, sum_over_window, window_attention
+from compresskv.scoring import mean_over_groups, pool, sum_over_window, window_attention
 
 
 @register
@@ -42,5 +42,4 @@ class SnapKV(Method):
             valid=inputs.valid,
         )
         per_head = pool(sum_over_window(attention), self.kernel_size)  # (B, H_q, T)
-        batch_size, num_kv_heads, num_tokens = inputs.keys.shape[:3]
-        return per_head.view(batch_size, num_kv_heads, -1, num_tokens).mean(dim=2)
+        return mean_over_groups(per_head, inputs.keys.shape[1])

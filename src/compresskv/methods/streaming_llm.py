@@ -8,7 +8,7 @@ from torch import Tensor
 from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
 from compresskv.registry import register
-from compresskv.scoring import keep_first
+from compresskv.scoring import set_first
 
 
 @register
@@ -36,4 +36,4 @@ class StreamingLLM(Method):
         """The later the better, sinks best of all."""
         batch_size, _, num_tokens, _ = inputs.keys.shape
         recency = torch.arange(num_tokens, dtype=torch.float32, device=inputs.keys.device)
-        return keep_first(recency.repeat(batch_size, 1, 1), self.num_sinks, inputs.valid)
+        return set_first(recency.repeat(batch_size, 1, 1), self.num_sinks, torch.inf, inputs.valid)

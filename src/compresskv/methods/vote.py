@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compresskv.errors import ConfigError, ProfileError
+from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
-from compresskv.profiles.profile import Profile
+from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
-from compresskv.scoring import heads_window_attention, keep_first, pool, sum_over_window
+from compresskv.scoring import heads_window_attention, pool, set_first, sum_over_window
 
 
 @register
@@ -47,23 +47,37 @@ class Vote(Method):
 
     def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
         """The same (B, 1, T) for every layer."""
-        if self.profile is None:
-            raise ProfileError("method 'vote' needs a profile of the model: make one with 'compresskv profile MODEL'")
-        votes = [self._votes(inputs, self.profile) for inputs in layers]
-        vote = torch.stack([one for one in votes if one is not None]).sum(dim=0)
-        return [keep_first(vote, self.num_sinks, layers[0].valid)] * len(layers)
-
-    def _votes(self, inputs: LayerInputs, profile: Profile) -> Tensor | None:
-        """(B, 1, T): the weighted votes of the layer's heads; None where none of them is among the best."""
-        best = profile.ranked_heads(profile.semantic_scores)[: self.num_heads]
-        heads = [head for layer, head in best if layer == inputs.layer_idx]
-        if not heads:
-            return None
-        scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
-        attention = heads_window_attention(
-            inputs.query_window, inputs.keys, heads, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
+        vote = cast_vote(
+            layers, needed_profile(self.name, self.profile, across_layers=True), self.num_heads, self.kernel_size
         )
-        votes = pool(sum_over_window(attention), self.kernel_size)  # (B, n, T)
-        votes /= votes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)
-        weights = votes.new_tensor([scores[head] for head in heads])
-        return (votes * weights[:, None]).sum(dim=1, keepdim=True)
+        return [set_first(vote, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
+
+
+def cast_vote(layers: Sequence[LayerInputs], profile: Profile, num_heads: int, kernel_size: int) -> Tensor:
+    """(B, 1, T): the vote of the `num_heads` best semantic retrieval heads of the whole model; sums to 1.
+
+    Each head's window attention is pooled and normalised, and counts by the head's score.
+    """
+    best = profile.ranked_heads(profile.semantic_scores)[:num_heads]
+    votes: list[Tensor] = []
+    for inputs in layers:
+        heads = [head for layer_idx, head in best if layer_idx == inputs.layer_idx]
+        if heads:
+            attention = heads_window_attention(
+                inputs.query_window,
+                inputs.keys,
+                heads,
+                scaling=inputs.scaling,
+                softcap=inputs.softcap,
+                valid=inputs.valid,
+            )
+            own = normalised(pool(sum_over_window(attention), kernel_size))  # (B, n, T)
+            scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
+            weights = own.new_tensor([scores[head] for head in heads])
+            votes.append((own * weights[:, None]).sum(dim=1, keepdim=True))
+    return normalised(torch.stack(votes).sum(dim=0))
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """(B, H, T) non-negative, each head's divided by their sum."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -74,17 +74,31 @@ class Profile:
         Raises:
             ProfileError: the profile has no such layer.
         """
+        scores = self._layer_scores(layer_idx)
+        return sorted(range(len(scores)), key=lambda head: -scores[head])[:count]
+
+    def _layer_scores(self, layer_idx: int) -> tuple[float, ...]:
         try:
-            scores = self.semantic_scores[self.layer_indices.index(layer_idx)]
+            return self.semantic_scores[self.layer_indices.index(layer_idx)]
         except ValueError:
             raise ProfileError(f"the profile of {self.model_id} has no layer {layer_idx}") from None
-        return sorted(range(len(scores)), key=lambda head: -scores[head])[:count]
 
     def ranked_heads(self, scores: Rows) -> list[tuple[int, int]]:
         """All (layer of the model, head), best first by `scores`, one of this profile's two tables."""
         heads = [(row, head) for row in range(len(scores)) for head in range(len(scores[row]))]
         heads.sort(key=lambda place: -scores[place[0]][place[1]])
         return [(self.layer_indices[row], head) for row, head in heads]
+
+    def kv_head_weights(self, layer_idx: int) -> list[float]:
+        """For each KV head of a layer, the best semantic score of the query heads that read it; the model's best is 1.
+
+        Raises:
+            ProfileError: the profile has no such layer.
+        """
+        scores = self._layer_scores(layer_idx)
+        groups = self.fingerprint.num_query_heads // self.fingerprint.num_kv_heads
+        best = max(score for row in self.semantic_scores for score in row)
+        return [max(scores[head : head + groups]) / best for head in range(0, len(scores), groups)]
 
     def layer_budgets(self, budget: int) -> list[int]:
         """Tokens that each layer retains at a mean of `budget`, of a prompt too long to cap any of them."""
@@ -186,3 +200,21 @@ def _numbers(row: Sequence[Any]) -> tuple[float, ...]:
 
 def _rows(rows: Sequence[Sequence[Any]]) -> Rows:
     return tuple(_numbers(row) for row in rows)
+
+
+def needed_profile(name: str, profile: Profile | None, *, across_layers: bool = False) -> Profile:
+    """`profile` itself.
+
+    Args:
+        across_layers: whether heads of different layers will be compared, which ranks within layers do not allow.
+    Raises:
+        ProfileError: there is none, or it cannot tell.
+    """
+    if profile is None:
+        raise ProfileError(f"method {name!r} needs a profile of the model: make one with 'compresskv profile MODEL'")
+    if across_layers and profile.num_runs == 0:
+        raise ProfileError(
+            f"method {name!r} compares heads of different layers, but the profile of {profile.model_id} holds ranks "
+            "within layers: measure one with 'compresskv profile MODEL'"
+        )
+    return profile

@@ -1,0 +1,81 @@
+"""The blend: a vote of the model's retrieval heads where it will be read, and each head's own attention elsewhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from compresskv.errors import ConfigError
+from compresskv.method import LayerInputs
+from compresskv.methods.cake import CAKE
+from compresskv.methods.vote import cast_vote
+from compresskv.profiles.profile import Profile, needed_profile
+from compresskv.registry import register
+from compresskv.scoring import set_first
+from compresskv.selection import select_across_heads
+
+
+@register
+@dataclass(frozen=True)
+class Blend(CAKE):
+    """Local scores plus the retrieval heads' vote, which counts in a KV head as much as that head retrieves.
+
+    Local scores are CAKE's (attention from the window, and its variance), without pooling, divided by their mean sum
+    over the layer's KV heads. The vote (see `Vote`) sums to 1; in a KV head it is weighted by `vote_weight` times the
+    best semantic retrieval score among the query heads that read it, divided by the model's best. Layers share by
+    CAKE's preferences, the KV heads of a layer by AdaKV's rule. The `num_sinks` first tokens are always kept.
+
+    Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491) and AdaKV
+    (2407.11550). docs/evaluation.md tells what each contributes.
+    """
+
+    name = "blend"
+    summary = "a vote of retrieval heads where it is read, local attention elsewhere"
+    source = "this project"
+    needs_profile = True
+
+    kernel_size: int = 1
+    vote_kernel_size: int = 25
+    vote_weight: float = 1.0
+    num_heads: int = 8
+    num_sinks: int = 4
+    guaranteed: float = 0.2
+    profile: Profile | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        if self.vote_kernel_size < 1 or self.vote_kernel_size % 2 == 0:
+            raise ConfigError(f"vote_kernel_size={self.vote_kernel_size} must be an odd number of at least 1")
+        for option, least, most in (("num_heads", 1, None), ("num_sinks", 0, None), ("guaranteed", 0, 1)):
+            value = getattr(self, option)
+            if value < least or (most is not None and value > most):
+                raise ConfigError(
+                    f"{option}={value} must be at least {least}{'' if most is None else f', at most {most}'}"
+                )
+        if self.vote_weight < 0:
+            raise ConfigError(f"vote_weight={self.vote_weight} must not be negative")
+
+    def with_profile(self, profile: Profile) -> "Blend":
+        """The method with a model's head scores."""
+        return replace(self, profile=profile)
+
+    def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
+        """(B, H_kv, T) for each layer."""
+        profile = needed_profile(self.name, self.profile, across_layers=True)
+        valid = layers[0].valid
+        vote = cast_vote(layers, profile, self.num_heads, self.vote_kernel_size)
+        vote = set_first(vote, self.num_sinks, 0, valid)
+        blended = []
+        for inputs in layers:
+            local = set_first(self.score(inputs), self.num_sinks, 0, valid)
+            scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
+            weights = local.new_tensor(profile.kv_head_weights(inputs.layer_idx))[:, None]
+            scores = local / scale + self.vote_weight * weights * vote
+            blended.append(set_first(scores, self.num_sinks, torch.inf, valid))
+        return blended
+
+    def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
+        """(B, H_kv, R)."""
+        return select_across_heads(scores, budgets, self.window_size, row_lengths, self.guaranteed)
