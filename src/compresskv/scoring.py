@@ -105,6 +105,11 @@ def without_window(scores: Tensor, window_size: int) -> Tensor:
     return scores
 
 
+def without_padding(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Set the scores (B, H, T) of padding to 0, in place: pooling carries some into it."""
+    return scores if valid is None else scores.masked_fill_(~valid[:, None], 0)
+
+
 def set_first(scores: Tensor, count: int, value: float, valid: Tensor | None) -> Tensor:
     """Set the scores (B, H, T) of each row's first `count` tokens, in place; infinity keeps them.
 

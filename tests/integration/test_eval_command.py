@@ -131,7 +131,7 @@ class TestRealModel:
         assert Path(data["file"]).is_file()
         (section,) = data["models"]
         assert section["model"] == "smollm2-135m"
-        names = {row["configuration"] for row in section["overall"]["rows"]}
+        names = {row["config"] for row in section["overall"]["rows"]}
         assert names == {"full", "snapkv @ 64", "knorm @ 64"}
         table = call("report", made[0])
         assert table.code == 0
@@ -286,7 +286,7 @@ class TestInterrupt:
         assert code == 130
         assert err == b"compresskv: interrupted\n"
         before = records(tmp_path / "run")
-        assert json.loads(out)["records"] == len(before)
+        assert len(before) - json.loads(out)["records"] in (0, 1)  # one may be on disk, but not counted yet
         assert 5 <= len(before) < 3 * self.NUM_CASES
         rest = json.loads(call(*self.COMMAND, "-o", tmp_path / "run").out)
         assert rest["records"] == 3 * self.NUM_CASES - len(before)

@@ -18,7 +18,7 @@ from compresskv.evaluation.configurations import configurations, parse_budgets, 
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.peer_request import PeerRequest
 from compresskv.evaluation.records import Record, read_run
-from compresskv.evaluation.run import Counts, Evaluation, Plan
+from compresskv.evaluation.run import Counts, Evaluation, Plan, parse_rows
 from compresskv.evaluation.task import Task, TaskSettings
 from compresskv.method import LayerInputs
 from compresskv.methods.snapkv import SnapKV
@@ -159,6 +159,22 @@ class TestRun:
             else:
                 assert record.prediction is None
 
+    @pytest.mark.parametrize(
+        ("rows", "examples"),
+        [
+            ("", ["amber", "birch", "cedar", "amber"]),
+            ("1", ["amber", "amber"]),
+            ("1::2", ["birch"]),
+            ("0::2", ["amber", "cedar", "amber"]),
+            (" -1 : ", ["cedar", "amber"]),
+            ("5:", []),
+        ],
+    )
+    def test_a_slice_is_taken_of_each_subset(self, rows: str, examples: list[str]) -> None:
+        plan = toy(limit=3, rows=parse_rows(rows))
+        assert run(plan, methods="full").records == len(examples)
+        assert [record.example for record in records()] == examples
+
     def test_a_subset_alone(self) -> None:
         assert run(toy(subsets=("long",))).examples == 1
         assert {record.task for record in records()} == {"toy/long"}
@@ -224,6 +240,7 @@ class TestAnotherPlan:
         ("changes", "told"),
         [
             ({"limit": 1}, "limit=null, not 1"),
+            ({"rows": (1, None, 2)}, "rows=[null, null, null], not [1, null, 2]"),
             ({"seed": 3}, "seed=0, not 3"),
             ({"lengths": (64,)}, "lengths=[1024, 2048, 4096], not [64]"),
             ({"depths": (50.0,)}, "depths="),
@@ -325,6 +342,12 @@ class TestPlan:
     def test_what_cannot_work_is_refused_before_a_model_is_loaded(self, options: dict[str, Any], told: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(told)) as caught:
             Plan(**{"tasks": ("toy",), **options})
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("text", ["x", "1:x", "1.5:", "::0", "1:2:3:4", "1,2"])
+    def test_what_is_no_slice_is_refused_in_one_line(self, text: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(f"--rows {text!r}")) as caught:
+            parse_rows(text)
         assert "\n" not in str(caught.value)
 
     def test_subsets_go_to_the_tasks_that_have_them(self) -> None:

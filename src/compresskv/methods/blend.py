@@ -12,7 +12,7 @@ from compresskv.methods.cake import CAKE
 from compresskv.methods.vote import cast_vote
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
-from compresskv.scoring import set_first
+from compresskv.scoring import set_first, without_padding
 from compresskv.selection import select_across_heads
 
 
@@ -69,7 +69,7 @@ class Blend(CAKE):
         vote = set_first(vote, self.num_sinks, 0, valid)
         blended = []
         for inputs in layers:
-            local = set_first(self.score(inputs), self.num_sinks, 0, valid)
+            local = set_first(without_padding(self.score(inputs), valid), self.num_sinks, 0, valid)
             scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
             weights = local.new_tensor(profile.kv_head_weights(inputs.layer_idx))[:, None]
             scores = local / scale + self.vote_weight * weights * vote

@@ -10,7 +10,7 @@ from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
-from compresskv.scoring import heads_window_attention, pool, set_first, sum_over_window
+from compresskv.scoring import heads_window_attention, pool, set_first, sum_over_window, without_padding
 
 
 @register
@@ -71,7 +71,8 @@ def cast_vote(layers: Sequence[LayerInputs], profile: Profile, num_heads: int, k
                 softcap=inputs.softcap,
                 valid=inputs.valid,
             )
-            own = normalised(pool(sum_over_window(attention), kernel_size))  # (B, n, T)
+            pooled = pool(sum_over_window(attention), kernel_size)
+            own = normalised(without_padding(pooled, inputs.valid))  # (B, n, T)
             scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
             weights = own.new_tensor([scores[head] for head in heads])
             votes.append((own * weights[:, None]).sum(dim=1, keepdim=True))
