@@ -38,7 +38,7 @@ class Blend(CAKE):
     kernel_size: int = 1
     vote_kernel_size: int = 25
     vote_weight: float = 1.0
-    num_heads: int = 8
+    num_heads: int = 16
     num_sinks: int = 4
     guaranteed: float = 0.2
     profile: Profile | None = None
