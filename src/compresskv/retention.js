@@ -84,8 +84,8 @@ function shareOf(shown, cell) {
   for (let token = cell.start; token < cell.end; token += 1) kept += shown.counts[token];
   return kept / (shown.heads * (cell.end - cell.start));
 }
-// What is kept anywhere has a shade: only 0 is blank. 1e-6 takes back what Float32 adds.
-const levelOf = (share) => (share <= 1e-6 ? 0 : Math.max(1, Math.ceil(share * NUM_LEVELS - 1e-6)));
+// What is kept anywhere has a shade: only 0 is blank. Shares are sums in Float32, so 1 can be a little more or less.
+const levelOf = (share) => (share <= 1e-6 ? 0 : Math.min(NUM_LEVELS, Math.max(1, Math.ceil(share * NUM_LEVELS - 1e-5))));
 
 function shade() {
   const shown = view();

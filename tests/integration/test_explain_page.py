@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import planted
 from compresskv.cli.explain import explain
 from compresskv.errors import CompressKVError
+from compresskv.explain import Explanation, LayerRetention, PromptText, Report, Retention
+from compresskv.retention_page import retention_page
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -140,6 +142,17 @@ class TestInBrowser:
         dom = opened(page, tmp_path)
         assert "img" not in dom.tags
         assert dom.tags.count("script") == 2
+
+
+@needs_browser
+def test_a_token_that_30_layers_of_3_heads_keep_has_the_darkest_shade(tmp_path: Path) -> None:
+    # Float32 sums of thirds are a little above 1.
+    prompt = PromptText(("a", "b"), (False, False), slice(0, 2), slice(2, 2))
+    layers = tuple(LayerRetention(number, 3, (3, number % 3)) for number in range(30))
+    explanation = Explanation("blend", 64, Retention(layers), 2, 1, None)
+    (tmp_path / "page.html").write_text(retention_page(Report("m", "d", "q", 0, prompt, (explanation,))))
+    dom = opened(tmp_path / "page.html", tmp_path)
+    assert [levels(classes) for _, classes in dom.tokens] == [[10], [4]]
 
 
 def levels(classes: list[str]) -> list[int]:

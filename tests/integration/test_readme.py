@@ -11,13 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    line.split("#")[0].strip()
+BLOCK_COMMANDS = [
+    [line.split("#")[0].strip() for line in block.splitlines() if "compresskv " in line]
     for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    if "compresskv " in line
+    if not language and "compresskv " in block
 ]
+COMMANDS = [command for commands in BLOCK_COMMANDS for command in commands]
 # What is for readers to replace, and what would need a hub or hours.
 PLACEHOLDERS = {"--model org/name": "--model smollm2-135m"}
 LONG = ("compresskv profile org/name", "compresskv profile verify", "compresskv profile import")
@@ -35,14 +34,17 @@ def test_commands_were_found():
     assert len(COMMANDS) >= 6
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if not one.startswith(LONG)])
-def test_command(command, folder):
-    for placeholder, real in PLACEHOLDERS.items():
-        command = command.replace(placeholder, real)
-    command = command.replace("compresskv ", f"{shlex.quote(sys.executable)} -m compresskv ", 1)
-    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+@pytest.mark.parametrize("commands", BLOCK_COMMANDS, ids=lambda commands: commands[0][:40])
+def test_commands_of_a_block_in_order(commands, folder):
+    for command in commands:
+        if command.startswith(LONG):
+            continue
+        for placeholder, real in PLACEHOLDERS.items():
+            command = command.replace(placeholder, real)
+        command = command.replace("compresskv ", f"{shlex.quote(sys.executable)} -m compresskv ", 1)
+        done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith(LONG)])

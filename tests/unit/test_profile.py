@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compresskv.errors import ProfileError
 from compresskv.profiles.fingerprint import Fingerprint
-from compresskv.profiles.profile import Profile, combined, normalised, read_profile
+from compresskv.profiles.profile import Profile, combined, needed_profile, normalised, read_profile
 from compresskv.profiles.store import write_profile
 
 SHAPE = Fingerprint("llama", 6, 3, 1, 8, 32, "0123456789abcdef")
@@ -190,6 +190,48 @@ class TestHeads:
         assert sorted(best) == [(layer, head) for layer in (0, 2, 5) for head in range(3)]
         assert PROFILE.traditional_scores is not None
         assert PROFILE.ranked_heads(PROFILE.traditional_scores)[:3] == [(2, 2), (2, 1), (2, 0)]
+
+    def test_a_kv_head_is_weighed_by_its_own_best_reader_against_the_whole_models_best(self) -> None:
+        """Query heads that read one KV head adjoin: pairs of (0, 2) and (1, 3) would give other weights."""
+        scores = ((0.5, 0.0, 1.0, 0.25), (0.0, 0.0, 0.0, 0.0), (0.0, 2.0, 0.0, 0.125))
+        shape = replace(SHAPE, num_query_heads=4, num_kv_heads=2)
+        profile = replace(PROFILE, fingerprint=shape, semantic_scores=scores, traditional_scores=None)
+        assert [profile.kv_head_weights(layer) for layer in (0, 2, 5)] == [[0.25, 0.5], [0.0, 0.0], [1.0, 0.0625]]
+        each = replace(profile, fingerprint=replace(shape, num_kv_heads=4))
+        assert each.kv_head_weights(0) == [0.25, 0.0, 0.5, 0.125]
+        assert PROFILE.kv_head_weights(0) == [pytest.approx(1.25 / 3)]
+
+    @settings(deadline=None, max_examples=50)
+    @given(st.integers(1, 4), st.integers(1, 4), st.data())
+    def test_weights_lie_between_0_and_1_and_reach_1(self, num_kv_heads: int, groups: int, data: st.DataObject) -> None:
+        heads = num_kv_heads * groups
+        row = st.lists(st.floats(0, 1e6), min_size=heads, max_size=heads).map(tuple)
+        scores = data.draw(st.tuples(row, row, row).filter(lambda rows: any(map(any, rows))))
+        shape = replace(SHAPE, num_query_heads=heads, num_kv_heads=num_kv_heads)
+        profile = replace(PROFILE, fingerprint=shape, semantic_scores=scores, traditional_scores=None)
+        best = max(map(max, scores))
+        for layer, own in zip((0, 2, 5), scores, strict=True):
+            expected = [max(own[i] for i in range(heads) if i // groups == kv) / best for kv in range(num_kv_heads)]
+            assert profile.kv_head_weights(layer) == expected
+        assert max(max(profile.kv_head_weights(layer)) for layer in (0, 2, 5)) == 1
+
+    @pytest.mark.parametrize("layer_idx", [1, 6, -1])
+    def test_no_weights_are_made_up_for_a_layer_that_is_not_there(self, layer_idx: int) -> None:
+        with pytest.raises(ProfileError, match=f"profile of org/model has no layer {layer_idx}"):
+            PROFILE.kv_head_weights(layer_idx)
+
+
+class TestNeededProfile:
+    def test_a_method_without_one_says_which_command_makes_it(self) -> None:
+        for across_layers in (False, True):
+            with pytest.raises(ProfileError, match=r"^method 'x' needs a profile .*'compresskv profile MODEL'"):
+                needed_profile("x", None, across_layers=across_layers)
+
+    def test_ranks_are_refused_only_where_layers_are_compared(self) -> None:
+        with pytest.raises(ProfileError, match=r"^method 'x' compares .*org/model holds ranks .*'compresskv profile"):
+            needed_profile("x", IMPORTED, across_layers=True)
+        assert needed_profile("x", IMPORTED) is IMPORTED
+        assert needed_profile("x", PROFILE, across_layers=True) is PROFILE
 
 
 class TestErrors:

@@ -33,7 +33,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="needle, longbench, babilong; several with commas.")] = "needle",
     methods: Annotated[
         str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHODS")
-    ] = "full,streaming_llm,snapkv,pyramidkv,cake,adakv,headkv,knorm,compresskv,vote",
+    ] = "full,streaming_llm,snapkv,pyramidkv,cake,adakv,headkv,knorm,compresskv,vote,blend",
     budgets: Annotated[str, typer.Option(help="Tokens per layer, or shares of the prompt.")] = "64,128,256",
     model: ModelOption = "smollm2-135m",
     data: Annotated[Path | None, typer.Option(help="Folder with benchmark files.", metavar="DIR")] = None,

@@ -31,7 +31,7 @@ def report(
     ] = None,
     own: Annotated[
         str, typer.Option(help="Methods to compare with the best of the others.", metavar="NAME,NAME")
-    ] = "compresskv,vote",
+    ] = "compresskv,vote,blend",
     as_json: JsonOption = False,
 ) -> None:
     """Write a report of benchmark runs: tables with intervals, and figures; print the overall table."""
@@ -57,14 +57,21 @@ def _overall(section: dict[str, Any]) -> Table:
     name = tasks[0] if len(tasks) == 1 else f"mean over {len(tasks)} tasks"
     name += f", {max(row['num_cases'] for row in rows)} cases"
     cells = {title: [COLUMNS[title](row) for row in rows] for title in _SHOWN}
-    cells["vs full"] = [text.partition(" ")[0] for text in cells["vs full"]]
+    for title in ("vs full", "vs best baseline"):
+        cells[title] = [text.partition(" ")[0] for text in cells[title]]
     if all(row["num_tasks"] == len(tasks) for row in rows):
         del cells["tasks"]
     cells = {title: column for title, column in cells.items() if any(column)}
     table = Table(title=f"{section['model']} ({section['dtype']})\n{name}", box=None, title_justify="left")
     for title in cells:
         first = title == "configuration"
-        table.add_column(title, justify="left" if first else "right", no_wrap=not first, overflow="fold")
+        table.add_column(
+            title,
+            justify="left" if first else "right",
+            no_wrap=not first,
+            overflow="fold",
+            min_width=28 if first else None,
+        )
     for at, row in enumerate(rows):
         table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
     return table

@@ -9,7 +9,7 @@ from compresskv.errors import DataError
 from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.statistics import macro_interval, macro_paired_difference
 
-OWN = frozenset({"compresskv", "vote"})
+OWN = frozenset({"compresskv", "vote", "blend"})
 """Methods that are compared with the best of the others."""
 
 Case = tuple[str, str]  # example and prompt: another seed or length makes another case
