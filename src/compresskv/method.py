@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from compresskv import budgets
 from compresskv.errors import ConfigError
+from compresskv.scoring import window_moments
 from compresskv.selection import select, select_rows
 
 if TYPE_CHECKING:
@@ -33,6 +35,16 @@ class LayerInputs:
     """Gemma 2's cap on attention logits."""
     valid: Tensor | None = None
     """(B, T) bool, False at padding; None where nothing is padded."""
+
+    @cached_property
+    def attention_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of attention over the window's queries, (B, H_q, T) each; 0 for the window's own tokens.
+
+        Kept, since budgets and scores may both need them: treat them as read-only.
+        """
+        return window_moments(
+            self.query_window, self.keys, scaling=self.scaling, softcap=self.softcap, valid=self.valid
+        )
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def _head_counts(scores: Tensor, budget: int, window_size: int, guaranteed: floa
     spare = min(budget, num_tokens) - window_size
     if spare <= 0 or spare >= num_older:
         return [min(budget, num_tokens)] * num_heads
-    sure = int(guaranteed * spare)
+    num_infinite = int(torch.isinf(scores[:, :num_older]).sum(dim=-1).amax())  # sinks: each head keeps its own
+    sure = max(int(guaranteed * spare), min(num_infinite, spare))
     order = scores[:, :num_older].sort(dim=-1, descending=True, stable=True)
     contested = order.values[:, sure:].flatten()  # equal scores: the lower head first
     winners = contested.sort(descending=True, stable=True).indices[: (spare - sure) * num_heads]

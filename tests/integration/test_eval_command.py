@@ -237,7 +237,7 @@ class TestBadInput:
         ("args", "words"),
         [
             ([], ["task 'longbench' needs --data FOLDER", "dataset2prompt.json"]),
-            (["--data", "nowhere"], ["--data nowhere: no such folder", "dataset2prompt.json"]),
+            (["--data", "nowhere"], ["--data nowhere: no such folder"]),
             (["--data", "empty"], ["empty: no dataset2prompt.json"]),
             (["--tasks", "babilong", "--data", "empty"], ["empty: no file of any subset, such as 0k/qa1.jsonl"]),
         ],

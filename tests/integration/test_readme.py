@@ -36,12 +36,12 @@ def test_commands_were_found():
 
 @pytest.mark.parametrize("commands", BLOCK_COMMANDS, ids=lambda commands: commands[0][:40])
 def test_commands_of_a_block_in_order(commands, folder):
-    for command in commands:
-        if command.startswith(LONG):
+    for written in commands:
+        if written.startswith(LONG):
             continue
+        command = written.replace("compresskv ", f"{shlex.quote(sys.executable)} -m compresskv ", 1)
         for placeholder, real in PLACEHOLDERS.items():
             command = command.replace(placeholder, real)
-        command = command.replace("compresskv ", f"{shlex.quote(sys.executable)} -m compresskv ", 1)
         done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()

@@ -73,14 +73,15 @@ def naive_shares(total: int, preferences: list[float], cap: int) -> list[float]:
 
 
 def naive_heads(scores: list[list[float]], budget: int, guaranteed: float) -> list[list[int]]:
-    """AdaKV: each head its own best, then the best of all heads together."""
+    """AdaKV: each head its own best (its sinks at least), then the best of all heads together."""
     num_tokens, spare = len(scores[0]), budget - WINDOW
     if spare <= 0 or budget >= num_tokens:
         return [list(range(max(0, num_tokens - budget), num_tokens))] * len(scores)
     kept, contested = [], []
     for head, own in enumerate(scores):
         ranked = sorted(range(num_tokens - WINDOW), key=lambda token, own=own: (-own[token], token))
-        sure = math.floor(guaranteed * spare)
+        sinks = sum(math.isinf(score) for score in own[: num_tokens - WINDOW])
+        sure = max(math.floor(guaranteed * spare), min(sinks, spare))
         kept.append([*ranked[:sure], *range(num_tokens - WINDOW, num_tokens)])
         contested += [(-own[token], head, token) for token in ranked[sure:]]
     for _, head, token in sorted(contested)[: budget * len(scores) - sum(map(len, kept))]:
@@ -176,12 +177,13 @@ def test_no_budget_loses_or_adds_a_token(
         window = min(WINDOW, mean)
         totals = [sum(map(len, layer[row])) for layer in kept]
         assert sum(totals) == mean * num_kv_heads * 3
-        if mean > WINDOW:
+        floor = min(WINDOW + num_sinks, mean)
+        if mean > floor:
             preferences = [naive_preference(one, 0) for one in row_alone(layers, row, length)]
-            shares = naive_shares((mean - window) * 3, preferences, length - window)
+            shares = naive_shares((mean - floor) * 3, preferences, length - floor)
             for total, share in zip(totals, shares, strict=True):
                 assert total % num_kv_heads == 0
-                assert abs(total / num_kv_heads - window - share) < 1.01
+                assert abs(total / num_kv_heads - floor - share) < 1.01
         for total, layer in zip(totals, kept, strict=True):
             spare = total // num_kv_heads - window
             for tokens in layer[row]:
@@ -189,7 +191,7 @@ def test_no_budget_loses_or_adds_a_token(
                 assert tokens[0] >= start
                 assert len(tokens) >= window + int(guaranteed * spare)
                 assert tokens[len(tokens) - window :] == list(range(num_tokens - window, num_tokens))
-                if spare >= num_sinks:  # a layer that the prompt gives less keeps as many as it can
+                if mean >= WINDOW + num_sinks:
                     sinks = range(start, min(start + num_sinks, num_tokens))
                     assert set(sinks) <= set(tokens)
 

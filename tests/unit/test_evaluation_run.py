@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +19,10 @@ from compresskv.evaluation.example import Example
 from compresskv.evaluation.peer_request import PeerRequest
 from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.run import Counts, Evaluation, Plan, parse_rows
+from compresskv.evaluation.runner import Configuration
 from compresskv.evaluation.task import Task, TaskSettings
 from compresskv.method import LayerInputs
+from compresskv.methods.compresskv import CompressKV
 from compresskv.methods.snapkv import SnapKV
 
 FOLDER = "run"
@@ -64,8 +66,8 @@ def toy(**options: Any) -> Plan:
     return Plan(**{"tasks": ("toy",), **options})
 
 
-def opened(plan: Plan | None = None, folder: str = FOLDER, profile: Path | None = None) -> Evaluation:
-    return Evaluation(planted.model(), planted.tokenizer(), plan or toy(), Path(folder), profile)
+def opened(plan: Plan | None = None, folder: str = FOLDER) -> Evaluation:
+    return Evaluation(planted.model(), planted.tokenizer(), plan or toy(), Path(folder))
 
 
 def silent(_: str, __: float) -> None:
@@ -267,12 +269,26 @@ class TestAnotherPlan:
         assert records() == before
         assert run(methods="full").records == 0  # the folder was let go
 
-    def test_another_model_or_profile_is_refused(self) -> None:
+    def test_another_profile_of_a_method_is_refused(self) -> None:
+        model = planted.model()
+        with opened() as evaluation:
+            evaluation.run([Configuration("own", CompressKV(profile=tiny.random_profile(model)), 40)], silent)
+        with opened() as evaluation, pytest.raises(DataError, match=r"own was run with profile .*, not None"):
+            evaluation.run([Configuration("own", CompressKV(), 40)], silent)
+
+    def test_a_prompt_that_changed_is_refused(self) -> None:
+        run(methods="full")
+        with opened() as evaluation:
+            case = evaluation.cases[0]
+            changed = replace(case, prompt=replace(case.prompt, input_ids=[*case.prompt.input_ids, 3]))
+            evaluation.cases[0] = changed
+            with pytest.raises(DataError, match=r"was another prompt .* another --output"):
+                evaluation.run(configurations(planted.model(), parse_methods("full,knorm"), [40]), silent)
+
+    def test_another_model_is_refused(self) -> None:
         run(methods="full")
         with pytest.raises(DataError, match="dtype="):
             Evaluation(tiny.build_model("llama").bfloat16(), planted.tokenizer(), toy(), Path(FOLDER))
-        with pytest.raises(DataError, match=r'profile=null, not "mine.json"'):
-            opened(profile=Path("mine.json"))
 
     def test_where_the_data_lies_may_change_but_not_its_name(self, tmp_path: Path) -> None:
         for folder in ("one/data", "two/data"):

@@ -148,7 +148,7 @@ class TestAware:
             assert (record.task, record.example) == ("length/one", "7")
             assert (record.prompt_tokens, record.truncated_tokens) == (NUM_PROMPT, 3)
             assert record.prompt_sha256 == one.prompt.sha256
-            assert (record.meta, record.seed, record.versions) == (one.example.meta, 5, {"torch": "x"})
+            assert (record.meta, record.seed, record.versions["torch"]) == (one.example.meta, 5, "x")
             assert record.shared_prefill
             for seconds in (record.prefill_s, record.select_s, record.decode_s):
                 assert seconds is not None

@@ -260,9 +260,8 @@ def test_a_profile_that_cannot_compare_layers_is_refused_with_what_to_do(name: s
     method, layers = registry.create(name, window_size=WINDOW), planted({})
     with pytest.raises(ProfileError, match=f"'{name}' needs a profile .*'compresskv profile MODEL'"):
         method.score_layers(layers)
-    imported = method.with_profile(replace(profile, num_runs=0))
     with pytest.raises(ProfileError, match=f"'{name}' compares .* org/model holds ranks .*'compresskv profile MODEL'"):
-        imported.score_layers(layers)
+        method.with_profile(replace(profile, num_runs=0))
     measured = method.with_profile(profile)
     assert len(measured.score_layers(layers)) == 3
     assert (method.profile, measured.profile) == (None, profile)

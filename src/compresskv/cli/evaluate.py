@@ -103,7 +103,7 @@ def evaluate(
 
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         prepared = configurations(loaded, chosen_methods, chosen_budgets, chosen_settings, profile)
-        with Evaluation(loaded, tokenizer, plan, output, profile) as evaluation:
+        with Evaluation(loaded, tokenizer, plan, output) as evaluation:
             try:
                 evaluation.run(prepared, bar)
                 if python is not None:

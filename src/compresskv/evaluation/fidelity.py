@@ -1,5 +1,6 @@
 """How near a compressed cache stays to the full one, without decoding: evidence recall and teacher-forced fidelity."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ class Reference:
     token_ids: list[int]
     log_probs: Tensor
     """(n - 1, vocab) float32: log-probabilities of the tokens after the first; the first comes before any eviction."""
+    decode_s: float = 0.0
+    """What decoding the answer took."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ def reference(
     The second reading is what every compressed cache is compared with: both are multi-token passes, so that rounding
     that differs between one-token and multi-token steps does not count as a loss.
     """
+    start = time.perf_counter()
     token_ids = decode(model, tokenizer, first, branch(cache), max_new_tokens)
-    return Reference(token_ids, teacher_forced(model, cache, token_ids))
+    decode_s = time.perf_counter() - start
+    return Reference(token_ids, teacher_forced(model, cache, token_ids), decode_s)
 
 
 @torch.no_grad()

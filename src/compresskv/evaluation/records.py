@@ -50,7 +50,7 @@ class Record:
     top1_agreement: float | None = None
     """Share of those tokens at which the arg-max equals the full cache's."""
     prefill_s: float | None = None
-    """Of the prefill that this configuration used; shared by all configurations of the example where `shared`."""
+    """Of the prefill that this configuration used, all of the example's where `shared_prefill`."""
     shared_prefill: bool = True
     select_s: float | None = None
     """Scoring, selecting and gathering."""
@@ -146,6 +146,7 @@ class RecordLog:
             self.close()
             raise
         self._records = {record.key: record for record in self._log.values}
+        self._prompts = {(record.task, record.example): record.prompt_sha256 for record in self._log.values}
 
     def __enter__(self) -> "RecordLog":
         return self
@@ -160,6 +161,19 @@ class RecordLog:
     def has(self, task: str, example: str, config: str) -> bool:
         """Whether the run holds a record of that example and configuration (`Record.config`)."""
         return (task, example, config) in self._records
+
+    def check_prompt(self, task: str, example: str, prompt_sha256: str) -> None:
+        """Refuse to add to a case whose prompt has changed.
+
+        Raises:
+            DataError: naming the case.
+        """
+        known = self._prompts.setdefault((task, example), prompt_sha256)
+        if known != prompt_sha256:
+            raise DataError(
+                f"{task} {example} was another prompt when {str(self._folder)!r} was made: its data, haystack or "
+                "tokenizer has changed. Give another --output"
+            )
 
     def add(self, record: Record) -> None:
         """Keep a record: it is on disk when this returns.

@@ -15,9 +15,10 @@ __all__ = ["COLUMNS", "report_data", "write_pages", "write_report"]
 _HOW_TO_READ = """\
 Scores are per cent of what the benchmark can give, with a 95 % interval (bootstrap over cases: too narrow where there
 are few, of no width where all scored alike). *vs full* and *vs best baseline* are mean differences over the same cases;
-the best baseline is the other method with the highest score at the same budget and setting. **Bold**: the highest score
-at a budget. *KL* is in nats per token from the full cache's distribution; *top-1* is how often both choose the same
-token; *seconds* are selection and decoding, without the prefill."""
+the best baseline is the other method with the highest score at the same budget and setting that holds no more bytes.
+**Bold**: the highest score at a budget. *exact*: every key answer stands in the prediction. *KL* is in nats per token
+from the full cache's distribution; *top-1* is how often both choose the same token; *seconds* are selection and
+decoding, without the prefill."""
 
 
 def _percent(name: str) -> Callable[[Row], str]:
@@ -60,6 +61,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "score": _score,
     "vs full": _difference("from_full"),
     "vs best baseline": _difference("from_best_baseline"),
+    "exact %": _percent("exact_match"),
+    "ROUGE-1 %": _percent("rouge_1_recall"),
     "evidence %": _percent("evidence_recall"),
     "KL": _number("kl_divergence"),
     "top-1 %": _percent("top1_agreement"),

@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compresskv
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.evaluation.encode import encode
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.peer_records import add_peers
@@ -20,6 +20,7 @@ from compresskv.evaluation.peer_request import PeerRequest
 from compresskv.evaluation.records import RecordLog
 from compresskv.evaluation.runner import Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings, create_task
+from compresskv.profiles.fingerprint import fingerprint
 from compresskv.prompts import room_for_prompt
 from compresskv.suggest import suggestion
 
@@ -51,6 +52,11 @@ class Plan:
     """Whether compressed caches decode answers."""
 
     def __post_init__(self) -> None:
+        for option in ("lengths", "depths"):
+            if not getattr(self, option):
+                raise ConfigError(f"--{option} names no number")
+        if self.data is not None and not self.data.is_dir():
+            raise DataError(f"--data {self.data}: no such folder")
         if self.too_long not in TOO_LONG:
             raise ConfigError(f"--too-long {self.too_long!r} is unknown: choose from {', '.join(TOO_LONG)}")
         for option in ("max_prompt_tokens", "max_new_tokens"):
@@ -107,18 +113,22 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         tokenizer: PreTrainedTokenizerBase,
         plan: Plan,
         folder: Path,
-        profile: Path | None = None,
     ) -> None:
         """Open or resume a run.
 
         Raises:
             DataError: the folder holds a run of another plan or model, or cannot be used.
             DataError, ConfigError: as the tasks raise them. The folder is not touched then.
-            PromptError: no prompt fits below the limit.
+            PromptError: a prompt cannot be cut to the limit.
         """
         self._model, self._tokenizer, self._plan = model, tokenizer, plan
         self._versions = versions(model)
-        configuration = {**plan.to_dict(), "profile": None if profile is None else profile.name, **self._versions}
+        configuration = {
+            **plan.to_dict(),
+            **self._versions,
+            "device": model.device.type,
+            "weights": str(fingerprint(model)),
+        }
         self.counts = Counts()
         self.cases = self._encoded()
         """The prompts of all tasks."""
@@ -134,29 +144,41 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             examples = task.examples(self._plan.task_settings(self._tokenizer, subsets))
             for example in _sliced(examples, slice(*self._plan.rows)):
                 case = self._case(task, example)
-                if not case.prompt.num_truncated:
-                    cases.append(case)
-                elif self._plan.too_long == "skip":
+                if case is None:
                     self.counts.skipped += 1
                 else:
-                    self.counts.truncated += 1
+                    self.counts.truncated += case.prompt.num_truncated > 0
                     cases.append(case)
         self.counts.examples = len(cases)
         return cases
 
-    def _case(self, task: Task, example: Example) -> Case:
+    def _case(self, task: Task, example: Example) -> Case | None:
+        """None where the prompt is to be left out."""
+        skips = self._plan.too_long == "skip"
         wanted = min(example.max_new_tokens, self._plan.max_new_tokens or example.max_new_tokens)
         limits = [room_for_prompt(self._model, wanted), self._plan.max_prompt_tokens]
         max_tokens = min((limit for limit in limits if limit is not None), default=None)
         example = replace(example, max_new_tokens=wanted)
-        return Case(task, example, encode(self._tokenizer, example, max_tokens))
+        try:
+            prompt = encode(self._tokenizer, example, max_tokens)
+        except PromptError:
+            if skips:
+                return None
+            raise
+        return None if skips and prompt.num_truncated else Case(task, example, prompt)
 
     def run(self, configurations: Sequence[Configuration], progress: Progress) -> None:
-        """Run what the log does not hold yet. A kill loses the configuration at hand, nothing more."""
+        """Run what the log does not hold yet. A kill loses the configuration at hand, nothing more.
+
+        Raises:
+            DataError: the run holds records of other prompts or of another profile.
+        """
+        self._check_profiles(configurations)
         runner = Runner(self._model, self._tokenizer, self._plan.seed, self._plan.answers, self._versions)
         for number, case in enumerate(self.cases):
             example = case.example
-            progress(f"{example.task} {example.id[:12]}", number / len(self.cases))
+            self.log.check_prompt(example.task, example.id, case.prompt.sha256)
+            progress("evaluating", number / len(self.cases))
             pending = [one for one in configurations if not self.log.has(example.task, example.id, one.name)]
             if not pending:
                 continue
@@ -164,7 +186,16 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             for done, record in enumerate(runner.run(case, pending), 1):
                 self.log.add(record)
                 self.counts.records += 1
-                progress(f"{example.task} {example.id[:12]}", (number + done / len(pending)) / len(self.cases))
+                progress("evaluating", (number + done / len(pending)) / len(self.cases))
+
+    def _check_profiles(self, configurations: Sequence[Configuration]) -> None:
+        used = {one.label: one.profile_digest for one in configurations}
+        for record in self.log.records():
+            known = record.versions.get("profile")
+            if record.method in used and known != used[record.method]:
+                raise DataError(
+                    f"{record.method} was run with profile {known}, not {used[record.method]}: give another --output"
+                )
 
     def run_peers(self, python: Path, request: PeerRequest, progress: Progress) -> None:
         """Run kvpress presses on the same cases; those that fail are counted by name."""

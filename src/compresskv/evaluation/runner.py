@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,12 @@ class Configuration:
         """What tables call it, and what tells it from the others of a run."""
         return config_name(self.label, self.budget, self.setting)
 
+    @property
+    def profile_digest(self) -> str | None:
+        """What tells the method's profile from others; None where it has none."""
+        profile = getattr(self.method, "profile", None)
+        return None if profile is None else profile.digest
+
 
 @dataclass(frozen=True)
 class Case:
@@ -58,7 +64,7 @@ class Runner:
     seed: int = 0
     answers: bool = True
     """Whether compressed caches decode an answer; without, only recall and fidelity are measured."""
-    versions: dict[str, str] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     def run(self, case: Case, configurations: Sequence[Configuration]) -> Iterator[Record]:
         """One record for each configuration, in order, from one prefill."""
@@ -88,12 +94,10 @@ class _Reading:
             logits = captured.read(rest)
         self._prefill_s = time.perf_counter() - start
         first = int(logits.argmax())
-        start = time.perf_counter()
         full = reference(runner.model, runner.tokenizer, captured.cache, first, self._case.example.max_new_tokens)
-        full_s = time.perf_counter() - start
         for configuration in configurations:
             if configuration.budget is None:
-                yield self._full_record(configuration, captured, full, full_s)
+                yield self._full_record(configuration, captured, full)
             elif configuration.setting == "aware":
                 yield self._record(configuration, captured, full, first)
             elif document is not None:
@@ -134,19 +138,19 @@ class _Reading:
         start = time.perf_counter()
         limit = self._case.example.max_new_tokens
         token_ids = decode(self._runner.model, self._runner.tokenizer, first, cache, limit)
-        return self._scored(token_ids) | {"decode_s": time.perf_counter() - start}
+        decode_s = time.perf_counter() - start
+        return self._scored(token_ids) | {"decode_s": decode_s}
 
     def _scored(self, token_ids: list[int]) -> dict[str, Any]:
-        text = str(self._runner.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+        # Not stripped: in code, indentation is part of the answer.
+        text = str(self._runner.tokenizer.decode(token_ids, skip_special_tokens=True))
         return {
             "prediction": text,
             "metrics": self._case.task.score(self._case.example, text),
             "token_ids": token_ids,
         }
 
-    def _full_record(
-        self, configuration: Configuration, captured: CapturedPrompt, full: Reference, decode_s: float
-    ) -> Record:
+    def _full_record(self, configuration: Configuration, captured: CapturedPrompt, full: Reference) -> Record:
         measured = {
             "retained_tokens": float(len(self._case.prompt.input_ids)),
             "kv_nbytes": captured.nbytes,
@@ -155,12 +159,12 @@ class _Reading:
             "kl_divergence": 0.0,
             "top1_agreement": 1.0,
             "select_s": 0.0,
-            "decode_s": decode_s,
+            "decode_s": full.decode_s,
         }
         return self._filled(configuration, measured | self._scored(full.token_ids))
 
     def _filled(self, configuration: Configuration, measured: dict[str, Any]) -> Record:
-        case = self._case
+        case, digest = self._case, configuration.profile_digest
         return Record(
             task=case.example.task,
             example=case.example.id,
@@ -173,6 +177,6 @@ class _Reading:
             prefill_s=self._prefill_s,
             meta=case.example.meta,
             seed=self._runner.seed,
-            versions=self._runner.versions or {},
+            versions=self._runner.versions | ({"profile": digest} if digest else {}),
             **measured,
         )

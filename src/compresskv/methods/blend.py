@@ -58,15 +58,18 @@ class Blend(CAKE):
             raise ConfigError(f"vote_weight={self.vote_weight} must not be negative")
 
     def with_profile(self, profile: Profile) -> "Blend":
-        """The method with a model's head scores."""
-        return replace(self, profile=profile)
+        """The method with a model's head scores.
+
+        Raises:
+            ProfileError: the profile holds ranks within layers.
+        """
+        return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
 
     def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
         """(B, H_kv, T) for each layer."""
-        profile = needed_profile(self.name, self.profile, across_layers=True)
+        profile = needed_profile(self.name, self.profile)
         valid = layers[0].valid
         vote = cast_vote(layers, profile, self.num_heads, self.vote_kernel_size)
-        vote = set_first(vote, self.num_sinks, 0, valid)
         blended = []
         for inputs in layers:
             local = set_first(without_padding(self.score(inputs), valid), self.num_sinks, 0, valid)
@@ -75,6 +78,10 @@ class Blend(CAKE):
             scores = local / scale + self.vote_weight * weights * vote
             blended.append(set_first(scores, self.num_sinks, torch.inf, valid))
         return blended
+
+    @property
+    def _num_sure(self) -> int:
+        return self.window_size + self.num_sinks
 
     def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
         """(B, H_kv, R)."""

@@ -11,7 +11,7 @@ from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 from compresskv.registry import register
-from compresskv.scoring import mean_over_groups, pool, window_moments
+from compresskv.scoring import mean_over_groups, pool
 
 
 @register
@@ -22,7 +22,8 @@ class CAKE(SnapKV):
     A layer's preference is H^(1/tau1) * V^(1/tau2): H is the entropy of its attention over tokens, V the variance
     over the window's queries, each summed over the tokens before the window and averaged over heads.
 
-    Source: CAKE (arXiv 2503.12491), sections 4.2 and 4.3, with its published settings' order of magnitude. Differs:
+    Source: CAKE (arXiv 2503.12491), sections 4.2 and 4.3; window and gamma are the paper's, tau1 and tau2, which it
+    chooses for each model, are 1. Differs:
     layers are cut together at the end of prefill (the paper cuts them in a cascade, to the same result), and budgets
     sum exactly.
     """
@@ -47,31 +48,30 @@ class CAKE(SnapKV):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
-        mean, variance = _moments(inputs)
+        mean, variance = inputs.attention_moments
         return mean_over_groups(pool(mean + self.gamma * variance, self.kernel_size), inputs.keys.shape[1])
 
     def share_budgets(
         self, layers: Sequence[LayerInputs], budgets: list[list[int]], row_lengths: list[int]
     ) -> list[list[int]]:
-        """In proportion to the layers' preferences; every layer keeps at least its window, as far as that goes."""
+        """In proportion to the layers' preferences, above what every layer is sure of."""
         preferences = torch.stack([self._preference(layer) for layer in layers], dim=1).tolist()  # (B, L)
         rows = []
         for row, length in enumerate(row_lengths):
             mean = budgets[0][row]
-            window = min(self.window_size, mean)
-            spares = layer_budgets.proportional((mean - window) * len(layers), preferences[row], length - window)
-            rows.append([window + spare for spare in spares])
+            floor = min(self._num_sure, mean)
+            spares = layer_budgets.proportional((mean - floor) * len(layers), preferences[row], length - floor)
+            rows.append([floor + spare for spare in spares])
         return [list(column) for column in zip(*rows, strict=True)]
+
+    @property
+    def _num_sure(self) -> int:
+        """Tokens that every layer keeps, as far as the budget goes."""
+        return self.window_size
 
     def _preference(self, inputs: LayerInputs) -> Tensor:
         """(B,): how much of the budget the layer should have."""
-        mean, variance = _moments(inputs)
+        mean, variance = inputs.attention_moments
         entropy = -(mean * mean.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=-1).mean(dim=-1)
         restless = variance.sum(dim=-1).mean(dim=-1)
         return entropy.clamp(min=0) ** (1 / self.tau1) * restless ** (1 / self.tau2)
-
-
-def _moments(inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-    return window_moments(
-        inputs.query_window, inputs.keys, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
-    )

@@ -42,14 +42,16 @@ class Vote(Method):
                 raise ConfigError(f"{option}={getattr(self, option)} must be at least {least}")
 
     def with_profile(self, profile: Profile) -> "Vote":
-        """The method with a model's head scores."""
-        return replace(self, profile=profile)
+        """The method with a model's head scores.
+
+        Raises:
+            ProfileError: the profile holds ranks within layers.
+        """
+        return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
 
     def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
         """The same (B, 1, T) for every layer."""
-        vote = cast_vote(
-            layers, needed_profile(self.name, self.profile, across_layers=True), self.num_heads, self.kernel_size
-        )
+        vote = cast_vote(layers, needed_profile(self.name, self.profile), self.num_heads, self.kernel_size)
         return [set_first(vote, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
 
 

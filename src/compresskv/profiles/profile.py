@@ -1,5 +1,6 @@
 """The profile: head scores and layer errors of one model, with where they came from. One versioned JSON file."""
 
+import hashlib
 import json
 import math
 import operator
@@ -103,6 +104,11 @@ class Profile:
     def layer_budgets(self, budget: int) -> list[int]:
         """Tokens that each layer retains at a mean of `budget`, of a prompt too long to cap any of them."""
         return error_aware(budget, sys.maxsize, self.layer_errors)
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that stand for the whole profile."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
