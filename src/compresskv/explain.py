@@ -14,6 +14,7 @@ from compresskv.compression import Compressing
 from compresskv.generation import decode, prefill
 from compresskv.layer import CompressedLayer
 from compresskv.method import Method
+from compresskv.offsets import token_range
 from compresskv.selection import UNUSED
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
@@ -197,9 +198,9 @@ def prompt_text(
     return PromptText(
         texts,
         tuple(token in special_ids for token in input_ids),
-        document=_token_range(offsets, start, end),
-        question=_token_range(offsets, end, asked_end),
-        evidence=tuple(_token_range(offsets, start + a, start + b) for a, b in sorted(set(found))),
+        document=token_range(offsets, start, end),
+        question=token_range(offsets, end, asked_end),
+        evidence=tuple(token_range(offsets, start + a, start + b) for a, b in sorted(set(found))),
     )
 
 
@@ -244,12 +245,6 @@ def _offsets(texts: Sequence[str]) -> list[tuple[int, int]]:
             yield start, end
 
     return list(walk())
-
-
-def _token_range(offsets: Sequence[tuple[int, int]], start: int, end: int) -> slice:
-    """The tokens that hold any of the characters from `start` to `end`."""
-    first = sum(1 for _, token_end in offsets if token_end <= start)
-    return slice(first, max(first, sum(1 for token_start, _ in offsets if token_start < end)))
 
 
 def _layer_retention(layer: CompressedLayer) -> LayerRetention:

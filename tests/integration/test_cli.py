@@ -12,15 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import compresskv
 import planted
+from commands import Result, runner
 from compresskv import registry
-from compresskv.cli import main
 from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import default_path, write_profile
@@ -28,14 +28,6 @@ from compresskv.profiles.store import default_path, write_profile
 QUESTION = "What of amber?"
 ANSWER = "amber1 amber2 amber3 amber4 amber5 amber6"
 METHODS = list(registry.methods())
-
-
-class Result(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +71,7 @@ def call(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
     """Run a command in this process, in the folder of documents."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("COMPRESSKV_CACHE", str(place / "cache"))
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["compresskv", *args])
-        capfd.readouterr()  # transformers tells of what a test saved
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, *capfd.readouterr())
-
-    return run
+    return runner(monkeypatch, capfd, columns=80)
 
 
 @pytest.fixture

@@ -9,25 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import planted
-from compresskv.cli import main
+from commands import Result, runner
 from compresskv.evaluation.records import Record, read_run
 
 NEEDLE = ["--tasks", "needle", "--subsets", "single", "--lengths", "400", "--depths", "50"]
 REAL = ["eval", *NEEDLE, "--methods", "full,snapkv,knorm", "--budgets", "64"]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-class Result(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run a command in this process."""
     monkeypatch.chdir(place)
-    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("COMPRESSKV_PEERS_PYTHON", raising=False)
-
-    def run(*args: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["compresskv", *map(str, args)])
-        capfd.readouterr()  # transformers tells of what a test saved
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, *capfd.readouterr())
-
-    return run
+    return runner(monkeypatch, capfd, columns=100)
 
 
 def environment() -> dict[str, str]:
@@ -214,7 +195,7 @@ class TestBadInput:
             (["--depths", "101"], ["--depths 101"]),
             (["--haystack", "missing.txt"], ["missing.txt"]),
             (["--peers", "SnapKVPress"], ["the peers' python .venv-peers/bin/python does not exist", "scripts/peers"]),
-            (["--peer-budget", "words"], ["peer_budget='words'"]),
+            (["--peer-budget", "words"], ["--peer-budget 'words' is unknown"]),
             (["--model", "nowhere.gguf"], ["--model nowhere.gguf"]),
             (["--profile", "missing.json", "--methods", "compresskv"], ["'missing.json'"]),
             (["--output", "file/run"], ["cannot keep records in 'file/run'"]),

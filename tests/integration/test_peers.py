@@ -31,7 +31,7 @@ def _python() -> Path:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> PeerCase:
+def case() -> PeerCase:
     """A prompt, and what the full cache answers. In float32, where the order of sums decides no arg-max."""
     _python()
     model, tokenizer = models.load(dtype="float32", device="cpu")
@@ -40,9 +40,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> PeerCase:
     cache = DynamicCache()
     first = int(prefill(model, torch.tensor([ids]), cache).argmax())
     full = reference(model, tokenizer, cache, first, 12)
-    log_probs = tmp_path_factory.mktemp("reference") / "log_probs.pt"
-    torch.save(full.log_probs, log_probs)
-    return PeerCase("t", "1", tuple(ids), 12, NUM_CONTEXT, tuple(full.token_ids), str(log_probs))
+    return PeerCase("t", "1", tuple(ids), 12, NUM_CONTEXT, tuple(full.token_ids))
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +85,10 @@ def test_a_budget_above_the_prompt_answers_as_the_full_cache(
 
     assert tuple(row["token_ids"]) == case.reference_ids
     assert row["top1_agreement"] == 1
-    assert row["kl_divergence"] == pytest.approx(0, abs=1e-6)
 
 
-def test_compression_shows_in_the_divergence(rows: Rows) -> None:
-    for (_, budget, _), row in rows.items():
-        assert 0 <= row["top1_agreement"] <= 1
-        assert (row["kl_divergence"] > 1e-3) == (budget == BUDGET)
+def test_agreement_is_a_share(rows: Rows) -> None:
+    assert all(0 <= row["top1_agreement"] <= 1 for row in rows.values())
 
 
 def test_a_case_that_fails_leaves_the_others_their_results(case: PeerCase) -> None:
@@ -104,9 +99,4 @@ def test_a_case_that_fails_leaves_the_others_their_results(case: PeerCase) -> No
 
     assert failed["error"].startswith("the prompt has no suffix to hold back")
     assert (done["retained_tokens"], done["logical_tokens"]) == (len(case.input_ids), BUDGET)
-    assert (done["top1_agreement"], done["kl_divergence"]) == (None, None)
-
-
-def test_an_unknown_press_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"unknown press 'SnapKVPres': choose from SnapKVPress, "):
-        list(run_peers(_python(), PeerRequest("smollm2-135m", (), ("SnapKVPres",), (BUDGET,))))
+    assert done["top1_agreement"] is None

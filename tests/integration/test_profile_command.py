@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 import planted
 import tiny
+from commands import Result, runner
 from compresskv import models
-from compresskv.cli import main
 from compresskv.embedded import ensure_embedded
 from compresskv.profiles import store
 from compresskv.profiles.fingerprint import fingerprint
@@ -29,14 +28,6 @@ ANSWER = "amber1 amber2 amber3 amber4 amber5 amber6"
 FIGURES = "figures: figures/head_scores.png, figures/layer_budgets.png\n"
 SMALL = ["--lengths", "256", "--depths", "20,70"]
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the 'plot' extra is not installed")
-
-
-class Result(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +49,7 @@ def call(
     monkeypatch.chdir(place)
     monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "_SHIPPED", tmp_path / "none")
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["compresskv", *args])
-        capfd.readouterr()  # transformers tells of what a test saved
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, *capfd.readouterr())
-
-    return run
+    return runner(monkeypatch, capfd, columns=80)
 
 
 def find(*args: str) -> list[str]:

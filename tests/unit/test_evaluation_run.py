@@ -390,15 +390,11 @@ class Peers:
         yield from self._rows(request)
 
     def _rows(self, request: PeerRequest) -> Iterator[Row]:
-        number = 0
-        for case in request.cases:
-            for setting in request.settings:
-                for press in request.presses:
-                    for budget in request.budgets:
-                        number += 1
-                        if number > self.stops_after:
-                            raise CompressKVError("the peers' process ended with status 1")
-                        yield self._row(case, setting, press, budget)
+        pending = [(case, *config) for case in request.cases for config in request.pending(case)]
+        for case, setting, press, budget in pending[: self.stops_after]:
+            yield self._row(case, setting, press, budget)
+        if len(pending) > self.stops_after:
+            raise CompressKVError("the peers' process ended with status 1")
 
     def _row(self, case: Any, setting: str, press: str, budget: float) -> Row:
         row = {"task": case.task, "example": case.example, "method": f"kvpress:{press}"}
@@ -464,9 +460,27 @@ class TestPeers:
         before = records()
         peers.failing = set()
         assert run_with_peers(request()) == Counts(examples=3, records=1)
-        assert [case.example for case in peers.asked[1].cases] == ["birch"]
+        (case,) = peers.asked[1].cases
+        assert (case.example, case.done) == ("birch", ("kvpress:SnapKVPress @ 30",))
         assert records()[:-1] == before
         assert records()[-1].key == ("toy/short", "birch", "kvpress:SnapKVPress @ 0.5")
+
+    def test_progress_counts_what_is_run(self, peers: Peers) -> None:
+        peers.stops_after = 1
+        with pytest.raises(CompressKVError, match="status 1"):
+            run_with_peers(request())
+        peers.stops_after, peers.failing = 10_000, {("birch", 30)}
+        told: list[float] = []
+        with opened() as evaluation:
+            evaluation.run_peers(Path("python"), request(), lambda _, fraction: told.append(fraction))
+        assert told == [number / 5 for number in range(1, 6)]
+
+    def test_predictions_are_scored_with_their_indentation(self, peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(planted.tokenizer(), "decode", lambda *_, **__: "  return 1\n")
+        scored: list[str] = []
+        monkeypatch.setattr(Toy, "score", lambda _, __, text: scored.append(text) or {"score": 1.0})
+        run_with_peers(request())
+        assert {record.prediction for record in records()} == set(scored) == {"  return 1\n"}
 
     def test_a_run_that_has_all_of_them_starts_no_process(self, peers: Peers) -> None:
         run_with_peers(request())

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from compresskv.errors import CompressKVError, ConfigError, DataError
+from compresskv.errors import CompressKVError, ConfigError
 from compresskv.evaluation.peer_process import PYTHON_VARIABLE, peers_python, run_peers
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest
 
+CASE = PeerCase("needle/single", "1", (1, 2, 3), 8, suffix_start=2, reference_ids=(4, 5), done=("full",))
 REQUEST = PeerRequest(
     model="smollm2-135m",
-    cases=(PeerCase("needle/single", "1", (1, 2, 3), 8, suffix_start=2, reference_ids=(4, 5)),),
+    cases=(CASE,),
     presses=("SnapKVPress",),
     budgets=(128, 0.5),
 )
@@ -112,8 +113,8 @@ def test_a_line_that_is_no_result_is_refused(python: Callable[[str], Path], line
 
 
 def test_what_stops_the_whole_request_is_raised(python: Callable[[str], Path]) -> None:
-    with pytest.raises(ConfigError, match=r"^peers: unknown press 'Snap'$"):
-        list(run_peers(python("echo '{\"fatal\": \"unknown press '\"'Snap'\"'\"}'; exit 2"), REQUEST))
+    with pytest.raises(ConfigError, match=r"^peers: no model 'Snap'$"):
+        list(run_peers(python("echo '{\"fatal\": \"no model '\"'Snap'\"'\"}'; exit 2"), REQUEST))
 
 
 @pytest.mark.parametrize("interrupt", [None, KeyboardInterrupt, ValueError])
@@ -129,22 +130,3 @@ def test_an_early_end_ends_the_process(python: Callable[[str], Path], interrupt:
 
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-
-
-def test_a_request_that_cannot_work_is_refused_where_it_is_made() -> None:
-    with pytest.raises(ConfigError, match="budget=0 must be at least 1"):
-        PeerRequest("m", (), (), budgets=(0,))
-    with pytest.raises(ConfigError, match="setting='blind' is unknown"):
-        PeerRequest("m", (), (), (), settings=("blind",))
-    with pytest.raises(ConfigError, match="peer_budget='bits' is unknown"):
-        PeerRequest("m", (), (), (), peer_budget="bits")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"cases": [{"tusk": 1}]}', '{"cases": [], "modle": ""}', '{"cases": 1}']
-)
-def test_a_malformed_request_names_its_file(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "request.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"request\.json: not a request for peers"):
-        PeerRequest.read(path)

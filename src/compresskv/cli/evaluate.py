@@ -18,7 +18,7 @@ Examples:
   compresskv eval --tasks needle --lengths 1024,2048 --budgets 64,128 -o runs/needle
   compresskv eval --tasks longbench --subsets hotpotqa,samsum --data ~/data -o runs/longbench
   compresskv eval --tasks needle --methods full,snapkv[window_size=32],vote --no-answers -o runs/quick
-  compresskv eval --tasks needle --peers SnapKVPress,ChunkKVPress -o runs/needle
+  compresskv eval --tasks needle --peers SnapKVPress,KnormPress -o runs/needle
   compresskv report runs/needle
 
 A run that was stopped goes on where it was when the same command is given again; more methods, budgets and peers can
@@ -59,9 +59,13 @@ def evaluate(
     answers: Annotated[
         bool, typer.Option(help="Decode an answer with each cache; without, recall and fidelity only.")
     ] = True,
-    peers: Annotated[str, typer.Option(help="kvpress presses to run too: SnapKVPress,ChunkKVPress.")] = "",
+    peers: Annotated[str, typer.Option(help="kvpress presses to run too: KnormPress,ChunkKVPress(SnapKVPress).")] = "",
     peer_budget: Annotated[
-        str, typer.Option(help="What a press that masks without freeing is charged: its 'tokens' or its 'bytes'.")
+        str,
+        typer.Option(
+            help="What a press that masks without freeing is charged with: the 'tokens' it leaves unmasked or, "
+            "with 'bytes', all tokens it holds. What is run stays the same."
+        ),
     ] = "tokens",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     profile: ProfileOption = None,

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compresskv.errors import PromptError
 from compresskv.evaluation.example import Example
+from compresskv.offsets import token_range
 
 _STAND_IN = "\x1a"  # what no template contains
 
@@ -54,13 +55,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_tokens: int
         encoded = _tokens(tokenizer, head + text + tail, special=template is None)
     *evidence, (start, end) = [(a + len(head), b + len(head)) for a, b in spans]
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    ranges = (_token_range(offsets, *span) for span in evidence if span[0] < span[1])
-    suffix = _token_range(offsets, start, end).start if start < end else len(offsets)
+    ranges = (token_range(offsets, *span) for span in evidence if span[0] < span[1])
+    suffix = token_range(offsets, start, end).start if start < end else len(offsets)
     return EncodedPrompt(
         input_ids=encoded["input_ids"],
         num_truncated=num_tokens - len(offsets),
         evidence=tuple(ranges),
-        suffix_start=min(suffix, _token_range(offsets, end, end).start),
+        suffix_start=min(suffix, token_range(offsets, end, end).start),
     )
 
 
@@ -98,9 +99,3 @@ def _without_middle(
     spans = [*example.evidence, (len(example.prefix) + len(example.context), len(example.prompt))]
     text = example.prompt[:gap_start] + example.prompt[gap_end:]
     return text, [(moved(start), moved(end)) for start, end in spans]
-
-
-def _token_range(offsets: list[tuple[int, int]], start: int, end: int) -> slice:
-    """The tokens that hold any of the characters from `start` to `end`."""
-    first = sum(1 for _, token_end in offsets if token_end <= start)
-    return slice(first, max(first, sum(1 for token_start, _ in offsets if token_start < end)))

@@ -17,21 +17,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.attention import decoder_config
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.evaluation.peer_cache import PeerCache
+from compresskv.evaluation.peer_request import check_presses
 from compresskv.generation import prefill
-
-PRESSES = (
-    "SnapKVPress",
-    "ExpectedAttentionPress",
-    "KnormPress",
-    "ChunkKVPress(SnapKVPress)",
-    "FinchPress",
-    "AdaKVPress(SnapKVPress)",
-    "AdaKVPress(ExpectedAttentionPress)",
-    "CriticalAdaKVPress(SnapKVPress)",
-    "KVzipPress",
-)
-"""Outer(Inner), each with kvpress's own defaults. The first five free memory; the others mask, so they hold
-the whole prompt, KVzipPress twice until the next token: its keys are views that keep its own replay alive."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +103,7 @@ def peer(name: str) -> Peer:
     Raises:
         ConfigError: unknown; or this environment has no kvpress.
     """
-    if name not in PRESSES:
-        raise ConfigError(f"unknown press {name!r}: choose from {', '.join(PRESSES)}")
+    check_presses([name])
     _kvpress()
     return Peer(name)
 

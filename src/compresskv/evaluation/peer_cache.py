@@ -104,12 +104,12 @@ class PeerCache:
         return token_ids
 
     def teacher_forced(self, token_ids: Sequence[int]) -> Tensor:
-        """(n - 1, vocab) float32 log-probabilities after each token but the last. The cache stays as it was."""
-        lengths, position, logits = self.lengths, self.next_position, self.logits
-        log_probs = self.read(torch.tensor([list(token_ids[:-1])], device=self.model.device)).float().log_softmax(-1)
+        """(n - 1, vocab) logits after each token but the last. The cache stays as it was."""
+        lengths, position, last = self.lengths, self.next_position, self.logits
+        logits = self.read(torch.tensor([list(token_ids[:-1])], device=self.model.device))
         self._go_back(lengths, position)
-        self.logits = logits
-        return log_probs
+        self.logits = last
+        return logits
 
 
 def _masked_modules(model: PreTrainedModel) -> list[Any]:

@@ -30,8 +30,8 @@ def peers_python(chosen: Path | None = None) -> Path:
 def run_peers(python: Path, request: PeerRequest) -> Generator[dict[str, Any], None, None]:
     """Run the request in another environment; ends its process where the caller stops early or is interrupted.
 
-    Returns: a result for each case, setting, press and budget as soon as it is known, with the names that `Record`
-        has; one that failed has 'error' instead of figures.
+    Returns: a result for each case and configuration that is not done, as soon as it is known, with the names that
+        `Record` has; one that failed has 'error' instead of figures.
     Raises:
         ConfigError: the environment is missing or lacks kvpress, or nothing in the request can be run.
         CompressKVError: the process ended early or wrote what is not a result.

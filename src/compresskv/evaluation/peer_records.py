@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def add_peers(
     tokenizer: PreTrainedTokenizerBase,
     shared: dict[str, Any],
 ) -> Iterator[tuple[float, str | None]]:
-    """Run presses on the cases that the log lacks them for, and keep their records.
+    """Run the presses and budgets that the log lacks, and keep their records.
 
     The log must hold the full cache's records: its answers are what top-1 agreement is measured against. KL
     divergence is not measured, since the full cache's distributions stay in this process.
@@ -36,32 +36,32 @@ def add_peers(
     Raises:
         ConfigError, CompressKVError: as for `run_peers`.
     """
-    wanted = [
-        config_name(f"kvpress:{press}", budget, setting)
-        for setting in request.settings
-        for press in request.presses
-        for budget in request.budgets
-    ]
     by_id = {(case.example.task, case.example.id): case for case in cases}
-    pending = {key: case for key, case in by_id.items() if not all(log.has(*key, config) for config in wanted)}
-    if not pending:
+    asked = replace(request, cases=tuple(_pending(request, by_id, log)))
+    total = sum(len(asked.pending(case)) for case in asked.cases)
+    if not total:
         return
-    answers = {(row.task, row.example): row.token_ids or [] for row in log.records() if row.budget is None}
-    chosen = tuple(_peer_case(case, answers.get(key, [])) for key, case in pending.items())
-    total = len(chosen) * len(wanted)
-    asked = PeerRequest(**{**vars(request), "cases": chosen})
     with contextlib.closing(run_peers(python, asked)) as rows:
         for done, row in enumerate(rows, 1):
-            key = row["task"], row["example"]
-            config = config_name(row["method"], row["budget"], row["setting"])
             if "error" in row:
+                config = config_name(row["method"], row["budget"], row["setting"])
                 yield done / total, f"{row['task']} {row['example']}, {config}: {row['error']}"
-            elif not log.has(*key, config):
-                log.add(_record(pending[key], row, tokenizer, shared))
+            else:
+                log.add(_record(by_id[row["task"], row["example"]], row, tokenizer, shared))
                 yield done / total, None
 
 
-def _peer_case(case: Case, answer: list[int]) -> PeerCase:
+def _pending(request: PeerRequest, cases: dict[tuple[str, str], Case], log: RecordLog) -> Iterator[PeerCase]:
+    """The cases that lack a record, each with the configurations that it has."""
+    answers = {(row.task, row.example): row.token_ids or [] for row in log.records() if row.budget is None}
+    configs = request.configs()
+    for key, case in cases.items():
+        done = tuple(config for config in configs if log.has(*key, config))
+        if len(done) < len(configs):
+            yield _peer_case(case, answers.get(key, []), done)
+
+
+def _peer_case(case: Case, answer: list[int], done: tuple[str, ...]) -> PeerCase:
     prompt = case.prompt
     return PeerCase(
         task=case.example.task,
@@ -70,11 +70,12 @@ def _peer_case(case: Case, answer: list[int]) -> PeerCase:
         max_new_tokens=case.example.max_new_tokens,
         suffix_start=prompt.suffix_start if 0 < prompt.suffix_start < len(prompt.input_ids) else None,
         reference_ids=tuple(answer),
+        done=done,
     )
 
 
 def _record(case: Case, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shared: dict[str, Any]) -> Record:
-    text = str(tokenizer.decode(row["token_ids"], skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(row["token_ids"], skip_special_tokens=True))  # unstripped, as `Runner` has it
     return Record(
         **{name: value for name, value in row.items() if name in _OWN_FIELDS and name != "versions"},
         prompt_sha256=case.prompt.sha256,

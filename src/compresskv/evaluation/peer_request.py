@@ -1,15 +1,46 @@
 """What the peers' process is asked to do: cases, presses and budgets, as JSON."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from compresskv.budgets import check_budget
 from compresskv.errors import ConfigError, DataError, first_line
+from compresskv.evaluation.records import SETTINGS, config_name
+from compresskv.suggest import suggestion
 
-SETTINGS = ("aware", "agnostic")
 BUDGET_UNITS = ("tokens", "bytes")
+PRESSES = (
+    "SnapKVPress",
+    "ExpectedAttentionPress",
+    "KnormPress",
+    "ChunkKVPress(SnapKVPress)",
+    "FinchPress",
+    "AdaKVPress(SnapKVPress)",
+    "AdaKVPress(ExpectedAttentionPress)",
+    "CriticalAdaKVPress(SnapKVPress)",
+    "KVzipPress",
+)
+"""Outer(Inner), each with kvpress's own defaults. The first five free memory; the others mask, so they hold
+the whole prompt, KVzipPress twice until the next token: its keys are views that keep its own replay alive."""
+
+
+def check_presses(names: Iterable[str]) -> None:
+    """Refuse presses that the peers' process cannot run. Needs no kvpress.
+
+    Raises:
+        ConfigError: naming the first that is unknown.
+    """
+    for name in names:
+        if name not in PRESSES:
+            raise ConfigError(f"--peers {name!r} is unknown{suggestion(name, PRESSES)}")
+
+
+def method_name(press: str) -> str:
+    """What records call a press."""
+    return f"kvpress:{press}"
 
 
 @dataclass(frozen=True)
@@ -24,9 +55,8 @@ class PeerCase:
     """The question's first token: where the query-agnostic setting cuts the prompt. None: it cannot be cut."""
     reference_ids: tuple[int, ...] = ()
     """The full cache's own answer; empty: nothing to compare with."""
-    reference_log_probs: str | None = None
-    """A .pt or .npz file with the full cache's log-probabilities after each of `reference_ids` but the last:
-    (n - 1, vocab), as `fidelity.reference` gives them. None: no divergence is measured."""
+    done: tuple[str, ...] = ()
+    """Configurations that are not run on this case, by `config_name`."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +72,31 @@ class PeerRequest:
     dtype: str | None = None
     device: str | None = None
     peer_budget: str = "tokens"
-    """What `retained_tokens` counts of a press that masks instead of freeing: 'tokens', those it does not mask;
-    'bytes', those it holds, which is the whole prompt at any budget."""
+    """What `retained_tokens` says of a press that masks instead of freeing: 'tokens', those it leaves unmasked;
+    'bytes', all those it holds, which is the whole prompt at any budget. It changes this figure, not what is run."""
 
     def __post_init__(self) -> None:
+        check_presses(self.presses)
         for budget in self.budgets:
             check_budget(budget)
         for setting in self.settings:
             if setting not in SETTINGS:
                 raise ConfigError(f"setting={setting!r} is unknown: choose from {', '.join(SETTINGS)}")
         if self.peer_budget not in BUDGET_UNITS:
-            raise ConfigError(f"peer_budget={self.peer_budget!r} is unknown: choose from {', '.join(BUDGET_UNITS)}")
+            raise ConfigError(f"--peer-budget {self.peer_budget!r} is unknown: choose from {', '.join(BUDGET_UNITS)}")
+
+    def configs(self) -> dict[str, tuple[str, str, int | float]]:
+        """(setting, press, budget) of every configuration, by the name that its records have."""
+        return {
+            config_name(method_name(press), budget, setting): (setting, press, budget)
+            for setting in self.settings
+            for press in self.presses
+            for budget in self.budgets
+        }
+
+    def pending(self, case: PeerCase) -> list[tuple[str, str, int | float]]:
+        """(setting, press, budget) of what is to be run on a case."""
+        return [config for name, config in self.configs().items() if name not in case.done]
 
     def write(self, path: Path) -> None:
         """Store it as JSON."""
@@ -64,7 +108,7 @@ class PeerRequest:
 
         Raises:
             DataError: the file is missing or malformed.
-            ConfigError: a budget or setting cannot work.
+            ConfigError: a press, budget or setting cannot work.
         """
         try:
             raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import models
 from compresskv.budgets import resolve
-from compresskv.errors import CompressKVError, ConfigError, DataError, first_line
+from compresskv.errors import CompressKVError, ConfigError, first_line
 from compresskv.evaluation.peer import Peer, now, peer
 from compresskv.evaluation.peer_cache import PeerCache
-from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.evaluation.peer_request import PeerCase, PeerRequest, method_name
 from compresskv.generation import end_tokens
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -43,7 +42,7 @@ def run_peer(loaded: Loaded, chosen: Peer, case: PeerCase, budget: int | float, 
     cache = chosen.compress(model, tokenizer, context, resolve(budget, num_compressed), case.suffix_start)
     if suffix.shape[1]:
         cache.read(suffix, last_only=True)
-    fidelity = _fidelity(cache, case)
+    agreement = _top1_agreement(cache, case)
     start = now(model)
     token_ids = cache.decode(end_tokens(model, tokenizer), case.max_new_tokens)
     return {
@@ -56,7 +55,7 @@ def run_peer(loaded: Loaded, chosen: Peer, case: PeerCase, budget: int | float, 
         "prefill_s": cache.prefill_s,
         "select_s": cache.select_s,
         "decode_s": now(model) - start,
-        **fidelity,
+        "top1_agreement": agreement,
     }
 
 
@@ -66,54 +65,30 @@ def _cut(case: PeerCase) -> int:
     return case.suffix_start
 
 
-def _fidelity(cache: PeerCache, case: PeerCase) -> dict[str, float | None]:
-    """The figures of `fidelity.fidelity`: over the full cache's own answer, its first token left out."""
+def _top1_agreement(cache: PeerCache, case: PeerCase) -> float | None:
+    """As in `fidelity.fidelity`: over the full cache's own answer, its first token left out."""
     if len(case.reference_ids) < 2:
-        return {"top1_agreement": None, "kl_divergence": None}
-    log_probs = cache.teacher_forced(case.reference_ids)
-    choices, divergence = torch.tensor(case.reference_ids[1:], device=log_probs.device), None
-    if case.reference_log_probs is not None:
-        full = _load_log_probs(Path(case.reference_log_probs)).to(log_probs)
-        if full.shape != log_probs.shape:
-            shapes = f"{tuple(full.shape)}, not {tuple(log_probs.shape)}"
-            raise DataError(f"{case.reference_log_probs}: the log-probabilities have shape {shapes}")
-        choices = full.argmax(dim=-1)
-        kl = torch.nn.functional.kl_div(log_probs, full, reduction="none", log_target=True).sum(dim=-1)
-        divergence = float(kl.mean().clamp(min=0))
-    return {"top1_agreement": float((log_probs.argmax(dim=-1) == choices).float().mean()), "kl_divergence": divergence}
-
-
-def _load_log_probs(path: Path) -> Tensor:
-    if path.suffix == ".npz":
-        import numpy as np
-
-        with np.load(path) as arrays:
-            return torch.from_numpy(arrays[arrays.files[0]])
-    tensor: Tensor = torch.load(path, weights_only=True)
-    return tensor
+        return None
+    choices = cache.teacher_forced(case.reference_ids).argmax(dim=-1)
+    expected = torch.tensor(case.reference_ids[1:], device=choices.device)
+    return float((choices == expected).float().mean())
 
 
 def results(request: PeerRequest) -> Iterator[dict[str, Any]]:
-    """Every case, setting, press and budget: a result, or what went wrong with it.
+    """Every case, setting, press and budget that is not done: a result, or what went wrong with it.
 
     Raises:
         ConfigError, ModelError: nothing can be run at all.
     """
-    peers = [peer(name) for name in request.presses]
+    peers = {name: peer(name) for name in request.presses}
     loaded = models.load(request.model, dtype=request.dtype, device=request.device)
     versions = {name: version(name) for name in ("compresskv", "kvpress", "torch", "transformers")}
-    configs = [
-        (case, setting, chosen, budget)
-        for case in request.cases
-        for setting in request.settings
-        for chosen in peers
-        for budget in request.budgets
-    ]
-    for case, setting, chosen, budget in configs:
-        row: dict[str, Any] = {"task": case.task, "example": case.example, "method": f"kvpress:{chosen.name}"}
+    pending = [(case, *config) for case in request.cases for config in request.pending(case)]
+    for case, setting, press, budget in pending:
+        row: dict[str, Any] = {"task": case.task, "example": case.example, "method": method_name(press)}
         row |= {"budget": budget, "setting": setting}
         try:
-            figures = run_peer(loaded, chosen, case, budget, setting)
+            figures = run_peer(loaded, peers[press], case, budget, setting)
             counted = figures["logical_tokens" if request.peer_budget == "tokens" else "held_tokens"]
             yield row | {"retained_tokens": counted} | figures | {"versions": versions}
         except Exception as err:  # noqa: BLE001 - kvpress raises of all kinds, and other cases may still work

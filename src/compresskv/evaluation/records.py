@@ -14,6 +14,8 @@ from compresskv.jsonl_log import JsonlLog, parse_line, whole_lines, write_whole
 
 _CONFIGURATION = "run.json"
 _RECORDS = "records.jsonl"
+SETTINGS = ("aware", "agnostic")
+"""Whether tokens are chosen with the question in the prompt, or before it comes."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference
-from compresskv.evaluation.records import Record, config_name
+from compresskv.evaluation.records import SETTINGS, Record, config_name
 from compresskv.evaluation.task import Task
 from compresskv.generation import decode, prefill
 from compresskv.method import Method
 
-SETTINGS = ("aware", "agnostic")
+__all__ = ["SETTINGS", "Case", "Configuration", "Runner"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""Run a `compresskv` command in the tests' own process."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from compresskv.cli import main
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def runner(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], columns: int) -> Callable[..., Result]:
+    """A function that runs a command on a terminal of that width."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    def run(*args: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["compresskv", *map(str, args)])
+        capfd.readouterr()  # transformers tells of what a test saved
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return Result(code or 0, *capfd.readouterr())
+
+    return run
