@@ -16,7 +16,7 @@ from compresskv.method import Method
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import resolve_profile
 
-DEFAULT_METHOD = "compresskv"
+DEFAULT_METHOD = "blend"
 DEFAULT_BUDGET = 256
 
 

@@ -201,7 +201,7 @@ class TestAsk:
         result = start(*ASK)
         assert (result.code, result.out) == (0, f"{ANSWER}\n")
         assert re.fullmatch(
-            r"\[compresskv: \d+ prompt tokens, 256 kept per layer \(.*%\); KV cache .* MB; first token .*\]\n",
+            r"\[blend: \d+ prompt tokens, 256 kept per layer \(.*%\); KV cache .* MB; first token .*\]\n",
             result.err,
         )
 

@@ -24,7 +24,6 @@ def test_every_press_is_known_by_its_name() -> None:
     [
         ("NoSuchPress", r"did you mean 'FinchPress'\?"),
         ("ExpectedAttention", r"did you mean 'ExpectedAttentionPress'\?"),
-        ("ChunkKVPress", r"choose from .* ChunkKVPress\(SnapKVPress\), "),
         ("AdaKVPress(SnapKVPres)", r"did you mean 'AdaKVPress\(SnapKVPress\)'\?"),
         ("AdaKVPress(KnormPress)", r"did you mean "),
         ("h2o", r"choose from SnapKVPress, ExpectedAttentionPress, "),

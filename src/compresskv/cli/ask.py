@@ -24,7 +24,7 @@ def ask(
     document: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: ModelOption = "smollm2-135m",
-    method: Annotated[str, typer.Option(help="See 'compresskv methods'.")] = "compresskv",
+    method: Annotated[str, typer.Option(help="See 'compresskv methods'.")] = "blend",
     budget: Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")] = "256",
     compare: Annotated[
         str, typer.Option(help="More methods, separated by commas; prints one table.", metavar="METHODS")

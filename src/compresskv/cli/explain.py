@@ -39,7 +39,7 @@ def explain(
         typer.Option(help="Text of the document to mark, such as where the answer stands; repeatable.", metavar="TEXT"),
     ] = None,
     model: ModelOption = "smollm2-135m",
-    method: Annotated[str, typer.Option(help="See 'compresskv methods'.")] = "compresskv",
+    method: Annotated[str, typer.Option(help="See 'compresskv methods'.")] = "blend",
     budget: Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")] = "256",
     compare: Annotated[
         str, typer.Option(help="More methods, separated by commas; each gets a tab.", metavar="METHODS")
