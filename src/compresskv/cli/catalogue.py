@@ -61,6 +61,5 @@ def models(as_json: JsonOption = False) -> None:
         )
     out.print(table, soft_wrap=False)
     out.print("--model also takes a hub id (org/name), a folder with a transformers model, or a .gguf file.")
-    out.print(
-        "Any decoder-only model with full-attention layers works; blend (the default), vote, compresskv and headkv need a profile."
-    )
+    out.print("Any decoder-only model with full-attention layers works.")
+    out.print("The methods blend (the default), vote, compresskv and headkv need a profile of it.")
