@@ -165,7 +165,10 @@ class TestShowImportVerify:
         shown = call("profile", "show", imported.out.strip())
         assert (shown.code, shown.err) == (0, "")
         assert "2, 0, 1, 3" in shown.out
-        assert call("ask", "doc.txt", QUESTION, "--model", "model", "--budget", "128").out == f"{ANSWER}\n"
+        assert (
+            call("ask", "doc.txt", QUESTION, "--model", "model", "--method", "compresskv", "--budget", "128").out
+            == f"{ANSWER}\n"
+        )
 
         assert_refused(call(*args, str(tmp_path)), "cannot read its shape")
         heads.write_text('{"0": [0, 1, 2, 3]}', encoding="utf-8")

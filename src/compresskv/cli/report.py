@@ -70,7 +70,7 @@ def _overall(section: dict[str, Any]) -> Table:
             justify="left" if first else "right",
             no_wrap=not first,
             overflow="fold",
-            min_width=28 if first else None,
+            min_width=18 if first else None,
         )
     for at, row in enumerate(rows):
         table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
