@@ -16,7 +16,20 @@ from compresskv.layer import NO_ASSISTANT, CompressedLayer, storage_nbytes
 from compresskv.method import Method
 
 
-class CompressedCache(Cache):
+class RoutedCache(Cache):
+    """A cache whose full-attention layers see the attention over their keys; sliding windows hold their own tokens."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
+        stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if key_states.shape[-2] > 1:
+            own_window(self.layers[layer_idx])
+        return stored
+
+
+class CompressedCache(RoutedCache):
     """The cache to pass as `past_key_values` inside `compressing`. One prompt at a time; `reset()` for the next.
 
     Full-attention layers are compressed. Sliding-window and linear-attention layers keep transformers' own layers:
@@ -48,15 +61,6 @@ class CompressedCache(Cache):
         make = functools.partial(CompressedLayer, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         self.method = method
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
-        stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if key_states.shape[-2] > 1:
-            own_window(self.layers[layer_idx])
-        return stored
 
     def __bool__(self) -> bool:
         """Whether anything was read.

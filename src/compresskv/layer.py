@@ -150,7 +150,7 @@ class CompressedLayer(RoutedLayer):
         keys, values = self.stored()
         self.positions = indices
         self._has_unused = bool((indices == UNUSED).any())
-        if RaggedStore.fits(indices):
+        if self._has_unused and RaggedStore.fits(indices):  # without unused slots, all heads keep as many
             self.ragged = RaggedStore(keys, values, indices)
             self.keys, self.values = (states[:, :, :0].clone() for states in (keys, values))
         else:

@@ -42,7 +42,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_tokens: int
     """
     template = _template(tokenizer) if example.chat else None
     head, tail = template or ("", "")
-    spans = [*example.evidence, (len(example.prefix) + len(example.context), len(example.prompt))]
+    spans = _spans(example)
     encoded = _tokens(tokenizer, head + example.prompt + tail, special=template is None)
     num_tokens, cut = len(encoded["input_ids"]), 0
     while max_tokens is not None and len(encoded["input_ids"]) > max_tokens:
@@ -63,6 +63,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_tokens: int
         evidence=tuple(ranges),
         suffix_start=min(suffix, token_range(offsets, end, end).start),
     )
+
+
+def _spans(example: Example) -> list[tuple[int, int]]:
+    """Characters of the evidence and, last, of the suffix."""
+    return [*example.evidence, (len(example.prefix) + len(example.context), len(example.prompt))]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
@@ -96,6 +101,5 @@ def _without_middle(
     def moved(place: int) -> int:
         return min(place, gap_start) if place < gap_end else place - (gap_end - gap_start)
 
-    spans = [*example.evidence, (len(example.prefix) + len(example.context), len(example.prompt))]
     text = example.prompt[:gap_start] + example.prompt[gap_end:]
-    return text, [(moved(start), moved(end)) for start, end in spans]
+    return text, [(moved(start), moved(end)) for start, end in _spans(example)]

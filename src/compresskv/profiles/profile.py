@@ -7,6 +7,7 @@ import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class Profile:
         """Tokens that each layer retains at a mean of `budget`, of a prompt too long to cap any of them."""
         return error_aware(budget, sys.maxsize, self.layer_errors)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """12 hex digits that stand for the whole profile."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
