@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rouge import Rouge
 
-from compresskv.profiles.calibration import words
+from compresskv.profiles.measure import rouge_1_recall as recall_of_words
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NO_CODE = ("`", "#", "//")
@@ -60,8 +60,7 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 def rouge_1_recall(prediction: str, answer: str) -> float:
     """Share of the answer's different words that the prediction holds, case and punctuation aside."""
-    wanted = set(words(answer))
-    return len(wanted & set(words(prediction))) / len(wanted) if wanted else 0.0
+    return recall_of_words(answer, prediction)
 
 
 def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> float:
