@@ -10,10 +10,20 @@ import typer
 from rich import box
 from rich.table import Table
 
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption
+from compresskv.cli.options import (
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    ProfileOption,
+    SettingsOption,
+    TruncateOption,
+    create_methods,
+)
 from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import PromptError
-from compresskv.options import parse_settings
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -24,20 +34,15 @@ def ask(
     document: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: ModelOption = "smollm2-135m",
-    method: Annotated[str, typer.Option(help="See 'compresskv methods'.")] = "blend",
-    budget: Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")] = "256",
+    method: MethodOption = "blend",
+    budget: BudgetOption = "256",
     compare: Annotated[
         str, typer.Option(help="More methods, separated by commas; prints one table.", metavar="METHODS")
     ] = "",
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128,
-    truncate: Annotated[
-        str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")
-    ] = "never",
+    truncate: TruncateOption = "never",
     profile: ProfileOption = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="An option of the method, such as window_size=32.", metavar="NAME=VALUE"),
-    ] = None,
+    settings: SettingsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -47,13 +52,10 @@ def ask(
     The answer goes to standard output, what it cost to standard error.
     """
     context = read_document(document)
-    names = list(dict.fromkeys([method, *(name.strip() for name in compare.split(",") if name.strip())]))
-    from compresskv import registry
     from compresskv.budgets import parse_budget
 
     request: dict[str, Any] = {"budget": parse_budget(budget), "max_new_tokens": max_new_tokens, "truncate": truncate}
-    options = parse_settings("--set", settings or [])
-    chosen = [registry.create(name, **(options if name == method else {})) for name in names]
+    chosen = create_methods(method, compare, settings)
     from compresskv.compression import prepare_method
     from compresskv.models import load
     from compresskv.prompts import check_request

@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv.cli.ask import read_document
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption
+from compresskv.cli.options import (
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    ProfileOption,
+    SettingsOption,
+    TruncateOption,
+    create_methods,
+)
 from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import ConfigError, PromptError
-from compresskv.options import parse_settings
 
 if TYPE_CHECKING:
     from compresskv.explain import Explanation, Report
@@ -39,21 +49,16 @@ def explain(
         typer.Option(help="Text of the document to mark, such as where the answer stands; repeatable.", metavar="TEXT"),
     ] = None,
     model: ModelOption = "smollm2-135m",
-    method: Annotated[str, typer.Option(help="See 'compresskv methods'.")] = "blend",
-    budget: Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")] = "256",
+    method: MethodOption = "blend",
+    budget: BudgetOption = "256",
     compare: Annotated[
         str, typer.Option(help="More methods, separated by commas; each gets a tab.", metavar="METHODS")
     ] = "",
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer; 0 for none.", metavar="N")] = 128,
     no_answer: Annotated[bool, typer.Option("--no-answer", help="Show what is kept only: do not decode.")] = False,
-    truncate: Annotated[
-        str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")
-    ] = "never",
+    truncate: TruncateOption = "never",
     profile: ProfileOption = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="An option of the method, such as window_size=32.", metavar="NAME=VALUE"),
-    ] = None,
+    settings: SettingsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -69,16 +74,13 @@ def explain(
         _check_page(page, document)
     context = read_document(document)
     marked = evidence or []
-    names = list(dict.fromkeys([method, *(name.strip() for name in compare.split(",") if name.strip())]))
-    from compresskv import registry
     from compresskv.budgets import parse_budget
 
     request: dict[str, Any] = {
         "budget": parse_budget(budget),
         "max_new_tokens": 0 if no_answer else _at_least_0(max_new_tokens),
     }
-    options = parse_settings("--set", settings or [])
-    chosen = [registry.create(name, **(options if name == method else {})) for name in names]
+    chosen = create_methods(method, compare, settings)
     from compresskv.compression import prepare_method
     from compresskv.models import load
     from compresskv.prompts import check_request

@@ -2,17 +2,30 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from compresskv.errors import ConfigError
+from compresskv.options import parse_settings
+
+if TYPE_CHECKING:
+    from compresskv.method import Method
 
 N = TypeVar("N", int, float)
 
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or the embedded smollm2-135m.", metavar="MODEL"),
+]
+MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'.")]
+BudgetOption = Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")]
+TruncateOption = Annotated[
+    str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the method, such as window_size=32.", metavar="NAME=VALUE"),
 ]
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.", metavar="DTYPE")
@@ -22,6 +35,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Profile file. Default: the model's own.", metavar="FILE")
 ]
+
+
+def create_methods(method: str, compare: str, settings: list[str] | None) -> "list[Method]":
+    """The method with its settings, then those to compare it with, each once.
+
+    Raises:
+        ConfigError: an unknown method, or a setting that does not fit.
+    """
+    from compresskv import registry
+
+    names = dict.fromkeys([method, *(name.strip() for name in compare.split(",") if name.strip())])
+    options = parse_settings("--set", settings or [])
+    return [registry.create(name, **(options if name == method else {})) for name in names]
 
 
 def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tuple[N, ...] | None:
