@@ -106,7 +106,10 @@ class CompressedCache(RoutedCache):
     def full_nbytes(self) -> int:
         """Bytes that the cache held, or would have held, for the whole prompt before eviction."""
         other = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
-        return layers_nbytes(other) + sum(layer.full_nbytes for layer in self.compressed_layers)
+        own = (
+            storage_nbytes(layer.tensors) if layer.in_prefill else layer.full_nbytes for layer in self.compressed_layers
+        )
+        return layers_nbytes(other) + sum(own)
 
 
 def compressible_layers(model: PreTrainedModel) -> list[int]:

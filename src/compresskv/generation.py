@@ -35,7 +35,7 @@ class GenerationStats:
     kv_nbytes_full: int
     """KV bytes of the whole prompt, before eviction."""
     kv_nbytes: int
-    """KV bytes really held after eviction: of storages, not of views."""
+    """KV bytes really held after eviction: of storages, not of views. With look-ahead, at the answer's end."""
     prefill_s: float
     time_to_first_token_s: float
     """Prefill, eviction, and choosing the first token."""
@@ -116,13 +116,15 @@ def ask(
         logits = prefill(model, input_ids, cache)
         _synchronize(model.device)
         prefill_s = time.perf_counter() - start
-        kv_nbytes, kv_nbytes_full = cache.nbytes, cache.full_nbytes
-        retained = [layer.num_retained for layer in cache.compressed_layers]
+        kv_nbytes = cache.nbytes
         first = int(logits.argmax())
         first_s = time.perf_counter() - start
         streamer = None if on_text is None else _CallbackStreamer(tokenizer, on_text)
         token_ids = decode(model, tokenizer, first, cache, max_new_tokens, streamer)
         decode_s = time.perf_counter() - start - first_s
+        retained = [layer.mean_retained for layer in cache.compressed_layers]
+        if chosen.lookahead:
+            kv_nbytes = cache.nbytes
     stats = GenerationStats(
         method=chosen.name,
         budget=budget if isinstance(budget, (int, float)) else list(budget),
@@ -130,7 +132,7 @@ def ask(
         truncated_tokens=prompt.num_truncated,
         generated_tokens=len(token_ids),
         retained_per_layer=retained,
-        kv_nbytes_full=kv_nbytes_full,
+        kv_nbytes_full=cache.full_nbytes,
         kv_nbytes=kv_nbytes,
         prefill_s=prefill_s,
         time_to_first_token_s=first_s,

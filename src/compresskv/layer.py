@@ -42,6 +42,7 @@ class CompressedLayer(RoutedLayer):
         self.ragged: RaggedStore | None = None
         self._has_unused = False
         self._query_window: Tensor | None = None
+        self._prompt_end: int | None = self._eviction.prompt_tokens
 
     @property
     def num_retained(self) -> float:
@@ -52,9 +53,9 @@ class CompressedLayer(RoutedLayer):
 
     @property
     def mean_retained(self) -> float:
-        """Prompt tokens kept, mean over rows and KV heads."""
+        """Prompt tokens kept, those looked ahead at included: a mean over rows and KV heads."""
         if self.positions is None:
-            return self.num_prompt_tokens
+            return self.seen_tokens if self.in_prefill else self.num_prompt_tokens
         return float((self.positions != UNUSED).sum(dim=-1).float().mean())
 
     @property
@@ -107,17 +108,20 @@ class CompressedLayer(RoutedLayer):
         softcap: float | None = None,
         **_: Any,
     ) -> None:
-        """Keep the window's queries; evict once the whole prompt has been read."""
+        """Keep the window's queries; evict once the whole prompt, and what the method looks ahead at, has been read."""
         eviction = self._eviction
+        if self._prompt_end is None:
+            self._prompt_end = self.seen_tokens
+        ahead = max(0, self.seen_tokens - self._prompt_end) if eviction.method.lookahead else 0
         if self._query_window is not None:
             query = torch.cat([self._query_window, query], dim=2)
-        window = query[:, :, max(0, query.shape[2] - eviction.method.window_size) :]
-        if eviction.prompt_tokens is None or self.seen_tokens >= eviction.prompt_tokens:
+        window = query[:, :, max(0, query.shape[2] - eviction.method.window_size - ahead) :]
+        if self.seen_tokens >= self._prompt_end + eviction.method.lookahead:
             self._query_window = None
-            self.finish_prompt(window, valid_keys(mask), scaling_of(query, scaling), softcap)
+            self.finish_prompt(window, valid_keys(mask), scaling_of(query, scaling), softcap, ahead)
         else:
             self._query_window = window.clone()  # a view would keep the whole chunk's queries alive
-        if eviction.on_layer is not None:
+        if eviction.on_layer is not None and self.seen_tokens <= self._prompt_end:
             eviction.on_layer(self._position + 1, eviction.num_layers)
 
     def __copy__(self) -> "CompressedLayer":
@@ -133,19 +137,31 @@ class CompressedLayer(RoutedLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
         self.seen_tokens = keys.shape[2]
 
-    def finish_prompt(self, query_window: Tensor, valid: Tensor | None, scaling: float, softcap: float | None) -> None:
-        """End prefill: what is stored is the whole prompt, and is cut as soon as the method can choose."""
+    def finish_prompt(
+        self,
+        query_window: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        num_ahead: int = 0,
+    ) -> None:
+        """End prefill: what is stored is the whole prompt, and is cut as soon as the method can choose.
+
+        Args:
+            num_ahead: how many of the last tokens are generated ones that the method looked ahead at.
+        """
         keys, values = self.stored()
         self.in_prefill, self.num_prompt_tokens = False, self.seen_tokens
         self.full_nbytes = storage_nbytes([keys, values])
         inputs = LayerInputs(self.layer_idx, query_window, keys, values, scaling, softcap, valid)
-        self._eviction.end_of_prompt(self, self._position, inputs)
+        self._eviction.end_of_prompt(self, self._position, inputs, num_ahead)
 
-    def retain(self, indices: Tensor) -> None:
+    def retain(self, indices: Tensor, scores: Tensor | None = None) -> None:
         """Keep the named prompt tokens and free the memory of all others.
 
         Args:
             indices: (B, H, R) int64, ascending, H being 1 or the number of KV heads; `UNUSED` marks empty slots.
+            scores: what they were chosen by; not kept.
         """
         keys, values = self.stored()
         self.positions = indices
@@ -206,6 +222,8 @@ class CompressedLayer(RoutedLayer):
         length = self.check_crop(max_length)
         if removed := self.seen_tokens - length:
             self.seen_tokens = length
+            if self._query_window is not None:  # while looking ahead
+                self._query_window = self._query_window[:, :, :-removed]
             if self.ragged is not None:
                 self.ragged.map(lambda states: states[..., :-removed, :])
             else:
@@ -236,6 +254,8 @@ class CompressedLayer(RoutedLayer):
                 self.ragged.map_rows(function)
             if self.positions is not None:
                 self.positions = function(self.positions)
+            if self._query_window is not None:  # while looking ahead
+                self._query_window = function(self._query_window)
 
 
 def storage_nbytes(tensors: list[Tensor | None]) -> int:

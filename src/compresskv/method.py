@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -48,14 +48,32 @@ class LayerInputs:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """What one layer tells the others, for methods that `decide_together`. Small beside the layer's keys and values."""
+
+    layer_idx: int
+    """The layer's number in the model."""
+    valid: Tensor | None
+    """(B, T) bool, False at padding; None where nothing is padded."""
+    scores: Tensor | None = None
+    """(B, H_kv or 1, T) float32: the layer's own scores."""
+    vote: Tensor | None = None
+    """(B, 1, T) float32: the sum of the votes of the layer's heads; None where none of them votes."""
+    preference: Tensor | None = None
+    """(B,): how much of the budget the layer should have."""
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of every method. A subclass is one file: class attributes, options as fields, and `score`.
 
     How a prompt is cut: `head_budgets` says how many tokens each layer keeps, `score` what each token is worth, and
-    `select` which are kept. Methods that need all layers for that set `decides_together` and override `score_layers`
-    or `share_budgets`.
+    `select` which are kept. Methods that need all layers for that set `decides_together`: `observe` says what each
+    layer tells the others, and `score_layers` and `share_budgets` decide from that.
 
-    The most recent `window_size` tokens are always kept; their scores are ignored.
+    The most recent `window_size` tokens are always kept; their scores are ignored. With `lookahead`, the cut waits for
+    as many decode steps, whose queries join the window: the method then sees a `window_size` and a budget that are
+    larger by that number.
     """
 
     name: ClassVar[str]
@@ -66,6 +84,8 @@ class Method:
     """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
 
     window_size: int = 0
+    lookahead: int = field(default=0, kw_only=True)
+    """Decode steps with the full cache before anything is evicted."""
 
     def __post_init__(self) -> None:
         """Validate the options where they are given.
@@ -79,8 +99,9 @@ class Method:
                 raise ConfigError(f"{option.name}={value!r} must be an int")
             if option.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ConfigError(f"{option.name}={value!r} must be a finite number")
-        if self.window_size < 0:
-            raise ConfigError(f"window_size={self.window_size} must not be negative")
+        for name in ("window_size", "lookahead"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         kernel_size = getattr(self, "kernel_size", 1)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={kernel_size} must be an odd number of at least 1")
@@ -112,12 +133,16 @@ class Method:
         """
         raise NotImplementedError
 
-    def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
-        """Scores of all layers at once, for methods that `decide_together`."""
-        return [self.score(layer) for layer in layers]
+    def observe(self, inputs: LayerInputs) -> Observation:
+        """What the layer tells the others, for methods that `decide_together`: its scores, or what they need."""
+        return Observation(inputs.layer_idx, inputs.valid, scores=self.score(inputs))
+
+    def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
+        """Scores of all layers at once, (B, H_kv or 1, T) each, for methods that `decide_together`."""
+        return [layer.scores for layer in layers if layer.scores is not None]
 
     def share_budgets(
-        self, layers: Sequence[LayerInputs], budgets: list[list[int]], row_lengths: list[int]
+        self, layers: Sequence[Observation], budgets: list[list[int]], row_lengths: list[int]
     ) -> list[list[int]]:
         """Budgets that only the prompt tells, for methods that `decide_together`.
 

@@ -142,9 +142,9 @@ def test_a_layers_prompt_is_garbage_before_the_next_layer_is_reached_or_cut(
             seen.extend(weakref.ref(tensor) for tensor in (*args[:2], *stored))
             return stored
 
-        def watched_retain(indices: Tensor) -> None:
+        def watched_retain(indices: Tensor, scores: Tensor) -> None:
             alive["retain"].append(sum(reference() is not None for reference in seen[: starts[0]]))
-            retain(indices)
+            retain(indices, scores)
 
         layer.update = watched  # type: ignore[method-assign]
         layer.retain = watched_retain  # type: ignore[method-assign]

@@ -102,7 +102,7 @@ def test_every_kv_head_weighs_the_vote_by_its_own_best_reader(
         kernel_size=kernel_size, vote_kernel_size=vote_kernel_size,
     )  # fmt: skip
     best = max(max(row) for row in head_scores)
-    for place, scores in enumerate(method.score_layers(layers)):
+    for place, scores in enumerate(method.score_layers(list(map(method.observe, layers)))):
         batch_size, num_kv_heads, num_tokens, _ = layers[place].keys.shape
         groups = len(head_scores[0]) // num_kv_heads
         assert scores.shape == (batch_size, num_kv_heads, num_tokens)
@@ -122,7 +122,8 @@ def test_every_kv_head_weighs_the_vote_by_its_own_best_reader(
 def test_a_vote_without_weight_leaves_no_trace_of_the_profile(prompt: Prompt) -> None:
     layers, scores = prompt
     turned = [row[::-1] for row in scores[::-1]]
-    own, other = (make_blend((layers, rows), vote_weight=0).score_layers(layers) for rows in (scores, turned))
+    methods = [make_blend((layers, rows), vote_weight=0) for rows in (scores, turned)]
+    own, other = (method.score_layers(list(map(method.observe, layers))) for method in methods)
     for place, layer in enumerate(layers):
         assert torch.equal(own[place], other[place])
         for row in range(len(layer.keys)):
@@ -156,7 +157,7 @@ def test_the_kv_heads_of_a_layer_share_as_in_adakv(prompt: Prompt, guaranteed: f
     num_tokens = layers[0].keys.shape[2]
     budget = data.draw(st.lists(st.integers(1, num_tokens + 5), min_size=3, max_size=3))
     method = make_blend(prompt, guaranteed=guaranteed)
-    scores = method.score_layers(layers)
+    scores = method.score_layers(list(map(method.observe, layers)))
     for layer, own in enumerate(keep(method, layers, budget)):
         for row, kept in enumerate(own):
             assert kept == naive_heads(scores[layer][row].tolist(), min(budget[layer], num_tokens), guaranteed)
@@ -205,10 +206,12 @@ def test_padding_does_not_change_a_rows_scores(
     num_tokens = layers[0].keys.shape[2]
     lengths = [data.draw(st.integers(1, num_tokens)) for _ in layers[0].keys]
     method = make_blend(prompt, kernel_size=kernel_size, vote_kernel_size=5, num_sinks=num_sinks)
-    together = method.score_layers(padded(layers, lengths))
+    together = method.score_layers(list(map(method.observe, padded(layers, lengths))))
     for row, length in enumerate(lengths):
         older = slice(num_tokens - length, max(num_tokens - length, num_tokens - WINDOW))
-        for padded_scores, alone in zip(together, method.score_layers(row_alone(layers, row, length)), strict=True):
+        for padded_scores, alone in zip(
+            together, method.score_layers(list(map(method.observe, row_alone(layers, row, length)))), strict=True
+        ):
             assert not bool(padded_scores.isnan().any())
             expected = alone[..., : max(0, length - WINDOW)]
             torch.testing.assert_close(padded_scores[row : row + 1, :, older], expected, atol=1e-5, rtol=1e-3)

@@ -273,7 +273,9 @@ class TestCAKE:
             query = (1 + 2 * i) * torch.randn(2, 4, 8, 4, generator=generator)
             keys = torch.randn(2, 2, num_tokens, 4, generator=generator)
             layers.append(LayerInputs(i, query, keys, keys, 0.5))
-        shared = method.share_budgets(layers, [[mean, mean]] * len(layers), [num_tokens] * 2)
+        shared = method.share_budgets(
+            [method.observe(layer) for layer in layers], [[mean, mean]] * len(layers), [num_tokens] * 2
+        )
         assert len(shared) == len(layers)
         window = min(8, mean)
         for row in range(2):
@@ -295,12 +297,12 @@ class TestCAKE:
         valid = torch.arange(60) >= torch.tensor([[0], [25]])
         method = CAKE(window_size=8)
         padded = [replace(layer, valid=valid) for layer in layers]
-        together = method.share_budgets(padded, [[30, 18]] * 3, [60, 35])
+        together = method.share_budgets([method.observe(layer) for layer in padded], [[30, 18]] * 3, [60, 35])
         short = [
             replace(layer, query_window=layer.query_window[1:], keys=layer.keys[1:, :, 25:], values=layer.keys)
             for layer in layers
         ]
-        alone = method.share_budgets(short, [[18]] * 3, [35])
+        alone = method.share_budgets([method.observe(layer) for layer in short], [[18]] * 3, [35])
         assert [row[1:] for row in together] == alone
         assert [sum(column) for column in zip(*together, strict=True)] == [90, 54]
         assert len({row[0] for row in together}) > 1, "otherwise this tests nothing"

@@ -120,6 +120,33 @@ class TestAware:
             assert record.kv_nbytes == nbytes < record.kv_nbytes_full == records[0].kv_nbytes
             assert record.evidence_recall == pytest.approx(sum(found) / len(found))
 
+    @pytest.mark.parametrize("num_ahead", [1, 4, NUM_NEW - 1])
+    @pytest.mark.parametrize("method", ["snapkv", "blend"])
+    def test_looking_ahead_gives_the_answer_of_compressing(
+        self, method: str, num_ahead: int, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        model, one = tiny.tiny_model("llama"), case()
+        methods = parse_methods(f"{method}[lookahead={num_ahead}]")
+        chosen = configurations(model, methods, BUDGETS[:1], profile=tiny.random_profile(model))
+        full, record = Runner(model, tokenizer).run(one, chosen)
+        with compresskv.compressing(model, chosen[1].method, BUDGETS[0]) as cache:
+            alone = tiny.generate(model, torch.tensor([one.prompt.input_ids]), cache, max_new_tokens=NUM_NEW)
+            nbytes = cache.nbytes
+        assert record.token_ids == alone[0].tolist()
+        assert (record.token_ids or [])[: num_ahead + 1] == (full.token_ids or [])[: num_ahead + 1]
+        added = nbytes / (BUDGETS[0] + NUM_NEW - 1) * (NUM_NEW - 1 - num_ahead)
+        assert record.kv_nbytes == pytest.approx(nbytes - added)
+        assert record.kl_divergence is not None
+        assert (record.kl_divergence == 0) == (num_ahead == NUM_NEW - 1)
+
+    def test_an_answer_shorter_than_the_look_ahead_is_the_full_caches(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = tiny.tiny_model("llama")
+        chosen = configurations(model, parse_methods(f"snapkv[lookahead={NUM_NEW}]"), BUDGETS[:1])
+        full, record = Runner(model, tokenizer).run(case(), chosen)
+        assert record.token_ids == full.token_ids
+        assert record.kv_nbytes == record.kv_nbytes_full
+        assert (record.kl_divergence, record.top1_agreement) == (0, 1)
+
     def test_methods_differ_or_nothing_here_is_proved(self, tokenizer: PreTrainedTokenizerBase) -> None:
         model = tiny.tiny_model("llama")
         records = list(Runner(model, tokenizer).run(case(), all_of(model)))

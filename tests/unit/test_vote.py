@@ -17,7 +17,7 @@ from compresskv.errors import ConfigError, ProfileError
 from compresskv.eviction import Eviction
 from compresskv.method import LayerInputs, Method
 from compresskv.methods.snapkv import SnapKV
-from compresskv.methods.vote import Vote, cast_vote
+from compresskv.methods.vote import Vote, count_votes
 from compresskv.profiles.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.selection import UNUSED
@@ -26,6 +26,12 @@ LAYER_INDICES = (1, 3, 4)
 WINDOW = 4
 Kept = list[list[list[list[int]]]]
 """For each layer, row and KV head, the tokens kept."""
+
+
+def cast_vote(layers: list[LayerInputs], profile: Profile, num_heads: int, kernel_size: int) -> Tensor:
+    """(B, 1, T): the vote before sinks are set."""
+    method = Vote(num_heads=num_heads, kernel_size=kernel_size, num_sinks=0, local_weight=0, profile=profile)
+    return count_votes([method.observe(layer) for layer in layers])
 
 
 def make_profile(scores: Sequence[Sequence[float]], num_kv_heads: int = 2) -> Profile:
@@ -88,7 +94,7 @@ class _Told:
 
     indices: Tensor | None = None
 
-    def retain(self, indices: Tensor) -> None:
+    def retain(self, indices: Tensor, scores: Tensor) -> None:
         self.indices = indices
 
 
@@ -150,11 +156,11 @@ def test_every_layer_gets_the_formula_of_the_whole_models_best_heads(
 ) -> None:
     layers, scores = prompt
     profile = make_profile(scores, layers[0].keys.shape[1])
-    method = Vote(WINDOW, kernel_size, num_heads, num_sinks, profile)
+    method = Vote(WINDOW, kernel_size, num_heads, num_sinks, 0.0, profile)
     vote = cast_vote(layers, profile, num_heads, kernel_size)
     batch_size, num_tokens = layers[0].keys.shape[0], layers[0].keys.shape[2]
     torch.testing.assert_close(vote.sum(dim=-1), torch.ones(batch_size, 1))
-    by_layer = method.score_layers(layers)
+    by_layer = method.score_layers(list(map(method.observe, layers)))
     assert len(by_layer) == 3
     for own in by_layer:
         assert own.shape == (batch_size, 1, num_tokens)
@@ -164,6 +170,32 @@ def test_every_layer_gets_the_formula_of_the_whole_models_best_heads(
             expected = naive_vote(layers, row, scores, num_heads, kernel_size)
             np.testing.assert_allclose(vote[row, 0], expected, atol=1e-6, rtol=1e-4)
             np.testing.assert_allclose(own[row, 0, num_sinks:], expected[num_sinks:], atol=1e-6, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(prompts(), st.floats(0.1, 3), st.integers(0, 6))
+def test_what_all_heads_attend_to_is_added_by_square_roots(
+    prompt: tuple[list[LayerInputs], list[list[float]]], local_weight: float, num_sinks: int
+) -> None:
+    layers, scores = prompt
+    batch_size, num_kv_heads, num_tokens, _ = layers[0].keys.shape
+    groups = layers[0].query_window.shape[1] // num_kv_heads
+    method = Vote(WINDOW, 3, 4, num_sinks, local_weight, make_profile(scores, num_kv_heads))
+    own = method.score_layers(list(map(method.observe, layers)))[0]
+    for row in range(batch_size):
+        wanted = np.zeros(num_tokens - WINDOW)
+        for layer in layers:
+            for kv_head in range(num_kv_heads):
+                seen = [naive_attention(layer, row, kv_head * groups + i) for i in range(groups)]
+                local = sum(one.mean(axis=0) + 200 * one.var(axis=0) for one in seen)
+                local[:num_sinks] = 0
+                if local.sum() > 0:
+                    wanted += np.sqrt(local / local.sum())
+        older = slice(num_sinks, num_tokens - WINDOW)
+        if wanted.sum() > 0:
+            wanted /= wanted.sum()
+        expected = naive_vote(layers, row, scores, 4, 3)[older] + local_weight * wanted[older]
+        np.testing.assert_allclose(own[row, 0, older], expected, atol=1e-5, rtol=1e-3)
 
 
 def test_two_good_heads_of_one_layer_are_not_passed_over_for_the_best_of_another() -> None:
@@ -191,7 +223,7 @@ def test_a_head_beyond_the_number_of_voters_or_with_score_zero_has_no_say() -> N
 def test_the_window_does_not_lift_the_tokens_before_it() -> None:
     looks = {(3, 0): {56: 20.0, 20: 10.0}}
     profile = make_profile([[0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]])
-    kept = keep(Vote(WINDOW, 5, 1, 0, profile), planted(looks), WINDOW + 5)
+    kept = keep(Vote(WINDOW, 5, 1, 0, 0.0, profile), planted(looks), WINDOW + 5)
     assert kept == [[[[*range(18, 23), *range(56, 60)]] * 2]] * 3
 
 
@@ -200,7 +232,7 @@ def test_what_one_layers_retrieval_head_sees_is_not_lost_in_the_others() -> None
     looks = {(layer, head): {10 + head: 20.0} for layer in LAYER_INDICES for head in range(4)}
     layers = planted({**looks, (3, 1): {40: 20.0}})
     profile = make_profile([[0.1, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0.1, 0]])
-    kept = keep(Vote(WINDOW, 1, 1, 0, profile), layers, WINDOW + 1)
+    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, profile), layers, WINDOW + 1)
     assert kept == [[[[40, 56, 57, 58, 59]] * 2]] * 3
     snapkv = keep(SnapKV(WINDOW, 1), layers, WINDOW + 2)
     assert [[40 in head for head in layer[0]] for layer in snapkv] == [[False, False], [True, False], [False, False]]
@@ -214,11 +246,18 @@ def test_padding_does_not_change_what_a_row_votes(
     layers, scores = prompt
     num_tokens = layers[0].keys.shape[2]
     lengths = [data.draw(st.integers(1, num_tokens)) for _ in layers[0].keys]
-    method = Vote(WINDOW, kernel_size, 3, num_sinks, make_profile(scores, layers[0].keys.shape[1]))
-    together = method.score_layers(padded(layers, lengths))[0]
+    method = Vote(
+        WINDOW,
+        kernel_size,
+        3,
+        num_sinks,
+        data.draw(st.sampled_from([0.0, 0.5])),
+        make_profile(scores, layers[0].keys.shape[1]),
+    )
+    together = method.score_layers(list(map(method.observe, padded(layers, lengths))))[0]
     assert not bool(together.isnan().any())
     for row, length in enumerate(lengths):
-        alone = method.score_layers(row_alone(layers, row, length))[0]
+        alone = method.score_layers(list(map(method.observe, row_alone(layers, row, length))))[0]
         older = slice(num_tokens - length, max(num_tokens - length, num_tokens - WINDOW))
         expected = alone[..., : max(0, length - WINDOW)]
         torch.testing.assert_close(together[row : row + 1, :, older], expected, atol=1e-6, rtol=1e-4)
@@ -233,7 +272,9 @@ def test_no_layer_head_or_row_keeps_another_list_or_number(
     num_tokens = layers[0].keys.shape[2]
     lengths = [data.draw(st.integers(1, num_tokens)) for _ in layers[0].keys]
     budget = data.draw(st.integers(1, num_tokens + 5))
-    method = Vote(WINDOW, 3, 4, num_sinks, make_profile(scores, layers[0].keys.shape[1]))
+    method = Vote(
+        WINDOW, 3, 4, num_sinks, data.draw(st.sampled_from([0.0, 0.5])), make_profile(scores, layers[0].keys.shape[1])
+    )
     kept = keep(method, padded(layers, lengths), budget)
     assert kept[0] == kept[1] == kept[2]
     for heads, length in zip(kept[0], lengths, strict=True):
@@ -250,7 +291,7 @@ def test_no_layer_head_or_row_keeps_another_list_or_number(
 def test_budgets_given_for_each_layer_take_the_votes_best() -> None:
     looks = {(3, 0): {20: 22.0, 30: 21.0, 40: 20.0}}
     profile = make_profile([[0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]])
-    kept = keep(Vote(WINDOW, 1, 1, 0, profile), planted(looks), [5, 2, 7])
+    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, profile), planted(looks), [5, 2, 7])
     assert [layer[0][0][:-2] for layer in kept] == [[20, 56, 57], [], [20, 30, 40, 56, 57]]
 
 
@@ -259,11 +300,11 @@ def test_a_profile_that_cannot_compare_layers_is_refused_with_what_to_do(name: s
     profile = make_profile([[1.0, 0, 0, 0]] * 3)
     method, layers = registry.create(name, window_size=WINDOW), planted({})
     with pytest.raises(ProfileError, match=f"'{name}' needs a profile .*'compresskv profile MODEL'"):
-        method.score_layers(layers)
+        method.score_layers(list(map(method.observe, layers)))
     with pytest.raises(ProfileError, match=f"'{name}' compares .* org/model holds ranks .*'compresskv profile MODEL'"):
         method.with_profile(replace(profile, num_runs=0))
     measured = method.with_profile(profile)
-    assert len(measured.score_layers(layers)) == 3
+    assert len(measured.score_layers(list(map(measured.observe, layers)))) == 3
     assert (method.profile, measured.profile) == (None, profile)
 
 

@@ -47,7 +47,7 @@ class CapturedPrompt:
         """Make an empty one.
 
         Args:
-            window_size: the largest observation window of the methods to come.
+            window_size: the largest observation window of the methods to come, what they look ahead at included.
         """
         self._model = model
         self.cache = FullCache(model, lambda layer_idx, _: WindowLayer(layer_idx, model, window_size))
@@ -70,8 +70,12 @@ class CapturedPrompt:
         return layers_nbytes(self.cache.layers)
 
     @torch.no_grad()
-    def compress(self, method: Method, budget: Budget) -> CompressedCache:
-        """The cache that `compressing` would hold after reading the same prompt."""
+    def compress(self, method: Method, budget: Budget, num_ahead: int = 0) -> CompressedCache:
+        """The cache that `compressing` would hold after reading the same prompt.
+
+        Args:
+            num_ahead: how many of the tokens read last were generated, for the method to look ahead at.
+        """
         cache = CompressedCache(self._model, method, budget)
         for layer_idx, source in enumerate(self.cache.branch().layers):
             if isinstance(source, WindowLayer):
@@ -79,8 +83,8 @@ class CapturedPrompt:
                 layer.adopt_prompt(*source.stored())
                 queries = source.query_window
                 assert queries is not None
-                window = queries[:, :, max(0, queries.shape[2] - method.window_size) :]
-                layer.finish_prompt(window, None, source.scaling, source.softcap)
+                window = queries[:, :, max(0, queries.shape[2] - method.window_size - num_ahead) :]
+                layer.finish_prompt(window, None, source.scaling, source.softcap, num_ahead)
             elif isinstance(source, DynamicLayer):
                 cache.layers[layer_idx] = source
         return cache

@@ -86,12 +86,16 @@ def configurations(
 
     Raises:
         ProfileError: a method needs a profile and the model has none.
+        ConfigError: a method looks ahead in the agnostic setting.
     """
     prepared = {
         name: prepare_method(model, method, profile if method.needs_profile else None)
         for name, method in methods.items()
         if method.name != FULL
     }
+    for name, method in prepared.items():
+        if method.lookahead and "agnostic" in settings:
+            raise ConfigError(f"--methods {name!r} looks ahead, which in the setting 'agnostic' is at the question")
     full = Configuration(FULL, registry.create(FULL), None)
     return [full] + [
         Configuration(name, method, budget, setting)

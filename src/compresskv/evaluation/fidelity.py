@@ -59,17 +59,22 @@ def teacher_forced(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int
     return logits.float().log_softmax(dim=-1)
 
 
-def fidelity(model: PreTrainedModel, cache: CompressedCache, full: Reference) -> Fidelity | None:
+def fidelity(model: PreTrainedModel, cache: Cache, full: Reference, num_ahead: int = 0) -> Fidelity | None:
     """Feed the full cache's answer through a compressed cache, in one multi-token pass. `cache` stays as it is.
 
-    None where the answer has one token only: it was chosen before eviction.
+    Args:
+        num_ahead: how many tokens of the answer `cache` holds already, read before anything was evicted. They count
+            in the means, as equal to the full cache's.
+    Returns: None where the answer has one token only: it was chosen before eviction.
     """
     if len(full.token_ids) < 2:
         return None
-    log_probs = teacher_forced(model, cache, full.token_ids)
-    kl = torch.nn.functional.kl_div(log_probs, full.log_probs, reduction="none", log_target=True).sum(dim=-1)
-    same = log_probs.argmax(dim=-1) == full.log_probs.argmax(dim=-1)
-    return Fidelity(float(kl.mean().clamp(min=0)), float(same.float().mean()))
+    if len(full.token_ids) < num_ahead + 2:
+        return Fidelity(0.0, 1.0)
+    log_probs, expected = teacher_forced(model, cache, full.token_ids[num_ahead:]), full.log_probs[num_ahead:]
+    kl = torch.nn.functional.kl_div(log_probs, expected, reduction="none", log_target=True).sum()
+    num_same = num_ahead + int((log_probs.argmax(dim=-1) == expected.argmax(dim=-1)).sum())
+    return Fidelity(float(kl.clamp(min=0)) / len(full.log_probs), num_same / len(full.log_probs))
 
 
 def evidence_recall(cache: CompressedCache, evidence: Sequence[slice]) -> float | None:

@@ -68,7 +68,8 @@ class Runner:
 
     def run(self, case: Case, configurations: Sequence[Configuration]) -> Iterator[Record]:
         """One record for each configuration, in order, from one prefill."""
-        window_size = max(1, *(configuration.method.window_size for configuration in configurations))
+        methods = [configuration.method for configuration in configurations]
+        window_size = max(1, *(method.window_size + method.lookahead for method in methods))
         with routing(self.model):
             yield from _Reading(self, case, window_size).records(configurations)
 
@@ -107,10 +108,15 @@ class _Reading:
         self, configuration: Configuration, captured: CapturedPrompt, full: Reference, first: int | None
     ) -> Record:
         """Cut, measure, decode. `first`: the answer's first token; None where the question is still to be read."""
-        runner, prompt = self._runner, self._case.prompt
+        runner, prompt, method = self._runner, self._case.prompt, configuration.method
         assert configuration.budget is not None
+        ahead = full.token_ids[: method.lookahead]
+        if ahead:
+            if len(full.token_ids) <= len(ahead):  # it ends before anything would be evicted
+                return self._full_record(configuration, captured, full)
+            captured, first = self._read_ahead(captured, ahead)
         start = time.perf_counter()
-        cache = captured.compress(configuration.method, configuration.budget)
+        cache = captured.compress(method, configuration.budget, len(ahead))
         select_s = time.perf_counter() - start
         nbytes = cache.nbytes
         layers = cache.compressed_layers
@@ -120,7 +126,7 @@ class _Reading:
             rest = torch.tensor([prompt.input_ids[len(captured.input_ids) :]], device=runner.model.device)
             first = int(prefill(runner.model, rest, cache).argmax())
             retained += rest.shape[1]
-        near = fidelity(runner.model, cache, full)
+        near = fidelity(runner.model, cache, full, len(ahead))
         measured: dict[str, Any] = {
             "retained_tokens": retained,
             "kv_nbytes": nbytes,
@@ -131,15 +137,23 @@ class _Reading:
             "select_s": select_s,
         }
         if runner.answers:
-            measured |= self._answer(cache, first)
+            measured |= self._answer(cache, [*ahead, first])
         return self._filled(configuration, measured)
 
-    def _answer(self, cache: CompressedCache, first: int) -> dict[str, Any]:
+    def _read_ahead(self, captured: CapturedPrompt, ahead: Sequence[int]) -> tuple[CapturedPrompt, int]:
+        """The prompt and the first tokens of the answer, read one by one as in decoding; and the token after them."""
+        captured = captured.fork()
+        for token in ahead:
+            logits = captured.read([token])
+        return captured, int(logits.argmax())
+
+    def _answer(self, cache: CompressedCache, begun: list[int]) -> dict[str, Any]:
+        """`begun`: the answer so far; all but its last token were read."""
         start = time.perf_counter()
-        limit = self._case.example.max_new_tokens
-        token_ids = decode(self._runner.model, self._runner.tokenizer, first, cache, limit)
+        limit = self._case.example.max_new_tokens - len(begun) + 1
+        token_ids = decode(self._runner.model, self._runner.tokenizer, begun[-1], cache, limit)
         decode_s = time.perf_counter() - start
-        return self._scored(token_ids) | {"decode_s": decode_s}
+        return self._scored([*begun[:-1], *token_ids]) | {"decode_s": decode_s}
 
     def _scored(self, token_ids: list[int]) -> dict[str, Any]:
         # Not stripped: in code, indentation is part of the answer.

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from compresskv.errors import ConfigError
-from compresskv.method import LayerInputs
+from compresskv.method import LayerInputs, Observation
 from compresskv.methods.cake import CAKE
-from compresskv.methods.vote import cast_vote
+from compresskv.methods.vote import count_votes, layer_vote
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
 from compresskv.scoring import set_first, without_padding
@@ -65,18 +65,24 @@ class Blend(CAKE):
         """
         return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
 
-    def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
+    def observe(self, inputs: LayerInputs) -> Observation:
+        """CAKE's observation, with the votes of the layer's heads; local scores are scaled to a mean sum of 1."""
+        observed = super().observe(inputs)
+        assert observed.scores is not None
+        local = set_first(without_padding(observed.scores, inputs.valid), self.num_sinks, 0, inputs.valid)
+        scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
+        vote = layer_vote(inputs, needed_profile(self.name, self.profile), self.num_heads, self.vote_kernel_size)
+        return replace(observed, scores=local / scale, vote=vote)
+
+    def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """(B, H_kv, T) for each layer."""
         profile = needed_profile(self.name, self.profile)
-        valid = layers[0].valid
-        vote = cast_vote(layers, profile, self.num_heads, self.vote_kernel_size)
+        vote = count_votes(layers)
         blended = []
-        for inputs in layers:
-            local = set_first(without_padding(self.score(inputs), valid), self.num_sinks, 0, valid)
-            scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
-            weights = local.new_tensor(profile.kv_head_weights(inputs.layer_idx))[:, None]
-            scores = local / scale + self.vote_weight * weights * vote
-            blended.append(set_first(scores, self.num_sinks, torch.inf, valid))
+        for observed, local in zip(layers, super().score_layers(layers), strict=True):
+            weights = local.new_tensor(profile.kv_head_weights(observed.layer_idx))[:, None]
+            scores = local + self.vote_weight * weights * vote
+            blended.append(set_first(scores, self.num_sinks, torch.inf, observed.valid))
         return blended
 
     @property

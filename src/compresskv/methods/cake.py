@@ -1,17 +1,19 @@
 """CAKE: attention that is strong or restless over the window, and layer budgets from the prompt itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compresskv import budgets as layer_budgets
 from compresskv.errors import ConfigError
-from compresskv.method import LayerInputs
+from compresskv.method import LayerInputs, Observation
 from compresskv.methods.snapkv import SnapKV
 from compresskv.registry import register
 from compresskv.scoring import mean_over_groups, pool
+
+GAMMA = 200.0
 
 
 @register
@@ -34,7 +36,7 @@ class CAKE(SnapKV):
     decides_together = True
 
     window_size: int = 32
-    gamma: float = 200.0
+    gamma: float = GAMMA
     tau1: float = 1.0
     tau2: float = 1.0
 
@@ -48,14 +50,18 @@ class CAKE(SnapKV):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
-        mean, variance = inputs.attention_moments
-        return mean_over_groups(pool(mean + self.gamma * variance, self.kernel_size), inputs.keys.shape[1])
+        return mean_over_groups(pool(strong_or_restless(inputs, self.gamma), self.kernel_size), inputs.keys.shape[1])
+
+    def observe(self, inputs: LayerInputs) -> Observation:
+        """Scores and preference."""
+        return replace(super().observe(inputs), preference=self._preference(inputs))
 
     def share_budgets(
-        self, layers: Sequence[LayerInputs], budgets: list[list[int]], row_lengths: list[int]
+        self, layers: Sequence[Observation], budgets: list[list[int]], row_lengths: list[int]
     ) -> list[list[int]]:
         """In proportion to the layers' preferences, above what every layer is sure of."""
-        preferences = torch.stack([self._preference(layer) for layer in layers], dim=1).tolist()  # (B, L)
+        known = [layer.preference for layer in layers if layer.preference is not None]
+        preferences = torch.stack(known, dim=1).tolist()  # (B, L)
         rows = []
         for row, length in enumerate(row_lengths):
             mean = budgets[0][row]
@@ -75,3 +81,9 @@ class CAKE(SnapKV):
         entropy = -(mean * mean.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=-1).mean(dim=-1)
         restless = variance.sum(dim=-1).mean(dim=-1)
         return entropy.clamp(min=0) ** (1 / self.tau1) * restless ** (1 / self.tau2)
+
+
+def strong_or_restless(inputs: LayerInputs, gamma: float = GAMMA) -> Tensor:
+    """(B, H_q, T): mean attention from the window plus `gamma` times its variance over the window's queries."""
+    mean, variance = inputs.attention_moments
+    return mean + gamma * variance

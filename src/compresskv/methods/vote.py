@@ -7,23 +7,34 @@ import torch
 from torch import Tensor
 
 from compresskv.errors import ConfigError
-from compresskv.method import LayerInputs, Method
+from compresskv.method import LayerInputs, Method, Observation
+from compresskv.methods.cake import strong_or_restless
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
-from compresskv.scoring import heads_window_attention, pool, set_first, sum_over_window, without_padding
+from compresskv.scoring import (
+    heads_window_attention,
+    mean_over_groups,
+    pool,
+    set_first,
+    sum_over_window,
+    without_padding,
+)
 
 
 @register
 @dataclass(frozen=True)
 class Vote(Method):
-    """One vote of the `num_heads` best heads of the whole model, weighted by their scores.
+    """One vote of the `num_heads` best heads of the whole model, weighted by their scores: one list for all layers.
 
-    Each head's window attention is pooled and normalised to sum 1, so that a head counts by its weight alone. The
+    Each head's window attention is pooled and normalised to sum 1, so that a head counts by its weight alone. To their
+    vote, `local_weight` adds what all heads attend to, so that tokens which no retrieval head reads (lists, code, what
+    a summary needs) are not starved: the square roots of CAKE's scores, so that a token counts by how many heads want
+    it more than by how much one does; each head's normalised to sum 1, their mean over layers and heads too. The
     `num_sinks` first tokens are always kept.
     """
 
     name = "vote"
-    summary = "the model's best retrieval heads choose for all layers"
+    summary = "the model's best retrieval heads choose one list for all layers"
     source = "this project"
     needs_profile = True
     decides_together = True
@@ -32,12 +43,13 @@ class Vote(Method):
     kernel_size: int = 25
     num_heads: int = 8
     num_sinks: int = 4
+    local_weight: float = 0.5
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
         """Validate the options."""
         super().__post_init__()
-        for option, least in (("window_size", 1), ("num_heads", 1), ("num_sinks", 0)):
+        for option, least in (("window_size", 1), ("num_heads", 1), ("num_sinks", 0), ("local_weight", 0)):
             if getattr(self, option) < least:
                 raise ConfigError(f"{option}={getattr(self, option)} must be at least {least}")
 
@@ -49,36 +61,49 @@ class Vote(Method):
         """
         return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
 
-    def score_layers(self, layers: Sequence[LayerInputs]) -> list[Tensor]:
+    def observe(self, inputs: LayerInputs) -> Observation:
+        """The votes of the layer's retrieval heads and, if it counts, what all its heads attend to."""
+        vote = layer_vote(inputs, needed_profile(self.name, self.profile), self.num_heads, self.kernel_size)
+        wanted = self._wanted(inputs) if self.local_weight else None
+        return Observation(inputs.layer_idx, inputs.valid, scores=wanted, vote=vote)
+
+    def _wanted(self, inputs: LayerInputs) -> Tensor:
+        """(B, 1, T)."""
+        local = mean_over_groups(strong_or_restless(inputs), inputs.keys.shape[1])
+        local = set_first(without_padding(local, inputs.valid), self.num_sinks, 0, inputs.valid)
+        return normalised(local).sqrt_().mean(dim=1, keepdim=True)
+
+    def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """The same (B, 1, T) for every layer."""
-        vote = cast_vote(layers, needed_profile(self.name, self.profile), self.num_heads, self.kernel_size)
-        return [set_first(vote, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
+        scores = count_votes(layers)
+        if self.local_weight:
+            wanted = torch.stack(super().score_layers(layers)).sum(dim=0)
+            scores = scores + self.local_weight * normalised(wanted)
+        return [set_first(scores, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
 
 
-def cast_vote(layers: Sequence[LayerInputs], profile: Profile, num_heads: int, kernel_size: int) -> Tensor:
-    """(B, 1, T): the vote of the `num_heads` best semantic retrieval heads of the whole model; sums to 1.
+def layer_vote(inputs: LayerInputs, profile: Profile, num_heads: int, kernel_size: int) -> Tensor | None:
+    """(B, 1, T): the votes of a layer's heads that are among the model's `num_heads` best; None where none of them is.
 
-    Each head's window attention is pooled and normalised, and counts by the head's score.
+    Each head's window attention is pooled and normalised to sum 1, and counts by the head's semantic retrieval score.
     """
     best = profile.ranked_heads(profile.semantic_scores)[:num_heads]
-    votes: list[Tensor] = []
-    for inputs in layers:
-        heads = [head for layer_idx, head in best if layer_idx == inputs.layer_idx]
-        if heads:
-            attention = heads_window_attention(
-                inputs.query_window,
-                inputs.keys,
-                heads,
-                scaling=inputs.scaling,
-                softcap=inputs.softcap,
-                valid=inputs.valid,
-            )
-            pooled = pool(sum_over_window(attention), kernel_size)
-            own = normalised(without_padding(pooled, inputs.valid))  # (B, n, T)
-            scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
-            weights = own.new_tensor([scores[head] for head in heads])
-            votes.append((own * weights[:, None]).sum(dim=1, keepdim=True))
-    return normalised(torch.stack(votes).sum(dim=0))
+    heads = [head for layer_idx, head in best if layer_idx == inputs.layer_idx]
+    if not heads:
+        return None
+    attention = heads_window_attention(
+        inputs.query_window, inputs.keys, heads, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
+    )
+    pooled = pool(sum_over_window(attention), kernel_size)
+    own = normalised(without_padding(pooled, inputs.valid))  # (B, n, T)
+    scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
+    weights = own.new_tensor([scores[head] for head in heads])
+    return (own * weights[:, None]).sum(dim=1, keepdim=True)
+
+
+def count_votes(layers: Sequence[Observation]) -> Tensor:
+    """(B, 1, T): the vote of all layers; sums to 1."""
+    return normalised(torch.stack([layer.vote for layer in layers if layer.vote is not None]).sum(dim=0))
 
 
 def normalised(scores: Tensor) -> Tensor:
