@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 import compresskv
 from compresskv import memory
-from compresskv.generation import decode_one_token, prefill
+from compresskv.decoding import decode_one_token, prefill
 
 METHODS = ("full", "streaming_llm", "snapkv", "pyramidkv", "compresskv")
 

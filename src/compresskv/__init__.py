@@ -14,12 +14,15 @@ if TYPE_CHECKING:
         CompressKVError,
         ConfigError,
         ModelError,
+        PlanError,
         ProfileError,
         PromptError,
     )
     from compresskv.generation import Generation, GenerationStats, ask
     from compresskv.method import LayerInputs, Method
     from compresskv.models import load
+    from compresskv.plan import Plan, read_plan
+    from compresskv.planning import make_plan
     from compresskv.profiles.profile import Profile, read_profile
     from compresskv.registry import register
 
@@ -35,12 +38,16 @@ _HOME = {
     "LayerInputs": "method",
     "Method": "method",
     "ModelError": "errors",
+    "Plan": "plan",
+    "PlanError": "errors",
     "Profile": "profiles.profile",
     "ProfileError": "errors",
     "PromptError": "errors",
     "ask": "generation",
     "compressing": "compression",
     "load": "models",
+    "make_plan": "planning",
+    "read_plan": "plan",
     "read_profile": "profiles.profile",
     "register": "registry",
 }
@@ -55,12 +62,16 @@ __all__ = [
     "LayerInputs",
     "Method",
     "ModelError",
+    "Plan",
+    "PlanError",
     "Profile",
     "ProfileError",
     "PromptError",
     "ask",
     "compressing",
     "load",
+    "make_plan",
+    "read_plan",
     "read_profile",
     "register",
 ]

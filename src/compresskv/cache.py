@@ -1,16 +1,18 @@
 """The KV cache that keeps only what a method chose."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compresskv import budgets
 from compresskv.attention import RoutedLayer, decoder_config, owned
-from compresskv.errors import CacheStateError, ModelError
+from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.eviction import Eviction
 from compresskv.layer import NO_ASSISTANT, CompressedLayer, storage_nbytes
 from compresskv.method import Method
@@ -39,6 +41,8 @@ class CompressedCache(RoutedCache):
     # transformers' assisted decoding and deferred stopping ask this before they rely on `crop`
     is_croppable = False
 
+    layer_type: type[CompressedLayer] = CompressedLayer
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -58,7 +62,7 @@ class CompressedCache(RoutedCache):
             ConfigError: the budget cannot work.
         """
         eviction = Eviction(method, budget, len(compressible_layers(model)), prompt_tokens, on_layer)
-        make = functools.partial(CompressedLayer, model=model, eviction=eviction)
+        make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         self.method = method
 
@@ -69,6 +73,40 @@ class CompressedCache(RoutedCache):
         that by a plain one: an empty cache that was true would never be used.
         """
         return self.get_seq_length() > 0
+
+    @torch.no_grad()
+    def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:
+        """Take over a prompt that was read with a full cache, and cut it; `full` stays as it is.
+
+        For plans, and for methods without an observation window (queries are not in a cache). Prompts without padding.
+
+        Args:
+            full: transformers' own cache, such as `DynamicCache`.
+            num_prompt_tokens: how many of its tokens are the prompt; None: all. Later ones are kept.
+        Raises:
+            CacheStateError: this cache holds a prompt, `full` is shorter, or it is the cache of another model.
+            ConfigError: the method needs queries.
+            PlanError: the plan is of another prompt length.
+        """
+        num_tokens = full.get_seq_length()
+        num_prompt = num_tokens if num_prompt_tokens is None else num_prompt_tokens
+        if self.method.window_size or self.method.lookahead:
+            raise ConfigError(f"method {self.method.name!r} needs queries, which a cache does not hold: make a plan")
+        if self.get_seq_length() or not 0 < num_prompt <= num_tokens or len(full.layers) != len(self.layers):
+            raise CacheStateError(
+                f"cannot adopt {num_prompt} prompt tokens from a cache of {num_tokens} tokens and {len(full.layers)} "
+                f"layers into one of {self.get_seq_length()} tokens and {len(self.layers)} layers"
+            )
+        sources: list[Any] = full.layers
+        for layer_idx, source in enumerate(sources):
+            layer = self.layers[layer_idx]
+            if isinstance(layer, CompressedLayer):
+                held = (source.keys, source.values)
+                layer.adopt_prompt(*(states[:, :, :num_prompt] for states in held))
+                layer.finish_prompt(source.keys[:, :, :0], None, 1.0, None)
+                layer.adopt_generated(*(states[:, :, num_prompt:] for states in held))
+            else:
+                self.layers[layer_idx] = copy.deepcopy(source)
 
     def crop(self, max_length: int) -> None:
         """Remove generated tokens from the end; see `CompressedLayer.crop`."""

@@ -11,8 +11,10 @@ from compresskv import registry
 from compresskv.attention import routing
 from compresskv.budgets import Budget
 from compresskv.cache import CompressedCache
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, PlanError
 from compresskv.method import Method
+from compresskv.plan import Plan, Planned
+from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import resolve_profile
 
@@ -51,7 +53,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
 
 def compressing(
     model: PreTrainedModel,
-    method: str | Method = DEFAULT_METHOD,
+    method: str | Method | Plan = DEFAULT_METHOD,
     budget: Budget = DEFAULT_BUDGET,
     *,
     profile: Profile | str | Path | None = None,
@@ -68,7 +70,7 @@ def compressing(
 
     Args:
         model: a decoder-only transformers model with 'sdpa' or 'eager' attention.
-        method: a name (see `compresskv methods`) or a `Method`.
+        method: a name (see `compresskv methods`), a `Method`, or a `Plan` of this very prompt, which brings its budget.
         budget: tokens retained per KV head per layer, window included: a count, a fraction of the prompt as a float,
             or one count for each full-attention layer. A budget of at least the prompt's length changes nothing; one
             at or below the method's window keeps the most recent tokens.
@@ -79,6 +81,7 @@ def compressing(
     Raises:
         ConfigError: an unknown method or option, or a value out of range.
         ProfileError: no profile of this model, or one of another model.
+        PlanError: a plan of another model.
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
     chosen = prepare_method(model, method, profile, **options)
@@ -86,13 +89,18 @@ def compressing(
 
 
 def prepare_method(
-    model: PreTrainedModel, method: str | Method, profile: Profile | str | Path | None = None, **options: Any
+    model: PreTrainedModel, method: str | Method | Plan, profile: Profile | str | Path | None = None, **options: Any
 ) -> Method:
     """The method with its options and, where it needs one, the model's profile.
 
     Raises:
-        ConfigError, ProfileError: as for `compressing`.
+        ConfigError, ProfileError, PlanError: as for `compressing`.
     """
+    if isinstance(method, Plan):
+        own = str(fingerprint(model))
+        if method.model != own:
+            raise PlanError(f"the plan belongs to another model: it is for {method.model}, this is {own}")
+        method = Planned(plan=method)
     if isinstance(method, Method):
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a Method: set them on the Method")
@@ -100,8 +108,8 @@ def prepare_method(
     else:
         chosen = registry.create(method, **options)
     if chosen.needs_profile:
-        own = getattr(chosen, "profile", None)
-        chosen = chosen.with_profile(resolve_profile(model, own if profile is None else profile))
+        given = getattr(chosen, "profile", None)
+        chosen = chosen.with_profile(resolve_profile(model, given if profile is None else profile))
     elif profile is not None:
         chosen.with_profile(profile if isinstance(profile, Profile) else read_profile(profile))  # refuses
     return chosen

@@ -21,6 +21,10 @@ class ProfileError(CompressKVError):
     """A profile is missing, malformed, or belongs to another model."""
 
 
+class PlanError(CompressKVError, ValueError):
+    """A plan is malformed, or belongs to another model or prompt."""
+
+
 class DataError(CompressKVError):
     """Benchmark data or records are missing, malformed, or belong to another run."""
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.budgets import Budget, check_budget
 from compresskv.cache import CompressedCache
 from compresskv.compression import Compressing
-from compresskv.generation import decode, prefill
+from compresskv.decoding import decode, prefill
 from compresskv.layer import CompressedLayer
 from compresskv.method import Method
 from compresskv.offsets import token_range

@@ -1,7 +1,5 @@
 """Ask a document one question: prefill, evict, decode greedily, and say what it cost."""
 
-import functools
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from compresskv import memory
 from compresskv.budgets import Budget, check_budget
 from compresskv.compression import DEFAULT_BUDGET, DEFAULT_METHOD, Compressing, prepare_method
+from compresskv.decoding import decode, prefill
 from compresskv.method import Method
+from compresskv.plan import Plan, Planned
+from compresskv.planning import make_plan
 from compresskv.profiles.profile import Profile
 from compresskv.prompts import build_prompt, room_for_prompt
 
@@ -63,6 +63,8 @@ class Generation:
     token_ids: list[int]
     """Generated tokens, the end-of-text token included where it came."""
     stats: GenerationStats
+    plan: Plan | None = None
+    """What was kept, where the prompt was read twice."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -88,6 +90,7 @@ def ask(
     profile: Profile | str | Path | None = None,
     max_new_tokens: int = 128,
     truncate: str = "never",
+    two_pass: bool = False,
     on_text: Callable[[str], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -98,6 +101,8 @@ def ask(
         method, budget, profile, options: as for `compressing`.
         max_new_tokens: the longest answer.
         truncate: 'never' refuses a prompt above the model's context, 'middle' cuts the document's middle.
+        two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
+            by methods that decide for all layers together.
         on_text: called with pieces of the answer as they come.
         on_prefill: called with (layers done, layers) while the prompt is read.
     Raises:
@@ -111,8 +116,12 @@ def ask(
     )
     input_ids = prompt.input_ids.to(model.device)
     memory.reset_peak(model.device)
-    with Compressing(model, chosen, budget, on_layer=on_prefill) as cache:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    plan = None
+    if two_pass:
+        plan = make_plan(model, prompt.input_ids[0].tolist(), chosen, budget, on_layer=_half(on_prefill, 0))
+        on_prefill = _half(on_prefill, 1)
+    with Compressing(model, chosen if plan is None else Planned(plan=plan), budget, on_layer=on_prefill) as cache:
         logits = prefill(model, input_ids, cache)
         _synchronize(model.device)
         prefill_s = time.perf_counter() - start
@@ -140,63 +149,14 @@ def ask(
         peak_memory_nbytes=memory.peak_nbytes(model.device),
     )
     answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    return Generation(answer, token_ids, stats)
+    return Generation(answer, token_ids, stats, plan)
 
 
-@torch.no_grad()
-def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
-    """Read the prompt (1, T) and return the last position's logits (vocab,)."""
-    return last_logits(model, input_ids, cache)[0]
-
-
-@torch.no_grad()
-def decode_one_token(model: PreTrainedModel, token: int, cache: Cache) -> Tensor:
-    """Feed one token and return the next position's logits (vocab,)."""
-    return last_logits(model, torch.tensor([[token]], device=model.device), cache)[0]
-
-
-@torch.no_grad()
-def last_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
-    """Read tokens (B, T) and return the last position's logits (B, vocab): of no other are they computed."""
-    last_only = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}  # type: ignore[arg-type]
-    logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
-    return logits
-
-
-@functools.cache
-def _keeps_logits(model_class: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
-
-
-def decode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    first: int,
-    cache: Cache,
-    max_new_tokens: int,
-    streamer: TextStreamer | None = None,
-) -> list[int]:
-    """Continue greedily from the token `first` until the end-of-text token or `max_new_tokens`."""
-    ends = end_tokens(model, tokenizer)
-    token_ids = [first]
-    while True:
-        if streamer is not None:
-            streamer.put(torch.tensor(token_ids[-1:]))
-        if token_ids[-1] in ends or len(token_ids) >= max_new_tokens:
-            break
-        token_ids.append(int(decode_one_token(model, token_ids[-1], cache).argmax()))
-    if streamer is not None:
-        streamer.end()
-    return token_ids
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+def _half(on_prefill: Callable[[int, int], None] | None, half: int) -> Callable[[int, int], None] | None:
+    """Progress of one of two passes, as part of the whole."""
+    if on_prefill is None:
+        return None
+    return lambda done, layers: on_prefill(half * layers + done, 2 * layers)
 
 
 class _CallbackStreamer(TextStreamer):

@@ -137,6 +137,14 @@ class CompressedLayer(RoutedLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
         self.seen_tokens = keys.shape[2]
 
+    def adopt_generated(self, keys: Tensor, values: Tensor) -> None:
+        """Take keys and values (B, H_kv, T_new, D) of tokens that came after an adopted prompt."""
+        if self.ragged is not None:
+            self.seen_tokens += keys.shape[2]
+            self.ragged.append(keys, values)
+        else:
+            self._append(keys, values)
+
     def finish_prompt(
         self,
         query_window: Tensor,

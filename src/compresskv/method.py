@@ -106,6 +106,16 @@ class Method:
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={kernel_size} must be an odd number of at least 1")
 
+    @property
+    def label(self) -> str:
+        """The method's name, with the options that differ from its defaults: 'snapkv[window_size=32]'."""
+        changed = [
+            f"{option.name}={getattr(self, option.name)}"
+            for option in fields(self)
+            if option.name != "profile" and getattr(self, option.name) != option.default
+        ]
+        return f"{self.name}[{','.join(changed)}]" if changed else self.name
+
     def with_profile(self, profile: "Profile") -> "Method":
         """The same method with a model's measurements. Only methods with `needs_profile` take one.
 

@@ -9,11 +9,11 @@ import torch
 from transformers import DynamicCache
 
 from compresskv import models
+from compresskv.decoding import prefill
 from compresskv.errors import ConfigError
 from compresskv.evaluation.fidelity import reference
 from compresskv.evaluation.peer_process import peers_python, run_peers
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest
-from compresskv.generation import prefill
 
 pytestmark = pytest.mark.slow
 

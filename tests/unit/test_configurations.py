@@ -8,7 +8,7 @@ import pytest
 import tiny
 from compresskv import registry
 from compresskv.errors import ConfigError, ProfileError
-from compresskv.evaluation.configurations import configurations, label, parse_budgets, parse_methods, parse_names
+from compresskv.evaluation.configurations import configurations, parse_budgets, parse_methods, parse_names
 from compresskv.evaluation.runner import SETTINGS
 
 METHODS = [name for name in registry.methods() if name != "vote"]
@@ -42,7 +42,7 @@ class TestMethods:
     def test_a_label_is_what_would_make_the_same_method_again(self, text: str) -> None:
         methods = parse_methods(text)
         assert parse_methods(",".join(methods)) == methods
-        assert [label(method) for method in methods.values()] == list(methods)
+        assert [method.label for method in methods.values()] == list(methods)
 
     def test_options_that_are_no_whole_numbers(self) -> None:
         (name,) = parse_methods("pyramidkv[beta=10.5]")
@@ -83,7 +83,7 @@ class TestMethods:
     def test_a_profile_does_not_show_in_a_label(self) -> None:
         model: Any = tiny.tiny_model("llama")
         method = registry.create("compresskv").with_profile(tiny.random_profile(model))
-        assert label(method) == "compresskv"
+        assert method.label == "compresskv"
 
 
 class TestBudgets:

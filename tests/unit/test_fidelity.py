@@ -14,9 +14,9 @@ import tiny
 from compresskv import CompressedCache
 from compresskv.attention import routing
 from compresskv.compression import prepare_method
+from compresskv.decoding import decode
 from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference, teacher_forced
-from compresskv.generation import decode
 from compresskv.selection import UNUSED
 
 NUM_PROMPT, NUM_NEW = 90, 12

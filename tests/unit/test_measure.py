@@ -19,9 +19,9 @@ import planted
 import tiny
 from compresskv.attention import decoder_config, routing
 from compresskv.cache import compressible_layers
+from compresskv.decoding import decode, prefill
 from compresskv.errors import CompressKVError, ConfigError, ModelError, ProfileError
 from compresskv.full_cache import FullCache
-from compresskv.generation import decode, prefill
 from compresskv.profiles import measure
 from compresskv.profiles.calibration import encode_questions, render
 from compresskv.profiles.find import Outcome, find_profile

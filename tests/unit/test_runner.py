@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import compresskv
 import planted
 import tiny
+from compresskv.decoding import prefill
 from compresskv.evaluation.configurations import configurations, parse_methods
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.records import Record
 from compresskv.evaluation.runner import SETTINGS, Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings
-from compresskv.generation import prefill
 from compresskv.method import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 

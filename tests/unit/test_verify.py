@@ -14,9 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 import planted
 import tiny
 from compresskv.attention import decoder_config, routing
+from compresskv.decoding import prefill
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.full_cache import FullCache
-from compresskv.generation import prefill
 from compresskv.profiles import verify
 from compresskv.profiles.calibration import Document, read_needles, split_needles
 from compresskv.profiles.fingerprint import fingerprint

@@ -23,7 +23,7 @@ from compresskv.cli.options import (
     create_methods,
 )
 from compresskv.cli.terminal import Bar, err, megabytes, out
-from compresskv.errors import PromptError
+from compresskv.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -41,6 +41,12 @@ def ask(
     ] = "",
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128,
     truncate: TruncateOption = "never",
+    two_pass: Annotated[
+        bool, typer.Option("--two-pass", help="Read the prompt twice, and never hold more than one whole layer of it.")
+    ] = False,
+    plan: Annotated[
+        Path | None, typer.Option(help="Write what is kept to this JSON file; implies --two-pass.", metavar="FILE")
+    ] = None,
     profile: ProfileOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,
@@ -54,7 +60,16 @@ def ask(
     context = read_document(document)
     from compresskv.budgets import parse_budget
 
-    request: dict[str, Any] = {"budget": parse_budget(budget), "max_new_tokens": max_new_tokens, "truncate": truncate}
+    if plan is not None and compare:
+        raise ConfigError(f"--plan {str(plan)!r} takes one method: leave out --compare")
+    if plan is not None and (plan.is_dir() or not plan.parent.is_dir()):
+        raise ConfigError(f"--plan {str(plan)!r} cannot be written: no such folder, or a folder itself")
+    request: dict[str, Any] = {
+        "budget": parse_budget(budget),
+        "max_new_tokens": max_new_tokens,
+        "truncate": truncate,
+        "two_pass": two_pass or plan is not None,
+    }
     chosen = create_methods(method, compare, settings)
     from compresskv.compression import prepare_method
     from compresskv.models import load
@@ -71,6 +86,8 @@ def ask(
             generations.append(_answer(loaded, tokenizer, context, question, one, request, not as_json and not compare))
     finally:  # on Ctrl-C, what is there already is shown
         _report(generations, single=not compare, as_json=as_json, model=model)
+    if plan is not None and generations[0].plan is not None:
+        generations[0].plan.write(plan)
 
 
 def _answer(

@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicLayer
 from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.budgets import Budget
 from compresskv.cache import CompressedCache, layers_nbytes
+from compresskv.decoding import prefill
 from compresskv.full_cache import FullCache
-from compresskv.generation import prefill
 from compresskv.method import Method
 
 

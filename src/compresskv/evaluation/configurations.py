@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -33,18 +32,8 @@ def parse_methods(text: str) -> dict[str, Method]:
             raise ConfigError(f"--methods {spec.strip()!r} is not NAME or NAME[option=value,...]")
         settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
         method = registry.create(match[1], **parse_settings("--methods", settings))
-        methods[label(method)] = method
+        methods[method.label] = method
     return methods
-
-
-def label(method: Method) -> str:
-    """The method's name, with the options that differ from its defaults."""
-    changed = [
-        f"{field.name}={getattr(method, field.name)}"
-        for field in fields(method)
-        if field.name != "profile" and getattr(method, field.name) != field.default
-    ]
-    return f"{method.name}[{','.join(changed)}]" if changed else method.name
 
 
 def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from compresskv.cache import CompressedCache
+from compresskv.decoding import decode
 from compresskv.full_cache import branch
-from compresskv.generation import decode
 
 
 @dataclass(frozen=True)

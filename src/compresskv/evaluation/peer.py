@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention import decoder_config
+from compresskv.decoding import prefill
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.evaluation.peer_cache import PeerCache
 from compresskv.evaluation.peer_request import check_presses
-from compresskv.generation import prefill
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import models
 from compresskv.budgets import resolve
+from compresskv.decoding import end_tokens
 from compresskv.errors import CompressKVError, ConfigError, first_line
 from compresskv.evaluation.peer import Peer, now, peer
 from compresskv.evaluation.peer_cache import PeerCache
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest, method_name
-from compresskv.generation import end_tokens
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention import routing
 from compresskv.cache import CompressedCache
+from compresskv.decoding import decode, prefill
 from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference
 from compresskv.evaluation.records import SETTINGS, Record, config_name
 from compresskv.evaluation.task import Task
-from compresskv.generation import decode, prefill
 from compresskv.method import Method
 
 __all__ = ["SETTINGS", "Case", "Configuration", "Runner"]

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import compresskv
 from compresskv.attention import decoder_config
 from compresskv.cache import compressible_layers
+from compresskv.decoding import decode, prefill
 from compresskv.errors import ModelError, ProfileError
 from compresskv.full_cache import FullCache
-from compresskv.generation import decode, prefill
 from compresskv.methods.compresskv import CompressKV
 from compresskv.profiles import calibration
 from compresskv.profiles.calibration import Document, Haystack

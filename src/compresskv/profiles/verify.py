@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention import decoder_config, routing
+from compresskv.decoding import end_tokens, last_logits, prefill
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.full_cache import FullCache
-from compresskv.generation import end_tokens, last_logits, prefill
 from compresskv.profiles import calibration
 from compresskv.profiles.calibration import Document, Haystack
 from compresskv.profiles.measure import SUCCESS_RECALL, OnProgress, rouge_1_recall

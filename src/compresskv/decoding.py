@@ -1,0 +1,65 @@
+"""A model reads a prompt and continues it greedily, token by token, with any cache."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
+    """Read the prompt (1, T) and return the last position's logits (vocab,)."""
+    return last_logits(model, input_ids, cache)[0]
+
+
+@torch.no_grad()
+def decode_one_token(model: PreTrainedModel, token: int, cache: Cache) -> Tensor:
+    """Feed one token and return the next position's logits (vocab,)."""
+    return last_logits(model, torch.tensor([[token]], device=model.device), cache)[0]
+
+
+@torch.no_grad()
+def last_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
+    """Read tokens (B, T) and return the last position's logits (B, vocab): of no other are they computed."""
+    last_only = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}  # type: ignore[arg-type]
+    logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
+    return logits
+
+
+@functools.cache
+def _keeps_logits(model_class: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+
+
+def decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    first: int,
+    cache: Cache,
+    max_new_tokens: int,
+    streamer: TextStreamer | None = None,
+) -> list[int]:
+    """Continue greedily from the token `first` until the end-of-text token or `max_new_tokens`."""
+    ends = end_tokens(model, tokenizer)
+    token_ids = [first]
+    while True:
+        if streamer is not None:
+            streamer.put(torch.tensor(token_ids[-1:]))
+        if token_ids[-1] in ends or len(token_ids) >= max_new_tokens:
+            break
+        token_ids.append(int(decode_one_token(model, token_ids[-1], cache).argmax()))
+    if streamer is not None:
+        streamer.end()
+    return token_ids
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end an answer."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
