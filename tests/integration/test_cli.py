@@ -21,6 +21,7 @@ import compresskv
 import planted
 from commands import Result, runner
 from compresskv import registry
+from compresskv.plan import read_plan
 from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import default_path, write_profile
@@ -273,6 +274,27 @@ class TestAsk:
         result = call(*ASK, "--method", "snapkv", "--set", "window_size=16", "--set", "kernel-size=1")
         assert result.code == 0
 
+    def test_two_passes_give_the_same_answer_and_can_write_the_plan(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        args = [*ASK, "--method", "vote", "--budget", "64", "--json"]
+        once, path = json.loads(call(*args).out), tmp_path / "plan.json"
+        result = call(*args, "--plan", str(path))
+        assert result.code == 0
+        twice = json.loads(result.out)
+        assert twice["token_ids"] == once["token_ids"]
+        same = ("method", "budget", "retained_per_layer", "kv_nbytes", "kv_nbytes_full")
+        assert [twice["stats"][name] for name in same] == [once["stats"][name] for name in same]
+        plan = read_plan(path)
+        assert (plan.method, plan.budget, len(plan.shared_positions or ())) == ("vote", 64, 64)
+        assert json.loads(call(*args, "--two-pass").out)["token_ids"] == once["token_ids"]
+
+    def test_a_look_ahead_waits_before_it_evicts(self, call: Callable[..., Result]) -> None:
+        args = [*ASK, "--method", "snapkv", "--budget", "64", "--max-new-tokens", "8", "--json"]
+        full, waited = (json.loads(call(*args, "--set", f"lookahead={n}").out)["stats"] for n in (100, 2))
+        assert full["kv_nbytes"] >= full["kv_nbytes_full"] > waited["kv_nbytes"]
+        assert waited["retained_per_layer"] == [66] * 3
+
     def test_truncation_cuts_the_middle_and_says_so(self, call: Callable[..., Result]) -> None:
         long = ["ask", "long.txt", QUESTION, "--model", "model", "--method", "full", "--truncate", "middle"]
         result = call(*long)
@@ -343,6 +365,10 @@ class TestBadInput:
             (["--profile", "missing.json"], ["'missing.json'", "no such file"]),
             (["--profile", "doc.txt"], ["'doc.txt'", "is not JSON"]),
             (["--profile", "."], ["profile '.'"]),
+            (["--plan", "nowhere/plan.json"], ["--plan 'nowhere/plan.json'", "no such folder"]),
+            (["--plan", "."], ["--plan '.'", "cannot be written"]),
+            (["--plan", "plan.json", "--compare", "full"], ["--plan 'plan.json'", "--compare"]),
+            (["--two-pass", "--set", "lookahead=2"], ["lookahead=2", "plan"]),
         ],
         ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
     )
