@@ -137,10 +137,43 @@ def _attention_forward(
     _updated.layer = None
     layer._awaits_attention = False
 
+    plain = base == "sdpa" and _is_plain(module, **kwargs)
+
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if plain and mask is None and query.shape[2] == 1:
+            return grouped_attention(query, key, value, kwargs.get("scaling")), None
         return function(module, query, key, value, mask, **kwargs)
 
     return layer.attend(attention, query, attention_mask, module=module, **kwargs)
+
+
+def _is_plain(
+    module: nn.Module,
+    *,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> bool:
+    """Whether nothing but the scaling changes the usual attention."""
+    return not (softcap or dropout or output_attentions or position_bias is not None or hasattr(module, "sinks"))
+
+
+def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+    """Attention of one new token to all that is held: the queries that read a KV head are its rows, so that keys are
+    read once and never repeated.
+
+    Args:
+        query: (B, H_kv * G, 1, D).
+        keys, values: (B, H_kv, n, D).
+        scaling: factor on the dot products; None: D ** -0.5.
+    Returns: (B, 1, H_kv * G, D).
+    """
+    batch_size, num_query_heads, _, head_dim = query.shape
+    grouped = query.reshape(batch_size, keys.shape[1], -1, head_dim)
+    output = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+    return output.reshape(batch_size, 1, num_query_heads, head_dim)
 
 
 @functools.cache

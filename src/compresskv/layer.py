@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.errors import CacheStateError
 from compresskv.eviction import Eviction, valid_keys
+from compresskv.growing import Growing
 from compresskv.method import LayerInputs
 from compresskv.ragged import RaggedStore, gather_tokens
 from compresskv.selection import UNUSED
@@ -41,6 +42,7 @@ class CompressedLayer(RoutedLayer):
         self.positions: Tensor | None = None
         self.ragged: RaggedStore | None = None
         self._has_unused = False
+        self._growing: tuple[Growing, Growing] | None = None
         self._query_window: Tensor | None = None
         self._prompt_end: int | None = self._eviction.prompt_tokens
 
@@ -48,7 +50,7 @@ class CompressedLayer(RoutedLayer):
     def num_retained(self) -> float:
         """Tokens stored per KV head, the generated ones included: a mean where KV heads differ."""
         if self.ragged is not None:
-            return sum(keys.shape[-2] for keys in self.ragged.keys) / len(self.ragged.keys)
+            return sum(self.ragged.counts) / len(self.ragged.counts)
         return self.stored()[0].shape[-2] if self.is_initialized else 0
 
     @property
@@ -61,7 +63,7 @@ class CompressedLayer(RoutedLayer):
     @property
     def tensors(self) -> list[Tensor | None]:
         """All tensors that hold keys and values."""
-        return [self.keys, self.values] if self.ragged is None else [*self.ragged.keys, *self.ragged.values]
+        return [self.keys, self.values] if self.ragged is None else list(self.ragged.tensors)
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: what positions and attention masks are counted by."""
@@ -79,21 +81,32 @@ class CompressedLayer(RoutedLayer):
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self.seen_tokens += key_states.shape[-2]
         if self.ragged is None:
-            return super()._append(key_states, value_states)
+            if self.in_prefill:
+                return super()._append(key_states, value_states)
+            return self._grow(key_states, value_states)
         self.ragged.append(key_states, value_states)
         self.keys, self.values = key_states, value_states  # what tells the attention function that it is this layer's
         return self.stored()
+
+    def _grow(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append in place, in tensors of this layer's own."""
+        keys, values = self.stored()
+        if self._growing is None or self._growing[0].held is not keys:  # it was cut, cropped or rearranged since
+            self._growing = Growing(keys), Growing(values)
+        self.keys, self.values = self._growing[0].append(key_states), self._growing[1].append(value_states)
+        return self.keys, self.values
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Exact attention over what is stored; the end of prefill evicts."""
         if self.ragged is not None:
-            mask_for = functools.partial(self._retained_mask, query, mask)
+            mask_for = functools.partial(self._retained_mask, query, mask, has_unused=self.ragged.has_unused)
             self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())  # its heads hold them
             return self.ragged.attend(attention, kwargs["module"], query, mask_for)
         if not self.in_prefill:
-            return attention(query, *self.stored(), self._retained_mask(query, mask, self.positions))
+            cut = self._retained_mask(query, mask, self.positions, self._has_unused)
+            return attention(query, *self.stored(), cut)
         output = attention(query, *self.stored(), mask)
         self._observe(query, mask, **kwargs)
         return output
@@ -125,9 +138,10 @@ class CompressedLayer(RoutedLayer):
             eviction.on_layer(self._position + 1, eviction.num_layers)
 
     def __copy__(self) -> "CompressedLayer":
-        """A layer that goes on from here alone; tensors are shared, since they are never changed in place."""
+        """A layer that goes on from here alone; tensors are shared, since nothing that either sees is ever changed."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
+        copied._growing = None
         copied.ragged = copy.copy(self.ragged)
         return copied
 
@@ -180,14 +194,17 @@ class CompressedLayer(RoutedLayer):
         else:
             self.keys, self.values = (gather_tokens(states, indices) for states in (keys, values))
 
-    def _retained_mask(self, query: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    def _retained_mask(
+        self, query: Tensor, mask: Tensor | None, positions: Tensor | None, has_unused: bool
+    ) -> Tensor | None:
         """Cut the mask over all seen tokens to what is stored: (B, 1 or H_q, T_new, stored).
 
         Args:
             positions: (B, 1 or H, R), the prompt tokens that are stored; None: all.
+            has_unused: whether some of them are `UNUSED`.
         """
         num_new = query.shape[2]
-        if positions is None or (mask is None and num_new == 1 and not self._has_unused):
+        if positions is None or (mask is None and num_new == 1 and not has_unused):
             return mask
         num_prompt = self.num_prompt_tokens
         if mask is None:  # transformers left causality to the function, but our columns are not aligned to the queries
@@ -233,7 +250,7 @@ class CompressedLayer(RoutedLayer):
             if self._query_window is not None:  # while looking ahead
                 self._query_window = self._query_window[:, :, :-removed]
             if self.ragged is not None:
-                self.ragged.map(lambda states: states[..., :-removed, :])
+                self.ragged.crop(removed)
             else:
                 self.keys, self.values = (states[..., :-removed, :] for states in self.stored())
 

@@ -4,14 +4,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from compresskv.attention import AttentionFunction
 from compresskv.errors import ModelError
+from compresskv.growing import ROOM
 from compresskv.selection import UNUSED
 
 
 class RaggedStore:
-    """What each KV head holds. Nothing is padded to the fullest head: what a head evicts is free."""
+    """What each KV head holds, one after another in one tensor. Nothing is padded to the fullest head.
+
+    Each head's part has room for a few more tokens once it has grown, so that a new token copies none of the old ones.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, indices: Tensor) -> None:
         """Gather what each head retains.
@@ -22,15 +27,29 @@ class RaggedStore:
         """
         counts = _counts(indices)
         self.positions = [indices[:, head : head + 1, indices.shape[2] - count :] for head, count in enumerate(counts)]
-        self.keys, self.values = (
-            [gather_tokens(states[:, head : head + 1], kept) for head, kept in enumerate(self.positions)]
+        self.has_unused = any(bool((positions == UNUSED).any()) for positions in self.positions)
+        """Whether rows of a head retain different numbers, so that some slots must be masked."""
+        parts = [
+            [gather_tokens(states[:, head : head + 1], kept)[:, 0] for head, kept in enumerate(self.positions)]
             for states in (keys, values)
-        )
+        ]
+        self._pack(parts, room=0)
+
+    def _pack(self, parts: list[list[Tensor]], room: int) -> None:
+        """Lay out heads' (B, n, D) side by side, each with `room` for more tokens."""
+        self.counts = [part.shape[1] for part in parts[0]]
+        self._starts = [sum(self.counts[:head]) + head * room for head in range(len(self.counts))]
+        self._room = room
+        self._keys, self._values = (torch.cat([pad(part, (0, 0, 0, room)) for part in own], dim=1) for own in parts)
+        ends = [start + count for start, count in zip(self._starts, self.counts, strict=True)]
+        self._ends = torch.tensor(ends, device=self._keys.device)
+        self._shared = False
 
     def __copy__(self) -> "RaggedStore":
-        """A store that goes on from here alone; tensors are shared until either appends."""
+        """A store that goes on from here alone; tensors are shared until it appends."""
         copied = object.__new__(RaggedStore)
-        copied.positions, copied.keys, copied.values = self.positions, list(self.keys), list(self.values)
+        copied.__dict__.update(self.__dict__)
+        copied.counts, copied._shared = list(self.counts), True
         return copied
 
     @staticmethod
@@ -38,11 +57,44 @@ class RaggedStore:
         """Whether KV heads retain different numbers of tokens."""
         return indices.shape[1] > 1 and len(set(_counts(indices))) > 1
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """(B, sum over heads of what they hold or have room for, D): keys and values."""
+        return [self._keys, self._values]
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """(B, 1, n, D) of each head; views."""
+        return self._heads(self._keys)
+
+    @property
+    def values(self) -> list[Tensor]:
+        """(B, 1, n, D) of each head; views."""
+        return self._heads(self._values)
+
+    def _heads(self, packed: Tensor) -> list[Tensor]:
+        places = zip(self._starts, self.counts, strict=True)
+        return [packed[:, None, start : start + count] for start, count in places]
+
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store new tokens (B, H_kv, T_new, D) in every head."""
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            for head in range(len(held)):
-                held[head] = torch.cat([held[head], new[:, head : head + 1]], dim=2)
+        num_new = key_states.shape[2]
+        if self._shared or num_new > self._room:
+            self._pack([[part[:, 0] for part in self._heads(packed)] for packed in self.tensors], room=num_new + ROOM)
+        for packed, states in zip(self.tensors, (key_states, value_states), strict=True):
+            if num_new == 1:
+                packed.index_copy_(1, self._ends, states[:, :, 0])
+            else:
+                for head, (start, count) in enumerate(zip(self._starts, self.counts, strict=True)):
+                    packed[:, start + count : start + count + num_new] = states[:, head]
+        self._ends += num_new
+        self._room -= num_new
+        self.counts = [count + num_new for count in self.counts]
+
+    def crop(self, num_removed: int) -> None:
+        """Forget the last tokens of every head. Their slots are not written again: a branch may still read them."""
+        self.counts = [count - num_removed for count in self.counts]
+        self._shared = True
 
     def attend(
         self,
@@ -70,12 +122,8 @@ class RaggedStore:
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to the rows of all that is held."""
-        self.map(function)
         self.positions = [function(positions) for positions in self.positions]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply `function` to every head's keys and values."""
-        self.keys, self.values = ([function(states) for states in held] for held in (self.keys, self.values))
+        self._pack([[function(part[:, 0]) for part in self._heads(packed)] for packed in self.tensors], room=0)
 
 
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compresskv.growing import ROOM
 from compresskv.ragged import RaggedStore
 from compresskv.selection import UNUSED
 
@@ -43,7 +44,8 @@ def test_each_head_holds_its_own_tokens_and_no_slot_more_than_its_fullest_row() 
 
 def test_no_head_keeps_the_prompt_or_another_head_alive() -> None:
     ragged = store()
-    tensors = [*ragged.keys, *ragged.values]
+    tensors = ragged.tensors
+    assert [tensor.shape for tensor in tensors] == [(2, 3 + 5, 1)] * 2
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
 
@@ -70,6 +72,30 @@ def test_new_tokens_go_to_the_end_of_every_head() -> None:
         assert torch.equal(ragged.values[head][:, 0, count:], new[:, head] + 0.5)
 
 
+def test_tokens_one_by_one_are_those_at_once_and_few_of_them_copy_anything() -> None:
+    ragged, at_once, places = store(), store(), set()
+    for token in range(ROOM):
+        new = states(20.0 + token, 1)
+        ragged.append(new, new + 0.5)
+        places.add(ragged.tensors[0].data_ptr())
+        at_once.append(new, new + 0.5) if token == 0 else None
+    rest = torch.cat([states(20.0 + token, 1) for token in range(1, ROOM)], dim=2)
+    at_once.append(rest, rest + 0.5)
+    assert contents(ragged) == contents(at_once)
+    assert len(places) == 1
+
+
+def test_a_cropped_store_writes_nowhere_that_a_branch_reads() -> None:
+    ragged = store()
+    ragged.append(states(20.0, 2), states(20.5, 2))
+    branch = copy.copy(ragged)
+    before = contents(branch)
+    ragged.crop(2)
+    ragged.append(states(40.0, 2), states(40.5, 2))
+    assert contents(branch) == before
+    assert contents(ragged) != before
+
+
 def test_rows_are_rearranged_with_their_positions() -> None:
     ragged = store()
     ragged.map_rows(lambda rows: rows[[1, 1, 0]])
@@ -80,8 +106,8 @@ def test_rows_are_rearranged_with_their_positions() -> None:
 def test_a_copy_that_goes_on_leaves_the_original_as_it_was() -> None:
     ragged = store()
     copied = copy.copy(ragged)
-    assert all(a is b for a, b in zip(copied.keys, ragged.keys, strict=True)), "nothing is copied before it is needed"
+    assert all(a is b for a, b in zip(copied.tensors, ragged.tensors, strict=True)), "no copy before it is needed"
     copied.append(states(20.0, 2), states(20.5, 2))
-    copied.map(lambda held: held[..., :-1, :])
+    copied.crop(1)
     copied.map_rows(lambda rows: rows[[1, 0]])
     assert contents(ragged) == contents(store())
