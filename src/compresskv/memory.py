@@ -1,7 +1,6 @@
 """Memory: of the allocator on a GPU, of the whole process on a CPU."""
 
 import ctypes
-import gc
 import sys
 from pathlib import Path
 
@@ -48,7 +47,6 @@ def available_nbytes(device: torch.device) -> int | None:
 
 def release(device: torch.device) -> None:
     """Give back what was freed, so that the next peak counts it again."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":

@@ -13,6 +13,7 @@ _MARKERS = "os^DvPX<>"
 _PLAIN: dict[str, Any] = {"color": "black", "marker": "x", "linestyle": "--", "linewidth": 1.6}
 _LEAST: dict[str, Any] = {"color": "#8c8c8c", "marker": None, "linestyle": ":", "linewidth": 1.4}
 _LABEL_COLUMNS = 3
+_MOST_TICKS = 8
 
 
 def check_drawable(path: Path) -> None:
@@ -35,7 +36,8 @@ def draw_run(result: dict[str, Any], path: Path) -> None:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
     asked = set(result["settings"]["lengths"])
-    rows = [row for row in result["rows"] if row["length"] in asked]
+    peers = [row for row in result.get("peers", []) if row["engine"] != "transformers"]
+    rows = [row for row in result["rows"] + peers if row["length"] in asked]
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         series.setdefault(row_name(row), []).append(row)
@@ -47,8 +49,9 @@ def draw_run(result: dict[str, Any], path: Path) -> None:
         _line(memory, own, _peak_mb, name, styles[name])
     if "plain" in series:
         _line(latency, series["plain"], lambda row: row["least_decode_ms"], "least for plain", _LEAST)
-    _finish(latency, "decode, ms per token")
-    _finish(memory, "peak memory of prefill, MB")
+    lengths = sorted({row["prompt_tokens"] for row in rows})
+    _finish(latency, "decode, ms per token", lengths)
+    _finish(memory, "growth of memory in prefill, MB", lengths)
     lines, labels = latency.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=_LABEL_COLUMNS, frameon=False, fontsize=9)
     model = result["model"]
@@ -94,9 +97,13 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _finish(axes: Any, title: str) -> None:
+def _finish(axes: Any, title: str, lengths: Sequence[int]) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("prompt length, tokens")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+    ticks = list[int]()
+    for length in reversed(lengths):
+        if not ticks or ticks[-1] - length > lengths[-1] / _MOST_TICKS:  # closer ones would be written over each other
+            ticks.append(length)
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
     axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """Contenders taking turns: what one round measures is compared within that round alone, since machines are noisy."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,6 +64,7 @@ def _round(
     num_new_tokens: int,
     on_step: Callable[[], None],
 ) -> dict[int, Sample]:
+    gc.collect()  # what the last round left in cycles must not be freed while this one is timed
     sessions: dict[int, Session] = {}
     for place in places:
         prompt = input_ids[:, : contenders[place].max_prompt]
