@@ -174,6 +174,7 @@ def test_kvpress_in_its_own_environment() -> None:
         (length, name) for length in (200, 100) for name in names
     ]
     plain, freeing, masking = rows[:3]
+    assert [row["engine"] for row in rows[:3]] == ["transformers", "kvpress", "kvpress"]
     assert (plain["held_tokens"], freeing["held_tokens"], masking["held_tokens"]) == (200, 100, 200)
     assert freeing["eviction_s"] > 0
     assert freeing["scoring_s"] is None

@@ -21,7 +21,7 @@ from compresskv.bench.run import Bench
 from compresskv.bench.session import Prefill
 from compresskv.bench.subject import Subject
 from compresskv.compression import prepare_method
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, ModelError
 from tiny import EVICTING_METHODS, build_model, generate, options_for, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -68,8 +68,11 @@ class TestPlan:
             plan(**changes)
 
     def test_the_longest_prompt_makes_room_for_what_follows_it(self) -> None:
-        fitted = plan(lengths=(100, 512)).fitted(512, strict=True)
+        asked = plan(lengths=(100, 512))
+        fitted = asked.fitted(512, strict=True)
         assert fitted.lengths == (100, 512 - 11)
+        (change,) = asked.changes(fitted)
+        assert "512 tokens are cut to 501" in change
 
     def test_longer_than_the_context(self) -> None:
         with pytest.raises(ConfigError, match="--lengths 1024 does not fit into the model's context of 512"):
@@ -268,13 +271,14 @@ class TestGeometry:
             find_geometry("lama-8b")
 
     def test_layers_are_cut_to_what_memory_holds(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        nbytes = random_model("tiny", 2, 100, torch.float32, CPU).model.get_memory_footprint()
-        monkeypatch.setattr(memory, "available_nbytes", lambda device: 2 * nbytes + 1000)
+        weights = sum(weight.nbytes for weight in random_model("tiny", 2, 100, torch.float32, CPU).model.parameters())
+        caches = 3 * 100 * 2 * (2 * 2 * 8 * 4)  # each of 100 tokens, 2 layers
+        monkeypatch.setattr(memory, "available_nbytes", lambda device: 2 * (weights + caches) + 1000)
 
         built = random_model("tiny", None, 100, torch.float32, CPU)
         assert built.model.config.num_hidden_layers == 2
         assert built.note == "random tiny has 2 layers instead of 4"
-        with pytest.raises(ConfigError, match="--random tiny with 3 layers does not fit"):
+        with pytest.raises(ConfigError, match=r"--random tiny with 3 layers .* does not fit"):
             random_model("tiny", 3, 100, torch.float32, CPU)
 
     def test_the_profile_serves_every_method(self) -> None:
@@ -310,6 +314,14 @@ class TestRun:
                 row["peak_nbytes"] = peaks
             draw_run(result, tmp_path / "run.png")
             assert (tmp_path / "run.png").stat().st_size > 10_000
+
+    def test_out_of_memory_is_one_line(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        def exhaust(*args: Any, **options: Any) -> None:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+        monkeypatch.setattr(run, "run_rounds", exhaust)
+        with pytest.raises(ModelError, match="--lengths 96: the caches do not fit into memory"):
+            bench.run(our_stages(bench.plan, {}), lambda message, fraction: None)
 
     def test_progress_never_goes_back(self, bench: Bench) -> None:
         fractions: list[float] = []

@@ -14,8 +14,10 @@ from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, normalised
 from compresskv.suggest import suggestion
 
-_WEIGHTS_SHARE = 0.5
-"""Of the memory that is available; caches and activations need the rest."""
+_SHARE = 0.5
+"""Of the memory that is available, for weights and caches; activations need the rest."""
+_NUM_CACHES = 3
+"""Full ones held at once: plain's, ours, and that of the prompt being read."""
 _SEED = 0
 
 
@@ -79,7 +81,7 @@ def random_model(
     """Build one, with the same weights at every call: in eval mode, with sdpa attention.
 
     Args:
-        num_layers: None is the geometry's own number, or as many as half of the available memory holds.
+        num_layers: None is the geometry's own number, or as many as half of the available memory holds with caches.
         max_tokens: positions that it must have.
     Raises:
         ConfigError: an unknown geometry, fewer layers than 1, or more than fit.
@@ -89,11 +91,11 @@ def random_model(
     if num_layers is not None and num_layers < 1:
         raise ConfigError(f"--layers {num_layers} must be at least 1")
     wanted = num_layers or geometry.num_hidden_layers
-    most = _layers_that_fit(geometry, dtype, device)
+    most = _layers_that_fit(geometry, max_tokens, dtype, device)
     if most < (1 if num_layers is None else wanted):
         raise ConfigError(
-            f"--random {name} with {wanted} layers does not fit into half of the available memory, "
-            f"which holds {most}: choose a smaller geometry{' or fewer --layers' if most else ''}"
+            f"--random {name} with {wanted} layers and caches of {max_tokens} tokens does not fit into half of the "
+            f"available memory, which holds {most}: choose shorter --lengths, a smaller geometry or fewer --layers"
         )
     built = min(wanted, most)
     config = geometry.config(built, max_tokens)
@@ -115,13 +117,15 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -
         raise ModelError(f"a random {config.model_type} cannot be built ({first_line(err)})") from err
 
 
-def _layers_that_fit(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
+def _layers_that_fit(geometry: Geometry, max_tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     available = memory.available_nbytes(device)
     if available is None:
-        return 10**6
-    one, two = (_num_parameters(geometry.config(count, 16)) for count in (1, 2))
-    spare = available * _WEIGHTS_SHARE / dtype.itemsize - (one - (two - one))
-    return max(0, int(spare // (two - one)))
+        return geometry.num_hidden_layers
+    one, two = (_num_parameters(geometry.config(count, 16)) * dtype.itemsize for count in (1, 2))
+    token_nbytes = 2 * geometry.num_key_value_heads * geometry.head_dim * dtype.itemsize
+    layer_nbytes = two - one + _NUM_CACHES * max_tokens * token_nbytes
+    outside_nbytes = one - (two - one)  # embeddings
+    return max(0, int((available * _SHARE - outside_nbytes) // layer_nbytes))
 
 
 def _num_parameters(config: PretrainedConfig) -> int:

@@ -76,6 +76,14 @@ class Plan:
             )
         return replace(self, lengths=tuple(min(length, room) for length in self.lengths if length <= context))
 
+    def changes(self, fitted: "Plan") -> list[str]:
+        """What `fitted` did to this plan, one line each."""
+        return [
+            f"prompts of {length:,} tokens are cut to {cut:,}: the model's context holds the answer, too"
+            for length, cut in zip(self.lengths, fitted.lengths, strict=False)
+            if cut < length
+        ]
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -1,10 +1,12 @@
 """A whole run: stages one after another, the machine's limits between them, and the result as JSON."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compresskv.bench.contender import PLAIN, Contender
@@ -14,7 +16,7 @@ from compresskv.bench.plan import Plan, Stage, within_budget
 from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.jsonl_log import write_whole
 
 Progress = Callable[[str, float], None]
@@ -32,7 +34,11 @@ class Bench:
         """The best seen so far."""
 
     def run(self, stages: Sequence[Stage], progress: Progress, engine: str = "compresskv") -> None:
-        """Measure the stages, each in rounds."""
+        """Measure the stages, each in rounds.
+
+        Raises:
+            ModelError: out of memory.
+        """
         total = sum(map(self._work, stages))
         done = 0.0
         for stage in stages:
@@ -45,14 +51,15 @@ class Bench:
                 progress(f"{length:,} tokens", min(done, 1.0))
 
             progress(f"{stage.length:,} tokens", done)
-            samples = run_rounds(
-                self.subject.model,
-                self._tokens[:, : stage.length],
-                stage.contenders,
-                num_rounds=self.plan.repeats,
-                num_new_tokens=self.plan.new_tokens,
-                on_step=on_step,
-            )
+            with _memory_explained(stage.length):
+                samples = run_rounds(
+                    self.subject.model,
+                    self._tokens[:, : stage.length],
+                    stage.contenders,
+                    num_rounds=self.plan.repeats,
+                    num_new_tokens=self.plan.new_tokens,
+                    on_step=on_step,
+                )
             self.rows += self._rows(stage, samples, engine)
         self._note_limits()
 
@@ -107,6 +114,16 @@ class Bench:
             "notes": self.subject.notes,
             "rows": [] if limits is None else [row.to_dict(limits) for row in self.rows],
         }
+
+
+@contextmanager
+def _memory_explained(length: int) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as err:
+        if isinstance(err, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(err):
+            raise ModelError(f"--lengths {length}: the caches do not fit into memory ({first_line(err)})") from err
+        raise
 
 
 def write_result(path: Path, text: str) -> None:

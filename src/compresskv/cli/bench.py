@@ -83,7 +83,8 @@ def bench(
         if random is None:
             from compresskv.prompts import context_length
 
-            plan = plan.fitted(context_length(subject.model), strict=lengths is not None)
+            asked, plan = plan, plan.fitted(context_length(subject.model), strict=lengths is not None)
+            subject.notes += asked.changes(plan)
         stages = _stages(subject, plan, chosen, profile)
         from compresskv.bench.run import Bench
 

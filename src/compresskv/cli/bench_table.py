@@ -30,7 +30,7 @@ _PREFILL: dict[str, Cell] = {
     "x least": _number("prefill_to_least", ".1f"),
     "scoring s": _number("scoring_s", ".4f"),
     "eviction s": _number("eviction_s", ".4f"),
-    "first token s": _number("first_token_s", ".3f"),
+    "first s": _number("first_token_s", ".3f"),
 }
 _DECODE: dict[str, Cell] = {
     "decode ms": _number("decode_ms", ".2f"),
