@@ -101,6 +101,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--plot", "figure.txt"], "--plot 'figure.txt'"),
         (["--plot", "."], "--plot '.' is a folder"),
         (["--output", "."], "--output '.' is a folder"),
+        (["--output", "/proc/run.json"], "--output '/proc/run.json' cannot be written"),
         (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
         (["--dtype", "float3"], "--dtype float3"),
         (["--device", "tpu9"], "--device tpu9"),

@@ -11,7 +11,7 @@ from compresskv.errors import ConfigError
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = "os^DvPX<>"
 _PLAIN: dict[str, Any] = {"color": "black", "marker": "x", "linestyle": "--", "linewidth": 1.6}
-_LEAST: dict[str, Any] = {"color": "#8c8c8c", "marker": None, "linestyle": ":", "linewidth": 1.4}
+_LEAST: dict[str, Any] = {"color": "#8c8c8c", "marker": ".", "linestyle": ":", "linewidth": 1.4}
 _LABEL_COLUMNS = 3
 _MOST_TICKS = 8
 

@@ -135,12 +135,25 @@ def _check_choices(model: str | None, random: str | None, layers: int | None, pr
 
 def _check_outputs(plot: Path | None, output: Path | None) -> None:
     for option, path in (("--plot", plot), ("--output", output)):
-        if path is not None and path.is_dir():
-            raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")
+        if path is not None:
+            _check_writable(option, path)
     if plot is not None:
         from compresskv.bench.figure import check_drawable
 
         check_drawable(plot)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    import tempfile
+
+    if path.is_dir():
+        raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def _python_of_peers(peers: str) -> Path | None:
@@ -193,14 +206,14 @@ def _report(run: "Bench", extra: dict[str, Any], plot: Path | None, output: Path
     if not result["rows"]:
         return
     text = json.dumps(result, indent=1)
-    if output is not None:
-        from compresskv.bench.run import write_result
-
-        write_result(output, text)
     if as_json:
         out.print_json(text)
     else:
         print_result(result)
+    if output is not None:
+        from compresskv.bench.run import write_result
+
+        write_result(output, text)
     if plot is not None:
         from compresskv.bench.figure import draw_run
 
