@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from compresskv import memory, registry
 from compresskv.bench import geometry, run
@@ -256,6 +257,7 @@ class TestGeometry:
         }
         config = GEOMETRIES[name].config(GEOMETRIES[name].num_hidden_layers, 1000)
         assert config.max_position_embeddings == 1000
+        assert {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}  # all can be compressed
         if name in millions:
             assert geometry._num_parameters(config) / 1e6 == pytest.approx(millions[name], rel=1e-3)
 
@@ -277,7 +279,7 @@ class TestGeometry:
 
         built = random_model("tiny", None, 100, torch.float32, CPU)
         assert built.model.config.num_hidden_layers == 2
-        assert built.note == "random tiny has 2 layers instead of 4"
+        assert built.note == "layers of random tiny: 2 instead of 4"
         with pytest.raises(ConfigError, match=r"--random tiny with 3 layers .* does not fit"):
             random_model("tiny", 3, 100, torch.float32, CPU)
 

@@ -39,8 +39,8 @@ class Geometry:
         """A config of so many layers, whose positions reach to `max_tokens`."""
         shape = {name: value for name, value in vars(self).items() if name != "model_type"}
         shape |= {"num_hidden_layers": num_layers, "max_position_embeddings": max_tokens}
-        special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        return AutoConfig.for_model(self.model_type, **shape, **special)
+        absent = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window"))
+        return AutoConfig.for_model(self.model_type, **shape, **absent)
 
 
 GEOMETRIES = {
@@ -102,7 +102,7 @@ def random_model(
     model = _build(config, dtype, device)
     model.config._name_or_path = f"random {name}"
     own = geometry.num_hidden_layers
-    return RandomModel(model, "" if built == own else f"random {name} has {built} layers instead of {own}")
+    return RandomModel(model, "" if built == own else f"layers of random {name}: {built} instead of {own}")
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
