@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 
@@ -25,8 +27,34 @@ def decode_one_token(model: PreTrainedModel, token: int, cache: Cache) -> Tensor
 def last_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
     """Read tokens (B, T) and return the last position's logits (B, vocab): of no other are they computed."""
     last_only = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}  # type: ignore[arg-type]
-    logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
+    with _dense_hidden_state(model):
+        logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
     return logits
+
+
+@contextmanager
+def _dense_hidden_state(model: PreTrainedModel) -> Iterator[None]:
+    """Give the output embedding the last hidden state as a tensor of its own.
+
+    As a slice of all hidden states it keeps their strides, and the CPU's matrix library then takes a path that is
+    twenty times slower (75 ms instead of 4 for SmolLM2-135M in bfloat16).
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(_densify)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _densify(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    hidden, *rest = inputs
+    if hidden.shape[1] == 1:  # such a slice counts as contiguous: only a clone changes its strides
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    return (hidden, *rest)
 
 
 @functools.cache

@@ -1,33 +1,62 @@
-"""Peak memory: of the allocator on a GPU, of the whole process on a CPU."""
+"""Memory: of the allocator on a GPU, of the whole process on a CPU."""
 
+import ctypes
 import sys
 from pathlib import Path
 
 import torch
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start a new measurement. Where the system cannot (not Linux), the peak is that of the process's whole life."""
+def reset_peak(device: torch.device) -> bool:
+    """Start a new measurement.
+
+    Returns: False where the system cannot (not Linux): the peak is then that of the process's whole life.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:  # a container may forbid it
-            return
+        return True
+    if sys.platform != "linux":
+        return False
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:  # a container may forbid it
+        return False
+    return True
 
 
 def peak_nbytes(device: torch.device) -> int:
     """The largest number of bytes held at once since `reset_peak`; 0 where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if sys.platform == "linux" and (peak := _proc_nbytes("/proc/self/status", "VmHWM:")) is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_nbytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _proc_nbytes("/proc/meminfo", "MemAvailable:") if sys.platform == "linux" else None
+
+
+def release(device: torch.device) -> None:
+    """Give back what was freed, so that the next peak counts it again."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
+
+
+def _proc_nbytes(path: str, field: str) -> int | None:
+    for line in Path(path).read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return None

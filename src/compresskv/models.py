@@ -38,7 +38,7 @@ def load(
         ConfigError: the dtype or the device cannot be used.
         ModelError: the model is not found, damaged, not a decoder-only language model, or too large.
     """
-    wanted, place = _torch_dtype(dtype), _torch_device(device)
+    wanted, place = torch_dtype(dtype), torch_device(device)
     path = _locate(spec)
     if path is None and spec in EMBEDDED:
         path = ensure_embedded(spec, on_progress)
@@ -120,7 +120,12 @@ def _check_folder(spec: str, folder: Path) -> None:
         raise ModelError(f"--model {spec}: this folder has no config.json; {hint}")
 
 
-def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a `--dtype` option; None for None and "auto".
+
+    Raises:
+        ConfigError: no such dtype.
+    """
     import torch
 
     if dtype is None or dtype == "auto":
@@ -131,7 +136,12 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _torch_device(device: str | torch.device | None) -> torch.device:
+def torch_device(device: str | torch.device | None) -> torch.device:
+    """The device of a `--device` option; None is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     import torch
 
     if device is None:

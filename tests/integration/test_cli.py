@@ -141,6 +141,7 @@ print(*sorted(set({self.HEAVY!r}) & set(sys.modules)), file=sys.stderr)
             ["profile", "--help"],
             ["profile", "find", "--help"],
             ["methods", "-h"],
+            ["bench", "--help"],
         ],
         ids=" ".join,
     )

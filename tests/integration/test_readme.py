@@ -19,7 +19,7 @@ BLOCK_COMMANDS = [
 COMMANDS = [command for commands in BLOCK_COMMANDS for command in commands]
 # What is for readers to replace, and what would need a hub or hours.
 PLACEHOLDERS = {"--model org/name": "--model smollm2-135m"}
-LONG = ("compresskv profile org/name", "compresskv profile verify", "compresskv profile import")
+LONG = ("compresskv profile org/name", "compresskv profile verify", "compresskv profile import", "compresskv bench")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def test_commands_of_a_block_in_order(commands, folder):
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith(LONG)])
 def test_long_commands_name_real_options(command):
     words = [word for word in shlex.split(command)[1:] if word.startswith("--")]
-    group = shlex.split(command)[1:3] if not command.startswith(LONG[0]) else ["profile", "find"]
+    group = [word for word in shlex.split(command)[1:3] if not word.startswith("--")]
+    if command.startswith(LONG[0]):
+        group = ["profile", "find"]
     help_text = subprocess.run(
         [sys.executable, "-m", "compresskv", *group, "--help"], capture_output=True, text=True, check=True
     ).stdout

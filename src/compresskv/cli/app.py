@@ -7,6 +7,8 @@ import typer
 
 import compresskv
 from compresskv.cli.ask import ask
+from compresskv.cli.bench import EPILOG as BENCH_EPILOG
+from compresskv.cli.bench import bench
 from compresskv.cli.catalogue import methods, models
 from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
 from compresskv.cli.evaluate import evaluate
@@ -33,6 +35,7 @@ Examples:
   compresskv ask report.txt "Who signed the contract?" --budget 3% --compare full,snapkv
   compresskv explain report.txt "Who signed the contract?" --html kept.html
   compresskv eval --tasks needle --output runs/needle
+  compresskv bench --lengths 1024,4096
   compresskv methods
   compresskv profile show smollm2-135m
 """
@@ -67,6 +70,7 @@ app.command()(models)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command(epilog=REPORT_EPILOG)(report)
 app.command(epilog=EXPLAIN_EPILOG)(explain)
+app.command(epilog=BENCH_EPILOG)(bench)
 app.add_typer(profile_app, name="profile")
 
 

@@ -6,13 +6,21 @@ import subprocess
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from compresskv.errors import CompressKVError, ConfigError
-from compresskv.evaluation.peer_request import PeerRequest
 
 PYTHON_VARIABLE = "COMPRESSKV_PEERS_PYTHON"
+EVALUATION = "compresskv.evaluation.peers"
+"""The module that answers a `PeerRequest`."""
 _HOW_TO = "scripts/peers makes the environment and prints its python"
+
+
+class Request(Protocol):
+    """What a module run by the peers' python is asked to do."""
+
+    def write(self, path: Path) -> None:
+        """Store it where the module reads it."""
 
 
 def peers_python(chosen: Path | None = None) -> Path:
@@ -27,23 +35,25 @@ def peers_python(chosen: Path | None = None) -> Path:
     return python
 
 
-def run_peers(python: Path, request: PeerRequest) -> Generator[dict[str, Any], None, None]:
+def run_peers(python: Path, request: Request, module: str = EVALUATION) -> Generator[dict[str, Any], None, None]:
     """Run the request in another environment; ends its process where the caller stops early or is interrupted.
 
-    Returns: a result for each case and configuration that is not done, as soon as it is known, with the names that
-        `Record` has; one that failed has 'error' instead of figures.
+    Args:
+        module: what answers the request, one JSON line a result.
+    Returns: each result, as soon as it is known. Of a `PeerRequest`, one for each case and configuration that is not
+        done, with the names that `Record` has; one that failed has 'error' instead of figures.
     Raises:
         ConfigError: the environment is missing or lacks kvpress, or nothing in the request can be run.
         CompressKVError: the process ended early or wrote what is not a result.
     """
-    return _results(peers_python(python), request)
+    return _results(peers_python(python), request, module)
 
 
-def _results(python: Path, request: PeerRequest) -> Generator[dict[str, Any], None, None]:
+def _results(python: Path, request: Request, module: str) -> Generator[dict[str, Any], None, None]:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
         path = Path(folder) / "request.json"
         request.write(path)
-        command = [str(python), "-m", "compresskv.evaluation.peers", "--request", str(path)]
+        command = [str(python), "-m", module, "--request", str(path)]
         with _started(command, log) as process:
             try:
                 for line in process.stdout or ():

@@ -1,0 +1,129 @@
+"""What reads a prompt and goes on from it: plain transformers, and our caches."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from compresskv.attention import decoder_config, routing
+from compresskv.bench.clock import Stopwatch, now
+from compresskv.bench.session import Prefill, Session
+from compresskv.cache import CompressedCache, layers_nbytes
+from compresskv.decoding import decode_one_token, prefill
+from compresskv.method import Method
+
+PLAIN = "plain"
+
+
+class Contender(Protocol):
+    """One line of a table."""
+
+    @property
+    def method(self) -> str:
+        """'plain', a method with its options, or a peer's name."""
+
+    @property
+    def budget(self) -> int | float | None:
+        """Tokens, or a share of the prompt; None keeps all."""
+
+    @property
+    def max_prompt(self) -> int | None:
+        """Read no more of the prompt than that many tokens; None: all."""
+
+    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
+        """Read the tokens (1, T)."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """transformers alone: its own attention function and its own cache."""
+
+    max_prompt: int | None = None
+    method: str = PLAIN
+    budget: None = None
+
+    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
+        """Read the tokens (1, T)."""
+        cache, start = DynamicCache(config=decoder_config(model)), now(model.device)
+        logits = prefill(model, input_ids, cache)
+        read = now(model.device)
+        first = int(logits.argmax())
+        figures = Prefill(
+            prompt_tokens=input_ids.shape[1],
+            held_tokens=input_ids.shape[1],
+            prefill_s=read - start,
+            scoring_s=0.0,
+            eviction_s=0.0,
+            num_scorings=0,
+            first_token_s=now(model.device) - start,
+            kv_nbytes=layers_nbytes(cache.layers),
+        )
+        return Session(figures, first, lambda token: _next(model, token, cache), nullcontext)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A method at a budget."""
+
+    method: str
+    prepared: Method
+    budget: int | float | None
+    max_prompt: int | None = None
+
+    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
+        """Read the tokens (1, T)."""
+        device = model.device
+        with routing(model):
+            # `Full` ignores its budget
+            cache = CompressedCache(model, self.prepared, 1 if self.budget is None else self.budget)
+            timer, start = EvictionTimer(cache, device), now(device)
+            logits = prefill(model, input_ids, cache)
+            read = now(device)
+            first = int(logits.argmax())
+            first_s = now(device) - start
+        layers = cache.compressed_layers
+        figures = Prefill(
+            prompt_tokens=input_ids.shape[1],
+            held_tokens=sum(layer.num_retained for layer in layers) / len(layers),
+            prefill_s=read - start,
+            scoring_s=timer.scoring.seconds,
+            eviction_s=timer.eviction.seconds,
+            num_scorings=timer.scoring.num_calls,
+            first_token_s=first_s,
+            kv_nbytes=cache.nbytes,
+        )
+        return Session(figures, first, lambda token: _next(model, token, cache), lambda: routing(model))
+
+
+def _next(model: PreTrainedModel, token: int, cache: Any) -> int:
+    return int(decode_one_token(model, token, cache).argmax())
+
+
+class EvictionTimer:
+    """Times what one cache does at the end of its prompt, inside the prefill."""
+
+    def __init__(self, cache: CompressedCache, device: torch.device) -> None:
+        self.eviction = Stopwatch(device)
+        """Scoring, selecting, and moving what stays."""
+        self.scoring = Stopwatch(device)
+        """The method's scores, and budgets that it makes of them."""
+        shared: Any = cache.compressed_layers[0]._eviction  # one for all layers of the cache
+        shared.end_of_prompt = self.eviction.timed(shared.end_of_prompt)
+        shared.method = _TimedMethod(shared.method, self.scoring)
+
+
+class _TimedMethod:
+    """A method whose scoring is timed. Methods call their own functions, so nothing is counted twice."""
+
+    _SCORING = ("score", "observe", "score_layers", "share_budgets")
+
+    def __init__(self, method: Method, stopwatch: Stopwatch) -> None:
+        self._method = method
+        for name in self._SCORING:
+            setattr(self, name, stopwatch.timed(getattr(method, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)

@@ -1,0 +1,62 @@
+"""What a result names beside its figures: versions, and the machine they were measured on."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import compresskv
+from compresskv import memory
+from compresskv.attention import decoder_config
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured."""
+    return {
+        "compresskv": compresskv.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, threads and memory; nothing that tells whose machine it is."""
+    return {
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "available_nbytes": memory.available_nbytes(device),
+        "system": platform.system(),
+    }
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(model: PreTrainedModel, name: str, *, random: bool) -> dict[str, Any]:
+    """The model's name, dtype and geometry."""
+    config = decoder_config(model)
+    num_heads = config.num_attention_heads
+    return {
+        "name": name,
+        "random_weights": random,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_parameters": sum(weight.numel() for weight in model.parameters()),
+        "weights_nbytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
+        "num_layers": config.num_hidden_layers,
+        "num_query_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+    }

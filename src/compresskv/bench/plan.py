@@ -1,0 +1,144 @@
+"""What a run measures: lengths, methods, budgets, and how often."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from compresskv.bench.contender import Contender, Ours, Plain
+from compresskv.budgets import check_budget, resolve
+from compresskv.errors import ConfigError
+from compresskv.evaluation.configurations import parse_budgets
+from compresskv.method import Method
+from compresskv.registry import create
+
+FULL = "full"
+DEFAULT_LENGTHS = (1024, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a user chooses but for the model."""
+
+    lengths: tuple[int, ...]
+    """Prompt lengths in tokens."""
+    budgets: tuple[int | float, ...]
+    """Tokens, or shares of the prompt."""
+    has_full: bool
+    """Whether our cache that keeps all is measured, too."""
+    repeats: int
+    """Rounds at each length."""
+    new_tokens: int
+    """Generated after each prompt."""
+
+    def __post_init__(self) -> None:
+        """Check that it can be run.
+
+        Raises:
+            ConfigError: naming the option and its value.
+        """
+        if not self.lengths:
+            raise ConfigError("--lengths names no number: give prompt lengths in tokens, such as 1024,4096")
+        for length in self.lengths:
+            if length < 1:
+                raise ConfigError(f"--lengths {length} must be at least 1 token")
+        for budget in self.budgets:
+            check_budget(budget)
+        if self.repeats < 1:
+            raise ConfigError(f"--repeats {self.repeats} must be at least 1")
+        if self.new_tokens < 2:
+            raise ConfigError(f"--new-tokens {self.new_tokens} must be at least 2: the first is part of the prefill")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Those budgets that are counts of tokens, ascending."""
+        return tuple(sorted(budget for budget in self.budgets if isinstance(budget, int)))
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest prompt with what is generated after it."""
+        return max(self.lengths) + self.new_tokens
+
+    def fitted(self, context: int | None, *, strict: bool) -> "Plan":
+        """The same for a model of that context length: the longest prompt may be cut to make room for what follows it.
+
+        Args:
+            strict: whether a longer length is refused; else it is left out.
+        Raises:
+            ConfigError: naming the first length that does not fit.
+        """
+        if context is None:
+            return self
+        room = context - self.new_tokens
+        too_long = [length for length in self.lengths if length > context]
+        if room < 1 or (too_long and strict) or len(too_long) == len(self.lengths):
+            raise ConfigError(
+                f"--lengths {(too_long or self.lengths)[0]} does not fit into the model's context of {context} "
+                "tokens: choose a shorter one, or a geometry of the same size with --random"
+            )
+        return replace(self, lengths=tuple(min(length, room) for length in self.lengths if length <= context))
+
+    def changes(self, fitted: "Plan") -> list[str]:
+        """What `fitted` did to this plan, one line each."""
+        return [
+            f"prompts of {length:,} tokens are cut to {cut:,}: the model's context holds the answer, too"
+            for length, cut in zip(self.lengths, fitted.lengths, strict=False)
+            if cut < length
+        ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Contenders that take turns at one length. The first is plain transformers on the whole prompt."""
+
+    length: int
+    contenders: tuple[Contender, ...]
+
+    def place_of_short(self, budget: int | float | None) -> int | None:
+        """Which contender is plain transformers on a prompt of `budget` tokens; None: there is none."""
+        for place, one in enumerate(self.contenders):
+            if isinstance(one, Plain) and one.max_prompt is not None and one.max_prompt == budget:
+                return place
+        return None
+
+
+def parse_bench_budgets(text: str) -> tuple[tuple[int | float, ...], bool]:
+    """'128,3%,full' as budgets, and whether 'full' is among them.
+
+    Raises:
+        ConfigError: one is neither.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    counted = [part for part in parts if part != FULL]
+    return (parse_budgets(",".join(counted)) if counted or not parts else ()), FULL in parts
+
+
+def stages(plan: Plan, compressed: Callable[[int | float], Sequence[Contender]], full: Contender | None) -> list[Stage]:
+    """One for each length, then one for each budget, with a prompt of just that many tokens.
+
+    Beside the contenders at a budget of b tokens stands plain transformers on a prompt of b tokens.
+    """
+    always = [Plain(), *([] if full is None else [full])]
+    found = []
+    for length in sorted(set(plan.lengths)):
+        short = [Plain(max_prompt=count) for count in plan.counts if count < length]
+        own = [one for budget in plan.budgets for one in compressed(budget)]
+        found.append(Stage(length, (*always, *own, *short)))
+    for count in plan.counts:
+        if count not in plan.lengths and count < max(plan.lengths):
+            found.append(Stage(count, (*always, *compressed(count))))
+    return found
+
+
+def our_stages(plan: Plan, methods: Mapping[str, Method]) -> list[Stage]:
+    """With our methods, by their labels; 'full' among them is not given a budget."""
+    evicting = {label: method for label, method in methods.items() if method.name != FULL}
+    has_full = plan.has_full or len(evicting) < len(methods)
+
+    def compressed(budget: int | float) -> list[Contender]:
+        return [Ours(label, method, budget) for label, method in evicting.items()]
+
+    return stages(plan, compressed, Ours(FULL, create(FULL), None) if has_full else None)
+
+
+def within_budget(budget: int | float | None, num_tokens: int) -> bool:
+    """Whether a budget keeps all of a prompt."""
+    return budget is not None and resolve(budget, num_tokens) >= num_tokens

@@ -1,0 +1,139 @@
+"""A whole run: stages one after another, the machine's limits between them, and the result as JSON."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresskv.bench.contender import PLAIN, Contender
+from compresskv.bench.limits import Limits, decode_nbytes, measure_limits, prefill_flop
+from compresskv.bench.machine import describe, machine, versions
+from compresskv.bench.plan import Plan, Stage, within_budget
+from compresskv.bench.rounds import Sample, run_rounds
+from compresskv.bench.row import Row, make_row
+from compresskv.bench.subject import Subject
+from compresskv.errors import ConfigError, ModelError, first_line
+from compresskv.jsonl_log import write_whole
+
+Progress = Callable[[str, float], None]
+
+
+class Bench:
+    """Runs stages. What is done is there even where a run is interrupted."""
+
+    def __init__(self, subject: Subject, plan: Plan) -> None:
+        self.subject = subject
+        self.plan = plan
+        self._tokens: Tensor = subject.read_tokens(plan.most_tokens)  # (1, N)
+        self.rows: list[Row] = []
+        self.limits: Limits | None = None
+        """The best seen so far."""
+
+    def run(self, stages: Sequence[Stage], progress: Progress, engine: str = "compresskv") -> None:
+        """Measure the stages, each in rounds.
+
+        Raises:
+            ModelError: out of memory.
+        """
+        total = sum(map(self._work, stages))
+        done = 0.0
+        for stage in stages:
+            self._note_limits()
+            share = self._work(stage) / total / (self.plan.repeats * len(stage.contenders))
+
+            def on_step(share: float = share, length: int = stage.length) -> None:
+                nonlocal done
+                done += share
+                progress(f"{length:,} tokens", min(done, 1.0))
+
+            progress(f"{stage.length:,} tokens", done)
+            with _memory_explained(stage.length):
+                samples = run_rounds(
+                    self.subject.model,
+                    self._tokens[:, : stage.length],
+                    stage.contenders,
+                    num_rounds=self.plan.repeats,
+                    num_new_tokens=self.plan.new_tokens,
+                    on_step=on_step,
+                )
+            self.rows += self._rows(stage, samples, engine)
+        self._note_limits()
+
+    def _work(self, stage: Stage) -> float:
+        """In proportion to a stage's seconds, roughly."""
+        return len(stage.contenders) * (stage.length + 100.0)
+
+    def _note_limits(self) -> None:
+        measured = measure_limits(self.subject.model.device, self.subject.model.dtype)
+        self.limits = measured if self.limits is None else self.limits.best(measured)
+
+    def _rows(self, stage: Stage, samples: Sequence[Sequence[Sample]], engine: str) -> list[Row]:
+        rows = []
+        for contender, own in zip(stage.contenders, samples, strict=True):
+            if contender.max_prompt is None:
+                place = stage.place_of_short(contender.budget)
+                short = None if place is None else samples[place]
+                rows.append(self._row(stage, contender, own, samples[0], short, engine))
+        return rows
+
+    def _row(
+        self,
+        stage: Stage,
+        contender: Contender,
+        own: Sequence[Sample],
+        plain: Sequence[Sample],
+        short: Sequence[Sample] | None,
+        engine: str,
+    ) -> Row:
+        model, num_tokens = self.subject.model, own[0].prefill.prompt_tokens
+        return make_row(
+            contender,
+            own,
+            plain,
+            short,
+            engine="transformers" if contender.method == PLAIN else engine,
+            length=stage.length,
+            within_budget=within_budget(contender.budget, num_tokens),
+            prefill_flop=prefill_flop(model, num_tokens),
+            decode_nbytes=decode_nbytes(model, own[0].prefill.kv_nbytes),
+        )
+
+    def result(self) -> dict[str, Any]:
+        """For JSON: rows in the order in which they were measured."""
+        model, limits = self.subject.model, self.limits
+        return {
+            "versions": versions(),
+            "machine": machine(model.device),
+            "model": describe(model, self.subject.name, random=self.subject.random),
+            "settings": asdict(self.plan),
+            "limits": None if limits is None else asdict(limits),
+            "notes": self.subject.notes,
+            "rows": [] if limits is None else [row.to_dict(limits) for row in self.rows],
+        }
+
+
+@contextmanager
+def _memory_explained(length: int) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as err:
+        if isinstance(err, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(err):
+            raise ModelError(f"--lengths {length}: the caches do not fit into memory ({first_line(err)})") from err
+        raise
+
+
+def write_result(path: Path, text: str) -> None:
+    """Store a result's JSON.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+    except OSError as err:
+        raise ConfigError(f"--output {str(path)!r} cannot be written: {err.strerror}") from err

@@ -1,0 +1,73 @@
+"""The measured model and what it reads: a real model and real text, or random weights and random tokens."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv import models
+from compresskv.attention import decoder_config
+from compresskv.bench.geometry import random_model
+from compresskv.profiles.calibration import read_haystack
+
+_SEED = 0
+
+
+@dataclass
+class Subject:
+    """A model, and tokens that prompts are the beginnings of."""
+
+    name: str
+    model: PreTrainedModel
+    read_tokens: Callable[[int], Tensor]
+    """The first N tokens of its text, (1, N) on the model's device."""
+    random: bool
+    """Whether its weights are."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know, one line each."""
+
+
+def real_subject(
+    name: str, *, dtype: str | None, device: str | None, on_progress: Callable[[str, float | None], None] | None = None
+) -> Subject:
+    """A model by name, which reads Python's help topics.
+
+    Raises:
+        ConfigError, ModelError: as for `load`.
+    """
+    model, tokenizer = models.load(name, dtype=dtype, device=device, on_progress=on_progress)
+    return Subject(name, model, lambda count: _text_tokens(tokenizer, count).to(model.device), random=False)
+
+
+def random_subject(
+    geometry: str, num_layers: int | None, max_tokens: int, *, dtype: str | None, device: str | None
+) -> Subject:
+    """Random weights, which read random tokens. The dtype is bfloat16 unless another is given.
+
+    Raises:
+        ConfigError, ModelError: as for `random_model`.
+    """
+    place = models.torch_device(device)
+    built = random_model(geometry, num_layers, max_tokens, models.torch_dtype(dtype) or torch.bfloat16, place)
+    notes = ["random weights and random tokens: for speed alone, methods choose without meaning"]
+    return Subject(
+        f"random {geometry}",
+        built.model,
+        lambda count: _random_tokens(built.model, count),
+        random=True,
+        notes=notes + ([built.note] if built.note else []),
+    )
+
+
+def _text_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
+    """(1, count): the help topics, from the beginning again where they end."""
+    ids: list[int] = tokenizer(" ".join(read_haystack()), verbose=False)["input_ids"]
+    return torch.tensor([list(itertools.islice(itertools.cycle(ids), count))])
+
+
+def _random_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(decoder_config(model).vocab_size, (1, count), generator=generator).to(model.device)

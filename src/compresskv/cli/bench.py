@@ -1,0 +1,221 @@
+"""`compresskv bench`: what caches cost and save, beside plain transformers and the machine's limits."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compresskv.cli.bench_table import print_result
+from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ProfileOption, parse_numbers
+from compresskv.cli.terminal import Bar, err, out
+from compresskv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from compresskv.bench.plan import Plan
+    from compresskv.bench.run import Bench
+    from compresskv.bench.subject import Subject
+    from compresskv.method import Method
+
+EPILOG = """\b
+Examples:
+  compresskv bench --lengths 1024,4096 --budgets 128,256
+  compresskv bench --methods snapkv,adakv --budgets 256,3%,full --json
+  compresskv bench --random llama-1b --lengths 4096,16384,32768 --plot growth.png
+  compresskv bench --random llama-8b --layers 4 --dtype float32
+  compresskv bench --lengths 4096 --peers kvpress -o runs/speed.json
+
+Measure on a quiet machine: figures of a busy one differ, ratios less so. What each figure means: docs/speed.md.
+"""
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Hub id, folder, .gguf file. Default: the embedded smollm2-135m.", metavar="MODEL"
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens. Default: those of 1024,4096,8192 that fit the model.")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Tokens kept per layer (128), shares of the prompt (3%), or 'full' for all.")
+    ] = "128,256,full",
+    methods: Annotated[
+        str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHODS")
+    ] = "snapkv,blend",
+    random: Annotated[
+        str | None,
+        typer.Option(
+            help="A geometry with random weights instead of a model, for any length: smollm2-135m, qwen2.5-0.5b, "
+            "qwen3-0.6b, llama-1b, llama-3b, mistral-7b, llama-8b, tiny.",
+            metavar="GEOMETRY",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the --random model. Default: its own, or what memory holds.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds in which all take turns.", metavar="N")] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", metavar="N")] = 33,
+    peers: Annotated[str, typer.Option(help="Other libraries to measure: kvpress.", metavar="NAMES")] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE.png")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the JSON to a file, too.", metavar="RUN.json")
+    ] = None,
+    profile: ProfileOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure prefill, scoring, decoding and memory, beside plain transformers and what the machine allows.
+
+    Ratios to plain transformers are taken within rounds in which all take turns.
+    """
+    plan, chosen = _plan(lengths, budgets, methods, repeats, new_tokens)
+    _check_choices(model, random, layers, profile)
+    _check_outputs(plot, output)
+    peer_python = _python_of_peers(peers)
+    with Bar() as bar:
+        subject = _subject(model, random, layers, plan, dtype, device, bar)
+        if random is None:
+            from compresskv.prompts import context_length
+
+            asked, plan = plan, plan.fitted(context_length(subject.model), strict=lengths is not None)
+            subject.notes += asked.changes(plan)
+        stages = _stages(subject, plan, chosen, profile)
+        from compresskv.bench.run import Bench
+
+        run = Bench(subject, plan)
+        extra: dict[str, Any] = {}
+        try:
+            run.run(stages, bar)
+            if peer_python is not None:
+                from compresskv.bench.peer_request import measure_peers
+
+                extra["peers"] = measure_peers(peer_python, subject, plan, bar)
+        finally:  # on Ctrl-C, what was measured is shown
+            bar.stop()
+            _report(run, extra, plot, output, as_json=as_json)
+
+
+def _plan(
+    lengths: str | None, budgets: str, methods: str, repeats: int, new_tokens: int
+) -> "tuple[Plan, dict[str, Method]]":
+    from compresskv.bench.plan import DEFAULT_LENGTHS, Plan, parse_bench_budgets
+    from compresskv.evaluation.configurations import parse_methods
+
+    given = parse_numbers("--lengths", lengths, int)
+    counts, has_full = parse_bench_budgets(budgets)
+    plan = Plan(
+        lengths=DEFAULT_LENGTHS if given is None else tuple(dict.fromkeys(given)),
+        budgets=counts,
+        has_full=has_full,
+        repeats=repeats,
+        new_tokens=new_tokens,
+    )
+    return plan, parse_methods(methods)
+
+
+def _check_choices(model: str | None, random: str | None, layers: int | None, profile: Path | None) -> None:
+    """Refuse options that contradict each other, before anything heavy is done."""
+    if random is None:
+        if layers is not None:
+            raise ConfigError(f"--layers {layers} needs --random GEOMETRY: a real model has its own layers")
+        return
+    for option, value in (("--model", model), ("--profile", profile)):
+        if value is not None:
+            raise ConfigError(f"{option} {str(value)!r} and --random {random!r} exclude each other")
+    from compresskv.bench.geometry import find_geometry
+
+    find_geometry(random)
+
+
+def _check_outputs(plot: Path | None, output: Path | None) -> None:
+    for option, path in (("--plot", plot), ("--output", output)):
+        if path is not None:
+            _check_writable(option, path)
+    if plot is not None:
+        from compresskv.bench.figure import check_drawable
+
+        check_drawable(plot)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    import tempfile
+
+    if path.is_dir():
+        raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _python_of_peers(peers: str) -> Path | None:
+    """Looked for before anything is computed."""
+    if not peers.strip():
+        return None
+    from compresskv.evaluation.configurations import parse_names
+    from compresskv.evaluation.peer_process import peers_python
+
+    parse_names("--peers", peers, ("kvpress",))
+    return peers_python()
+
+
+def _subject(
+    model: str | None,
+    random: str | None,
+    layers: int | None,
+    plan: "Plan",
+    dtype: str | None,
+    device: str | None,
+    bar: Bar,
+) -> "Subject":
+    from compresskv.bench.subject import random_subject, real_subject
+
+    if random is None:
+        return real_subject(model or "smollm2-135m", dtype=dtype, device=device, on_progress=bar)
+    bar(f"building {random}", None)
+    return random_subject(random, layers, plan.most_tokens, dtype=dtype, device=device)
+
+
+def _stages(subject: "Subject", plan: "Plan", methods: "dict[str, Method]", profile: Path | None) -> list[Any]:
+    """All profiles are found before the first prefill; a random model is given a random one."""
+    from compresskv.bench.geometry import random_profile
+    from compresskv.bench.plan import our_stages
+    from compresskv.compression import prepare_method
+
+    own: Any = profile
+    if subject.random and any(method.needs_profile for method in methods.values()):
+        own = random_profile(subject.model)
+        subject.notes.append("the profile is random, too: it costs what a measured one costs")
+    prepared = {
+        label: prepare_method(subject.model, method, own if method.needs_profile else None)
+        for label, method in methods.items()
+    }
+    return our_stages(plan, prepared)
+
+
+def _report(run: "Bench", extra: dict[str, Any], plot: Path | None, output: Path | None, *, as_json: bool) -> None:
+    result = {**run.result(), **extra}
+    if not result["rows"]:
+        return
+    text = json.dumps(result, indent=1)
+    if as_json:
+        out.print_json(text)
+    else:
+        print_result(result)
+    if output is not None:
+        from compresskv.bench.run import write_result
+
+        write_result(output, text)
+    if plot is not None:
+        from compresskv.bench.figure import draw_run
+
+        draw_run(result, plot)
+        err.print(f"figure: {plot}")

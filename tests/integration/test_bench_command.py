@@ -1,0 +1,182 @@
+"""`compresskv bench` as its users meet it: what it prints, and what it refuses. Never how long anything takes."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from commands import Result, runner
+from compresskv.bench import limits, run
+from compresskv.bench.peer_request import BenchRequest, measure_peers
+from compresskv.bench.plan import Plan
+from compresskv.bench.subject import Subject, random_subject
+from compresskv.errors import ConfigError
+from compresskv.evaluation.peer_process import PYTHON_VARIABLE, peers_python
+
+TINY = ["bench", "--random", "tiny", "--repeats", "2", "--new-tokens", "5", "--dtype", "float32", "--device", "cpu"]
+SMALL = [*TINY, "--lengths", "96,200", "--budgets", "64,full"]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run a command in this process, with quick stand-ins for the machine's limits."""
+    monkeypatch.setitem(limits._READ_NBYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(limits._MATRIX_SIZE, "cpu", 64)
+    monkeypatch.setattr(limits, "_LEAST_S", 0.0)
+    return runner(monkeypatch, capfd, columns=80)
+
+
+def test_json_alone_on_standard_output(call: Callable[..., Result], tmp_path: Path) -> None:
+    result = call(*SMALL, "--json", "-o", tmp_path / "new" / "run.json", "--plot", tmp_path / "run.png")
+    found = json.loads(result.out)
+
+    assert result.code == 0
+    assert result.err == f"figure: {tmp_path / 'run.png'}\n"
+    assert json.loads((tmp_path / "new" / "run.json").read_text(encoding="utf-8")) == found
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    assert set(found["versions"]) == {"compresskv", "torch", "transformers", "python"}
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["model"]["name"] == "random tiny"
+    assert found["model"]["dtype"] == "float32"
+    assert found["limits"]["read_bytes_per_s"] > 0
+    assert any("random weights" in note for note in found["notes"])
+    assert [(row["length"], row["method"], row["budget"]) for row in found["rows"]] == [
+        *((length, *one) for length in (96, 200) for one in _lines(64)),
+        *((64, *one) for one in _lines(64)),
+    ]
+    _check_rows(found["rows"])
+
+
+def _lines(budget: int) -> list[tuple[str, int | None]]:
+    return [("plain", None), ("full", None), ("snapkv", budget), ("blend", budget)]
+
+
+def _check_rows(rows: list[dict[str, Any]]) -> None:
+    nbytes_a_token = 4 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
+    for row in rows:
+        kept = row["prompt_tokens"] if row["budget"] is None else min(row["budget"], row["prompt_tokens"])
+        assert row["kv_nbytes"] == kept * nbytes_a_token
+        assert row["held_tokens"] == kept
+        assert row["within_budget"] == (row["budget"] == row["length"])
+        scores = row["budget"] is not None and not row["within_budget"]
+        assert (row["num_scorings"] > 0) == (row["scoring_s"] > 0) == scores
+        assert (row["decode_ratio_short"] is not None) == scores
+        assert len(row["rounds"]) == 2
+        for key in ("prefill_s", "first_token_s", "decode_ms", "least_prefill_s", "least_decode_ms", "prefill_ratio"):
+            assert row[key] > 0
+        if row["method"] == "plain":
+            assert row["engine"] == "transformers"
+            assert row["prefill_ratio"] == row["decode_ratio"] == row["kv_ratio"] == 1
+
+
+def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
+    result = call(*TINY, "--lengths", "96", "--budgets", "64,full", "--repeats", "1")
+    assert (result.code, result.err) == (0, "")
+    for words in ("96 tokens: reading the prompt", "96 tokens: generating, and memory", "0 times", "GB/s", "random"):
+        assert words in result.out
+    tables = [line for line in result.out.splitlines() if re.match(r"^(plain|full|snapkv|blend)", line)]
+    assert len(tables) == 2 * 4 + 2
+    assert all(len(line.rstrip()) <= 80 for line in tables)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--lengths", "many"], "--lengths 'many'"),
+        (["--lengths", "0"], "--lengths 0"),
+        (["--lengths", ","], "--lengths names no number"),
+        (["--budgets", "some"], "'some'"),
+        (["--methods", "snapvk"], "unknown method 'snapvk': did you mean 'snapkv'?"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--new-tokens", "1"], "--new-tokens 1"),
+        (["--random", "llama-9b"], "--random 'llama-9b' is unknown: did you mean"),
+        (["--layers", "0"], "--layers 0"),
+        (["--layers", "1000000000"], "--layers"),
+        (["--model", "smollm2-135m"], "--model 'smollm2-135m' and --random 'tiny' exclude each other"),
+        (["--profile", "p.json"], "--profile 'p.json' and --random 'tiny' exclude each other"),
+        (["--plot", "figure.txt"], "--plot 'figure.txt'"),
+        (["--plot", "."], "--plot '.' is a folder"),
+        (["--output", "."], "--output '.' is a folder"),
+        (["--output", "/proc/run.json"], "--output '/proc/run.json' cannot be written"),
+        (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
+        (["--dtype", "float3"], "--dtype float3"),
+        (["--device", "tpu9"], "--device tpu9"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_one_line(args: list[str], words: str, call: Callable[..., Result]) -> None:
+    result = call(*TINY, *args)
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(r"compresskv: [^\n]+\n", result.err), result.err
+    assert words in result.err
+
+
+def test_layers_need_a_geometry(call: Callable[..., Result]) -> None:
+    result = call("bench", "--layers", "2")
+    assert (result.code, result.out) == (2, "")
+    assert "--layers 2 needs --random" in result.err
+
+
+def test_a_missing_environment_for_peers_is_told_before_anything_is_measured(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PYTHON_VARIABLE, "/nowhere/python")
+    result = call(*TINY, "--peers", "kvpress")
+    assert (result.code, result.out) == (2, "")
+    assert "scripts/peers" in result.err
+
+
+def test_ctrl_c_shows_what_was_measured(call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = run.run_rounds
+
+    def once(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
+        if input_ids.shape[1] == 200:
+            raise KeyboardInterrupt
+        return own(model, input_ids, *args, **options)
+
+    monkeypatch.setattr(run, "run_rounds", once)
+    result = call(*SMALL, "--json")
+    assert result.code == 130
+    assert result.err == "compresskv: interrupted\n"
+    assert {row["length"] for row in json.loads(result.out)["rows"]} == {96}
+
+
+def test_help_has_examples(call: Callable[..., Result]) -> None:
+    result = call("bench", "--help")
+    assert result.code == 0
+    for words in ("Examples:", "--random llama-1b", "--peers kvpress", "docs/speed.md"):
+        assert words in result.out
+
+
+def test_a_request_to_peers_survives_its_file(tmp_path: Path) -> None:
+    plan = Plan((96,), (64, 0.5), True, 2, 5)
+    request = BenchRequest("tiny", 4, "float32", "cpu", (1, 2), vars(plan))
+    request.write(tmp_path / "request.json")
+    assert BenchRequest.read(tmp_path / "request.json").to_plan() == plan
+
+
+@pytest.mark.slow
+def test_kvpress_in_its_own_environment() -> None:
+    try:
+        python = peers_python()
+    except ConfigError:
+        pytest.skip("there is no environment for kvpress: scripts/peers makes .venv-peers")
+    plan = Plan((200,), (100,), False, 1, 5)
+    subject: Subject = random_subject("tiny", None, plan.most_tokens, dtype="float32", device="cpu")
+    rows = measure_peers(python, subject, plan, lambda message, fraction: None)
+
+    assert [note for note in subject.notes if "failed" in note] == []
+    names = ("plain", "kvpress:SnapKVPress", "kvpress:AdaKVPress(SnapKVPress)")
+    assert [(row["length"], row["method"]) for row in rows] == [
+        (length, name) for length in (200, 100) for name in names
+    ]
+    plain, freeing, masking = rows[:3]
+    assert [row["engine"] for row in rows[:3]] == ["transformers", "kvpress", "kvpress"]
+    assert (plain["held_tokens"], freeing["held_tokens"], masking["held_tokens"]) == (200, 100, 200)
+    assert freeing["eviction_s"] > 0
+    assert freeing["scoring_s"] is None
+    assert freeing["versions"]["kvpress"]
