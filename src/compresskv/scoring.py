@@ -46,7 +46,13 @@ def window_attention(
     logits[..., -window_size:].masked_fill_(future, lowest)
     if valid is not None:
         logits.masked_fill_(~valid[:, None, None, :], lowest)
-    return torch.softmax(logits, dim=-1)
+    return _softmax_(logits)
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, in place: on a CPU, fresh memory for so much costs more than the arithmetic."""
+    logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+    return logits.div_(logits.sum(dim=-1, keepdim=True))
 
 
 def heads_window_attention(
@@ -138,8 +144,9 @@ def window_moments(
     Returns: two of (B, H_q, T) float32.
     """
     attention = window_attention(query_window, keys, scaling=scaling, softcap=softcap, valid=valid)
-    variance, mean = torch.var_mean(attention, dim=2, correction=0)
     window_size = attention.shape[2]
+    mean = attention.mean(dim=2)
+    variance = attention.sub_(mean[:, :, None]).square_().mean(dim=2)
     return without_window(mean, window_size), without_window(variance, window_size)
 
 

@@ -427,7 +427,7 @@ class Watch(TorchDispatchMode):
         for one in made if isinstance(made, (tuple, list)) else [made]:
             if isinstance(one, Tensor):
                 self.shapes.setdefault(tuple(one.shape), str(func))
-                if "softmax" in str(func):
+                if "softmax" in str(func) or "aten.exp_" in str(func):
                     self.softmaxes.add(tuple(one.shape))
         return made
 

@@ -71,7 +71,8 @@ class Blend(CAKE):
         assert observed.scores is not None
         local = set_first(without_padding(observed.scores, inputs.valid), self.num_sinks, 0, inputs.valid)
         scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
-        vote = layer_vote(inputs, needed_profile(self.name, self.profile), self.num_heads, self.vote_kernel_size)
+        profile = needed_profile(self.name, self.profile)
+        vote = layer_vote(inputs, profile, self.num_heads, self.vote_kernel_size, all_heads=True)
         return replace(observed, scores=local / scale, vote=vote)
 
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:

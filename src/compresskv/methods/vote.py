@@ -63,8 +63,9 @@ class Vote(Method):
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """The votes of the layer's retrieval heads and, if it counts, what all its heads attend to."""
-        vote = layer_vote(inputs, needed_profile(self.name, self.profile), self.num_heads, self.kernel_size)
-        wanted = self._wanted(inputs) if self.local_weight else None
+        profile, local = needed_profile(self.name, self.profile), self.local_weight > 0
+        vote = layer_vote(inputs, profile, self.num_heads, self.kernel_size, all_heads=local)
+        wanted = self._wanted(inputs) if local else None
         return Observation(inputs.layer_idx, inputs.valid, scores=wanted, vote=vote)
 
     def _wanted(self, inputs: LayerInputs) -> Tensor:
@@ -82,19 +83,28 @@ class Vote(Method):
         return [set_first(scores, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
 
 
-def layer_vote(inputs: LayerInputs, profile: Profile, num_heads: int, kernel_size: int) -> Tensor | None:
+def layer_vote(
+    inputs: LayerInputs, profile: Profile, num_heads: int, kernel_size: int, *, all_heads: bool
+) -> Tensor | None:
     """(B, 1, T): the votes of a layer's heads that are among the model's `num_heads` best; None where none of them is.
 
     Each head's window attention is pooled and normalised to sum 1, and counts by the head's semantic retrieval score.
+
+    Args:
+        all_heads: whether the attention of all the layer's heads is needed anyway.
     """
     best = profile.ranked_heads(profile.semantic_scores)[:num_heads]
     heads = [head for layer_idx, head in best if layer_idx == inputs.layer_idx]
     if not heads:
         return None
-    attention = heads_window_attention(
-        inputs.query_window, inputs.keys, heads, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
-    )
-    pooled = pool(sum_over_window(attention), kernel_size)
+    if all_heads:
+        attention = inputs.attention_moments[0][:, heads]
+    else:
+        window = heads_window_attention(
+            inputs.query_window, inputs.keys, heads, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
+        )
+        attention = sum_over_window(window)
+    pooled = pool(attention, kernel_size)
     own = normalised(without_padding(pooled, inputs.valid))  # (B, n, T)
     scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
     weights = own.new_tensor([scores[head] for head in heads])
