@@ -78,13 +78,13 @@ class CompressedCache(RoutedCache):
     def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:
         """Take over a prompt that was read with a full cache, and cut it; `full` stays as it is.
 
-        For plans, and for methods without an observation window (queries are not in a cache). Prompts without padding.
+        For plans, and for methods without an observation window (queries are not in a cache). One prompt, no padding.
 
         Args:
             full: transformers' own cache, such as `DynamicCache`.
             num_prompt_tokens: how many of its tokens are the prompt; None: all. Later ones are kept.
         Raises:
-            CacheStateError: this cache holds a prompt, `full` is shorter, or it is the cache of another model.
+            CacheStateError: this cache holds a prompt, or `full` does not hold one whole prompt of this model.
             ConfigError: the method needs queries.
             PlanError: the plan is of another prompt length.
         """
@@ -92,21 +92,39 @@ class CompressedCache(RoutedCache):
         num_prompt = num_tokens if num_prompt_tokens is None else num_prompt_tokens
         if self.method.window_size or self.method.lookahead:
             raise ConfigError(f"method {self.method.name!r} needs queries, which a cache does not hold: make a plan")
-        if self.get_seq_length() or not 0 < num_prompt <= num_tokens or len(full.layers) != len(self.layers):
+        if self.get_seq_length() or not 0 < num_prompt <= num_tokens or not self._can_adopt(full):
             raise CacheStateError(
-                f"cannot adopt {num_prompt} prompt tokens from a cache of {num_tokens} tokens and {len(full.layers)} "
-                f"layers into one of {self.get_seq_length()} tokens and {len(self.layers)} layers"
+                f"cannot adopt {num_prompt} prompt tokens from a {type(full).__name__} of {num_tokens} tokens in "
+                f"{len(full.layers)} layers into a cache of {self.get_seq_length()} in {len(self.layers)}"
             )
-        sources: list[Any] = full.layers
-        for layer_idx, source in enumerate(sources):
-            layer = self.layers[layer_idx]
-            if isinstance(layer, CompressedLayer):
-                held = (source.keys, source.values)
-                layer.adopt_prompt(*(states[:, :, :num_prompt] for states in held))
-                layer.finish_prompt(source.keys[:, :, :0], None, 1.0, None)
-                layer.adopt_generated(*(states[:, :, num_prompt:] for states in held))
-            else:
-                self.layers[layer_idx] = copy.deepcopy(source)
+        try:
+            for layer_idx, source in enumerate(full.layers):
+                self._adopt_layer(layer_idx, source, num_prompt, num_tokens)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _can_adopt(self, full: Cache) -> bool:
+        """Whether it has this model's layers, and in full-attention layers every token of one prompt."""
+        held = [
+            getattr(source, "keys", None)
+            for source, layer in zip(full.layers, self.layers, strict=False)
+            if isinstance(layer, CompressedLayer)
+        ]
+        whole = all(keys is not None and keys.shape[0] == 1 and keys.shape[2] >= full.get_seq_length() for keys in held)
+        return len(full.layers) == len(self.layers) and whole
+
+    def _adopt_layer(self, layer_idx: int, source: Any, num_prompt: int, num_tokens: int) -> None:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CompressedLayer):
+            prompt, later = slice(0, num_prompt), slice(num_prompt, num_tokens)  # a static cache has empty slots behind
+            layer.adopt_prompt(source.keys[:, :, prompt], source.values[:, :, prompt])
+            layer.finish_prompt(source.keys[:, :, :0], None, 1.0, None)
+            if num_tokens > num_prompt:
+                layer.adopt_generated(source.keys[:, :, later], source.values[:, :, later])
+        else:
+            self.layers[layer_idx] = copy.deepcopy(source)
+            own_window(self.layers[layer_idx])
 
     def crop(self, max_length: int) -> None:
         """Remove generated tokens from the end; see `CompressedLayer.crop`."""
@@ -144,10 +162,13 @@ class CompressedCache(RoutedCache):
     def full_nbytes(self) -> int:
         """Bytes that the cache held, or would have held, for the whole prompt before eviction."""
         other = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
-        own = (
-            storage_nbytes(layer.tensors) if layer.in_prefill else layer.full_nbytes for layer in self.compressed_layers
-        )
-        return layers_nbytes(other) + sum(own)
+        return layers_nbytes(other) + sum(layer.full_nbytes for layer in self.compressed_layers)
+
+    @property
+    def retained_nbytes(self) -> int:
+        """Bytes that the cache held right after eviction; where nothing was evicted yet, those that it holds now."""
+        other = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        return layers_nbytes(other) + sum(layer.retained_nbytes for layer in self.compressed_layers)
 
 
 def compressible_layers(model: PreTrainedModel) -> list[int]:

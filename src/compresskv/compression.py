@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from compresskv import registry
 from compresskv.attention import routing
 from compresskv.budgets import Budget
-from compresskv.cache import CompressedCache
+from compresskv.cache import CompressedCache, compressible_layers
 from compresskv.errors import ConfigError, PlanError
 from compresskv.method import Method
 from compresskv.plan import Plan, Planned
@@ -97,9 +97,12 @@ def prepare_method(
         ConfigError, ProfileError, PlanError: as for `compressing`.
     """
     if isinstance(method, Plan):
-        own = str(fingerprint(model))
-        if method.model != own:
+        own = fingerprint(model)
+        if method.model != str(own):
             raise PlanError(f"the plan belongs to another model: it is for {method.model}, this is {own}")
+        if options:
+            raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")
+        method.check_model(compressible_layers(model), own.num_kv_heads)
         method = Planned(plan=method)
     if isinstance(method, Method):
         if options:

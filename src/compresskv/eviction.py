@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compresskv.budgets import Budget, check_budget, resolve
+from compresskv.budgets import Budget, check_budget
 from compresskv.errors import ConfigError, PromptError
 from compresskv.method import LayerInputs, Method, Observation
 
@@ -54,6 +54,8 @@ class Eviction:
             num_ahead: how many of the last tokens are generated ones that the method looked ahead at. They are kept,
                 beside the budget.
         """
+        if position == 0:  # caches that branched off before the end of the prompt share this
+            self.reset()
         row_lengths = self._note_rows(inputs)
         if min(row_lengths) == inputs.keys.shape[2]:
             inputs = replace(inputs, valid=None)
@@ -91,11 +93,7 @@ class Eviction:
     def _budgets(self, num_tokens: int, num_ahead: int) -> list[list[int]]:
         """What each layer retains of a prompt of `num_tokens` and what came after it: one number, or one a KV head."""
         if num_tokens not in self._head_budgets:
-            if isinstance(self.budget, (int, float)):
-                mean = resolve(self.budget, num_tokens)
-                per_layer = self.method.head_budgets(mean, self.num_layers, num_tokens)
-            else:
-                per_layer = [[count] for count in self.method.given_budgets(self.budget, num_tokens)]
+            per_layer = self.method.resolve_budgets(self.budget, self.num_layers, num_tokens)
             self._head_budgets[num_tokens] = per_layer
         return [[count + num_ahead for count in counts] for counts in self._head_budgets[num_tokens]]
 

@@ -12,6 +12,7 @@ from compresskv.budgets import Budget, check_budget
 from compresskv.cache import CompressedCache
 from compresskv.compression import Compressing
 from compresskv.decoding import decode, prefill
+from compresskv.errors import ConfigError
 from compresskv.layer import CompressedLayer
 from compresskv.method import Method
 from compresskv.offsets import token_range
@@ -161,9 +162,11 @@ def explain(
     """Read a prompt (1, T), note what each layer keeps, and answer where `max_new_tokens` is above 0.
 
     Raises:
-        ConfigError, ModelError: as for `compressing`.
+        ConfigError, ModelError: as for `compressing`; or the method looks ahead.
     """
     check_budget(budget)
+    if method.lookahead:
+        raise ConfigError(f"lookahead={method.lookahead}: what is kept of a prompt is explained before it is answered")
     with Compressing(model, method, budget, on_layer=on_prefill) as cache:
         logits = prefill(model, input_ids.to(model.device), cache)
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes

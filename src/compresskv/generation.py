@@ -13,6 +13,7 @@ from compresskv import memory
 from compresskv.budgets import Budget, check_budget
 from compresskv.compression import DEFAULT_BUDGET, DEFAULT_METHOD, Compressing, prepare_method
 from compresskv.decoding import decode, prefill
+from compresskv.errors import ConfigError
 from compresskv.method import Method
 from compresskv.plan import Plan, Planned
 from compresskv.planning import make_plan
@@ -35,7 +36,7 @@ class GenerationStats:
     kv_nbytes_full: int
     """KV bytes of the whole prompt, before eviction."""
     kv_nbytes: int
-    """KV bytes really held after eviction: of storages, not of views. With look-ahead, at the answer's end."""
+    """KV bytes really held right after eviction, of storages, not of views; at the answer's end if that came first."""
     prefill_s: float
     time_to_first_token_s: float
     """Prefill, eviction, and choosing the first token."""
@@ -109,6 +110,8 @@ def ask(
         ConfigError, ProfileError, ModelError: as for `compressing`.
         PromptError: an empty document or question, or a prompt that does not fit.
     """
+    if two_pass and isinstance(method, Method) and method.lookahead:
+        raise ConfigError(f"two passes cannot look ahead: leave out lookahead={method.lookahead}")
     chosen = prepare_method(model, method, profile, **options)
     check_budget(budget)
     prompt = build_prompt(
@@ -125,15 +128,12 @@ def ask(
         logits = prefill(model, input_ids, cache)
         _synchronize(model.device)
         prefill_s = time.perf_counter() - start
-        kv_nbytes = cache.nbytes
         first = int(logits.argmax())
         first_s = time.perf_counter() - start
         streamer = None if on_text is None else _CallbackStreamer(tokenizer, on_text)
         token_ids = decode(model, tokenizer, first, cache, max_new_tokens, streamer)
         decode_s = time.perf_counter() - start - first_s
         retained = [layer.mean_retained for layer in cache.compressed_layers]
-        if chosen.lookahead:
-            kv_nbytes = cache.nbytes
     stats = GenerationStats(
         method=chosen.name,
         budget=budget if isinstance(budget, (int, float)) else list(budget),
@@ -142,7 +142,7 @@ def ask(
         generated_tokens=len(token_ids),
         retained_per_layer=retained,
         kv_nbytes_full=cache.full_nbytes,
-        kv_nbytes=kv_nbytes,
+        kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,
         time_to_first_token_s=first_s,
         decode_s=decode_s,

@@ -38,7 +38,9 @@ class CompressedLayer(RoutedLayer):
         self.seen_tokens = 0
         self.in_prefill = True
         self.num_prompt_tokens = 0
-        self.full_nbytes = 0
+        self.num_ahead = 0
+        self._full_nbytes = 0
+        self._retained_nbytes = 0
         self.positions: Tensor | None = None
         self.ragged: RaggedStore | None = None
         self._has_unused = False
@@ -55,10 +57,24 @@ class CompressedLayer(RoutedLayer):
 
     @property
     def mean_retained(self) -> float:
-        """Prompt tokens kept, those looked ahead at included: a mean over rows and KV heads."""
+        """Prompt tokens kept, without those looked ahead at: a mean over rows and KV heads."""
+        if self.in_prefill:
+            return min(self.seen_tokens, self._prompt_end or self.seen_tokens)
         if self.positions is None:
-            return self.seen_tokens if self.in_prefill else self.num_prompt_tokens
-        return float((self.positions != UNUSED).sum(dim=-1).float().mean())
+            return self.num_prompt_tokens - self.num_ahead
+        return float((self.positions != UNUSED).sum(dim=-1).float().mean()) - self.num_ahead
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of the prompt's keys and values before eviction."""
+        if self.in_prefill and self.seen_tokens:
+            return int(storage_nbytes(self.tensors) * self.mean_retained / self.seen_tokens)
+        return self._full_nbytes
+
+    @property
+    def retained_nbytes(self) -> int:
+        """Bytes of what was held right after eviction; before that, of what is held now."""
+        return storage_nbytes(self.tensors) if self.in_prefill else self._retained_nbytes
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -173,8 +189,9 @@ class CompressedLayer(RoutedLayer):
             num_ahead: how many of the last tokens are generated ones that the method looked ahead at.
         """
         keys, values = self.stored()
-        self.in_prefill, self.num_prompt_tokens = False, self.seen_tokens
-        self.full_nbytes = storage_nbytes([keys, values])
+        self.in_prefill, self.num_prompt_tokens, self.num_ahead = False, self.seen_tokens, num_ahead
+        self._retained_nbytes = storage_nbytes([keys, values])
+        self._full_nbytes = self._retained_nbytes * (self.seen_tokens - num_ahead) // self.seen_tokens
         inputs = LayerInputs(self.layer_idx, query_window, keys, values, scaling, softcap, valid)
         self._eviction.end_of_prompt(self, self._position, inputs, num_ahead)
 
@@ -193,6 +210,7 @@ class CompressedLayer(RoutedLayer):
             self.keys, self.values = (states[:, :, :0].clone() for states in (keys, values))
         else:
             self.keys, self.values = (gather_tokens(states, indices) for states in (keys, values))
+        self._retained_nbytes = storage_nbytes(self.tensors)
 
     def _retained_mask(
         self, query: Tensor, mask: Tensor | None, positions: Tensor | None, has_unused: bool
@@ -230,8 +248,8 @@ class CompressedLayer(RoutedLayer):
         # and crops at once. Whether that is refused must not depend on whether the drafts were right.
         if not self.in_prefill and (length < self.num_prompt_tokens or self.seen_tokens == self.num_prompt_tokens):
             raise CacheStateError(
-                f"cannot crop a compressed cache of {self.seen_tokens} tokens to {length}: "
-                f"its prompt has {self.num_prompt_tokens}. {NO_ASSISTANT}"
+                f"cannot crop a compressed cache of {self.seen_tokens} tokens to {length}: its prompt"
+                f"{' and look-ahead have' if self.num_ahead else ' has'} {self.num_prompt_tokens}. {NO_ASSISTANT}"
             )
         return length
 
@@ -247,6 +265,7 @@ class CompressedLayer(RoutedLayer):
         length = self.check_crop(max_length)
         if removed := self.seen_tokens - length:
             self.seen_tokens = length
+            self._growing = None
             if self._query_window is not None:  # while looking ahead
                 self._query_window = self._query_window[:, :, :-removed]
             if self.ragged is not None:
@@ -274,6 +293,7 @@ class CompressedLayer(RoutedLayer):
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
+            self._growing = None
             self.keys, self.values = map(function, self.stored())
             if self.ragged is not None:
                 self.ragged.map_rows(function)

@@ -24,7 +24,7 @@ class LayerInputs:
     layer_idx: int
     """The layer's number in the model."""
     query_window: Tensor
-    """(B, H_q, W, D), post-RoPE: the queries of the last W prompt tokens."""
+    """(B, H_q, W, D), post-RoPE: the queries of the last W tokens, those looked ahead at included."""
     keys: Tensor
     """(B, H_kv, T, D), post-RoPE."""
     values: Tensor
@@ -49,7 +49,7 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one layer tells the others, for methods that `decide_together`. Small beside the layer's keys and values."""
+    """What one layer tells the others, where a method `decides_together`. Small beside the layer's keys and values."""
 
     layer_idx: int
     """The layer's number in the model."""
@@ -112,7 +112,7 @@ class Method:
         changed = [
             f"{option.name}={getattr(self, option.name)}"
             for option in fields(self)
-            if option.name != "profile" and getattr(self, option.name) != option.default
+            if option.name not in ("profile", "plan") and getattr(self, option.name) != option.default
         ]
         return f"{self.name}[{','.join(changed)}]" if changed else self.name
 
@@ -136,6 +136,12 @@ class Method:
         """Tokens to retain in each compressible layer where the caller gives one count a layer."""
         return [min(count, num_tokens) for count in counts]
 
+    def resolve_budgets(self, budget: budgets.Budget, num_layers: int, num_tokens: int) -> list[list[int]]:
+        """`head_budgets` or `given_budgets`, as the caller's `budget` asks for."""
+        if isinstance(budget, (int, float)):
+            return self.head_budgets(budgets.resolve(budget, num_tokens), num_layers, num_tokens)
+        return [[count] for count in self.given_budgets(budget, num_tokens)]
+
     def score(self, inputs: LayerInputs) -> Tensor:
         """How much each prompt token is worth keeping.
 
@@ -144,17 +150,17 @@ class Method:
         raise NotImplementedError
 
     def observe(self, inputs: LayerInputs) -> Observation:
-        """What the layer tells the others, for methods that `decide_together`: its scores, or what they need."""
+        """What the layer tells the others, for methods that `decides_together`: its scores, or what they need."""
         return Observation(inputs.layer_idx, inputs.valid, scores=self.score(inputs))
 
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
-        """Scores of all layers at once, (B, H_kv or 1, T) each, for methods that `decide_together`."""
+        """Scores of all layers at once, (B, H_kv or 1, T) each, for methods that `decides_together`."""
         return [layer.scores for layer in layers if layer.scores is not None]
 
     def share_budgets(
         self, layers: Sequence[Observation], budgets: list[list[int]], row_lengths: list[int]
     ) -> list[list[int]]:
-        """Budgets that only the prompt tells, for methods that `decide_together`.
+        """Budgets that only the prompt tells, for methods that `decides_together`.
 
         Args:
             budgets: (L, B) tokens that each layer would retain of each row.

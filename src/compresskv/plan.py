@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.errors import PlanError
+from compresskv.budgets import Budget, check_budget
+from compresskv.errors import ConfigError, PlanError
 from compresskv.method import LayerInputs, Method
 
 FORMAT = "compresskv-plan"
@@ -64,6 +65,8 @@ class Plan:
             PlanError: a layer without positions, or positions that are not ascending prompt tokens.
         """
         _check(self.num_prompt_tokens > 0 and bool(self.layers), "it has no tokens or no layers")
+        indices = [-1, *(layer.layer_idx for layer in self.layers)]
+        _check(all(a < b for a, b in pairwise(indices)), "its layers are not ascending numbers of layers")
         for layer in self.layers:
             where = f"layer {layer.layer_idx}"
             _check(bool(layer.positions) and all(layer.positions), f"{where} keeps nothing")
@@ -71,6 +74,8 @@ class Plan:
                 [len(kept) for kept in layer.positions] == [len(scores) for scores in layer.scores],
                 f"{where} has not one score for each position",
             )
+            known = [score for scores in layer.scores for score in scores if score is not None]
+            _check(all(map(math.isfinite, known)), f"{where} has a score that is not finite")
             for kept in layer.positions:
                 ascending = all(a < b for a, b in pairwise(kept))
                 _check(
@@ -92,6 +97,21 @@ class Plan:
         """Prompt tokens kept, mean over layers and KV heads."""
         means = (sum(map(len, layer.positions)) / len(layer.positions) for layer in self.layers)
         return sum(means) / len(self.layers)
+
+    def check_model(self, layer_indices: Sequence[int], num_kv_heads: int) -> None:
+        """Refuse a model whose layers or heads are not those of the plan.
+
+        Args:
+            layer_indices: numbers of the model's full-attention layers.
+        Raises:
+            PlanError: other layers, or a list for another number of KV heads.
+        """
+        _check([layer.layer_idx for layer in self.layers] == list(layer_indices), "the plan is for other layers")
+        for layer in self.layers:
+            _check(
+                len(layer.positions) in (1, num_kv_heads),
+                f"the plan has {len(layer.positions)} lists for the {num_kv_heads} KV heads of layer {layer.layer_idx}",
+            )
 
     def check_prompt(self, token_ids: Sequence[int]) -> None:
         """Refuse another prompt than the plan's.
@@ -135,30 +155,31 @@ class Plan:
             PlanError: a field is missing, of the wrong kind, or holds what cannot be.
         """
         _check(isinstance(data, dict) and data.get("format") == FORMAT, f"its format is not {FORMAT!r}")
-        _check(data.get("version") == VERSION, f"its version is {data.get('version')!r}, this release reads {VERSION}")
+        version = data.get("version")
+        _check(version is not True and version == VERSION, f"its version is {version!r}, this release reads {VERSION}")
         try:
-            positions, scores, budget = data["positions"], data["scores"], data["budget"]
-            indices = [operator.index(layer_idx) for layer_idx in data["layers"]]
-            if all(isinstance(position, int) for position in positions):
+            positions, scores = data["positions"], data["scores"]
+            indices = [_integer(layer_idx) for layer_idx in data["layers"]]
+            if positions and not isinstance(positions[0], list):
                 positions, scores = [[positions]] * len(indices), [[scores]] * len(indices)
             return cls(
-                model=str(data["model"]),
-                num_prompt_tokens=operator.index(data["prompt"]["num_tokens"]),
-                prompt_sha256=str(data["prompt"]["sha256"]),
-                method=str(data["method"]),
-                budget=tuple(map(operator.index, budget)) if isinstance(budget, list) else budget,
-                profile=data["profile"],
+                model=_text(data["model"]),
+                num_prompt_tokens=_integer(data["prompt"]["num_tokens"]),
+                prompt_sha256=_text(data["prompt"]["sha256"]),
+                method=_text(data["method"]),
+                budget=_budget(data["budget"]),
+                profile=None if data["profile"] is None else _text(data["profile"]),
                 layers=tuple(
                     LayerPlan(
                         layer_idx,
-                        tuple(tuple(map(operator.index, kept)) for kept in own_positions),
+                        tuple(tuple(map(_integer, kept)) for kept in own_positions),
                         tuple(tuple(None if one is None else float(one) for one in row) for row in own_scores),
                     )
                     for layer_idx, own_positions, own_scores in zip(indices, positions, scores, strict=True)
                 ),
                 versions=dict(data["versions"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"field missing or of the wrong kind: {error}") from error
@@ -193,7 +214,7 @@ def read_plan(path: str | Path) -> Plan:
 
 def prompt_digest(token_ids: Sequence[int]) -> str:
     """16 hex digits that stand for token ids."""
-    return hashlib.sha256(repr(list(token_ids)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([int(token) for token in token_ids]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -211,7 +232,7 @@ class Planned(Method):
         assert self.plan is not None
         return self.plan.layers
 
-    def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
+    def resolve_budgets(self, budget: Budget, num_layers: int, num_tokens: int) -> list[list[int]]:
         """As many as the plan names, whatever `budget` is.
 
         Raises:
@@ -229,14 +250,31 @@ class Planned(Method):
         (own,) = (layer for layer in self._layers if layer.layer_idx == inputs.layer_idx)
         batch_size, _, num_tokens, _ = inputs.keys.shape
         scores = torch.zeros(batch_size, len(own.positions), num_tokens, device=inputs.keys.device)
-        for head, kept in enumerate(own.positions):
-            scores[:, head, list(kept)] = 1
+        starts = [0] * batch_size if inputs.valid is None else inputs.valid.int().argmax(dim=-1).tolist()
+        for row, start in enumerate(starts):
+            for head, kept in enumerate(own.positions):
+                scores[row, head, [start + position for position in kept]] = 1
         return scores
 
 
-def finite(scores: Sequence[float]) -> Scores:
-    """Scores as JSON can hold them: None for what is kept in any case."""
-    return tuple(score if math.isfinite(score) else None for score in scores)
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is not an integer")
+    return operator.index(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _budget(value: Any) -> int | float | tuple[int, ...]:
+    try:
+        check_budget(value)
+    except ConfigError as error:
+        raise TypeError(str(error)) from None
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(holds: bool, what: str) -> None:

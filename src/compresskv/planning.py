@@ -1,6 +1,6 @@
 """Reading a prompt to decide what to keep of it, while its keys and values are freed layer by layer."""
 
-import functools
+import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +15,10 @@ from compresskv.budgets import Budget
 from compresskv.cache import CompressedCache
 from compresskv.compression import DEFAULT_BUDGET, DEFAULT_METHOD, prepare_method
 from compresskv.decoding import prefill
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, PromptError
 from compresskv.layer import CompressedLayer
 from compresskv.method import Method
-from compresskv.plan import LayerPlan, Plan, finite, prompt_digest
+from compresskv.plan import LayerPlan, Plan, prompt_digest
 from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.selection import UNUSED
@@ -71,7 +71,10 @@ def make_plan(
         on_layer: called with (layers done, layers).
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`; or the method looks ahead.
+        PromptError: there are no token ids, or they are a batch's.
     """
+    if not len(token_ids) or not all(isinstance(token, int) for token in token_ids):
+        raise PromptError("token_ids must be the integers of one prompt: pass input_ids[0].tolist()")
     chosen = prepare_method(model, method, profile, **options)
     if chosen.lookahead:
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
@@ -97,15 +100,10 @@ def _layer_plan(layer: CompressedLayer, window_size: int) -> LayerPlan:
     if layer.positions is None or layer.chosen_scores is None:
         return LayerPlan(layer.layer_idx, (tuple(range(num_tokens)),), ((None,) * num_tokens,))
     scores = layer.chosen_scores.masked_fill(layer.positions >= num_tokens - window_size, torch.inf)
-    used = (layer.positions[0] != UNUSED).tolist()
-    rows = functools.partial(_used, used)
+    heads = zip(layer.positions[0].tolist(), scores[0].tolist(), strict=True)
+    chosen = [[pair for pair in zip(*head, strict=True) if pair[0] != UNUSED] for head in heads]
     return LayerPlan(
         layer.layer_idx,
-        tuple(map(tuple, rows(layer.positions[0].tolist()))),
-        tuple(map(finite, rows(scores[0].tolist()))),
+        tuple(tuple(position for position, _ in head) for head in chosen),
+        tuple(tuple(score if math.isfinite(score) else None for _, score in head) for head in chosen),
     )
-
-
-def _used(used: list[list[bool]], rows: list[list[Any]]) -> list[list[Any]]:
-    """What stands in slots that hold a token."""
-    return [[one for one, keep in zip(row, own, strict=True) if keep] for row, own in zip(rows, used, strict=True)]

@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from compresskv.attention import AttentionFunction
 from compresskv.errors import ModelError
-from compresskv.growing import ROOM
+from compresskv.growing import ROOM, may_write
 from compresskv.selection import UNUSED
 
 
@@ -40,10 +39,17 @@ class RaggedStore:
         self.counts = [part.shape[1] for part in parts[0]]
         self._starts = [sum(self.counts[:head]) + head * room for head in range(len(self.counts))]
         self._room = room
-        self._keys, self._values = (torch.cat([pad(part, (0, 0, 0, room)) for part in own], dim=1) for own in parts)
+        self._keys, self._values = (self._packed(own) for own in parts)
         ends = [start + count for start, count in zip(self._starts, self.counts, strict=True)]
         self._ends = torch.tensor(ends, device=self._keys.device)
         self._shared = False
+
+    def _packed(self, parts: list[Tensor]) -> Tensor:
+        batch_size, _, head_dim = parts[0].shape
+        packed = parts[0].new_empty(batch_size, sum(self.counts) + self._room * len(parts), head_dim)
+        for part, start in zip(parts, self._starts, strict=True):
+            packed[:, start : start + part.shape[1]] = part
+        return packed
 
     def __copy__(self) -> "RaggedStore":
         """A store that goes on from here alone; tensors are shared until it appends."""
@@ -79,7 +85,7 @@ class RaggedStore:
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store new tokens (B, H_kv, T_new, D) in every head."""
         num_new = key_states.shape[2]
-        if self._shared or num_new > self._room:
+        if self._shared or num_new > self._room or not may_write(self._keys, key_states):
             self._pack([[part[:, 0] for part in self._heads(packed)] for packed in self.tensors], room=num_new + ROOM)
         for packed, states in zip(self.tensors, (key_states, value_states), strict=True):
             if num_new == 1:
@@ -87,7 +93,7 @@ class RaggedStore:
             else:
                 for head, (start, count) in enumerate(zip(self._starts, self.counts, strict=True)):
                     packed[:, start + count : start + count + num_new] = states[:, head]
-        self._ends += num_new
+        self._ends = self._ends + num_new
         self._room -= num_new
         self.counts = [count + num_new for count in self.counts]
 

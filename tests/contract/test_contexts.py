@@ -250,3 +250,30 @@ def test_generation_in_a_worker_thread_can_be_streamed(model: PreTrainedModel) -
         thread.join()
     assert errors.empty(), errors.get()
     assert [list(map(int, text.split()))] == tokens_alone(model, 0)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "full"])
+def test_decoding_goes_on_outside_the_inference_mode_it_began_in(model: PreTrainedModel, method: str) -> None:
+    sequence, steps = tiny.random_tokens(80), [70, 1, 1, 1, 3]
+    with compresskv.compressing(model, method, 24) as cache:
+        expected = tiny.read(model, cache, sequence, steps)
+    with compresskv.compressing(model, method, 24) as cache:
+        with torch.inference_mode():
+            tiny.read(model, cache, sequence, steps[:2])
+        logits = tiny.read(model, cache, sequence, steps[2:])
+    torch.testing.assert_close(logits, expected[:, 71:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "full"])
+def test_gradients_reach_through_several_steps(model: PreTrainedModel, method: str) -> None:
+    sequence = tiny.random_tokens(74)
+    with compresskv.compressing(model, method, 24) as cache:
+        tiny.read(model, cache, sequence, [70])
+        total = torch.zeros(())
+        for token in range(70, 74):
+            output = model(input_ids=sequence[:, token : token + 1], past_key_values=cache, use_cache=True)
+            total = total + output.logits.float().logsumexp(-1).sum()
+        total.backward()
+    gradients = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)

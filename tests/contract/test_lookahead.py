@@ -11,6 +11,7 @@ import tiny
 from compresskv import ConfigError, Method
 from compresskv.compression import prepare_method
 from compresskv.evaluation.configurations import configurations, parse_methods
+from compresskv.full_cache import branch
 from oracle import evictions, oracle_logits
 
 NUM_PROMPT, AHEAD, BUDGET, WINDOW = 70, 3, 24, 8
@@ -29,13 +30,18 @@ def prepared(family: str, name: str, **options: Any) -> Method:
 def test_it_decodes_as_the_full_cache_and_then_as_the_masked_one(family: str, method: str) -> None:
     model, sequence = tiny.tiny_model(family), tiny.random_tokens(sum(STEPS), batch_size=2)
     with compresskv.compressing(model, prepared(family, method, lookahead=AHEAD), BUDGET) as cache:
-        tiny.read(model, cache, sequence, STEPS[:AHEAD])
-        assert cache.nbytes == cache.full_nbytes
+        tiny.read(model, cache, sequence, STEPS[:1])
+        full_nbytes = [layer.full_nbytes for layer in cache.compressed_layers]
+        tiny.read(model, cache, sequence, STEPS[1:AHEAD])
+        assert cache.nbytes > cache.full_nbytes
+        assert [layer.full_nbytes for layer in cache.compressed_layers] == full_nbytes
         logits = tiny.read(model, cache, sequence, STEPS[AHEAD:])
         assert cache.nbytes < cache.full_nbytes
         gone = evictions(cache)
     assert {blocked.shape[-1] for blocked in gone.values()} == {NUM_PROMPT + AHEAD}
     assert not any(bool(blocked[..., NUM_PROMPT:].any()) for blocked in gone.values())
+    layers = cache.compressed_layers
+    assert sum(layer.mean_retained for layer in layers) == pytest.approx(len(layers) * BUDGET)
     kept = sum(float((~blocked).sum()) / blocked.shape[1] for blocked in gone.values()) / 2
     assert kept == pytest.approx(len(gone) * (BUDGET + AHEAD))
     expected = oracle_logits(family, sequence, gone)[:, NUM_PROMPT + AHEAD - 1 :]
@@ -95,7 +101,8 @@ def test_an_answer_that_ends_first_is_the_full_caches() -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
     with compresskv.compressing(model, prepared("llama", "snapkv", lookahead=50), BUDGET) as cache:
         tokens = tiny.generate(model, prompt, cache)
-        assert cache.nbytes == cache.full_nbytes
+        assert cache.retained_nbytes == cache.nbytes > cache.full_nbytes
+        assert [layer.mean_retained for layer in cache.compressed_layers] == [NUM_PROMPT] * 4
     assert torch.equal(tokens, tiny.generate(model, prompt))
 
 
@@ -112,6 +119,22 @@ def test_cropping_while_looking_ahead_takes_the_tokens_queries_back() -> None:
             tiny.read(model, cache, sequence, [1, 1])
             kept.append([tiny.kept_tokens(layer) for layer in cache.compressed_layers])
     assert kept[0] == kept[1]
+
+
+def test_a_branch_made_before_the_cut_is_cut_as_if_alone() -> None:
+    model, sequence = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT + AHEAD)
+    other = torch.cat([sequence[:, :NUM_PROMPT], tiny.random_tokens(10, seed=5)], dim=1)
+    ahead = prepared("llama", "snapkv", lookahead=AHEAD)
+    with compresskv.compressing(model, ahead, BUDGET) as alone:
+        tiny.read(model, alone, other, [NUM_PROMPT, 10])  # several tokens at once end the look-ahead, too
+    with compresskv.compressing(model, ahead, BUDGET) as cache:
+        tiny.read(model, cache, sequence, [NUM_PROMPT])
+        branched = branch(cache)
+        tiny.read(model, cache, sequence, [1] * AHEAD)
+        tiny.read(model, branched, other, [10])
+    kept, wanted = (list(map(tiny.kept_tokens, one.compressed_layers)) for one in (branched, alone))
+    assert kept == wanted
+    assert all(len(head) == BUDGET + 10 for head in kept[0][0])
 
 
 def test_reset_looks_ahead_anew() -> None:

@@ -1,6 +1,7 @@
 """A plan keeps what its method would have kept: in a second reading, out of a full cache, after a way through JSON."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import compresskv
 import tiny
-from compresskv import CacheStateError, CompressedCache, ConfigError, Plan, PlanError, make_plan, read_plan
+from compresskv import CacheStateError, CompressedCache, ConfigError, Plan, PlanError, PromptError, make_plan, read_plan
 from compresskv.attention import routing
+from compresskv.budgets import Budget
+from compresskv.cache import compressible_layers
 from compresskv.compression import prepare_method
+from compresskv.plan import prompt_digest
 from compresskv.planning import PlanningCache
 from oracle import evictions, oracle_logits
 
 NUM_PROMPT, NUM_NEW = 70, 10
-BUDGETS: list[Any] = [24, 0.4]
+BUDGETS: list[Any] = [24, 0.4, [20, 40, 24, 28, 80, 22]]
 
 
-def planned(model: PreTrainedModel, method: str, budget: float = 24, **options: Any) -> Plan:
+def planned(model: PreTrainedModel, method: str, budget: Budget = 24, **options: Any) -> Plan:
+    if not isinstance(budget, (int, float)):
+        budget = budget[: len(compressible_layers(model))]
     ids = tiny.random_tokens(NUM_PROMPT)[0].tolist()
     return make_plan(model, ids, method, budget, **tiny.options_for(model, method), **options)
 
@@ -43,14 +49,17 @@ def kept(cache: CompressedCache) -> list[Any]:
 @pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_reading_again_by_the_plan_gives_the_methods_own_cache_and_answer(
-    family: str, attn_implementation: str, method: str, budget: float
+    family: str, attn_implementation: str, method: str, budget: Budget
 ) -> None:
     model, prompt = tiny.tiny_model(family, attn_implementation), tiny.random_tokens(NUM_PROMPT)
+    if not isinstance(budget, (int, float)):
+        budget = budget[: len(compressible_layers(model))]
     with compresskv.compressing(model, method, budget, **tiny.options_for(model, method)) as cache:
         expected = tiny.generate(model, prompt, cache)
         wanted, nbytes = kept(cache), cache.nbytes
     plan = planned(model, method, budget)
-    with compresskv.compressing(model, Plan.from_dict(json.loads(json.dumps(plan.to_dict())))) as cache:
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    with compresskv.compressing(model, again, [5] * len(plan.layers)) as cache:  # a plan brings its own budget
         assert torch.equal(tiny.generate(model, prompt, cache), expected)
         assert kept(cache) == wanted
         assert cache.nbytes == nbytes
@@ -73,6 +82,7 @@ def test_a_full_cache_cut_by_the_plan_answers_as_if_cut_in_prefill(family: str, 
         cache.adopt(full, NUM_PROMPT)
         assert kept(cache) == kept(expected)
         assert cache.get_seq_length() == NUM_PROMPT + num_later
+        assert num_later or cache.nbytes == expected.nbytes
         logits = tiny.read(model, cache, sequence, [5, 1])
     assert [layer.keys.shape for layer in full.layers] == shapes
     num_read = NUM_PROMPT + num_later
@@ -89,6 +99,32 @@ def test_methods_without_queries_cut_a_full_cache_too(method: str) -> None:
     with compresskv.compressing(model, method, 24) as cache:
         cache.adopt(full_cache(model, sequence))
     assert kept(cache) == kept(expected)
+
+
+def test_a_static_cache_can_be_adopted_its_empty_slots_cannot() -> None:
+    model, sequence = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT + 3)
+    plan, static = planned(model, "blend"), StaticCache(config=model.config, max_cache_len=100)
+    with torch.no_grad():
+        model(sequence[:, :NUM_PROMPT], past_key_values=static, use_cache=True)
+    with compresskv.compressing(model, plan) as expected:
+        wanted = tiny.read(model, expected, sequence, [NUM_PROMPT, 1, 2])[:, NUM_PROMPT:]
+    with compresskv.compressing(model, plan) as cache:
+        cache.adopt(static)
+        torch.testing.assert_close(tiny.read(model, cache, sequence, [1, 2]), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "vote"])
+def test_a_plan_fits_its_prompt_wherever_padding_puts_it(method: str) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    plan = planned(model, method)
+    with compresskv.compressing(model, plan) as expected:
+        tiny.read(model, expected, prompt, [NUM_PROMPT])
+    padded, mask = tiny.left_padded([prompt, prompt, tiny.random_tokens(NUM_PROMPT + 4)])
+    with compresskv.compressing(model, plan) as cache:
+        tiny.read(model, cache, padded[:2], [NUM_PROMPT + 4], mask[:2])
+    for layer, wanted in zip(cache.compressed_layers, expected.compressed_layers, strict=True):
+        shifted = [[token + 4 for token in head] for head in tiny.kept_tokens(wanted)[0]]
+        assert tiny.kept_tokens(layer) == [shifted, shifted]
 
 
 def test_one_list_for_all_layers_is_told_and_stored_once() -> None:
@@ -149,20 +185,52 @@ def test_a_plan_of_another_prompt_or_model_is_refused() -> None:
         plan.check_prompt([1, 2, 3])
 
 
-def test_what_cannot_be_adopted_is_refused() -> None:
+def test_what_cannot_be_adopted_is_refused_and_changes_nothing() -> None:
     model, sequence = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
-    full = full_cache(model, sequence)
+    full, plan = full_cache(model, sequence), planned(model, "snapkv")
     with compresskv.compressing(model, "snapkv", 24) as cache, pytest.raises(ConfigError, match="needs queries"):
         cache.adopt(full)
-    with compresskv.compressing(model, planned(model, "snapkv")) as cache:
-        with pytest.raises(CacheStateError, match="cannot adopt 71 prompt tokens from a cache of 70"):
+    with compresskv.compressing(model, plan) as cut:
+        tiny.read(model, cut, sequence, [NUM_PROMPT])
+    with compresskv.compressing(model, plan) as cache:
+        with pytest.raises(CacheStateError, match="cannot adopt 71 prompt tokens from a DynamicCache of 70"):
             cache.adopt(full, 71)
+        with pytest.raises(CacheStateError, match="from a CompressedCache of 70"):
+            cache.adopt(cut)
+        with pytest.raises(CacheStateError, match="from a DynamicCache of 70"):
+            cache.adopt(full_cache(model, tiny.random_tokens(NUM_PROMPT, batch_size=2)))
+        with pytest.raises(CacheStateError, match="from a DynamicCache of 0"):
+            cache.adopt(DynamicCache(config=model.config))
         with pytest.raises(PlanError, match="not 69"):
             cache.adopt(full, 69)
-        cache.reset()
         cache.adopt(full)
-        with pytest.raises(CacheStateError, match="into one of 70 tokens"):
+        with pytest.raises(CacheStateError, match="into a cache of 70"):
             cache.adopt(full)
+
+
+def test_a_prompts_digest_does_not_depend_on_how_its_ids_are_given() -> None:
+    ids = tiny.random_tokens(NUM_PROMPT)[0]
+    assert len({prompt_digest(one) for one in (ids, ids.numpy(), ids.tolist(), tuple(ids.tolist()))}) == 1
+
+
+def test_token_ids_that_are_no_prompt_are_refused() -> None:
+    model = tiny.tiny_model("llama")
+    for wrong in ([], tiny.random_tokens(5).tolist(), tiny.random_tokens(5)):
+        with pytest.raises(PromptError, match="integers of one prompt"):
+            make_plan(model, wrong, "snapkv")
+
+
+def test_options_and_other_layers_or_heads_are_refused() -> None:
+    model = tiny.tiny_model("llama")
+    plan = planned(model, "adakv")
+    with pytest.raises(ConfigError, match="beside a plan, which takes none"):
+        compresskv.compressing(model, plan, window_size=3)
+    with pytest.raises(PlanError, match="other layers"):
+        compresskv.compressing(model, replace(plan, layers=plan.layers[:-1]))
+    first = plan.layers[0]
+    more = replace(first, positions=first.positions[:1] * 3, scores=first.scores[:1] * 3)
+    with pytest.raises(PlanError, match=f"3 lists for the 2 KV heads of layer {first.layer_idx}"):
+        compresskv.compressing(model, replace(plan, layers=(more, *plan.layers[1:])))
 
 
 def test_a_plan_cannot_look_ahead() -> None:
@@ -192,11 +260,25 @@ def test_files(tmp_path: Path) -> None:
         ({"positions": [1, 70]}, "ascending tokens of a prompt of 70"),
         ({"positions": [-1, 2]}, "ascending"),
         ({"positions": [1]}, "one score for each"),
-        ({"positions": []}, "keeps nothing"),
+        ({"positions": []}, "wrong kind"),
+        ({"positions": [[[]], [[1, 2]]], "scores": [[[]], [[1, 2]]], "layers": [0, 1]}, "layer 0 keeps nothing"),
         ({"layers": []}, "no layers"),
         ({"layers": ["a"]}, "wrong kind"),
         ({"scores": ["a", 1]}, "wrong kind"),
         ({"prompt": {}}, "missing"),
+        ({"layers": [0, 0, 1, 2]}, "layers are not ascending"),
+        ({"layers": [2, 1]}, "layers are not ascending"),
+        ({"positions": [1.0, 2.0]}, "wrong kind"),
+        ({"positions": [True, 2]}, "wrong kind"),
+        ({"positions": [[1, 2], [3, 4]]}, "wrong kind"),
+        ({"scores": [10**400, 1]}, "wrong kind"),
+        ({"scores": [float("nan"), 1]}, "not finite"),
+        ({"scores": ["inf", 1]}, "not finite"),
+        ({"budget": "x"}, "wrong kind"),
+        ({"budget": -3}, "wrong kind"),
+        ({"profile": 3}, "wrong kind"),
+        ({"version": True}, "version is True"),
+        ({"prompt": {"num_tokens": 70, "sha256": None}}, "wrong kind"),
     ],
 )
 def test_a_malformed_plan_is_refused(change: dict[str, Any], match: str) -> None:

@@ -15,6 +15,7 @@ import planted
 import tiny
 from compresskv.cache import CompressedCache
 from compresskv.compression import prepare_method
+from compresskv.errors import ConfigError
 from compresskv.explain import (
     Explanation,
     LayerRetention,
@@ -26,6 +27,7 @@ from compresskv.explain import (
     prompt_text,
     token_texts,
 )
+from compresskv.methods.snapkv import SnapKV
 from compresskv.prompts import build_prompt
 from compresskv.retention_page import retention_page
 
@@ -225,3 +227,9 @@ class TestPage:
         assert policy is not None
         assert policy.startswith("default-src 'none'")
         assert "unsafe" not in policy
+
+
+def test_looking_ahead_cannot_be_explained() -> None:
+    method = SnapKV(lookahead=3)
+    with pytest.raises(ConfigError, match="lookahead=3"):
+        explain(tiny.tiny_model("llama"), planted.bytes_tokenizer(), tiny.random_tokens(20), method, 8)

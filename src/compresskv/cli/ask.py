@@ -71,6 +71,8 @@ def ask(
         "two_pass": two_pass or plan is not None,
     }
     chosen = create_methods(method, compare, settings)
+    if request["two_pass"] and any(one.lookahead for one in chosen):
+        raise ConfigError("--two-pass and --plan cannot look ahead: leave out --set lookahead")
     from compresskv.compression import prepare_method
     from compresskv.models import load
     from compresskv.prompts import check_request

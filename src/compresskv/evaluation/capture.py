@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.budgets import Budget
@@ -85,6 +84,6 @@ class CapturedPrompt:
                 assert queries is not None
                 window = queries[:, :, max(0, queries.shape[2] - method.window_size - num_ahead) :]
                 layer.finish_prompt(window, None, source.scaling, source.softcap, num_ahead)
-            elif isinstance(source, DynamicLayer):
+            else:
                 cache.layers[layer_idx] = source
         return cache

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.attention import routing
 from compresskv.cache import CompressedCache
 from compresskv.decoding import decode, prefill
+from compresskv.errors import ConfigError
 from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
@@ -110,11 +111,14 @@ class _Reading:
         """Cut, measure, decode. `first`: the answer's first token; None where the question is still to be read."""
         runner, prompt, method = self._runner, self._case.prompt, configuration.method
         assert configuration.budget is not None
-        ahead = full.token_ids[: method.lookahead]
+        ahead, start = full.token_ids[: method.lookahead], time.perf_counter()
         if ahead:
+            if configuration.setting != "aware":
+                raise ConfigError(f"{configuration.name}: a method cannot look ahead before the question was read")
             if len(full.token_ids) <= len(ahead):  # it ends before anything would be evicted
                 return self._full_record(configuration, captured, full)
             captured, first = self._read_ahead(captured, ahead)
+        ahead_s = time.perf_counter() - start
         start = time.perf_counter()
         cache = captured.compress(method, configuration.budget, len(ahead))
         select_s = time.perf_counter() - start
@@ -137,7 +141,7 @@ class _Reading:
             "select_s": select_s,
         }
         if runner.answers:
-            measured |= self._answer(cache, [*ahead, first])
+            measured |= self._answer(cache, [*ahead, first], ahead_s)
         return self._filled(configuration, measured)
 
     def _read_ahead(self, captured: CapturedPrompt, ahead: Sequence[int]) -> tuple[CapturedPrompt, int]:
@@ -147,12 +151,12 @@ class _Reading:
             logits = captured.read([token])
         return captured, int(logits.argmax())
 
-    def _answer(self, cache: CompressedCache, begun: list[int]) -> dict[str, Any]:
-        """`begun`: the answer so far; all but its last token were read."""
+    def _answer(self, cache: CompressedCache, begun: list[int], begun_s: float) -> dict[str, Any]:
+        """`begun`: the answer so far; all but its last token were read, in `begun_s`."""
         start = time.perf_counter()
         limit = self._case.example.max_new_tokens - len(begun) + 1
         token_ids = decode(self._runner.model, self._runner.tokenizer, begun[-1], cache, limit)
-        decode_s = time.perf_counter() - start
+        decode_s = begun_s + time.perf_counter() - start
         return self._scored([*begun[:-1], *token_ids]) | {"decode_s": decode_s}
 
     def _scored(self, token_ids: list[int]) -> dict[str, Any]:
