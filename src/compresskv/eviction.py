@@ -119,11 +119,3 @@ class Eviction:
 
 def _keeps_all(row_budgets: Sequence[list[int]], row_lengths: list[int]) -> bool:
     return all(min(counts) >= length for counts, length in zip(row_budgets, row_lengths, strict=True))
-
-
-def valid_keys(mask: Tensor | None) -> Tensor | None:
-    """(B, T) bool: the keys that the last query may attend to. It is the prompt's end, so all but padding."""
-    if mask is None:
-        return None
-    last = mask[:, 0, -1]
-    return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2

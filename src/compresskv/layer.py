@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.errors import CacheStateError
-from compresskv.eviction import Eviction, valid_keys
+from compresskv.eviction import Eviction
 from compresskv.growing import Growing
+from compresskv.masks import causal_mask, retained_mask, valid_keys
 from compresskv.method import LayerInputs
 from compresskv.ragged import RaggedStore, gather_tokens
 from compresskv.selection import UNUSED
@@ -215,27 +216,13 @@ class CompressedLayer(RoutedLayer):
     def _retained_mask(
         self, query: Tensor, mask: Tensor | None, positions: Tensor | None, has_unused: bool
     ) -> Tensor | None:
-        """Cut the mask over all seen tokens to what is stored: (B, 1 or H_q, T_new, stored).
-
-        Args:
-            positions: (B, 1 or H, R), the prompt tokens that are stored; None: all.
-            has_unused: whether some of them are `UNUSED`.
-        """
+        """The mask for what is stored; `positions` are the prompt tokens stored, None all."""
         num_new = query.shape[2]
         if positions is None or (mask is None and num_new == 1 and not has_unused):
             return mask
-        num_prompt = self.num_prompt_tokens
-        if mask is None:  # transformers left causality to the function, but our columns are not aligned to the queries
-            mask = torch.ones(num_new, self.seen_tokens, dtype=torch.bool, device=query.device)
-            mask = mask.tril_(self.seen_tokens - num_new)[None, None]
-        num_heads, unused = positions.shape[1], positions == UNUSED
-        index = positions.clamp(min=0)[:, :, None].expand(-1, -1, num_new, -1)
-        old = mask[..., :num_prompt].expand(len(positions), num_heads, -1, -1).gather(-1, index)
-        blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        old = old.masked_fill(unused[:, :, None], blocked)
-        new = mask[..., num_prompt:].expand(*old.shape[:3], -1)
-        cut = torch.cat([old, new], dim=-1)
-        return cut if num_heads == 1 else cut.repeat_interleave(query.shape[1] // num_heads, dim=1)
+        if mask is None:
+            mask = causal_mask(num_new, self.seen_tokens, query.device)
+        return retained_mask(mask, positions, self.num_prompt_tokens, query.shape[1])
 
     def check_crop(self, max_length: int) -> int:
         """The length that `crop` would leave.
