@@ -1,7 +1,7 @@
 """What the layers of one cache decide together: budgets, the prompt's shape, and when each layer is cut."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from compresskv.budgets import Budget, check_budget
 from compresskv.errors import ConfigError, PromptError
 from compresskv.method import LayerInputs, Method, Observation
+from compresskv.selection import UNUSED
 
 
 class Retaining(Protocol):
@@ -45,7 +46,8 @@ class Eviction:
     def reset(self) -> None:
         """Forget the last prompt."""
         self._row_lengths: list[int] | None = None
-        self._waiting: list[tuple[Retaining, Observation]] = []
+        self._groups: list[_Group] = []
+        self._waiting: list[Retaining] = []
 
     def end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs, num_ahead: int = 0) -> None:
         """Cut the layer, now or, where the method decides for all layers together, when the last one has come.
@@ -59,43 +61,59 @@ class Eviction:
         row_lengths = self._note_rows(inputs)
         if min(row_lengths) == inputs.keys.shape[2]:
             inputs = replace(inputs, valid=None)
-        budgets = [self._budgets(length - num_ahead, num_ahead) for length in row_lengths]  # (B, L, 1 or H)
-        if all(_keeps_all(counts, row_lengths) for counts in zip(*budgets, strict=True)):
+        if position == 0:
+            self._groups = self._grouped(row_lengths, num_ahead)
+        if all(group.keeps_all for group in self._groups):
             return
-        method = replace(self.method, window_size=self.method.window_size + num_ahead) if num_ahead else self.method
-        if method.decides_together:
-            self._waiting.append((layer, method.observe(inputs)))
+        own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
+        own = [one.with_window(group.method.window_size) for one, group in zip(own, self._groups, strict=True)]
+        if self.method.decides_together:
+            self._waiting.append(layer)
+            for group, rows in zip(self._groups, own, strict=True):
+                group.observed.append(group.method.observe(rows))
             if len(self._waiting) == self.num_layers:
-                self._decide(method, [list(counts) for counts in zip(*budgets, strict=True)], row_lengths)
+                self._decide()
         else:
-            own = [counts[position] for counts in budgets]
-            if not _keeps_all(own, row_lengths):
-                self._retain(layer, method, method.score(inputs), own, row_lengths)
+            scores = [group.method.score(rows) for group, rows in zip(self._groups, own, strict=True)]
+            self._retain(layer, position, scores)
 
-    def _decide(self, method: Method, budgets: list[list[list[int]]], row_lengths: list[int]) -> None:
-        """Cut all layers that wait. `budgets` are (L, B, 1 or H)."""
-        retaining, layers = (list(column) for column in zip(*self._waiting, strict=True))
-        self._waiting = []
-        if isinstance(self.budget, (int, float)):  # what the caller gives for each layer is not shared out again
-            means = [[counts[0] for counts in row_budgets] for row_budgets in budgets]
-            shared = method.share_budgets(layers, means, row_lengths)
-            budgets = [[[count] for count in counts] for counts in shared]
-        scores = method.score_layers(layers)
-        for layer, row_budgets, layer_scores in zip(retaining, budgets, scores, strict=True):
-            if not _keeps_all(row_budgets, row_lengths):
-                self._retain(layer, method, layer_scores, row_budgets, row_lengths)
+    def _decide(self) -> None:
+        """Cut all layers that wait."""
+        shared = isinstance(self.budget, (int, float))  # what the caller gives for each layer is not shared out again
+        by_group = [group.decided(shared=shared) for group in self._groups]
+        waiting, self._waiting = self._waiting, []
+        for position, (layer, *scores) in enumerate(zip(waiting, *by_group, strict=True)):
+            self._retain(layer, position, scores)
 
-    def _retain(
-        self, layer: Retaining, method: Method, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]
-    ) -> None:
-        layer.retain(method.select(scores, budgets, row_lengths), scores)
+    def _retain(self, layer: Retaining, position: int, scores: list[Tensor]) -> None:
+        """Cut one layer by the scores of each group's rows."""
+        if all(group.keeps_all_of(position) for group in self._groups):
+            return
+        chosen = [group.selected(position, own) for group, own in zip(self._groups, scores, strict=True)]
+        rows = [group.rows for group in self._groups]
+        layer.retain(_one_batch(chosen, rows), _one_batch(scores, rows))
 
-    def _budgets(self, num_tokens: int, num_ahead: int) -> list[list[int]]:
-        """What each layer retains of a prompt of `num_tokens` and what came after it: one number, or one a KV head."""
+    def _grouped(self, row_lengths: list[int], num_ahead: int) -> "list[_Group]":
+        """Rows whose budgets ask for the same window belong together."""
+        groups: dict[int, _Group] = {}
+        for row, length in enumerate(row_lengths):
+            budgets = self._budgets(length - num_ahead)
+            counts = [count for layer in budgets for count in layer]
+            window_size = self.method.window_at(sum(counts) // len(counts))
+            if window_size not in groups:
+                groups[window_size] = _Group(self.method.with_window(window_size + num_ahead))
+            group = groups[window_size]
+            group.rows.append(row)
+            group.lengths.append(length)
+            group.budgets.append([[count + num_ahead for count in layer] for layer in budgets])
+        return list(groups.values())
+
+    def _budgets(self, num_tokens: int) -> list[list[int]]:
+        """What each layer retains of a prompt of `num_tokens`: one number, or one for each KV head."""
         if num_tokens not in self._head_budgets:
             per_layer = self.method.resolve_budgets(self.budget, self.num_layers, num_tokens)
             self._head_budgets[num_tokens] = per_layer
-        return [[count + num_ahead for count in counts] for counts in self._head_budgets[num_tokens]]
+        return self._head_budgets[num_tokens]
 
     def _note_rows(self, inputs: LayerInputs) -> list[int]:
         """The number of tokens in each row that are no padding: read from the device once a prompt.
@@ -117,5 +135,49 @@ class Eviction:
         return self._row_lengths
 
 
-def _keeps_all(row_budgets: Sequence[list[int]], row_lengths: list[int]) -> bool:
-    return all(min(counts) >= length for counts, length in zip(row_budgets, row_lengths, strict=True))
+@dataclass
+class _Group:
+    """Rows of a batch that one method serves with one window."""
+
+    method: Method
+    rows: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each row that are no padding."""
+    budgets: list[list[list[int]]] = field(default_factory=list)
+    """(rows, L, 1 or H_kv)."""
+    observed: list[Observation] = field(default_factory=list)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no layer evicts anything."""
+        return all(map(self.keeps_all_of, range(len(self.budgets[0]))))
+
+    def keeps_all_of(self, position: int) -> bool:
+        """Whether one layer evicts nothing."""
+        counts = (min(budgets[position]) for budgets in self.budgets)
+        return all(count >= length for count, length in zip(counts, self.lengths, strict=True))
+
+    def decided(self, *, shared: bool) -> list[Tensor]:
+        """Scores of all layers, once all were observed; budgets that the prompt tells are shared out first."""
+        if shared:
+            means = [[budgets[position][0] for budgets in self.budgets] for position in range(len(self.observed))]
+            by_layer = self.method.share_budgets(self.observed, means, self.lengths)
+            self.budgets = [[[count] for count in row] for row in zip(*by_layer, strict=True)]
+        scores = self.method.score_layers(self.observed)
+        self.observed = []
+        return scores
+
+    def selected(self, position: int, scores: Tensor) -> Tensor:
+        """(rows, 1 or H_kv, R): the tokens that one layer keeps."""
+        return self.method.select(scores, [budgets[position] for budgets in self.budgets], self.lengths)
+
+
+def _one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:
+    """Rows (n, 1 or H, R) of several groups in their places; those that are shorter begin with `UNUSED`."""
+    if len(parts) == 1:
+        return parts[0]
+    num_heads, longest = (max(part.shape[dim] for part in parts) for dim in (1, 2))
+    batch = parts[0].new_full((sum(map(len, rows)), num_heads, longest), UNUSED)
+    for part, own in zip(parts, rows, strict=True):
+        batch[own, :, longest - part.shape[2] :] = part.expand(-1, num_heads, -1)
+    return batch

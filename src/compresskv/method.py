@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,6 +35,18 @@ class LayerInputs:
     """Gemma 2's cap on attention logits."""
     valid: Tensor | None = None
     """(B, T) bool, False at padding; None where nothing is padded."""
+
+    def of_rows(self, rows: list[int]) -> "LayerInputs":
+        """The same of some rows of the batch."""
+        query_window, keys, values = self.query_window[rows], self.keys[rows], self.values[rows]
+        valid = None if self.valid is None else self.valid[rows]
+        return replace(self, query_window=query_window, keys=keys, values=values, valid=valid)
+
+    def with_window(self, window_size: int) -> "LayerInputs":
+        """The same, observed by no more than the last `window_size` queries."""
+        if self.query_window.shape[2] <= window_size:
+            return self
+        return replace(self, query_window=self.query_window[:, :, self.query_window.shape[2] - window_size :])
 
     @cached_property
     def attention_moments(self) -> tuple[Tensor, Tensor]:
@@ -97,6 +109,8 @@ class Method:
             value = getattr(self, option.name)
             if option.type is int and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{option.name}={value!r} must be an int")
+            if option.type is bool and not isinstance(value, bool):
+                raise ConfigError(f"{option.name}={value!r} must be true or false")
             if option.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ConfigError(f"{option.name}={value!r} must be a finite number")
         for name in ("window_size", "lookahead"):
@@ -123,6 +137,14 @@ class Method:
             ConfigError: this is no such method.
         """
         raise ConfigError(f"method {self.name!r} takes no profile")
+
+    def window_at(self, budget: int) -> int:
+        """The observation window at a mean budget of `budget` tokens, at most `window_size`."""
+        return self.window_size
+
+    def with_window(self, window_size: int) -> "Method":
+        """The same method with another window."""
+        return self if window_size == self.window_size else replace(self, window_size=window_size)
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""

@@ -7,12 +7,12 @@ from compresskv.errors import ConfigError
 
 
 def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
-    """`["window_size=32"]` as method options; numbers become numbers.
+    """`["window_size=32"]` as method options; numbers become numbers, true and false too.
 
     Args:
         option: what the user typed them behind, for error messages.
     Raises:
-        ConfigError: no NAME=VALUE, or a value that is no number.
+        ConfigError: no NAME=VALUE, or a value that is no number and not true or false.
     """
     options: dict[str, Any] = {}
     for setting in settings:
@@ -21,14 +21,16 @@ def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{option} {setting!r} is not NAME=VALUE, such as window_size=32")
         if name == "profile":
             raise ConfigError(f"{option} {setting!r}: a profile is given with --profile FILE")
-        options[name.replace("-", "_")] = _number(text)
+        options[name.replace("-", "_")] = _value(text)
     return options
 
 
-def _number(text: str) -> int | float:
+def _value(text: str) -> int | float | bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    raise ConfigError(f"{text!r} is not a number")
+    raise ConfigError(f"{text!r} is not a number, true or false")

@@ -35,7 +35,8 @@ Prompt = tuple[list[LayerInputs], list[list[float]]]
 
 def make_blend(prompt: Prompt, **options: Any) -> Blend:
     layers, scores = prompt
-    return Blend(**{"window_size": WINDOW, "profile": make_profile(scores, layers[0].keys.shape[1]), **options})
+    options = {"window_size": WINDOW, "narrow": False, **options}
+    return Blend(**{"profile": make_profile(scores, layers[0].keys.shape[1]), **options})
 
 
 def naive_local(layer: LayerInputs, row: int, gamma: float, kernel_size: int, num_sinks: int) -> np.ndarray:
@@ -136,7 +137,7 @@ def test_evidence_that_one_head_sees_reaches_the_kv_heads_that_retrieve_and_spar
     looks = {(layer, head): {10 + head: 20.0} for layer in LAYER_INDICES for head in range(4)}
     layers = planted({**looks, (3, 1): {40: 20.0}})
     profile = make_profile([[0, 0, 0, 0.9], [0, 1.0, 0, 0], [0, 0, 0, 0]])
-    options: dict[str, Any] = {"num_heads": 1, "num_sinks": 0, "profile": profile}
+    options: dict[str, Any] = {"num_heads": 1, "num_sinks": 0, "narrow": False, "profile": profile}
     budget = [WINDOW + 3] * 3  # as it stands, for every layer
     blend = keep(Blend(window_size=WINDOW, vote_kernel_size=1, **options), layers, budget)
     assert [[40 in head for head in layer[0]] for layer in blend] == [[False, True], [True, False], [False, False]]

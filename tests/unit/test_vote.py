@@ -17,7 +17,7 @@ from compresskv.errors import ConfigError, ProfileError
 from compresskv.eviction import Eviction
 from compresskv.method import LayerInputs, Method
 from compresskv.methods.snapkv import SnapKV
-from compresskv.methods.vote import Vote, count_votes
+from compresskv.methods.vote import Vote, count_votes, narrowed
 from compresskv.profiles.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.selection import UNUSED
@@ -30,7 +30,9 @@ Kept = list[list[list[list[int]]]]
 
 def cast_vote(layers: list[LayerInputs], profile: Profile, num_heads: int, kernel_size: int) -> Tensor:
     """(B, 1, T): the vote before sinks are set."""
-    method = Vote(num_heads=num_heads, kernel_size=kernel_size, num_sinks=0, local_weight=0, profile=profile)
+    method = Vote(
+        num_heads=num_heads, kernel_size=kernel_size, num_sinks=0, local_weight=0, narrow=False, profile=profile
+    )
     return count_votes([method.observe(layer) for layer in layers])
 
 
@@ -156,7 +158,7 @@ def test_every_layer_gets_the_formula_of_the_whole_models_best_heads(
 ) -> None:
     layers, scores = prompt
     profile = make_profile(scores, layers[0].keys.shape[1])
-    method = Vote(WINDOW, kernel_size, num_heads, num_sinks, 0.0, profile)
+    method = Vote(WINDOW, kernel_size, num_heads, num_sinks, 0.0, False, profile)
     vote = cast_vote(layers, profile, num_heads, kernel_size)
     batch_size, num_tokens = layers[0].keys.shape[0], layers[0].keys.shape[2]
     torch.testing.assert_close(vote.sum(dim=-1), torch.ones(batch_size, 1))
@@ -180,7 +182,7 @@ def test_what_all_heads_attend_to_is_added_by_square_roots(
     layers, scores = prompt
     batch_size, num_kv_heads, num_tokens, _ = layers[0].keys.shape
     groups = layers[0].query_window.shape[1] // num_kv_heads
-    method = Vote(WINDOW, 3, 4, num_sinks, local_weight, make_profile(scores, num_kv_heads))
+    method = Vote(WINDOW, 3, 4, num_sinks, local_weight, False, make_profile(scores, num_kv_heads))
     own = method.score_layers(list(map(method.observe, layers)))[0]
     for row in range(batch_size):
         wanted = np.zeros(num_tokens - WINDOW)
@@ -223,7 +225,7 @@ def test_a_head_beyond_the_number_of_voters_or_with_score_zero_has_no_say() -> N
 def test_the_window_does_not_lift_the_tokens_before_it() -> None:
     looks = {(3, 0): {56: 20.0, 20: 10.0}}
     profile = make_profile([[0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]])
-    kept = keep(Vote(WINDOW, 5, 1, 0, 0.0, profile), planted(looks), WINDOW + 5)
+    kept = keep(Vote(WINDOW, 5, 1, 0, 0.0, False, profile), planted(looks), WINDOW + 5)
     assert kept == [[[[*range(18, 23), *range(56, 60)]] * 2]] * 3
 
 
@@ -232,7 +234,7 @@ def test_what_one_layers_retrieval_head_sees_is_not_lost_in_the_others() -> None
     looks = {(layer, head): {10 + head: 20.0} for layer in LAYER_INDICES for head in range(4)}
     layers = planted({**looks, (3, 1): {40: 20.0}})
     profile = make_profile([[0.1, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0.1, 0]])
-    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, profile), layers, WINDOW + 1)
+    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, False, profile), layers, WINDOW + 1)
     assert kept == [[[[40, 56, 57, 58, 59]] * 2]] * 3
     snapkv = keep(SnapKV(WINDOW, 1), layers, WINDOW + 2)
     assert [[40 in head for head in layer[0]] for layer in snapkv] == [[False, False], [True, False], [False, False]]
@@ -252,6 +254,7 @@ def test_padding_does_not_change_what_a_row_votes(
         3,
         num_sinks,
         data.draw(st.sampled_from([0.0, 0.5])),
+        False,
         make_profile(scores, layers[0].keys.shape[1]),
     )
     together = method.score_layers(list(map(method.observe, padded(layers, lengths))))[0]
@@ -273,7 +276,13 @@ def test_no_layer_head_or_row_keeps_another_list_or_number(
     lengths = [data.draw(st.integers(1, num_tokens)) for _ in layers[0].keys]
     budget = data.draw(st.integers(1, num_tokens + 5))
     method = Vote(
-        WINDOW, 3, 4, num_sinks, data.draw(st.sampled_from([0.0, 0.5])), make_profile(scores, layers[0].keys.shape[1])
+        WINDOW,
+        3,
+        4,
+        num_sinks,
+        data.draw(st.sampled_from([0.0, 0.5])),
+        False,
+        make_profile(scores, layers[0].keys.shape[1]),
     )
     kept = keep(method, padded(layers, lengths), budget)
     assert kept[0] == kept[1] == kept[2]
@@ -291,7 +300,7 @@ def test_no_layer_head_or_row_keeps_another_list_or_number(
 def test_budgets_given_for_each_layer_take_the_votes_best() -> None:
     looks = {(3, 0): {20: 22.0, 30: 21.0, 40: 20.0}}
     profile = make_profile([[0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]])
-    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, profile), planted(looks), [5, 2, 7])
+    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, False, profile), planted(looks), [5, 2, 7])
     assert [layer[0][0][:-2] for layer in kept] == [[20, 56, 57], [], [20, 30, 40, 56, 57]]
 
 
@@ -320,3 +329,28 @@ def test_an_option_that_cannot_work_is_not_taken(option: str, value: Any) -> Non
 
 def test_options_at_the_edge_are_taken() -> None:
     assert Vote(window_size=1, kernel_size=1, num_heads=1, num_sinks=0).num_sinks == 0
+
+
+@given(st.integers(1, 64), st.integers(1, 5000))
+def test_a_narrowed_window_leaves_half_of_the_budget_and_no_large_budget_is_narrowed(window: int, budget: int) -> None:
+    narrow = narrowed(window, budget)
+    assert 1 <= narrow <= window
+    assert narrow <= max(1, budget // 2)
+    assert narrow == window or budget < 4 * window
+    assert narrow <= narrowed(window, budget + 1)
+
+
+@pytest.mark.parametrize("name", ["vote", "blend"])
+def test_a_small_budget_observes_and_keeps_a_narrower_window(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layers = []
+    for layer_idx in LAYER_INDICES:
+        query, keys = torch.randn(1, 4, 32, 4, generator=generator), torch.randn(1, 2, 90, 4, generator=generator)
+        layers.append(LayerInputs(layer_idx, query * 3, keys, keys, 0.5))
+    profile = make_profile([[0.2, 0.9, 0.1, 0.4], [1.0, 0.3, 0, 0], [0, 0, 0.5, 0]])
+    narrowing = registry.create(name, profile=profile)
+    for budget, window in ((40, 18), (20, 10), (3, 1)):
+        fixed = registry.create(name, profile=profile, narrow=False, window_size=window)
+        cut = [replace(layer, query_window=layer.query_window[:, :, -window:]) for layer in layers]
+        assert keep(narrowing, layers, budget) == keep(fixed, cut, budget)
+    assert keep(narrowing, layers, 20) != keep(registry.create(name, profile=profile, narrow=False), layers, 20)

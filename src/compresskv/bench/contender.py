@@ -125,5 +125,11 @@ class _TimedMethod:
         for name in self._SCORING:
             setattr(self, name, stopwatch.timed(getattr(method, name)))
 
+        self._stopwatch = stopwatch
+
+    def with_window(self, window_size: int) -> "_TimedMethod":
+        """The same method with another window, timed by the same watch."""
+        return _TimedMethod(self._method.with_window(window_size), self._stopwatch)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)

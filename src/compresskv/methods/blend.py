@@ -9,7 +9,7 @@ from torch import Tensor
 from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Observation
 from compresskv.methods.cake import CAKE
-from compresskv.methods.vote import count_votes, layer_vote
+from compresskv.methods.vote import count_votes, layer_vote, narrowed
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.registry import register
 from compresskv.scoring import set_first, without_padding
@@ -24,7 +24,8 @@ class Blend(CAKE):
     Local scores are CAKE's (attention from the window, and its variance), without pooling, divided by their mean sum
     over the layer's KV heads. The vote (see `Vote`) sums to 1; in a KV head it is weighted by `vote_weight` times the
     best semantic retrieval score among the query heads that read it, divided by the model's best. Layers share by
-    CAKE's preferences, the KV heads of a layer by AdaKV's rule. The `num_sinks` first tokens are always kept.
+    CAKE's preferences, the KV heads of a layer by AdaKV's rule. The `num_sinks` first tokens are always kept. Small
+    budgets narrow the window (`narrowed`).
 
     Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491) and AdaKV
     (2407.11550). docs/evaluation.md tells what each contributes.
@@ -41,6 +42,7 @@ class Blend(CAKE):
     num_heads: int = 16
     num_sinks: int = 4
     guaranteed: float = 0.2
+    narrow: bool = True
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +66,10 @@ class Blend(CAKE):
             ProfileError: the profile holds ranks within layers.
         """
         return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
+
+    def window_at(self, budget: int) -> int:
+        """See `narrowed`."""
+        return narrowed(self.window_size, budget) if self.narrow else self.window_size
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """CAKE's observation, with the votes of the layer's heads; local scores are scaled to a mean sum of 1."""

@@ -30,7 +30,7 @@ class Vote(Method):
     vote, `local_weight` adds what all heads attend to, so that tokens which no retrieval head reads (lists, code, what
     a summary needs) are not starved: the square roots of CAKE's scores, so that a token counts by how many heads want
     it more than by how much one does; each head's normalised to sum 1, their mean over layers and heads too. The
-    `num_sinks` first tokens are always kept.
+    `num_sinks` first tokens are always kept. Small budgets narrow the window (`narrowed`).
     """
 
     name = "vote"
@@ -44,6 +44,7 @@ class Vote(Method):
     num_heads: int = 8
     num_sinks: int = 4
     local_weight: float = 0.5
+    narrow: bool = True
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +61,10 @@ class Vote(Method):
             ProfileError: the profile holds ranks within layers.
         """
         return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
+
+    def window_at(self, budget: int) -> int:
+        """See `narrowed`."""
+        return narrowed(self.window_size, budget) if self.narrow else self.window_size
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """The votes of the layer's retrieval heads and, if it counts, what all its heads attend to."""
@@ -81,6 +86,14 @@ class Vote(Method):
             wanted = torch.stack(super().score_layers(layers)).sum(dim=0)
             scores = scores + self.local_weight * normalised(wanted)
         return [set_first(scores, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
+
+
+def narrowed(window_size: int, budget: int) -> int:
+    """The observation window at small budgets: at most half of the budget, and a quarter of it and 8 tokens.
+
+    The window's own tokens are kept, so a wide one leaves nothing to choose: at 48 tokens, 20 of them observe.
+    """
+    return max(1, min(window_size, budget // 2, 8 + budget // 4))
 
 
 def layer_vote(
