@@ -82,3 +82,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'compresskv' has no attribute {name!r}")
     return getattr(importlib.import_module(f"compresskv.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted([*globals(), *__all__])

@@ -166,7 +166,7 @@ def explain(
     """
     check_budget(budget)
     if method.lookahead:
-        raise ConfigError(f"lookahead={method.lookahead}: what is kept of a prompt is explained before it is answered")
+        raise ConfigError(f"lookahead={method.lookahead} cannot be explained: nothing is evicted before the answer")
     with Compressing(model, method, budget, on_layer=on_prefill) as cache:
         logits = prefill(model, input_ids.to(model.device), cache)
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes

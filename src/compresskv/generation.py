@@ -26,6 +26,7 @@ class GenerationStats:
     """What one answer cost. Seconds end in `_s`, bytes are `nbytes`."""
 
     method: str
+    """Its name, with the options that differ from its defaults."""
     budget: int | float | list[int]
     prompt_tokens: int
     truncated_tokens: int
@@ -135,7 +136,7 @@ def ask(
         decode_s = time.perf_counter() - start - first_s
         retained = [layer.mean_retained for layer in cache.compressed_layers]
     stats = GenerationStats(
-        method=chosen.name,
+        method=chosen.label,
         budget=budget if isinstance(budget, (int, float)) else list(budget),
         prompt_tokens=input_ids.shape[1],
         truncated_tokens=prompt.num_truncated,

@@ -21,11 +21,11 @@ def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{option} {setting!r} is not NAME=VALUE, such as window_size=32")
         if name == "profile":
             raise ConfigError(f"{option} {setting!r}: a profile is given with --profile FILE")
-        options[name.replace("-", "_")] = _value(text)
+        options[name.replace("-", "_")] = _value(option, setting, text)
     return options
 
 
-def _value(text: str) -> int | float | bool:
+def _value(option: str, setting: str, text: str) -> int | float | bool:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -33,4 +33,4 @@ def _value(text: str) -> int | float | bool:
             return kind(text)
         except ValueError:
             continue
-    raise ConfigError(f"{text!r} is not a number, true or false")
+    raise ConfigError(f"{option} {setting!r}: {text!r} is not a number, true or false")

@@ -1,10 +1,12 @@
 """Methods by name."""
 
 import dataclasses
+import re
 from typing import Any, TypeVar
 
 from compresskv.errors import ConfigError
 from compresskv.method import Method
+from compresskv.options import parse_settings
 from compresskv.suggest import suggestion
 
 _METHODS: dict[str, type[Method]] = {}
@@ -44,3 +46,22 @@ def create(name: str, /, **options: Any) -> Method:
         if option not in fields:
             raise ConfigError(f"method {name!r} has no option {option!r}{suggestion(option, fields)}")
     return known[name](**options)
+
+
+def parse_methods(option: str, text: str) -> dict[str, Method]:
+    """'snapkv,snapkv[window_size=32,kernel_size=15]' as methods by label; a label tells what differs from defaults.
+
+    Args:
+        option: what the user typed them behind, for error messages.
+    Raises:
+        ConfigError: an unknown method or option, or brackets that do not close.
+    """
+    found: dict[str, Method] = {}
+    for spec in re.split(r",(?![^\[]*\])", text):
+        match = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*", spec)
+        if match is None:
+            raise ConfigError(f"{option} {spec.strip()!r} is not NAME or NAME[option=value,...]")
+        settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
+        method = create(match[1], **parse_settings(option, settings))
+        found[method.label] = method
+    return found

@@ -10,8 +10,9 @@ import compresskv
 import tiny
 from compresskv import ConfigError, Method
 from compresskv.compression import prepare_method
-from compresskv.evaluation.configurations import configurations, parse_methods
+from compresskv.evaluation.configurations import configurations
 from compresskv.full_cache import branch
+from compresskv.registry import parse_methods
 from oracle import evictions, oracle_logits
 
 NUM_PROMPT, AHEAD, BUDGET, WINDOW = 70, 3, 24, 8
@@ -150,4 +151,6 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="lookahead=-1 must not be negative"):
         compresskv.compressing(tiny.tiny_model("llama"), "snapkv", lookahead=-1)
     with pytest.raises(ConfigError, match=r"'snapkv\[lookahead=2\]' looks ahead"):
-        configurations(tiny.tiny_model("llama"), parse_methods("snapkv[lookahead=2]"), (64,), ("aware", "agnostic"))
+        configurations(
+            tiny.tiny_model("llama"), parse_methods("--methods", "snapkv[lookahead=2]"), (64,), ("aware", "agnostic")
+        )

@@ -280,7 +280,7 @@ class TestAsk:
     ) -> None:
         args = [*ASK, "--method", "vote", "--budget", "64", "--json"]
         once, path = json.loads(call(*args).out), tmp_path / "plan.json"
-        result = call(*args, "--plan", str(path))
+        result = call(*args, "--save-plan", str(path))
         assert result.code == 0
         twice = json.loads(result.out)
         assert twice["token_ids"] == once["token_ids"]
@@ -367,9 +367,9 @@ class TestBadInput:
             (["--profile", "missing.json"], ["'missing.json'", "no such file"]),
             (["--profile", "doc.txt"], ["'doc.txt'", "is not JSON"]),
             (["--profile", "."], ["profile '.'"]),
-            (["--plan", "nowhere/plan.json"], ["--plan 'nowhere/plan.json'", "no such folder"]),
-            (["--plan", "."], ["--plan '.'", "cannot be written"]),
-            (["--plan", "plan.json", "--compare", "full"], ["--plan 'plan.json'", "--compare"]),
+            (["--save-plan", "nowhere/plan.json"], ["--save-plan 'nowhere/plan.json'", "no such folder"]),
+            (["--save-plan", "."], ["--save-plan '.'", "cannot be written"]),
+            (["--save-plan", "plan.json", "--compare", "full"], ["--save-plan 'plan.json'", "--compare"]),
             (["--two-pass", "--set", "lookahead=2"], ["--two-pass", "look ahead"]),
         ],
         ids=lambda value: " ".join(value) if value[0].startswith("--") else "",

@@ -8,15 +8,16 @@ import pytest
 import tiny
 from compresskv import registry
 from compresskv.errors import ConfigError, ProfileError
-from compresskv.evaluation.configurations import configurations, parse_budgets, parse_methods, parse_names
+from compresskv.evaluation.configurations import configurations, parse_budgets, parse_names
 from compresskv.evaluation.runner import SETTINGS
+from compresskv.registry import parse_methods
 
 METHODS = [name for name in registry.methods() if name != "vote"]
 
 
 class TestMethods:
     def test_every_method_goes_by_its_name(self) -> None:
-        methods = parse_methods(",".join(METHODS))
+        methods = parse_methods("--methods", ",".join(METHODS))
         assert list(methods) == METHODS
         assert [method.name for method in methods.values()] == METHODS
         assert all(method == registry.create(name) for name, method in methods.items())
@@ -34,18 +35,18 @@ class TestMethods:
         ],
     )
     def test_commas_in_brackets_belong_to_the_method(self, text: str) -> None:
-        methods = parse_methods(text)
+        methods = parse_methods("--methods", text)
         assert list(methods) == ["snapkv", "snapkv[window_size=32,kernel_size=15]", "knorm"]
         assert [getattr(method, "window_size", None) for method in methods.values()] == [8, 32, 0]
 
     @pytest.mark.parametrize("text", ["snapkv,adakv[window_size=16,kernel_size=7],knorm", "full,streaming_llm"])
     def test_a_label_is_what_would_make_the_same_method_again(self, text: str) -> None:
-        methods = parse_methods(text)
-        assert parse_methods(",".join(methods)) == methods
+        methods = parse_methods("--methods", text)
+        assert parse_methods("--methods", ",".join(methods)) == methods
         assert [method.label for method in methods.values()] == list(methods)
 
     def test_options_that_are_no_whole_numbers(self) -> None:
-        (name,) = parse_methods("pyramidkv[beta=10.5]")
+        (name,) = parse_methods("--methods", "pyramidkv[beta=10.5]")
         assert name == "pyramidkv[beta=10.5]"
 
     @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ class TestMethods:
     )
     def test_what_is_wrong_is_told_in_one_line(self, text: str, told: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(told)) as caught:
-            parse_methods(text)
+            parse_methods("--methods", text)
         assert "\n" not in str(caught.value)
 
     def test_a_profile_does_not_show_in_a_label(self) -> None:
@@ -131,7 +132,7 @@ class TestConfigurations:
     def names(self, methods: str, budgets: str, settings: tuple[str, ...] = ("aware",)) -> list[str]:
         model = tiny.tiny_model("llama")
         found = configurations(
-            model, parse_methods(methods), parse_budgets(budgets), settings, tiny.random_profile(model)
+            model, parse_methods("--methods", methods), parse_budgets(budgets), settings, tiny.random_profile(model)
         )
         return [configuration.name for configuration in found]
 
@@ -157,7 +158,7 @@ class TestConfigurations:
     def test_methods_that_need_a_profile_get_the_models(self) -> None:
         model = tiny.tiny_model("llama")
         profile = tiny.random_profile(model)
-        _, ours, other = configurations(model, parse_methods("compresskv,snapkv"), [64], profile=profile)
+        _, ours, other = configurations(model, parse_methods("--methods", "compresskv,snapkv"), [64], profile=profile)
         assert ours.method == registry.create("compresskv").with_profile(profile)
         assert other.method == registry.create("snapkv")
         assert ours.name == "compresskv @ 64"
@@ -167,6 +168,6 @@ class TestConfigurations:
     ) -> None:
         monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
         model = tiny.tiny_model("llama")
-        assert len(configurations(model, parse_methods("snapkv"), [64])) == 2
+        assert len(configurations(model, parse_methods("--methods", "snapkv"), [64])) == 2
         with pytest.raises(ProfileError, match="no profile"):
-            configurations(model, parse_methods("snapkv,compresskv"), [64])
+            configurations(model, parse_methods("--methods", "snapkv,compresskv"), [64])

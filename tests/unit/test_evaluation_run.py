@@ -14,7 +14,7 @@ import planted
 import tiny
 from compresskv.errors import CompressKVError, ConfigError, DataError, PromptError
 from compresskv.evaluation import peer_records, task
-from compresskv.evaluation.configurations import configurations, parse_budgets, parse_methods
+from compresskv.evaluation.configurations import configurations, parse_budgets
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.peer_request import PeerRequest
 from compresskv.evaluation.records import Record, read_run
@@ -24,6 +24,7 @@ from compresskv.evaluation.task import Task, TaskSettings
 from compresskv.method import LayerInputs
 from compresskv.methods.compresskv import CompressKV
 from compresskv.methods.snapkv import SnapKV
+from compresskv.registry import parse_methods
 
 FOLDER = "run"
 METHODS, BUDGETS = "full,snapkv,streaming_llm", "30,60"
@@ -81,7 +82,7 @@ def run(
     settings: Sequence[str] = ("aware",),
     folder: str = FOLDER,
 ) -> Counts:
-    chosen = configurations(planted.model(), parse_methods(methods), parse_budgets(budgets), settings)
+    chosen = configurations(planted.model(), parse_methods("--methods", methods), parse_budgets(budgets), settings)
     with opened(plan, folder) as evaluation:
         evaluation.run(chosen, silent)
         return evaluation.counts
@@ -130,7 +131,7 @@ class TestRun:
     def test_progress_goes_from_nothing_to_all(self) -> None:
         told: list[float] = []
         with opened() as evaluation:
-            chosen = configurations(planted.model(), parse_methods(METHODS), [30])
+            chosen = configurations(planted.model(), parse_methods("--methods", METHODS), [30])
             evaluation.run(chosen, lambda _, fraction: told.append(fraction))
         assert told == sorted(told)
         assert (told[0], told[-1]) == (0, 1)
@@ -283,7 +284,7 @@ class TestAnotherPlan:
             changed = replace(case, prompt=replace(case.prompt, input_ids=[*case.prompt.input_ids, 3]))
             evaluation.cases[0] = changed
             with pytest.raises(DataError, match=r"was another prompt .* another --output"):
-                evaluation.run(configurations(planted.model(), parse_methods("full,knorm"), [40]), silent)
+                evaluation.run(configurations(planted.model(), parse_methods("--methods", "full,knorm"), [40]), silent)
 
     def test_another_model_is_refused(self) -> None:
         run(methods="full")
@@ -420,7 +421,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Peers:
 
 def run_with_peers(asked: PeerRequest) -> Counts:
     with opened() as evaluation:
-        evaluation.run(configurations(planted.model(), parse_methods("full"), [30]), silent)
+        evaluation.run(configurations(planted.model(), parse_methods("--methods", "full"), [30]), silent)
         evaluation.run_peers(Path("python"), asked, silent)
         return evaluation.counts
 

@@ -42,9 +42,12 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128,
     truncate: TruncateOption = "never",
     two_pass: Annotated[
-        bool, typer.Option("--two-pass", help="Read the prompt twice, and never hold more than one whole layer of it.")
+        bool,
+        typer.Option(
+            "--two-pass", help="Read the prompt twice, never holding more than one whole layer; takes twice as long."
+        ),
     ] = False,
-    plan: Annotated[
+    save_plan: Annotated[
         Path | None, typer.Option(help="Write what is kept to this JSON file; implies --two-pass.", metavar="FILE")
     ] = None,
     profile: ProfileOption = None,
@@ -60,19 +63,19 @@ def ask(
     context = read_document(document)
     from compresskv.budgets import parse_budget
 
-    if plan is not None and compare:
-        raise ConfigError(f"--plan {str(plan)!r} takes one method: leave out --compare")
-    if plan is not None and (plan.is_dir() or not plan.parent.is_dir()):
-        raise ConfigError(f"--plan {str(plan)!r} cannot be written: no such folder, or a folder itself")
+    if save_plan is not None and compare:
+        raise ConfigError(f"--save-plan {str(save_plan)!r} takes one method: leave out --compare")
+    if save_plan is not None and (save_plan.is_dir() or not save_plan.parent.is_dir()):
+        raise ConfigError(f"--save-plan {str(save_plan)!r} cannot be written: no such folder, or a folder itself")
     request: dict[str, Any] = {
         "budget": parse_budget(budget),
         "max_new_tokens": max_new_tokens,
         "truncate": truncate,
-        "two_pass": two_pass or plan is not None,
+        "two_pass": two_pass or save_plan is not None,
     }
     chosen = create_methods(method, compare, settings)
     if request["two_pass"] and any(one.lookahead for one in chosen):
-        raise ConfigError("--two-pass and --plan cannot look ahead: leave out --set lookahead")
+        raise ConfigError("--two-pass and --save-plan cannot look ahead: leave out --set lookahead")
     from compresskv.compression import prepare_method
     from compresskv.models import load
     from compresskv.prompts import check_request
@@ -88,8 +91,8 @@ def ask(
             generations.append(_answer(loaded, tokenizer, context, question, one, request, not as_json and not compare))
     finally:  # on Ctrl-C, what is there already is shown
         _report(generations, single=not compare, as_json=as_json, model=model)
-    if plan is not None and generations[0].plan is not None:
-        generations[0].plan.write(plan)
+    if save_plan is not None and generations[0].plan is not None:
+        generations[0].plan.write(save_plan)
 
 
 def _answer(

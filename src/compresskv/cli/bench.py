@@ -105,7 +105,7 @@ def _plan(
     lengths: str | None, budgets: str, methods: str, repeats: int, new_tokens: int
 ) -> "tuple[Plan, dict[str, Method]]":
     from compresskv.bench.plan import DEFAULT_LENGTHS, Plan, parse_bench_budgets
-    from compresskv.evaluation.configurations import parse_methods
+    from compresskv.registry import parse_methods
 
     given = parse_numbers("--lengths", lengths, int)
     counts, has_full = parse_bench_budgets(budgets)
@@ -116,7 +116,11 @@ def _plan(
         repeats=repeats,
         new_tokens=new_tokens,
     )
-    return plan, parse_methods(methods)
+    chosen = parse_methods("--methods", methods)
+    for label, method in chosen.items():
+        if method.lookahead:
+            raise ConfigError(f"--methods {label!r} looks ahead: its cost falls into decoding and is not measured")
+    return plan, chosen
 
 
 def _check_choices(model: str | None, random: str | None, layers: int | None, profile: Path | None) -> None:

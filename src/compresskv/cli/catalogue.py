@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from compresskv.cli.options import JsonOption
 from compresskv.cli.terminal import out
@@ -28,7 +28,7 @@ def methods(as_json: JsonOption = False) -> None:
     if as_json:
         out.print_json(json.dumps(rows))
         return
-    table = Table("method", "what it keeps", "options", "profile", "source")
+    table = Table("method", "what it keeps", Column("options", overflow="fold"), "profile", "source")
     for row in rows:
         options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
         table.add_row(row["name"], row["summary"], options, "needed" if row["needs_profile"] else "-", row["source"])

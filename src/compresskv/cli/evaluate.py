@@ -77,11 +77,12 @@ def evaluate(
 
     Each prompt is read once, and every method and budget cuts its own cache from that.
     """
-    from compresskv.evaluation.configurations import configurations, parse_budgets, parse_methods, parse_names
+    from compresskv.evaluation.configurations import configurations, parse_budgets, parse_names
     from compresskv.evaluation.peer_request import PeerRequest
     from compresskv.evaluation.run import Evaluation, Plan, parse_rows
     from compresskv.evaluation.runner import SETTINGS
     from compresskv.evaluation.task import tasks as known_tasks
+    from compresskv.registry import parse_methods
 
     plan = Plan(
         tasks=parse_names("--tasks", tasks, list(known_tasks())),
@@ -98,7 +99,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         answers=answers,
     )
-    chosen_methods, chosen_budgets = parse_methods(methods), parse_budgets(budgets)
+    chosen_methods, chosen_budgets = parse_methods("--methods", methods), parse_budgets(budgets)
     chosen_settings = parse_names("--settings", settings, SETTINGS)
     request = PeerRequest(model, (), _split(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
     python = _python_of_peers() if peers else None

@@ -18,14 +18,14 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or the embedded smollm2-135m.", metavar="MODEL"),
 ]
-MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'.")]
+MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].")]
 BudgetOption = Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")]
 TruncateOption = Annotated[
     str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")
 ]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="An option of the method, such as window_size=32.", metavar="NAME=VALUE"),
+    typer.Option("--set", help="An option of --method, such as window_size=32.", metavar="NAME=VALUE"),
 ]
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.", metavar="DTYPE")
@@ -45,9 +45,16 @@ def create_methods(method: str, compare: str, settings: list[str] | None) -> "li
     """
     from compresskv import registry
 
-    names = dict.fromkeys([method, *(name.strip() for name in compare.split(",") if name.strip())])
     options = parse_settings("--set", settings or [])
-    return [registry.create(name, **(options if name == method else {})) for name in names]
+    if "[" in method:
+        if options:
+            raise ConfigError(f"--method {method!r} has options already: leave out --set")
+        chosen = registry.parse_methods("--method", method)
+    else:
+        one = registry.create(method, **options)
+        chosen = {one.label: one}
+    others = registry.parse_methods("--compare", compare) if compare.strip() else {}
+    return list((chosen | {label: one for label, one in others.items() if label not in chosen}).values())
 
 
 def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tuple[N, ...] | None:

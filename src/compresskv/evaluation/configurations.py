@@ -1,6 +1,5 @@
 """Which methods, at which budgets, a run compares."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,28 +11,10 @@ from compresskv.compression import prepare_method
 from compresskv.errors import ConfigError
 from compresskv.evaluation.runner import SETTINGS, Configuration
 from compresskv.method import Method
-from compresskv.options import parse_settings
 from compresskv.profiles.profile import Profile
 from compresskv.suggest import suggestion
 
 FULL = "full"
-
-
-def parse_methods(text: str) -> dict[str, Method]:
-    """'snapkv,snapkv[window_size=32,kernel_size=15]' as methods by label; a label tells what differs from defaults.
-
-    Raises:
-        ConfigError: an unknown method or option, or brackets that do not close.
-    """
-    methods: dict[str, Method] = {}
-    for spec in re.split(r",(?![^\[]*\])", text):
-        match = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*", spec)
-        if match is None:
-            raise ConfigError(f"--methods {spec.strip()!r} is not NAME or NAME[option=value,...]")
-        settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
-        method = registry.create(match[1], **parse_settings("--methods", settings))
-        methods[method.label] = method
-    return methods
 
 
 def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
