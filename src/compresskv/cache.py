@@ -161,14 +161,17 @@ class CompressedCache(RoutedCache):
     @property
     def full_nbytes(self) -> int:
         """Bytes that the cache held, or would have held, for the whole prompt before eviction."""
-        other = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
-        return layers_nbytes(other) + sum(layer.full_nbytes for layer in self.compressed_layers)
+        return self._other_nbytes + sum(layer.full_nbytes for layer in self.compressed_layers)
 
     @property
     def retained_nbytes(self) -> int:
         """Bytes that the cache held right after eviction; where nothing was evicted yet, those that it holds now."""
-        other = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
-        return layers_nbytes(other) + sum(layer.retained_nbytes for layer in self.compressed_layers)
+        return self._other_nbytes + sum(layer.retained_nbytes for layer in self.compressed_layers)
+
+    @property
+    def _other_nbytes(self) -> int:
+        """Bytes that the layers hold which are not compressed."""
+        return layers_nbytes([layer for layer in self.layers if not isinstance(layer, CompressedLayer)])
 
 
 def compressible_layers(model: PreTrainedModel) -> list[int]:

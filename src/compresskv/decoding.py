@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def decode_one_token(model: PreTrainedModel, token: int, cache: Cache) -> Tensor
 def last_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
     """Read tokens (B, T) and return the last position's logits (B, vocab): of no other are they computed."""
     last_only = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}  # type: ignore[arg-type]
-    with _dense_hidden_state(model):
+    with _dense_hidden_state(model) if input_ids.shape[1] > 1 else nullcontext():  # one token's is dense
         logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
     return logits
 

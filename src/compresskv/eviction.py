@@ -63,7 +63,7 @@ class Eviction:
             inputs = replace(inputs, valid=None)
         if position == 0:
             self._groups = self._grouped(row_lengths, num_ahead)
-        if all(group.keeps_all for group in self._groups):
+        if not self._groups:
             return
         own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
         own = [one.with_window(group.method.window_size) for one, group in zip(own, self._groups, strict=True)]
@@ -94,7 +94,7 @@ class Eviction:
         layer.retain(_one_batch(chosen, rows), _one_batch(scores, rows))
 
     def _grouped(self, row_lengths: list[int], num_ahead: int) -> "list[_Group]":
-        """Rows whose budgets ask for the same window belong together."""
+        """Rows whose budgets ask for the same window belong together; none where nothing is to be evicted."""
         groups: dict[int, _Group] = {}
         for row, length in enumerate(row_lengths):
             budgets = self._budgets(length - num_ahead)
@@ -106,7 +106,7 @@ class Eviction:
             group.rows.append(row)
             group.lengths.append(length)
             group.budgets.append([[count + num_ahead for count in layer] for layer in budgets])
-        return list(groups.values())
+        return [] if all(group.keeps_all for group in groups.values()) else list(groups.values())
 
     def _budgets(self, num_tokens: int) -> list[list[int]]:
         """What each layer retains of a prompt of `num_tokens`: one number, or one for each KV head."""

@@ -111,9 +111,9 @@ def ask(
         ConfigError, ProfileError, ModelError: as for `compressing`.
         PromptError: an empty document or question, or a prompt that does not fit.
     """
-    if two_pass and isinstance(method, Method) and method.lookahead:
-        raise ConfigError(f"two passes cannot look ahead: leave out lookahead={method.lookahead}")
     chosen = prepare_method(model, method, profile, **options)
+    if two_pass and chosen.lookahead:
+        raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
     check_budget(budget)
     prompt = build_prompt(
         tokenizer, context, question, max_tokens=room_for_prompt(model, max_new_tokens), truncate=truncate

@@ -223,7 +223,7 @@ def _print_heads(profile: "Profile") -> None:
     scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
     out.print(f"{profile.model_id}: best heads (mean of {profile.num_runs} runs)")
     table = Table("rank", "layer", "head", "semantic score")
-    for rank, (layer, head) in enumerate(profile.ranked_heads(profile.semantic_scores)[:20], start=1):
+    for rank, (layer, head) in enumerate(profile.semantic_heads[:20], start=1):
         table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")
     out.print(table, soft_wrap=False)
 

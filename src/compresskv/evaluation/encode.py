@@ -1,6 +1,5 @@
 """An example becomes token ids, with the places of its evidence and its question."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from compresskv.errors import PromptError
 from compresskv.evaluation.example import Example
 from compresskv.offsets import token_range
+from compresskv.plan import prompt_digest
 
 _STAND_IN = "\x1a"  # what no template contains
 
@@ -28,7 +28,7 @@ class EncodedPrompt:
     @property
     def sha256(self) -> str:
         """16 hex digits that stand for the token ids."""
-        return hashlib.sha256(repr(self.input_ids).encode()).hexdigest()[:16]
+        return prompt_digest(self.input_ids)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_tokens: int | None) -> EncodedPrompt:

@@ -106,7 +106,7 @@ def layer_vote(
     Args:
         all_heads: whether the attention of all the layer's heads is needed anyway.
     """
-    best = profile.ranked_heads(profile.semantic_scores)[:num_heads]
+    best = profile.semantic_heads[:num_heads]
     heads = [head for layer_idx, head in best if layer_idx == inputs.layer_idx]
     if not heads:
         return None

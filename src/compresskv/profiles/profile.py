@@ -91,6 +91,11 @@ class Profile:
         heads.sort(key=lambda place: -scores[place[0]][place[1]])
         return [(self.layer_indices[row], head) for row, head in heads]
 
+    @cached_property
+    def semantic_heads(self) -> list[tuple[int, int]]:
+        """All (layer of the model, head), best semantic retrieval heads first."""
+        return self.ranked_heads(self.semantic_scores)
+
     def kv_head_weights(self, layer_idx: int) -> list[float]:
         """For each KV head of a layer, the best semantic score of the query heads that read it; the model's best is 1.
 

@@ -117,7 +117,7 @@ def _groups(profile: Profile, settings: VerifySettings) -> Iterator[tuple[str, i
             f"the profile of {profile.model_id} was imported and ranks heads within each layer only: "
             "nothing says which are the model's best; make a measured one with 'compresskv profile'"
         )
-    semantic = profile.ranked_heads(profile.semantic_scores)
+    semantic = profile.semantic_heads
     traditional = None if profile.traditional_scores is None else profile.ranked_heads(profile.traditional_scores)
     if not settings.counts or not all(1 <= count <= len(semantic) for count in settings.counts):
         listed = ",".join(map(str, settings.counts))
