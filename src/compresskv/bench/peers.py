@@ -3,14 +3,9 @@
 It runs in the environment that `scripts/peers` makes. Each row is one line of JSON on stdout, and so is progress.
 """
 
-import argparse
-import contextlib
-import json
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,10 +15,9 @@ from compresskv.bench.plan import stages
 from compresskv.bench.press import PRESSES, Press
 from compresskv.bench.run import Bench
 from compresskv.bench.subject import Subject, random_subject, real_subject
-from compresskv.errors import CompressKVError, first_line
+from compresskv.errors import first_line
 from compresskv.evaluation.peer import peer
-
-Write = Callable[[dict[str, Any]], None]
+from compresskv.evaluation.peer_answers import Write, answer_request
 
 
 def measure(request: BenchRequest, write: Write) -> None:
@@ -65,21 +59,11 @@ def _subject(request: BenchRequest) -> Subject:
 
 def main() -> int:
     """Answer the request on stdout."""
-    parser = argparse.ArgumentParser(description="Measure kvpress; one JSON line for each row.")
-    parser.add_argument("--request", type=Path, required=True, help="a JSON file: see BenchRequest")
-    options = parser.parse_args()
+    return answer_request("Measure kvpress; one JSON line for each row.", "BenchRequest", _answer)
 
-    def write(row: dict[str, Any]) -> None:
-        sys.__stdout__.write(json.dumps(row) + "\n")  # type: ignore[union-attr]
-        sys.__stdout__.flush()  # type: ignore[union-attr]
 
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not come between the rows
-        try:
-            measure(BenchRequest.read(options.request), write)
-        except CompressKVError as err:
-            write({"fatal": first_line(err)})
-            return 2
-    return 0
+def _answer(request: Path, write: Write) -> None:
+    measure(BenchRequest.read(request), write)
 
 
 if __name__ == "__main__":

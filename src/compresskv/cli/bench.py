@@ -148,14 +148,12 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
 
 
 def _check_writable(option: str, path: Path) -> None:
-    import tempfile
+    from compresskv.paths import try_folder_of
 
     if path.is_dir():
         raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try_folder_of(path)
     except OSError as error:
         raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
 

@@ -4,9 +4,6 @@ It runs in the environment that `scripts/peers` makes, because kvpress needs an 
 Each result is one line of JSON on stdout, written as soon as it is known.
 """
 
-import argparse
-import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -19,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv import models
 from compresskv.budgets import resolve
 from compresskv.decoding import end_tokens
-from compresskv.errors import CompressKVError, ConfigError, first_line
+from compresskv.errors import ConfigError, first_line
 from compresskv.evaluation.peer import Peer, now, peer
+from compresskv.evaluation.peer_answers import Write, answer_request
 from compresskv.evaluation.peer_cache import PeerCache
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest, method_name
 
@@ -97,25 +95,12 @@ def results(request: PeerRequest) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     """Answer the request on stdout."""
-    parser = argparse.ArgumentParser(description="Run kvpress's presses; one JSON line for each result.")
-    parser.add_argument("--request", type=Path, required=True, help="a JSON file: see PeerRequest")
-    options = parser.parse_args()
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not come between the results
-        return _write_results(options.request, sys.__stdout__)
+    return answer_request("Run kvpress's presses; one JSON line for each result.", "PeerRequest", _answer)
 
 
-def _write_results(request: Path, sink: Any) -> int:
-    def write(row: dict[str, Any]) -> None:
-        sink.write(json.dumps(row) + "\n")
-        sink.flush()
-
-    try:
-        for row in results(PeerRequest.read(request)):
-            write(row)
-    except CompressKVError as err:
-        write({"fatal": first_line(err)})
-        return 2
-    return 0
+def _answer(request: Path, write: Write) -> None:
+    for row in results(PeerRequest.read(request)):
+        write(row)
 
 
 if __name__ == "__main__":

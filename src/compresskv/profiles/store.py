@@ -1,7 +1,6 @@
 """Where profiles lie: an explicit file, the user's cache, those shipped with the package."""
 
 import json
-import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from compresskv.attention import routing
 from compresskv.errors import ProfileError
-from compresskv.paths import cache_dir
+from compresskv.paths import cache_dir, try_folder_of
 from compresskv.profiles.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
 
@@ -99,9 +98,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise ProfileError(f"cannot write the profile to {str(path)!r}: it is a folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try_folder_of(path)
     except OSError as error:
         raise ProfileError(f"cannot write the profile to {str(path)!r}: {error.strerror}") from error
 
