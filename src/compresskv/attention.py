@@ -140,8 +140,8 @@ def _attention_forward(
     plain = base == "sdpa" and _is_plain(module, **kwargs)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if plain and mask is None and query.shape[2] == 1:
-            return grouped_attention(query, key, value, kwargs.get("scaling")), None
+        if plain and query.shape[2] == 1:
+            return grouped_attention(query, key, value, mask, kwargs.get("scaling")), None
         return function(module, query, key, value, mask, **kwargs)
 
     return layer.attend(attention, query, attention_mask, module=module, **kwargs)
@@ -160,19 +160,24 @@ def _is_plain(
     return not (softcap or dropout or output_attentions or position_bias is not None or hasattr(module, "sinks"))
 
 
-def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+def grouped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
     """Attention of one new token to all that is held: the queries that read a KV head are its rows, so that keys are
     read once and never repeated.
 
     Args:
         query: (B, H_kv * G, 1, D).
         keys, values: (B, H_kv, n, D).
+        mask: (B, H_kv * G or 1, 1, n), bool or additive; None: all of n.
         scaling: factor on the dot products; None: D ** -0.5.
     Returns: (B, 1, H_kv * G, D).
     """
     batch_size, num_query_heads, _, head_dim = query.shape
     grouped = query.reshape(batch_size, keys.shape[1], -1, head_dim)
-    output = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], *grouped.shape[1:3], mask.shape[-1])
+    output = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     return output.reshape(batch_size, 1, num_query_heads, head_dim)
 
 
@@ -187,10 +192,28 @@ def _base_function(base: str, module_type: type[nn.Module]) -> AttentionFunction
         raise ModelError(f"{module_type.__name__} has no eager attention function: load the model with sdpa") from None
 
 
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """Let routed models build no attention masks in this thread: cache layers know what is masked."""
+    _masks.unwanted = True
+    try:
+        yield
+    finally:
+        _masks.unwanted = False
+
+
+_masks = threading.local()
+
+
+def _mask(base: str, *args: Any, **kwargs: Any) -> Any:
+    """transformers' mask for `base`, unless none is wanted."""
+    return None if getattr(_masks, "unwanted", False) else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+
+
 for _base in BASES:
     AttentionInterface.register(_PREFIX + _base, functools.partial(_attention_forward, _base))
     # Without a mask function under our own name, transformers would build no mask at all and ignore padding.
-    AttentionMaskInterface.register(_PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])
+    AttentionMaskInterface.register(_PREFIX + _base, functools.partial(_mask, _base))
 
 
 _lock = threading.Lock()

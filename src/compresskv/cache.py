@@ -14,7 +14,8 @@ from compresskv import budgets
 from compresskv.attention import RoutedLayer, decoder_config, owned
 from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.eviction import Eviction
-from compresskv.layer import NO_ASSISTANT, CompressedLayer, storage_nbytes
+from compresskv.layer import NO_ASSISTANT, CompressedLayer
+from compresskv.memory import storage_nbytes
 from compresskv.method import Method
 
 
@@ -65,6 +66,10 @@ class CompressedCache(RoutedCache):
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         self.method = method
+        self.num_compiled_steps = 0
+        """Tokens that were read by a compiled step."""
+        self.not_compiled: str | None = None
+        """Why steps are not compiled though that was asked for."""
 
     def __bool__(self) -> bool:
         """Whether anything was read.

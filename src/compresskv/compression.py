@@ -11,6 +11,8 @@ from compresskv import registry
 from compresskv.attention import routing
 from compresskv.budgets import Budget
 from compresskv.cache import CompressedCache, compressible_layers
+from compresskv.compiled.decoding import NEVER, CompiledDecoding, check_mode
+from compresskv.compiled.package import Progress
 from compresskv.errors import ConfigError, PlanError
 from compresskv.method import Method
 from compresskv.plan import Plan, Planned
@@ -25,8 +27,20 @@ DEFAULT_BUDGET = 256
 class Compressing(AbstractContextManager[CompressedCache]):
     """What `compressing` returns. Each entry makes a new cache; entries may nest and repeat."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, budget: Budget, **cache_options: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        budget: Budget,
+        *,
+        compile: str = NEVER,
+        on_progress: Progress | None = None,
+        **cache_options: Any,
+    ) -> None:
+        check_mode(compile)
         self._model = model
+        self._compile = compile
+        self._on_progress = on_progress
         self._method = method
         self._budget = budget
         self._cache_options = cache_options
@@ -41,6 +55,8 @@ class Compressing(AbstractContextManager[CompressedCache]):
         with ExitStack() as stack:
             stack.enter_context(routing(self._model))
             cache = CompressedCache(self._model, self._method, self._budget, **self._cache_options)
+            if self._compile != NEVER:
+                stack.enter_context(CompiledDecoding(self._model, cache, self._compile, self._on_progress))
             self._entered.append(stack.pop_all())
         return cache
 
@@ -58,6 +74,7 @@ def compressing(
     *,
     profile: Profile | str | Path | None = None,
     prompt_tokens: int | None = None,
+    compile: str = NEVER,
     **options: Any,
 ) -> Compressing:
     """Compress the KV cache of what `model` reads inside the `with`.
@@ -77,15 +94,18 @@ def compressing(
         profile: for methods that need one, a `Profile` or its file; None finds the model's own.
         prompt_tokens: the prompt's exact length, where it is read in several forward passes (`prefill_chunk_size`):
             eviction waits until that many tokens were read.
+        compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
+            'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
+            Where it cannot be done, decoding goes on without, and the cache's `not_compiled` says why.
         options: the method's own options, such as window_size.
     Raises:
-        ConfigError: an unknown method or option, or a value out of range.
+        ConfigError: an unknown method, option or mode, or a value out of range.
         ProfileError: no profile of this model, or one of another model.
         PlanError: a plan of another model.
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
     chosen = prepare_method(model, method, profile, **options)
-    return Compressing(model, chosen, budget, prompt_tokens=prompt_tokens)
+    return Compressing(model, chosen, budget, compile=compile, prompt_tokens=prompt_tokens)
 
 
 def prepare_method(

@@ -20,19 +20,58 @@ class Growing:
 
     def append(self, states: Tensor) -> Tensor:
         """Add (B, H, T_new, D) and return all that is held, a view."""
-        start, end = self._held.shape[2], self._held.shape[2] + states.shape[2]
-        if self._storage is None or end > self._storage.shape[2] or not may_write(self._storage, states):
+        start, num_new = self._held.shape[2], states.shape[2]
+        self.reserve(states)[:, :, start : start + num_new] = states
+        return self.advance(num_new)
+
+    def reserve(self, states: Tensor) -> Tensor:
+        """A tensor (B, H, n + room, D) that begins with what is held and has room for `states` (B, H, T_new, D)."""
+        held, num_new = self._held.shape[2], states.shape[2]
+        if self._storage is None or held + num_new > self._storage.shape[2] or not may_write(self._storage, states):
             batch_size, num_heads, _, head_dim = states.shape
-            self._storage = self._held.new_empty(batch_size, num_heads, end + ROOM, head_dim)
-            self._storage[:, :, :start] = self._held
-        self._storage[:, :, start:end] = states
-        self._held = self._storage[:, :, :end]
+            self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + ROOM, head_dim)
+            self._storage[:, :, :held] = self._held
+            self._storage[:, :, held:] = 0  # a masked slot may be read, and what it holds must be a number
+        return self._storage
+
+    def advance(self, num_new: int) -> Tensor:
+        """Count tokens that were written into what `reserve` gave; all that is held then, a view."""
+        assert self._storage is not None
+        self._held = self._storage[:, :, : self._held.shape[2] + num_new]
         return self._held
 
     @property
     def held(self) -> Tensor:
         """(B, H, n, D)."""
         return self._held
+
+
+class GrowingStates:
+    """Keys and values of one layer, whose KV heads hold equal numbers of tokens."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._growing = Growing(keys), Growing(values)
+
+    def holds(self, keys: Tensor) -> bool:
+        """Whether `keys` are what is held: it may have been cut or rearranged since."""
+        return self._growing[0].held is keys
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, H_kv, T_new, D) and return all that is held, views."""
+        keys, values = self._growing
+        return keys.append(key_states), values.append(value_states)
+
+    def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
+        """Room for one more token, as in `CompressedLayer.reserve_token`."""
+        keys, values = (growing.reserve(growing.held[:, :, :1]) for growing in self._growing)
+        num_slots, held = keys.shape[2], self._growing[0].held.shape[2]
+        starts = [head * num_slots for head in range(keys.shape[1])]
+        return [keys, values], starts, [start + held for start in starts]
+
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """Count the token that was written into what `reserve_token` gave; all that is held then, views."""
+        keys, values = self._growing
+        return keys.advance(1), values.advance(1)
 
 
 def may_write(storage: Tensor, states: Tensor) -> bool:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
 from compresskv.errors import CacheStateError
 from compresskv.eviction import Eviction
-from compresskv.growing import Growing
+from compresskv.growing import GrowingStates
 from compresskv.masks import causal_mask, retained_mask, valid_keys
+from compresskv.memory import storage_nbytes
 from compresskv.method import LayerInputs
 from compresskv.ragged import RaggedStore, gather_tokens
 from compresskv.selection import UNUSED
@@ -45,7 +46,7 @@ class CompressedLayer(RoutedLayer):
         self.positions: Tensor | None = None
         self.ragged: RaggedStore | None = None
         self._has_unused = False
-        self._growing: tuple[Growing, Growing] | None = None
+        self._growing: GrowingStates | None = None
         self._query_window: Tensor | None = None
         self._prompt_end: int | None = self._eviction.prompt_tokens
 
@@ -55,6 +56,11 @@ class CompressedLayer(RoutedLayer):
         if self.ragged is not None:
             return sum(self.ragged.counts) / len(self.ragged.counts)
         return self.stored()[0].shape[-2] if self.is_initialized else 0
+
+    @property
+    def has_unused(self) -> bool:
+        """Whether some slots must be masked, since rows retain different numbers."""
+        return self._has_unused if self.ragged is None else self.ragged.has_unused
 
     @property
     def mean_retained(self) -> float:
@@ -100,18 +106,34 @@ class CompressedLayer(RoutedLayer):
         if self.ragged is None:
             if self.in_prefill:
                 return super()._append(key_states, value_states)
-            return self._grow(key_states, value_states)
+            self.keys, self.values = self._own_growing().append(key_states, value_states)
+            return self.keys, self.values
         self.ragged.append(key_states, value_states)
         self.keys, self.values = key_states, value_states  # what tells the attention function that it is this layer's
         return self.stored()
 
-    def _grow(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append in place, in tensors of this layer's own."""
+    def _own_growing(self) -> GrowingStates:
+        """Tensors of this layer's own, to append to in place."""
         keys, values = self.stored()
-        if self._growing is None or self._growing[0].held is not keys:  # it was cut, cropped or rearranged since
-            self._growing = Growing(keys), Growing(values)
-        self.keys, self.values = self._growing[0].append(key_states), self._growing[1].append(value_states)
-        return self.keys, self.values
+        if self._growing is None or not self._growing.holds(keys):
+            self._growing = GrowingStates(keys, values)
+        return self._growing
+
+    def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
+        """Room for one more token of one row, for code that writes it by itself and then calls `advance`.
+
+        Returns: keys and values, and in them where each KV head's part begins and where its new token goes: for
+            (1, H_kv, n, D) tensors, counted in the flattened (H_kv * n, D); for ragged (1, N, D) ones, in N.
+        """
+        return (self._own_growing() if self.ragged is None else self.ragged).reserve_token()
+
+    def advance(self) -> None:
+        """Count the token that was written into what `reserve_token` gave."""
+        self.seen_tokens += 1
+        if self.ragged is None:
+            self.keys, self.values = self._own_growing().advance()
+        else:
+            self.ragged.advance(1)
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
@@ -122,7 +144,7 @@ class CompressedLayer(RoutedLayer):
             self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())  # its heads hold them
             return self.ragged.attend(attention, kwargs["module"], query, mask_for)
         if not self.in_prefill:
-            cut = self._retained_mask(query, mask, self.positions, self._has_unused)
+            cut = self._retained_mask(query, mask, self.positions, self.has_unused)
             return attention(query, *self.stored(), cut)
         output = attention(query, *self.stored(), mask)
         self._observe(query, mask, **kwargs)
@@ -288,13 +310,3 @@ class CompressedLayer(RoutedLayer):
                 self.positions = function(self.positions)
             if self._query_window is not None:  # while looking ahead
                 self._query_window = function(self._query_window)
-
-
-def storage_nbytes(tensors: list[Tensor | None]) -> int:
-    """Bytes of the distinct storages behind `tensors`: a small view of a large tensor counts as the large one."""
-    storages = {}
-    for tensor in tensors:
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

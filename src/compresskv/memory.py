@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def reset_peak(device: torch.device) -> bool:
@@ -53,6 +54,16 @@ def release(device: torch.device) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:
             trim(0)
+
+
+def storage_nbytes(tensors: list[Tensor | None]) -> int:
+    """Bytes of the distinct storages behind `tensors`: a small view of a large tensor counts as the large one."""
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _proc_nbytes(path: str, field: str) -> int | None:

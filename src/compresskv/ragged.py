@@ -46,7 +46,8 @@ class RaggedStore:
 
     def _packed(self, parts: list[Tensor]) -> Tensor:
         batch_size, _, head_dim = parts[0].shape
-        packed = parts[0].new_empty(batch_size, sum(self.counts) + self._room * len(parts), head_dim)
+        # Zeros: a masked slot may be read, and what it holds must be a number.
+        packed = parts[0].new_zeros(batch_size, sum(self.counts) + self._room * len(parts), head_dim)
         for part, start in zip(parts, self._starts, strict=True):
             packed[:, start : start + part.shape[1]] = part
         return packed
@@ -85,14 +86,32 @@ class RaggedStore:
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store new tokens (B, H_kv, T_new, D) in every head."""
         num_new = key_states.shape[2]
-        if self._shared or num_new > self._room or not may_write(self._keys, key_states):
-            self._pack([[part[:, 0] for part in self._heads(packed)] for packed in self.tensors], room=num_new + ROOM)
+        self._reserve(key_states)
         for packed, states in zip(self.tensors, (key_states, value_states), strict=True):
             if num_new == 1:
                 packed.index_copy_(1, self._ends, states[:, :, 0])
             else:
                 for head, (start, count) in enumerate(zip(self._starts, self.counts, strict=True)):
                     packed[:, start + count : start + count + num_new] = states[:, head]
+        self.advance(num_new)
+
+    def _reserve(self, states: Tensor) -> None:
+        """Make room for (B, H_kv, T_new, D) in every head's part."""
+        num_new = states.shape[2]
+        if self._shared or num_new > self._room or not may_write(self._keys, states):
+            self._pack([[part[:, 0] for part in self._heads(packed)] for packed in self.tensors], room=num_new + ROOM)
+
+    def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
+        """Room for one more token in every head's part, as in `CompressedLayer.reserve_token`."""
+        self._reserve(self.keys[0][:, :, :1])
+        return (
+            self.tensors,
+            self._starts,
+            [start + count for start, count in zip(self._starts, self.counts, strict=True)],
+        )
+
+    def advance(self, num_new: int) -> None:
+        """Count tokens that were written behind the parts' ends."""
         self._ends = self._ends + num_new
         self._room -= num_new
         self.counts = [count + num_new for count in self.counts]

@@ -3,7 +3,6 @@
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 import compresskv
 from compresskv import memory
 from compresskv.attention import decoder_config
+from compresskv.processor import processor_name
 
 
 def versions() -> dict[str, str]:
@@ -29,20 +29,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads and memory; nothing that tells whose machine it is."""
     return {
         "device": device.type,
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "available_nbytes": memory.available_nbytes(device),
         "system": platform.system(),
     }
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def describe(model: PreTrainedModel, name: str, *, random: bool) -> dict[str, Any]:

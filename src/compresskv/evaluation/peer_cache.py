@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from compresskv.layer import storage_nbytes
+from compresskv.memory import storage_nbytes
 
 
 @dataclass

@@ -1,0 +1,212 @@
+"""Compiled decode steps on disk: built once for a model's shape on a machine, loaded in a second ever after."""
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresskv.attention import decoder_config, routing
+from compresskv.compiled.step import RAGGED, Step, StepInputs
+from compresskv.errors import first_line
+from compresskv.paths import cache_dir
+from compresskv.processor import processor_name
+
+Progress = Callable[[str, float | None], None]
+
+
+class NotCompilableError(Exception):
+    """Why a decode step runs without being compiled: one line that follows 'decoding is not compiled: '."""
+
+
+_PROGRAM, _CONSTANTS, _FACTS = "step.pt2", "constants.pt", "facts.json"
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Of the largest logit. Both are roundings of the same sums, in other orders."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a package."""
+
+    compile_s: float
+    """Seconds that building it took."""
+    load_s: float
+    """Seconds that loading it took just after."""
+
+
+class Package:
+    """A compiled `Step` with a model's weights, which stay where they are: nothing is copied."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
+        """Load it.
+
+        Raises:
+            NotCompilableError: the files are damaged.
+        """
+        self.kinds = kinds
+        try:
+            self._program: Any = torch._inductor.aoti_load_package(str(folder / _PROGRAM))
+            constants = torch.load(folder / _CONSTANTS, weights_only=True) | _tensors(model)
+            self._constants = {name: constants[name] for name in self._program.get_constant_fqns()}
+            self._program.load_constants(self._constants, check_full_update=True, user_managed=True)
+        except (RuntimeError, OSError, KeyError) as error:
+            raise NotCompilableError(f"the compiled step in {folder} cannot be loaded ({first_line(error)})") from error
+
+    def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
+        """As `Step.forward`."""
+        logits, sliding = self._program(*inputs.as_args())
+        return logits, sliding
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether the model still has the tensors that this was loaded with: it may have been moved or converted."""
+        own = _tensors(model)
+        return all(name not in own or own[name] is held for name, held in self._constants.items())
+
+
+def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
+    """Where this model's package lies, or would.
+
+    Its name hashes everything that compiled code depends on: the model's class, config and tensors' shapes, the kinds
+    of its layers, versions, the processor and the number of threads.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_name")}
+    what = [
+        f"{type(model).__module__}.{type(model).__qualname__}",
+        json.dumps(config, sort_keys=True, default=str),
+        str(decoder_config(model)._attn_implementation),
+        [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in _tensors(model).items()],
+        kinds,
+        [torch.__version__, transformers.__version__, platform.python_version()],
+        [platform.machine(), processor_name(), str(model.device), torch.get_num_threads()],
+        [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))],
+    ]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    return cache_dir() / "compiled" / f"{decoder_config(model).model_type}-{digest}"
+
+
+def built_facts(model: PreTrainedModel, kinds: tuple[str, ...]) -> Facts | None:
+    """What is known of the package; None where there is none."""
+    try:
+        return Facts(**json.loads((package_folder(model, kinds) / _FACTS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def load_package(model: PreTrainedModel, kinds: tuple[str, ...], on_progress: Progress | None = None) -> Package:
+    """The package of a model, built if it is not there. Of several processes, one builds and the others wait.
+
+    Raises:
+        NotCompilableError: in one line, why not.
+    """
+    folder = package_folder(model, kinds)
+    if built_facts(model, kinds) is None:
+        if on_progress is not None:
+            on_progress("compiling the decode step, once for this model", None)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.with_suffix(".lock")):
+                if built_facts(model, kinds) is None:
+                    _build(model, kinds, folder)
+        except OSError as error:
+            raise NotCompilableError(f"{str(folder.parent)!r} cannot be written ({error.strerror})") from error
+    return Package(folder, model, kinds)
+
+
+def _build(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None:
+    """Nothing appears under the final name before it is complete and was found to compute the same."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
+    temporary.mkdir()
+    try:
+        start = time.perf_counter()
+        _compile(model, kinds, temporary)
+        compiled = time.perf_counter()
+        package = Package(temporary, model, kinds)
+        facts = Facts(compile_s=compiled - start, load_s=time.perf_counter() - compiled)
+        _check(package, model, kinds)
+        (temporary / _FACTS).write_text(json.dumps(asdict(facts)))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def _check(package: Package, model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
+    """Compare a step's logits with those of the same step run by PyTorch.
+
+    Raises:
+        NotCompilableError: they differ by more than rounding does.
+    """
+    with routing(model):
+        expected, _ = Step(model, kinds)(*example_inputs(model, kinds).as_args())
+    found, _ = package(example_inputs(model, kinds))
+    scale = float(expected.abs().max())
+    error = float((found.float() - expected.float()).abs().max()) / scale
+    if not error <= _TOLERANCE[expected.dtype]:  # NaN is none
+        raise NotCompilableError(f"the compiled step's logits are wrong by {error:.1%} of the largest")
+
+
+def _compile(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None:
+    from compresskv.compiled.matvec import OneRowProducts  # PyTorch's compiler takes seconds to import
+
+    example = example_inputs(model, kinds)
+    by_tokens = [{1 if keys.ndim == 3 else 2: torch.export.Dim.DYNAMIC} for keys in example.keys]
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,  # weights would be stored once more
+        "post_grad_custom_pre_pass": OneRowProducts(),
+    }
+    try:
+        with routing(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, about its own changes
+            exported = torch.export.export(
+                Step(model, kinds),
+                example.as_args(),
+                dynamic_shapes=(None, None, None, None, by_tokens, by_tokens),
+                strict=False,  # plain Python runs, with tensors that note what is done to them
+            )
+            torch.save(
+                {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)},
+                folder / _CONSTANTS,
+            )
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(folder / _PROGRAM), inductor_configs=options
+            )
+    except Exception as error:
+        raise NotCompilableError(f"its decode step cannot be compiled ({first_line(error)})") from error
+
+
+def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs:
+    """Small random inputs of different lengths, so that no two are taken to be equal."""
+    config, device = decoder_config(model), model.device
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    generator = torch.Generator().manual_seed(0)
+    held: tuple[list[Tensor], list[Tensor]] = [], []
+    for layer_idx, kind in enumerate(kinds):
+        num_tokens = 2 * num_heads + 3 * layer_idx
+        shape = (1, num_tokens, head_dim) if kind == RAGGED else (1, num_heads, num_tokens, head_dim)
+        for states in held:
+            # small, as real ones are beside the hidden state: large ones would magnify what rounding does
+            states.append((0.1 * torch.randn(shape, generator=generator)).to(device, model.dtype))
+    starts = 2 * torch.arange(num_heads, device=device).expand(len(kinds), -1)
+    token, position = (torch.full((1, 1), value, device=device) for value in (3, 1000))  # never one tensor for both
+    return StepInputs(token, position, starts.clone(), starts + 1, *held)
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights and buffers, by their names in `Step`."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {f"model.{name}": tensor for name, tensor in named}

@@ -1,0 +1,134 @@
+"""One decode step, tensors in and tensors out: what a compiler takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, without_masks
+
+EVEN, RAGGED, SLIDING = "even", "ragged", "sliding"
+"""Kinds of layers: KV heads that hold equal numbers of tokens, KV heads that need not, and a sliding window."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step reads, beside the weights. One sequence.
+
+    For an even layer keys and values are (1, H_kv, n, D), with room behind the tokens held. For a ragged one they are
+    (1, N, D), in which each KV head has a part. For a sliding one they are the tokens held, (1, H_kv, n, D).
+    """
+
+    token: Tensor
+    """(1, 1) int64."""
+    position: Tensor
+    """(1, 1) int64: how many tokens were seen before."""
+    starts: Tensor
+    """(layers, H_kv) int64, where each KV head's part begins; of even layers only the differences to `ends` count."""
+    ends: Tensor
+    """(layers, H_kv) int64, where its new token goes."""
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def as_args(self) -> tuple[Any, ...]:
+        """In the order of `Step.forward`."""
+        return self.token, self.position, self.starts, self.ends, self.keys, self.values
+
+
+class Step(nn.Module):
+    """A model that reads one token with what its cache layers hold."""
+
+    def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._kinds = kinds
+
+    def forward(
+        self,
+        token: Tensor,
+        position: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Write the token's keys and values into even and ragged layers.
+
+        Returns: the next token's logits (1, vocab); the keys and values of sliding layers, the new token's included.
+        """
+        config = decoder_config(self.model)
+        layers: list[Any] = []
+        for layer_idx, kind in enumerate(self._kinds):
+            held = keys[layer_idx], values[layer_idx]
+            if kind == SLIDING:
+                layers.append(_sliding_layer(*held))
+            else:
+                make = _EvenLayer if kind == EVEN else _RaggedLayer
+                layers.append(make(layer_idx, config, *held, starts[layer_idx], ends[layer_idx]))
+        with without_masks():
+            output = self.model(
+                input_ids=token, position_ids=position, past_key_values=Cache(layers=layers), use_cache=True
+            )
+        sliding = [layer for layer in layers if not isinstance(layer, _StepLayer)]
+        return output.logits[:, -1], [states for layer in sliding for states in (layer.keys, layer.values)]
+
+
+class _StepLayer(RoutedLayer):
+    """A cache layer while a step is traced."""
+
+    def __init__(self, layer_idx: int, config: Any, keys: Tensor, values: Tensor, starts: Tensor, ends: Tensor) -> None:
+        super().__init__(layer_idx, config)
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self._starts, self._ends = starts, ends
+
+    def get_seq_length(self) -> int:
+        """Unused: positions are given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Unused: no mask is built."""
+        return 1, 0
+
+
+class _EvenLayer(_StepLayer):
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        self._end = (self._ends - self._starts)[:1]
+        for held, states in zip(self.stored(), (key_states, value_states), strict=True):
+            held.index_copy_(2, self._end, states)
+        return self.stored()
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        keys, values = self.stored()
+        visible = torch.arange(keys.shape[2], device=keys.device) <= self._end
+        return attention(query, keys, values, visible[None, None, None])
+
+
+class _RaggedLayer(_StepLayer):
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        for held, states in zip(self.stored(), (key_states, value_states), strict=True):
+            held.index_copy_(1, self._ends, states[:, :, 0])
+        return self.stored()
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """All query heads read all parts, and those of other KV heads are masked: one call instead of one a head."""
+        keys, values = self.stored()
+        column = torch.arange(keys.shape[1], device=keys.device)
+        own = (column >= self._starts[:, None]) & (column <= self._ends[:, None])  # (H_kv, N)
+        groups = query.shape[1] // own.shape[0]
+        visible = own.repeat_interleave(groups, dim=0)[None, :, None]
+        return attention(query, keys[:, None], values[:, None], visible)
+
+
+def _sliding_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    """Attends to all that it holds and to the new token; the caller drops what has left the window."""
+    layer = DynamicLayer()
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    layer.dtype, layer.device = keys.dtype, keys.device
+    return layer
