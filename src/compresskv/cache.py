@@ -68,6 +68,8 @@ class CompressedCache(RoutedCache):
         self.method = method
         self.num_compiled_steps = 0
         """Tokens that were read by a compiled step."""
+        self.compile_s = 0.0
+        """Seconds spent on building or loading it."""
         self.not_compiled: str | None = None
         """Why steps are not compiled though that was asked for."""
 

@@ -45,6 +45,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
         self._budget = budget
         self._cache_options = cache_options
         self._entered: list[ExitStack] = []
+        self._compiled: list[CompiledDecoding] = []
 
     def __enter__(self) -> CompressedCache:
         """Route the model's attention through ours and return an empty cache.
@@ -56,7 +57,9 @@ class Compressing(AbstractContextManager[CompressedCache]):
             stack.enter_context(routing(self._model))
             cache = CompressedCache(self._model, self._method, self._budget, **self._cache_options)
             if self._compile != NEVER:
-                stack.enter_context(CompiledDecoding(self._model, cache, self._compile, self._on_progress))
+                compiled = CompiledDecoding(self._model, cache, self._compile, self._on_progress)
+                self._compiled.append(stack.enter_context(compiled))
+                stack.callback(self._compiled.pop)
             self._entered.append(stack.pop_all())
         return cache
 
@@ -65,6 +68,11 @@ class Compressing(AbstractContextManager[CompressedCache]):
     ) -> None:
         """Give the model its own attention back."""
         self._entered.pop().close()
+
+    def prepare_decoding(self) -> None:
+        """After the prompt, build or load the compiled step now rather than at the next token (`compile='always'`)."""
+        for compiled in self._compiled[-1:]:
+            compiled.prepare()
 
 
 def compressing(

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from compresskv import memory
 from compresskv.budgets import Budget, check_budget
+from compresskv.compiled.decoding import AUTO, check_mode
+from compresskv.compiled.package import Progress
 from compresskv.compression import DEFAULT_BUDGET, DEFAULT_METHOD, Compressing, prepare_method
 from compresskv.decoding import decode, prefill
 from compresskv.errors import ConfigError
@@ -42,7 +44,13 @@ class GenerationStats:
     time_to_first_token_s: float
     """Prefill, eviction, and choosing the first token."""
     decode_s: float
-    """From the first token to the last."""
+    """From the first token to the last, without `compile_s`."""
+    compiled_tokens: int
+    """How many tokens were read by a compiled step."""
+    compile_s: float
+    """Building the compiled step, or loading it."""
+    not_compiled: str | None
+    """Why tokens were not read by a compiled step, where that was asked for."""
     peak_memory_nbytes: int
     """Of the process on a CPU, of the allocator on a GPU."""
 
@@ -93,8 +101,10 @@ def ask(
     max_new_tokens: int = 128,
     truncate: str = "never",
     two_pass: bool = False,
+    compile: str = AUTO,
     on_text: Callable[[str], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
+    on_compile: Progress | None = None,
     **options: Any,
 ) -> Generation:
     """Answer `question` about `context` greedily, with a compressed KV cache.
@@ -105,8 +115,10 @@ def ask(
         truncate: 'never' refuses a prompt above the model's context, 'middle' cuts the document's middle.
         two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
             by methods that decide for all layers together.
+        compile: as for `compressing`.
         on_text: called with pieces of the answer as they come.
         on_prefill: called with (layers done, layers) while the prompt is read.
+        on_compile: called with a message when a step is being compiled.
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`.
         PromptError: an empty document or question, or a prompt that does not fit.
@@ -115,6 +127,7 @@ def ask(
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
     check_budget(budget)
+    check_mode(compile)
     prompt = build_prompt(
         tokenizer, context, question, max_tokens=room_for_prompt(model, max_new_tokens), truncate=truncate
     )
@@ -125,15 +138,19 @@ def ask(
     if two_pass:
         plan = make_plan(model, prompt.input_ids[0].tolist(), chosen, budget, on_layer=_half(on_prefill, 0))
         on_prefill = _half(on_prefill, 1)
-    with Compressing(model, chosen if plan is None else Planned(plan=plan), budget, on_layer=on_prefill) as cache:
+    evicting = chosen if plan is None else Planned(plan=plan)
+    compressed = Compressing(model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_prefill)
+    with compressed as cache:
         logits = prefill(model, input_ids, cache)
         _synchronize(model.device)
         prefill_s = time.perf_counter() - start
         first = int(logits.argmax())
         first_s = time.perf_counter() - start
         streamer = None if on_text is None else _CallbackStreamer(tokenizer, on_text)
+        if max_new_tokens > 1:
+            compressed.prepare_decoding()
         token_ids = decode(model, tokenizer, first, cache, max_new_tokens, streamer)
-        decode_s = time.perf_counter() - start - first_s
+        decode_s = time.perf_counter() - start - first_s - cache.compile_s
         retained = [layer.mean_retained for layer in cache.compressed_layers]
     stats = GenerationStats(
         method=chosen.label,
@@ -147,6 +164,9 @@ def ask(
         prefill_s=prefill_s,
         time_to_first_token_s=first_s,
         decode_s=decode_s,
+        compiled_tokens=cache.num_compiled_steps,
+        compile_s=cache.compile_s,
+        not_compiled=cache.not_compiled,
         peak_memory_nbytes=memory.peak_nbytes(model.device),
     )
     answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()

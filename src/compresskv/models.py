@@ -31,13 +31,19 @@ def load(
 
     Args:
         spec: an embedded model's name, a folder, a `.gguf` file, or a hub id such as `org/name`.
-        dtype: `None` or "auto" is the checkpoint's own, and bfloat16 for a `.gguf` file.
+        dtype: `None` or "auto" is the checkpoint's own, and bfloat16 for a `.gguf` file; "int8" stores the weights of
+            its linear layers in 8 bits (`quantize_int8`).
         device: `None` is the first CUDA device where there is one, else the CPU.
         on_progress: called with a message, and with the fraction done (0 to 1) where one is known.
     Raises:
         ConfigError: the dtype or the device cannot be used.
         ModelError: the model is not found, damaged, not a decoder-only language model, or too large.
     """
+    if quantized := dtype == "int8":
+        from compresskv.quantize import check_int8
+
+        check_int8()
+        dtype = None
     wanted, place = torch_dtype(dtype), torch_device(device)
     path = _locate(spec)
     if path is None and spec in EMBEDDED:
@@ -52,7 +58,12 @@ def load(
         else:
             model, tokenizer = _load_checkpoint(spec, path, wanted, place)
     model.config._name_or_path = spec  # an embedded model's folder would mean nothing to its user
-    return model.eval().requires_grad_(False), tokenizer
+    model.eval().requires_grad_(False)
+    if quantized:
+        from compresskv.quantize import quantize_int8
+
+        quantize_int8(model)
+    return model, tokenizer
 
 
 def _locate(spec: str) -> Path | None:
@@ -132,7 +143,7 @@ def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"--dtype {dtype}: no such dtype; pass auto, bfloat16, float16 or float32")
+        raise ConfigError(f"--dtype {dtype}: no such dtype; pass auto, bfloat16, float16, float32 or int8")
     return found
 
 

@@ -1,5 +1,6 @@
 """The `compresskv` command: its subcommands, and how its errors look."""
 
+import logging
 import sys
 from typing import Annotated
 
@@ -10,6 +11,8 @@ from compresskv.cli.ask import ask
 from compresskv.cli.bench import EPILOG as BENCH_EPILOG
 from compresskv.cli.bench import bench
 from compresskv.cli.catalogue import methods, models
+from compresskv.cli.compile import EPILOG as COMPILE_EPILOG
+from compresskv.cli.compile import compile_step
 from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
 from compresskv.cli.evaluate import evaluate
 from compresskv.cli.explain import EPILOG as EXPLAIN_EPILOG
@@ -36,6 +39,7 @@ Examples:
   compresskv explain report.txt "Who signed the contract?" --html kept.html
   compresskv eval --tasks needle --output runs/needle
   compresskv bench --lengths 1024,4096
+  compresskv compile
   compresskv methods
   compresskv profile show smollm2-135m
 """
@@ -71,11 +75,17 @@ app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command(epilog=REPORT_EPILOG)(report)
 app.command(epilog=EXPLAIN_EPILOG)(explain)
 app.command(epilog=BENCH_EPILOG)(bench)
+app.command("compile", epilog=COMPILE_EPILOG)(compile_step)
 app.add_typer(profile_app, name="profile")
 
 
 def main() -> None:
     """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # transformers imports torchao, which tells of other machines' kernels
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except CompressKVError as error:

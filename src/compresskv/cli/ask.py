@@ -12,6 +12,7 @@ from rich.table import Table
 
 from compresskv.cli.options import (
     BudgetOption,
+    CompileOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -50,6 +51,7 @@ def ask(
     save_plan: Annotated[
         Path | None, typer.Option(help="Write what is kept to this JSON file; implies --two-pass.", metavar="FILE")
     ] = None,
+    compile: CompileOption = "auto",
     profile: ProfileOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,
@@ -72,15 +74,18 @@ def ask(
         "max_new_tokens": max_new_tokens,
         "truncate": truncate,
         "two_pass": two_pass or save_plan is not None,
+        "compile": compile,
     }
     chosen = create_methods(method, compare, settings)
     if request["two_pass"] and any(one.lookahead for one in chosen):
         raise ConfigError("--two-pass and --save-plan cannot look ahead: leave out --set lookahead")
+    from compresskv.compiled.decoding import check_mode
     from compresskv.compression import prepare_method
     from compresskv.models import load
     from compresskv.prompts import check_request
 
     check_request(context, question, truncate)
+    check_mode(compile)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
     # All profiles are found before the first prefill: a missing one must not cost the others' answers.
@@ -90,7 +95,7 @@ def ask(
         for one in prepared:
             generations.append(_answer(loaded, tokenizer, context, question, one, request, not as_json and not compare))
     finally:  # on Ctrl-C, what is there already is shown
-        _report(generations, single=not compare, as_json=as_json, model=model)
+        _report(generations, single=not compare, as_json=as_json, model=model, compile=compile)
     if save_plan is not None and generations[0].plan is not None:
         generations[0].plan.write(save_plan)
 
@@ -104,7 +109,15 @@ def _answer(
         stream = _Stream(bar, enabled=streams)
         show = partial(_show_layers, bar, method.name)
         generation = answer(
-            model, tokenizer, context, question, method=method, on_text=stream, on_prefill=show, **request
+            model,
+            tokenizer,
+            context,
+            question,
+            method=method,
+            on_text=stream,
+            on_prefill=show,
+            on_compile=bar,
+            **request,
         )
     stream.finish()
     return generation
@@ -159,28 +172,31 @@ class _Stream:
             sys.stdout.flush()
 
 
-def _report(generations: "list[Generation]", *, single: bool, as_json: bool, model: str) -> None:
+def _report(generations: "list[Generation]", *, single: bool, as_json: bool, model: str, compile: str) -> None:
     if not generations:
         return
     if as_json:
         results: list[dict[str, Any]] = [{"model": model, **generation.to_dict()} for generation in generations]
         out.print_json(json.dumps(results[0] if single else results))
     elif single:
-        err.print(_cost(generations[0]))
+        err.print(_cost(generations[0], compile))
     else:
         out.print(_table(generations), soft_wrap=False)
 
 
-def _cost(generation: "Generation") -> str:
+def _cost(generation: "Generation", compile: str) -> str:
     stats = generation.stats
+    remark = f"\n[not compiled: {stats.not_compiled}]" if stats.not_compiled and compile == "always" else ""
     kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
     speed = "" if stats.decode_tokens_per_s is None else f", then {stats.decode_tokens_per_s:.0f} tokens/s"
+    if stats.compiled_tokens:
+        speed += f" (compiled; {stats.compile_s:.1f} s to get it)"
     cut = f" ({stats.truncated_tokens:,} cut from the middle)" if stats.truncated_tokens else ""
     return (
         f"[{stats.method}: {stats.prompt_tokens:,} prompt tokens{cut}, {kept:,.0f} kept per layer "
         f"({stats.retained_fraction:.1%}); KV cache {megabytes(stats.kv_nbytes_full)} -> "
         f"{megabytes(stats.kv_nbytes)} MB; first token after {stats.time_to_first_token_s:.1f} s{speed}; "
-        f"peak memory {megabytes(stats.peak_memory_nbytes)} MB]"
+        f"peak memory {megabytes(stats.peak_memory_nbytes)} MB]{remark}"
     )
 
 

@@ -28,9 +28,21 @@ SettingsOption = Annotated[
     typer.Option("--set", help="An option of --method, such as window_size=32.", metavar="NAME=VALUE"),
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.", metavar="DTYPE")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16, or int8 (8-bit weights). Default: the checkpoint's own.", metavar="DTYPE"
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if there is one.")]
+CompileOption = Annotated[
+    str,
+    typer.Option(
+        "--compile",
+        help="'always' decodes by a compiled step, built once for a model (a minute); 'auto' uses one that was built, "
+        "if the answer is long enough to pay for loading it; 'never' does not.",
+        metavar="WHEN",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Profile file. Default: the model's own.", metavar="FILE")

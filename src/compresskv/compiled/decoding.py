@@ -83,6 +83,11 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         else:
             self._model.forward = self._outer
 
+    def prepare(self) -> None:
+        """Find the compiled step now, after a prompt, rather than at the next token; with 'always', build it."""
+        if self._mode == ALWAYS and not any(layer.in_prefill for layer in self._cache.compressed_layers):
+            self._find_package()
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("past_key_values") is not self._cache or not self._is_step(**kwargs):
             self._package = None  # after another prompt, another one may be needed
@@ -119,30 +124,32 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     def _find_package(self) -> Package | None:
         """The compiled step, if it is time for it."""
         if self._package is None and self._cache.not_compiled is None:
+            start = time.perf_counter()
             try:
-                kinds = _kinds(self._cache)
-                known = _loaded.setdefault(self._model, {})
-                package = known.get(kinds)
-                if package is None or not package.fits(self._model):
-                    if self._mode == AUTO and not self._is_worth_loading(kinds):
-                        return None
-                    package = known[kinds] = load_package(self._model, kinds, self._on_progress)
-                self._package = package
+                self._package = self._get_package(_kinds(self._cache))
             except NotCompilableError as error:
                 self._cache.not_compiled = str(error)
+            self._cache.compile_s += time.perf_counter() - start
         return self._package
 
-    def _is_worth_loading(self, kinds: tuple[str, ...]) -> bool:
-        """Whether as much time was spent without it as loading takes: at worst, that doubles the time.
+    def _get_package(self, kinds: tuple[str, ...]) -> Package | None:
+        """From memory, from disk, or built.
 
         Raises:
-            NotCompilableError: nothing was compiled.
+            NotCompilableError: there is none.
         """
-        if self._facts is None:
-            self._facts = built_facts(self._model, kinds)
-        if self._facts is None:
-            raise NotCompilableError("it was not compiled for this model before: 'compresskv compile' does that")
-        return self._eager_s >= self._facts.load_s
+        known = _loaded.setdefault(self._model, {})
+        package = known.get(kinds)
+        if package is not None and package.fits(self._model):
+            return package
+        if self._mode == AUTO:
+            self._facts = self._facts or built_facts(self._model, kinds)
+            if self._facts is None:
+                raise NotCompilableError("it was not compiled for this model before: 'compresskv compile' does that")
+            if self._eager_s < self._facts.load_s:  # at worst, loading then doubles the time
+                return None
+        known[kinds] = load_package(self._model, kinds, self._on_progress)
+        return known[kinds]
 
     def _run(self, package: Package, token: Tensor, position: Tensor | None) -> CausalLMOutputWithPast:
         if position is None:

@@ -51,7 +51,7 @@ def _replace_product_with_bias(match: Match, bias: fx.Node, row: fx.Node, matrix
 
 
 def _weight_of(matrix: Any) -> fx.Node | None:
-    """The (N, K) weight that a (K, N) factor is the transpose of; int8 weights are also converted to the row's dtype."""
+    """The (N, K) weight whose transpose a (K, N) factor is. int8 weights are also converted to the row's dtype."""
     node, transposed = matrix, False
     while True:
         if node.target is _aten.permute.default and node.args[1] == [1, 0]:
@@ -73,7 +73,7 @@ def _is_int8(node: Any) -> bool:
 
 
 def _int8_product(row: Tensor, weight: Tensor) -> Tensor:
-    """Inductor's conversion of int8 vectors is slow, so four weights at a time are read as one int32 and shifted apart."""
+    """The same; Inductor converts int8 vectors slowly, so four at a time are read as one int32 and shifted apart."""
     num_words = weight.shape[1] // _BYTES
     words = weight.view(torch.int32)
     parts = row.float().view(num_words, _BYTES).t().contiguous()

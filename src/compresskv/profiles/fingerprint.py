@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import weakref
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -43,6 +44,14 @@ class Fingerprint:
         return asdict(self)
 
 
+_remembered: weakref.WeakKeyDictionary[PreTrainedModel, Fingerprint] = weakref.WeakKeyDictionary()
+
+
+def remember(model: PreTrainedModel, own: Fingerprint) -> None:
+    """Let `fingerprint` say this of a model from now on, whose weights it can no longer read."""
+    _remembered[model] = own
+
+
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """Identify a loaded model.
 
@@ -52,6 +61,8 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     Raises:
         ModelError: a sampled weight is NaN or infinite, or its data is not loaded.
     """
+    if model in _remembered:
+        return _remembered[model]
     config = decoder_config(model)
     num_query_heads = config.num_attention_heads
     return Fingerprint(

@@ -1,0 +1,49 @@
+"""`compresskv compile`: build a model's compiled decode step once, so that later answers find it."""
+
+import json
+from dataclasses import asdict
+
+from compresskv.cli.options import DtypeOption, JsonOption, MethodOption, ModelOption, ProfileOption
+from compresskv.cli.terminal import Bar, err, out
+from compresskv.errors import ModelError
+
+EPILOG = """\b
+Examples:
+  compresskv compile
+  compresskv compile --model ./my-model --dtype int8
+  compresskv compile --method snapkv --json
+"""
+_PROMPT_TOKENS = 320
+_BUDGET = 256
+
+
+def compile_step(
+    model: ModelOption = "smollm2-135m",
+    method: MethodOption = "blend",
+    profile: ProfileOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile what a model does for each generated token, and keep it on disk.
+
+    It takes about a minute and a C++ compiler. Answers of `ask` are then decoded by it where that pays. One is needed
+    for methods whose KV heads keep equal numbers of tokens, and one for those whose heads do not.
+    """
+    from compresskv.bench.subject import real_subject
+    from compresskv.cli.options import create_methods
+    from compresskv.compiled.trial import try_compiled
+    from compresskv.compression import prepare_method
+
+    chosen, *_ = create_methods(method, "", None)
+    with Bar() as bar:
+        subject = real_subject(model, dtype=dtype, device="cpu", on_progress=bar)
+        prepared = prepare_method(subject.model, chosen, profile if chosen.needs_profile else None)
+        trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, _BUDGET, bar)
+    if trial.compiled_ms is None:
+        raise ModelError(f"--model {model}: {trial.not_compiled}")
+    if as_json:
+        out.print_json(json.dumps({"model": model, "method": chosen.label, **asdict(trial)}))
+    else:
+        err.print(f"compiled or loaded in {trial.compile_s:.1f} s")
+        faster = trial.eager_ms / trial.compiled_ms
+        out.print(f"{trial.compiled_ms:.1f} ms a token instead of {trial.eager_ms:.1f}: {faster:.1f} times as fast")
