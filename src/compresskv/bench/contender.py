@@ -1,7 +1,7 @@
 """What reads a prompt and goes on from it: plain transformers, and our caches."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +12,14 @@ from compresskv.attention import decoder_config, routing
 from compresskv.bench.clock import Stopwatch, now
 from compresskv.bench.session import Prefill, Session
 from compresskv.cache import CompressedCache, layers_nbytes
+from compresskv.compiled.decoding import ALWAYS, CompiledDecoding
 from compresskv.decoding import decode_one_token, prefill
+from compresskv.errors import ModelError
 from compresskv.method import Method
 
 PLAIN = "plain"
+EAGER, COMPILED, INT8 = "eager", "compiled", "int8"
+"""How tokens are generated: by PyTorch, by a compiled step, by one that reads 8-bit weights."""
 
 
 class Contender(Protocol):
@@ -33,6 +37,14 @@ class Contender(Protocol):
     def max_prompt(self) -> int | None:
         """Read no more of the prompt than that many tokens; None: all."""
 
+    @property
+    def decode(self) -> str:
+        """'eager', 'compiled' or 'int8'."""
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """Its own instead of the one that all share."""
+
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
         """Read the tokens (1, T)."""
 
@@ -44,6 +56,8 @@ class Plain:
     max_prompt: int | None = None
     method: str = PLAIN
     budget: None = None
+    decode: str = EAGER
+    model: None = None
 
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
         """Read the tokens (1, T)."""
@@ -72,9 +86,12 @@ class Ours:
     prepared: Method
     budget: int | float | None
     max_prompt: int | None = None
+    decode: str = EAGER
+    model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
         """Read the tokens (1, T)."""
+        model = self.model or model
         device = model.device
         with routing(model):
             # `Full` ignores its budget
@@ -95,7 +112,31 @@ class Ours:
             first_token_s=first_s,
             kv_nbytes=cache.nbytes,
         )
-        return Session(figures, first, lambda token: _next(model, token, cache), lambda: routing(model))
+        open_context = (lambda: routing(model)) if self.decode == EAGER else _Compiled(model, cache)
+        return Session(figures, first, lambda token: _next(model, token, cache), open_context)
+
+
+class _Compiled:
+    """Opens contexts in which a cache's tokens are read by a compiled step, which is there before time counts."""
+
+    def __init__(self, model: PreTrainedModel, cache: CompressedCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._decoding = CompiledDecoding(model, cache, ALWAYS)
+
+    def __call__(self) -> ExitStack:
+        """Enter one.
+
+        Raises:
+            ModelError: the model's step cannot be compiled.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(routing(self._model))
+            self._decoding.prepare()
+            if self._cache.not_compiled is not None:
+                raise ModelError(f"--decode compiled: {self._cache.not_compiled}")
+            stack.enter_context(self._decoding)
+            return stack.pop_all()
 
 
 def _next(model: PreTrainedModel, token: int, cache: Any) -> int:

@@ -60,8 +60,10 @@ def draw_run(result: dict[str, Any], path: Path) -> None:
 
 
 def row_name(row: dict[str, Any]) -> str:
-    """'plain', 'full', 'snapkv 128', 'kvpress SnapKV 3%'."""
+    """'plain', 'full', 'snapkv compiled 128', 'kvpress SnapKV 3%'."""
     name, budget = str(row["method"]), row["budget"]
+    if row["decode"] != "eager":
+        name += f" {row['decode']}"
     if row["engine"] == "kvpress":
         name = name.replace(":", " ").replace("Press", "")
     if budget is None:

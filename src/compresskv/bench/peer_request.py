@@ -37,7 +37,7 @@ class BenchRequest:
 
     def to_plan(self) -> Plan:
         """The plan, whose tuples JSON made lists of."""
-        lists = {name: tuple(self.plan[name]) for name in ("lengths", "budgets")}
+        lists = {name: tuple(self.plan[name]) for name in ("lengths", "budgets", "decode")}
         return Plan(**{**self.plan, **lists})
 
 

@@ -31,7 +31,7 @@ def measure(request: BenchRequest, write: Write) -> None:
     versions = {name: version(name) for name in ("kvpress", "torch", "transformers")}
     plan = request.to_plan()
     bench = Bench(_subject(request), plan)
-    all_stages = stages(plan, _presses, None)
+    all_stages = stages(plan, _presses)
     for number, stage in enumerate(all_stages):
         write({"message": f"{stage.length:,} tokens", "fraction": number / len(all_stages)})
         try:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compresskv.bench.contender import Contender, Ours, Plain
+from transformers import PreTrainedModel
+
+from compresskv.bench.contender import COMPILED, EAGER, INT8, Contender, Ours, Plain
 from compresskv.budgets import check_budget, resolve
 from compresskv.errors import ConfigError
 from compresskv.evaluation.configurations import parse_budgets
@@ -28,6 +30,8 @@ class Plan:
     """Rounds at each length."""
     new_tokens: int
     """Generated after each prompt."""
+    decode: tuple[str, ...] = (EAGER,)
+    """How our caches' tokens are generated, each by all of these ways."""
 
     def __post_init__(self) -> None:
         """Check that it can be run.
@@ -44,6 +48,9 @@ class Plan:
             check_budget(budget)
         if self.repeats < 1:
             raise ConfigError(f"--repeats {self.repeats} must be at least 1")
+        for way in self.decode or ("",):
+            if way not in (EAGER, COMPILED, INT8):
+                raise ConfigError(f"--decode {way!r} must be among {EAGER}, {COMPILED}, {INT8}")
         if self.new_tokens < 2:
             raise ConfigError(f"--new-tokens {self.new_tokens} must be at least 2: the first is part of the prefill")
 
@@ -111,12 +118,14 @@ def parse_bench_budgets(text: str) -> tuple[tuple[int | float, ...], bool]:
     return (parse_budgets(",".join(counted)) if counted or not parts else ()), FULL in parts
 
 
-def stages(plan: Plan, compressed: Callable[[int | float], Sequence[Contender]], full: Contender | None) -> list[Stage]:
+def stages(
+    plan: Plan, compressed: Callable[[int | float], Sequence[Contender]], full: Sequence[Contender] = ()
+) -> list[Stage]:
     """One for each length, then one for each budget, with a prompt of just that many tokens.
 
     Beside the contenders at a budget of b tokens stands plain transformers on a prompt of b tokens.
     """
-    always = [Plain(), *([] if full is None else [full])]
+    always = [Plain(), *full]
     found = []
     for length in sorted(set(plan.lengths)):
         short = [Plain(max_prompt=count) for count in plan.counts if count < length]
@@ -128,15 +137,25 @@ def stages(plan: Plan, compressed: Callable[[int | float], Sequence[Contender]],
     return found
 
 
-def our_stages(plan: Plan, methods: Mapping[str, Method]) -> list[Stage]:
-    """With our methods, by their labels; 'full' among them is not given a budget."""
+def our_stages(
+    plan: Plan, methods: Mapping[str, Method], int8_model: Callable[[], PreTrainedModel] | None = None
+) -> list[Stage]:
+    """With our methods, by their labels; 'full' among them is not given a budget.
+
+    Args:
+        int8_model: gives the model with 8-bit weights, where the plan asks for one.
+    """
     evicting = {label: method for label, method in methods.items() if method.name != FULL}
     has_full = plan.has_full or len(evicting) < len(methods)
+    models = {way: int8_model() if way == INT8 and int8_model is not None else None for way in plan.decode}
+
+    def by_all_ways(one: Ours) -> list[Contender]:
+        return [replace(one, decode=way, model=model) for way, model in models.items()]
 
     def compressed(budget: int | float) -> list[Contender]:
-        return [Ours(label, method, budget) for label, method in evicting.items()]
+        return [way for label, method in evicting.items() for way in by_all_ways(Ours(label, method, budget))]
 
-    return stages(plan, compressed, Ours(FULL, create(FULL), None) if has_full else None)
+    return stages(plan, compressed, by_all_ways(Ours(FULL, create(FULL), None)) if has_full else ())
 
 
 def within_budget(budget: int | float | None, num_tokens: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.bench.clock import now
+from compresskv.bench.contender import EAGER
 from compresskv.bench.session import Prefill, Session
 from compresskv.budgets import resolve
 from compresskv.evaluation.peer import peer
@@ -26,6 +27,8 @@ class Press:
     name: str
     budget: int | float
     max_prompt: None = None
+    decode: str = EAGER
+    model: None = None
 
     @property
     def method(self) -> str:

@@ -21,6 +21,8 @@ class Row:
     engine: str
     """'transformers' for plain, 'compresskv', or 'kvpress'."""
     method: str
+    decode: str
+    """'eager', 'compiled' or 'int8' (compiled, with 8-bit weights)."""
     budget: int | float | None
     length: int
     """As asked for."""
@@ -83,6 +85,7 @@ def make_row(
     peaks = [one.peak_nbytes for one in prefills if one.peak_nbytes is not None]
     return Row(
         method=contender.method,
+        decode=contender.decode,
         budget=contender.budget,
         prompt_tokens=prefills[0].prompt_tokens,
         held_tokens=prefills[0].held_tokens,

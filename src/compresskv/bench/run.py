@@ -89,7 +89,7 @@ class Bench:
         short: Sequence[Sample] | None,
         engine: str,
     ) -> Row:
-        model, num_tokens = self.subject.model, own[0].prefill.prompt_tokens
+        model, num_tokens = contender.model or self.subject.model, own[0].prefill.prompt_tokens
         return make_row(
             contender,
             own,

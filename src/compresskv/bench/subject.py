@@ -1,5 +1,6 @@
 """The measured model and what it reads: a real model and real text, or random weights and random tokens."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from compresskv import models
 from compresskv.attention import decoder_config
 from compresskv.bench.geometry import random_model
 from compresskv.profiles.calibration import read_haystack
+from compresskv.quantize import quantize_int8
 
 _SEED = 0
 
@@ -28,6 +30,16 @@ class Subject:
     """Whether its weights are."""
     notes: list[str] = field(default_factory=list)
     """What a reader must know, one line each."""
+
+    def int8_model(self) -> PreTrainedModel:
+        """A copy of the model with 8-bit weights.
+
+        Raises:
+            ConfigError: torchao is not installed.
+        """
+        copied = copy.deepcopy(self.model)
+        quantize_int8(copied)
+        return copied
 
 
 def real_subject(

@@ -23,6 +23,7 @@ Examples:
   compresskv bench --methods snapkv,adakv --budgets 256,3%,full --json
   compresskv bench --random llama-1b --lengths 4096,16384,32768 --plot growth.png
   compresskv bench --random llama-8b --layers 4 --dtype float32
+  compresskv bench --lengths 4096 --budgets 256 --decode eager,compiled,int8
   compresskv bench --lengths 4096 --peers kvpress -o runs/speed.json
 
 Measure on a quiet machine: figures of a busy one differ, ratios less so. What each figure means: docs/speed.md.
@@ -56,6 +57,13 @@ def bench(
     layers: Annotated[
         int | None, typer.Option(help="Layers of the --random model. Default: its own, or what memory holds.")
     ] = None,
+    decode: Annotated[
+        str,
+        typer.Option(
+            help="How tokens are generated after eviction: 'eager', 'compiled', 'int8' (compiled, with 8-bit weights).",
+            metavar="WAYS",
+        ),
+    ] = "eager",
     repeats: Annotated[int, typer.Option(help="Rounds in which all take turns.", metavar="N")] = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", metavar="N")] = 33,
     peers: Annotated[str, typer.Option(help="Other libraries to measure: kvpress.", metavar="NAMES")] = "",
@@ -74,7 +82,7 @@ def bench(
 
     Ratios to plain transformers are taken within rounds in which all take turns.
     """
-    plan, chosen = _plan(lengths, budgets, methods, repeats, new_tokens)
+    plan, chosen = _plan(lengths, budgets, methods, decode, repeats, new_tokens)
     _check_choices(model, random, layers, profile)
     _check_outputs(plot, output)
     peer_python = _python_of_peers(peers)
@@ -102,7 +110,7 @@ def bench(
 
 
 def _plan(
-    lengths: str | None, budgets: str, methods: str, repeats: int, new_tokens: int
+    lengths: str | None, budgets: str, methods: str, decode: str, repeats: int, new_tokens: int
 ) -> "tuple[Plan, dict[str, Method]]":
     from compresskv.bench.plan import DEFAULT_LENGTHS, Plan, parse_bench_budgets
     from compresskv.registry import parse_methods
@@ -115,7 +123,12 @@ def _plan(
         has_full=has_full,
         repeats=repeats,
         new_tokens=new_tokens,
+        decode=tuple(dict.fromkeys(way.strip() for way in decode.split(",") if way.strip())),
     )
+    if "int8" in plan.decode:
+        from compresskv.quantize import check_int8
+
+        check_int8()
     chosen = parse_methods("--methods", methods)
     for label, method in chosen.items():
         if method.lookahead:
@@ -200,7 +213,7 @@ def _stages(subject: "Subject", plan: "Plan", methods: "dict[str, Method]", prof
         label: prepare_method(subject.model, method, own if method.needs_profile else None)
         for label, method in methods.items()
     }
-    return our_stages(plan, prepared)
+    return our_stages(plan, prepared, subject.int8_model)
 
 
 def _report(run: "Bench", extra: dict[str, Any], plot: Path | None, output: Path | None, *, as_json: bool) -> None:
