@@ -137,7 +137,7 @@ def _attention_forward(
     _updated.layer = None
     layer._awaits_attention = False
 
-    plain = base == "sdpa" and _is_plain(module, **kwargs)
+    plain = base == "sdpa" and is_plain(module, **kwargs)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if plain and query.shape[2] == 1:
@@ -147,7 +147,7 @@ def _attention_forward(
     return layer.attend(attention, query, attention_mask, module=module, **kwargs)
 
 
-def _is_plain(
+def is_plain(
     module: nn.Module,
     *,
     softcap: float | None = None,
@@ -248,6 +248,11 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
 def decoder_config(model: PreTrainedModel) -> PretrainedConfig:
     """The config that the decoder's attention modules read: the text part of a multimodal model's."""
     return model.config.get_text_config(decoder=True)
+
+
+def base_implementation(model: PreTrainedModel) -> str:
+    """'eager' or 'sdpa', inside of `routing` and outside."""
+    return str(decoder_config(model)._attn_implementation).removeprefix(_PREFIX)
 
 
 def check_supported(model: PreTrainedModel) -> None:

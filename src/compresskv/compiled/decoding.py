@@ -185,7 +185,7 @@ def _gather_inputs(cache: CompressedCache, token: Tensor, position: Tensor, kind
     unused = [0] * cache.compressed_layers[0].stored()[0].shape[1]
     for layer, kind in zip(layers, kinds, strict=True):
         if kind == SLIDING:
-            held, own_starts, own_ends = [layer.keys, layer.values], unused, unused
+            held, own_starts, own_ends = [layer.keys.contiguous(), layer.values.contiguous()], unused, unused
         else:
             held, own_starts, own_ends = layer.reserve_token()
             if kind == RAGGED:

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention import decoder_config, routing
+from compresskv.attention import base_implementation, decoder_config, routing
 from compresskv.compiled.step import RAGGED, Step, StepInputs
 from compresskv.errors import first_line
 from compresskv.paths import cache_dir
@@ -81,11 +81,11 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
     Its name hashes everything that compiled code depends on: the model's class, config and tensors' shapes, the kinds
     of its layers, versions, the processor and the number of threads.
     """
-    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_name")}
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
     what = [
         f"{type(model).__module__}.{type(model).__qualname__}",
         json.dumps(config, sort_keys=True, default=str),
-        str(decoder_config(model)._attn_implementation),
+        base_implementation(model),
         [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in _tensors(model).items()],
         kinds,
         [torch.__version__, transformers.__version__, platform.python_version()],

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, without_masks
+from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, is_plain, without_masks
+from compresskv.errors import ModelError
 
 EVEN, RAGGED, SLIDING = "even", "ragged", "sliding"
 """Kinds of layers: KV heads that hold equal numbers of tokens, KV heads that need not, and a sliding window."""
@@ -105,7 +106,7 @@ class _EvenLayer(_StepLayer):
     ) -> tuple[Tensor, Tensor | None]:
         keys, values = self.stored()
         visible = torch.arange(keys.shape[2], device=keys.device) <= self._end
-        return attention(query, keys, values, visible[None, None, None])
+        return attention(query, keys, values, _additive(visible[None, None, None], query.dtype))
 
 
 class _RaggedLayer(_StepLayer):
@@ -115,15 +116,28 @@ class _RaggedLayer(_StepLayer):
         return self.stored()
 
     def attend(
-        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **_: Any
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """All query heads read all parts, and those of other KV heads are masked: one call instead of one a head."""
+        """All query heads read all parts, and those of other KV heads are masked: one call instead of one a head.
+
+        Raises:
+            ModelError: only plain 'sdpa' attention can do that.
+        """
+        if not is_plain(**kwargs) or not str(self._model_config._attn_implementation).endswith("sdpa"):
+            raise ModelError(
+                "KV heads hold different numbers of tokens, which only plain sdpa attention can read at once"
+            )
         keys, values = self.stored()
         column = torch.arange(keys.shape[1], device=keys.device)
         own = (column >= self._starts[:, None]) & (column <= self._ends[:, None])  # (H_kv, N)
         groups = query.shape[1] // own.shape[0]
         visible = own.repeat_interleave(groups, dim=0)[None, :, None]
-        return attention(query, keys[:, None], values[:, None], visible)
+        return attention(query, keys[:, None], values[:, None], _additive(visible, query.dtype))
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as every attention function takes it."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _sliding_layer(keys: Tensor, values: Tensor) -> DynamicLayer:

@@ -1,0 +1,265 @@
+"""Decoding by a compiled step gives what decoding without one gives, and stands aside where it cannot."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import compresskv
+import tiny
+from compresskv.compiled import decoding, package
+from compresskv.compiled.step import Step, StepInputs
+from compresskv.compression import Compressing
+from compresskv.growing import ROOM
+
+NUM_PROMPT = 70
+NUM_STEPS = ROOM + 6  # so that every layer needs new room once
+COMPILED = [("llama", "snapkv"), ("llama", "adakv"), ("qwen2", "blend"), ("gemma3", "snapkv"), ("phi3", "vote")]
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packages")
+
+
+@pytest.fixture
+def stored_packages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Packages are kept for the whole run, and loaded anew by each test."""
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(packages))
+    decoding._loaded.clear()
+    yield
+    decoding._loaded.clear()
+
+
+class UncompiledPackage:
+    """A step as PyTorch runs it, line by line."""
+
+    def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], *_: Any) -> None:
+        self.kinds = kinds
+        self._step = Step(model, kinds)
+
+    @torch.no_grad()
+    def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
+        return self._step(*inputs.as_args())
+
+    def fits(self, _: PreTrainedModel) -> bool:
+        return True
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(decoding, "load_package", UncompiledPackage)
+    decoding._loaded.clear()
+    yield
+    decoding._loaded.clear()
+
+
+def context(model: PreTrainedModel, method: str, compile: str, budget: float = 24) -> Compressing:
+    return compresskv.compressing(model, method, budget, compile=compile, **tiny.options_for(model, method))
+
+
+def check_equal(model: PreTrainedModel, method: str) -> None:
+    sequence = tiny.random_tokens(NUM_PROMPT + NUM_STEPS)
+    steps = [NUM_PROMPT] + [1] * NUM_STEPS
+    with context(model, method, "never") as cache:
+        expected, held = tiny.read(model, cache, sequence, steps), cache
+    with context(model, method, "always") as cache:
+        found = tiny.read(model, cache, sequence, steps)
+    assert (cache.num_compiled_steps, cache.not_compiled) == (NUM_STEPS, None)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+    for own, other in zip(cache.compressed_layers, held.compressed_layers, strict=True):
+        assert own.seen_tokens == other.seen_tokens == NUM_PROMPT + NUM_STEPS
+        assert own.num_retained == other.num_retained
+        for one, two in zip(parts(own), parts(other), strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-4)
+
+
+def parts(layer: Any) -> list[Tensor]:
+    return list(layer.stored()) if layer.ragged is None else layer.ragged.keys + layer.ragged.values
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama_mha"])
+def test_the_step_computes_what_the_model_does(family: str, method: str) -> None:
+    check_equal(tiny.tiny_model(family), method)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "gemma2"])
+def test_with_eager_attention(family: str) -> None:
+    check_equal(tiny.tiny_model(family, "eager"), "snapkv")
+
+
+@pytest.mark.usefixtures("stored_packages")
+@pytest.mark.parametrize(("family", "method"), COMPILED)
+def test_compiled(family: str, method: str) -> None:
+    check_equal(tiny.tiny_model(family), method)
+
+
+@pytest.mark.usefixtures("stored_packages")
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_half_precision(method: str) -> None:
+    model = tiny.tiny_model("llama", dtype=torch.bfloat16)
+    sequence, steps = tiny.random_tokens(NUM_PROMPT + 8), [NUM_PROMPT] + [1] * 8
+    with context(model, method, "never") as cache:
+        expected = tiny.read(model, cache, sequence, steps)
+    with context(model, method, "always") as cache:
+        found = tiny.read(model, cache, sequence, steps)
+    assert cache.num_compiled_steps == 8
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.usefixtures("stored_packages")
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"repetition_penalty": 1.5}])
+def test_generate(options: dict[str, Any]) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    texts = []
+    for compile in ("never", "always"):
+        torch.manual_seed(3)
+        with context(model, "snapkv", compile) as cache:
+            texts.append(tiny.generate(model, prompt, cache, **options).tolist())
+    assert texts[0] == texts[1]
+    assert cache.num_compiled_steps == 9
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_what_is_not_one_more_token_of_one_row_goes_the_usual_way(method: str) -> None:
+    model = tiny.tiny_model("llama")
+    rows, masks = tiny.left_padded([tiny.random_tokens(NUM_PROMPT), tiny.random_tokens(NUM_PROMPT - 9, seed=1)])
+    with context(model, method, "always") as cache:
+        tiny.generate(model, rows, cache, attention_mask=masks)
+        assert cache.num_compiled_steps == 0
+    with context(model, method, "always") as cache:
+        tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache, num_beams=2)
+        assert cache.num_compiled_steps == 0
+    with context(model, method, "always") as cache:  # one padded row
+        tiny.generate(model, rows[1:], cache, attention_mask=masks[1:])
+        assert cache.num_compiled_steps == 0
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_both_ways_alternate_on_one_cache_and_its_copies(method: str) -> None:
+    model, sequence = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT + 20)
+    steps = [NUM_PROMPT, 1, 1, 3, 1, 1, 5, 1, 1, 1]
+    with context(model, method, "never") as cache:
+        expected = tiny.read(model, cache, sequence, steps)
+    with context(model, method, "always") as cache:
+        found = tiny.read(model, cache, sequence, steps[:-3])
+        branch = copy.deepcopy(cache)
+        rest = tiny.read(model, cache, sequence, steps[-3:])
+        assert cache.num_compiled_steps == 7
+        again = tiny.read(model, branch, sequence, steps[-3:])  # a copy is not this context's cache
+        assert branch.num_compiled_steps == 4
+        cache.crop(-2)
+        once_more = tiny.read(model, cache, sequence, [1, 1])
+    torch.testing.assert_close(torch.cat([found, rest], dim=1), expected, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(again, rest, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(once_more, rest[:, -2:], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_another_prompt_may_need_another_step() -> None:
+    model = tiny.tiny_model("llama")
+    short, long = tiny.random_tokens(20), tiny.random_tokens(NUM_PROMPT)
+    with context(model, "adakv", "always") as cache:  # within the budget, all heads hold the same
+        for number, prompt in enumerate((short, long, short), start=1):
+            tokens = tiny.generate(model, prompt, cache)
+            with context(model, "adakv", "never") as plain:
+                assert tokens.tolist() == tiny.generate(model, prompt, plain).tolist()
+            assert cache.num_compiled_steps == 9 * number
+            cache.reset()
+
+
+def test_the_model_gets_its_forward_back() -> None:
+    model = tiny.tiny_model("llama")
+    with context(model, "snapkv", "always"), context(model, "snapkv", "always"):
+        assert "forward" in model.__dict__
+    assert "forward" not in model.__dict__
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(compresskv.ConfigError, match="compile='maybe' must be one of never, auto, always"):
+        context(tiny.tiny_model("llama"), "snapkv", "maybe")
+
+
+@pytest.mark.usefixtures("stored_packages")
+def test_auto_loads_what_was_built_once_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = tiny.build_model("qwen3"), tiny.random_tokens(NUM_PROMPT)
+    with context(model, "snapkv", "auto") as cache:
+        tiny.generate(model, prompt, cache)
+    assert cache.num_compiled_steps == 0
+    assert "compresskv compile" in str(cache.not_compiled)
+
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, prompt, cache)
+    assert package.built_facts(model, decoding._kinds(cache)) is not None
+    decoding._loaded.clear()
+    monkeypatch.setattr(decoding, "built_facts", lambda *_: package.Facts(compile_s=1.0, load_s=1e6))
+    with context(model, "snapkv", "auto") as cache:  # the answer is over before loading would have paid
+        tiny.generate(model, prompt, cache)
+    assert (cache.num_compiled_steps, cache.not_compiled) == (0, None)
+
+    monkeypatch.setattr(decoding, "built_facts", lambda *_: package.Facts(compile_s=1.0, load_s=0.0))
+    with context(model, "snapkv", "auto") as cache:
+        tiny.generate(model, prompt, cache)
+    assert cache.num_compiled_steps == 9
+    with context(model, "snapkv", "auto") as cache:  # what is in memory is used at once
+        tiny.generate(model, prompt, cache)
+    assert (cache.num_compiled_steps, round(cache.compile_s, 1)) == (9, 0.0)
+
+
+@pytest.mark.usefixtures("stored_packages")
+def test_new_weights_are_seen() -> None:
+    model, prompt = tiny.build_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    with context(model, "snapkv", "always") as cache:
+        before = tiny.generate(model, prompt, cache).tolist()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, dims=0), requires_grad=False)
+    with context(model, "snapkv", "always") as cache:
+        after = tiny.generate(model, prompt, cache).tolist()
+    assert cache.num_compiled_steps == 9
+    with context(model, "snapkv", "never") as cache:
+        assert after == tiny.generate(model, prompt, cache).tolist() != before
+
+
+@pytest.mark.usefixtures("stored_packages")
+def test_a_damaged_package_is_told_of(packages: Path) -> None:
+    model, prompt = tiny.tiny_model("mistral"), tiny.random_tokens(NUM_PROMPT)
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, prompt, cache)
+        kinds = decoding._kinds(cache)
+    decoding._loaded.clear()
+    (package.package_folder(model, kinds) / "step.pt2").write_bytes(b"damaged")
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, prompt, cache)
+    assert cache.num_compiled_steps == 0
+    assert "cannot be loaded" in str(cache.not_compiled)
+    assert not list((packages / "compiled").glob(".*.*")), "temporary folders are removed"
+
+
+@pytest.mark.usefixtures("stored_packages")
+def test_without_a_compiler_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    model, prompt = tiny.tiny_model("qwen2"), tiny.random_tokens(NUM_PROMPT)
+    with context(model, "snapkv", "always") as cache:
+        tokens = tiny.generate(model, prompt, cache).tolist()
+    assert "cannot be compiled" in str(cache.not_compiled)
+    with context(model, "snapkv", "never") as cache:
+        assert tokens == tiny.generate(model, prompt, cache).tolist()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("attention", tiny.ATTENTIONS)
+def test_ragged_heads_need_plain_attention(attention: str) -> None:
+    model = tiny.tiny_model("gemma2" if attention == "sdpa" else "llama", "eager")
+    with context(model, "adakv", "always") as cache, pytest.raises(compresskv.ModelError, match="plain sdpa"):
+        tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
