@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compresskv.errors import CacheStateError, ModelError
+from compresskv.prompt_attention import causal_attention, is_faster
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -138,10 +139,13 @@ def _attention_forward(
     layer._awaits_attention = False
 
     plain = base == "sdpa" and is_plain(module, **kwargs)
+    is_causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
 
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if plain and query.shape[2] == 1:
             return grouped_attention(query, key, value, mask, kwargs.get("scaling")), None
+        if plain and mask is None and is_causal and is_faster(query, key):
+            return causal_attention(query, key, value, kwargs.get("scaling")), None
         return function(module, query, key, value, mask, **kwargs)
 
     return layer.attend(attention, query, attention_mask, module=module, **kwargs)
