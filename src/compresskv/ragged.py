@@ -153,7 +153,9 @@ class RaggedStore:
 
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
     """The named tokens of (B, H, T, D): (B, H, R, D). `indices` is (B, H or 1, R); unused slots get any token."""
-    return torch.take_along_dim(states, indices.clamp(min=0)[..., None], dim=2)
+    rows = torch.arange(states.shape[0], device=states.device)[:, None, None]
+    heads = torch.arange(states.shape[1], device=states.device)[:, None]
+    return states[rows, heads, indices.clamp(min=0)]
 
 
 def _counts(indices: Tensor) -> list[int]:
