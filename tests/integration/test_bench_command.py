@@ -73,6 +73,21 @@ def _check_rows(rows: list[dict[str, Any]]) -> None:
             assert row["prefill_ratio"] == row["decode_ratio"] == row["kv_ratio"] == 1
 
 
+def test_ways_of_decoding(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path_factory.mktemp("cache")))
+    ways = ["--lengths", "96", "--budgets", "64", "--methods", "snapkv", "--decode", "eager,compiled,int8"]
+    rows = json.loads(call(*TINY, *ways, "--json").out)["rows"]
+    assert [(row["method"], row["decode"]) for row in rows if row["length"] == 96] == [
+        ("plain", "eager"),
+        *(("snapkv", way) for way in ("eager", "compiled", "int8")),
+    ]
+    own = {row["decode"]: row for row in rows if row["length"] == 96 and row["method"] == "snapkv"}
+    assert own["eager"]["kv_nbytes"] == own["compiled"]["kv_nbytes"] == own["int8"]["kv_nbytes"]
+    assert own["int8"]["decode_nbytes"] < own["compiled"]["decode_nbytes"] == own["eager"]["decode_nbytes"]
+
+
 def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
     result = call(*TINY, "--lengths", "96", "--budgets", "64,full", "--repeats", "1")
     assert (result.code, result.err) == (0, "")
@@ -102,6 +117,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--plot", "."], "--plot '.' is a folder"),
         (["--output", "."], "--output '.' is a folder"),
         (["--output", "/proc/run.json"], "--output '/proc/run.json' cannot be written"),
+        (["--decode", "fast"], "--decode 'fast' must be among eager, compiled, int8"),
         (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
         (["--dtype", "float3"], "--dtype float3"),
         (["--device", "tpu9"], "--device tpu9"),

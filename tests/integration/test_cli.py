@@ -235,8 +235,12 @@ class TestAsk:
             "time_to_first_token_s",
             "decode_s",
             "decode_tokens_per_s",
+            "compiled_tokens",
+            "compile_s",
+            "not_compiled",
             "peak_memory_nbytes",
         }
+        assert stats["compiled_tokens"] == 0
         num_tokens, retained = stats["prompt_tokens"], stats["retained_per_layer"]
         assert (stats["method"], stats["budget"], stats["truncated_tokens"]) == (method, 100, 0)
         assert sum(retained) == 3 * (num_tokens if method == "full" else 100)
@@ -296,6 +300,22 @@ class TestAsk:
         assert full["kv_nbytes"] > full["kv_nbytes_full"] == waited["kv_nbytes_full"] > waited["kv_nbytes"]
         assert waited["retained_per_layer"] == [64] * 3
         assert full["retained_fraction"] == 1
+
+    def test_a_compiled_step_gives_the_same_answer(self, call: Callable[..., Result]) -> None:
+        ask = [*ASK, "--method", "snapkv", "--budget", "100", "--json"]
+        plain = json.loads(call(*ask, "--compile", "never").out)
+        assert "compresskv compile" in json.loads(call(*ask).out)["stats"]["not_compiled"]
+
+        built = json.loads(call("compile", "--model", "model", "--method", "snapkv", "--json").out)
+        assert built["not_compiled"] is None
+        assert built["compiled_ms"] > 0
+        assert built["eager_ms"] > 0
+
+        compiled = json.loads(call(*ask, "--compile", "always").out)
+        assert compiled["token_ids"] == plain["token_ids"]
+        assert compiled["stats"]["compiled_tokens"] == len(plain["token_ids"]) - 1
+        told = call(*ASK, "--method", "snapkv", "--budget", "100", "--compile", "always")
+        assert " (compiled; " in told.err
 
     def test_truncation_cuts_the_middle_and_says_so(self, call: Callable[..., Result]) -> None:
         long = ["ask", "long.txt", QUESTION, "--model", "model", "--method", "full", "--truncate", "middle"]
