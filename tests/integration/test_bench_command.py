@@ -11,11 +11,11 @@ import torch
 
 from commands import Result, runner
 from compresskv.bench import limits, run
-from compresskv.bench.peer_request import BenchRequest, measure_peers
+from compresskv.bench.peer_request import BenchRequest, find_peer, measure_peer
 from compresskv.bench.plan import Plan
-from compresskv.bench.subject import Subject, random_subject
+from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import ConfigError
-from compresskv.evaluation.peer_process import PYTHON_VARIABLE, peers_python
+from compresskv.evaluation.peer_process import PYTHON_VARIABLE, VLLM_PYTHON_VARIABLE
 
 TINY = ["bench", "--random", "tiny", "--repeats", "2", "--new-tokens", "5", "--dtype", "float32", "--device", "cpu"]
 SMALL = [*TINY, "--lengths", "96,200", "--budgets", "64,full"]
@@ -137,13 +137,17 @@ def test_layers_need_a_geometry(call: Callable[..., Result]) -> None:
     assert "--layers 2 needs --random" in result.err
 
 
+@pytest.mark.parametrize(
+    ("peer", "variable", "script"),
+    [("kvpress", PYTHON_VARIABLE, "scripts/peers"), ("vllm", VLLM_PYTHON_VARIABLE, "scripts/environment-vllm")],
+)
 def test_a_missing_environment_for_peers_is_told_before_anything_is_measured(
-    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, peer: str, variable: str, script: str
 ) -> None:
-    monkeypatch.setenv(PYTHON_VARIABLE, "/nowhere/python")
-    result = call(*TINY, "--peers", "kvpress")
+    monkeypatch.setenv(variable, "/nowhere/python")
+    result = call(*TINY, "--peers", peer)
     assert (result.code, result.out) == (2, "")
-    assert "scripts/peers" in result.err
+    assert script in result.err
 
 
 def test_ctrl_c_shows_what_was_measured(call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +168,7 @@ def test_ctrl_c_shows_what_was_measured(call: Callable[..., Result], monkeypatch
 def test_help_has_examples(call: Callable[..., Result]) -> None:
     result = call("bench", "--help")
     assert result.code == 0
-    for words in ("Examples:", "--random llama-1b", "--peers kvpress", "docs/speed.md"):
+    for words in ("Examples:", "--random llama-1b", "--peers kvpress,vllm", "docs/speed.md"):
         assert words in result.out
 
 
@@ -178,12 +182,12 @@ def test_a_request_to_peers_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kvpress_in_its_own_environment() -> None:
     try:
-        python = peers_python()
+        python = find_peer("kvpress")
     except ConfigError:
         pytest.skip("there is no environment for kvpress: scripts/peers makes .venv-peers")
     plan = Plan((200,), (100,), False, 1, 5)
     subject: Subject = random_subject("tiny", None, plan.most_tokens, dtype="float32", device="cpu")
-    rows = measure_peers(python, subject, plan, lambda message, fraction: None)
+    rows = measure_peer("kvpress", python, subject, plan, lambda message, fraction: None)
 
     assert [note for note in subject.notes if "failed" in note] == []
     names = ("plain", "kvpress:SnapKVPress", "kvpress:AdaKVPress(SnapKVPress)")
@@ -196,3 +200,17 @@ def test_kvpress_in_its_own_environment() -> None:
     assert freeing["eviction_s"] > 0
     assert freeing["scoring_s"] is None
     assert freeing["versions"]["kvpress"]
+
+
+@pytest.mark.slow
+def test_vllm_in_its_own_environment() -> None:
+    try:
+        python = find_peer("vllm")
+    except ConfigError:
+        pytest.skip("there is no environment for vLLM: scripts/environment-vllm makes .venv-vllm")
+    plan = Plan((100, 200), (64,), False, 2, 5)
+    subject = real_subject("smollm2-135m", dtype="float32", device="cpu")
+    rows = measure_peer("vllm", python, subject, plan, lambda message, fraction: None)
+    assert [(row["engine"], row["prompt_tokens"]) for row in rows] == [("vllm", 100), ("vllm", 200)]
+    assert all(row["prefill_s"] > 0 and row["decode_ms"] > 0 for row in rows)
+    assert rows[0]["versions"]["vllm"]

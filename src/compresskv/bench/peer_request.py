@@ -8,10 +8,10 @@ from typing import Any
 
 from compresskv.bench.plan import Plan
 from compresskv.bench.subject import Subject
-from compresskv.evaluation.peer_process import run_peers
+from compresskv.evaluation.peer_process import KVPRESS, VLLM, peers_python, run_peers
 
-MODULE = "compresskv.bench.peers"
-"""What answers a request."""
+PEERS = {"kvpress": ("compresskv.bench.peers", KVPRESS), "vllm": ("compresskv.bench.vllm_peer", VLLM)}
+"""By name: the module that answers a request, and the environment that it runs in."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,19 @@ class BenchRequest:
         return Plan(**{**self.plan, **lists})
 
 
-def measure_peers(
-    python: Path, subject: Subject, plan: Plan, progress: Callable[[str, float], None]
+def find_peer(name: str) -> Path:
+    """The python of a peer's environment.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return peers_python(environment=PEERS[name][1])
+
+
+def measure_peer(
+    name: str, python: Path, subject: Subject, plan: Plan, progress: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
-    """Measure kvpress on the same prompts, in rounds with the plain transformers of its own environment.
+    """Measure a peer on the same prompts; kvpress in rounds with the plain transformers of its own environment.
 
     Returns: rows as of `Row.to_dict`, each with 'versions'. What failed is told in the subject's notes.
     Raises:
@@ -60,11 +69,12 @@ def measure_peers(
         plan=asdict(plan),
     )
     rows: list[dict[str, Any]] = []
-    for line in run_peers(python, request, MODULE):
+    module, environment = PEERS[name]
+    for line in run_peers(python, request, module, environment):
         if "error" in line:
-            subject.notes.append(f"kvpress at {line['length']:,} tokens failed: {line['error']}")
+            subject.notes.append(f"{name} at {line['length']:,} tokens failed: {line['error']}")
         elif "fraction" in line:
-            progress(f"kvpress: {line['message']}", line["fraction"])
+            progress(f"{name}: {line['message']}", line["fraction"])
         else:
             rows.append(line)
     return rows

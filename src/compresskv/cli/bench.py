@@ -24,7 +24,7 @@ Examples:
   compresskv bench --random llama-1b --lengths 4096,16384,32768 --plot growth.png
   compresskv bench --random llama-8b --layers 4 --dtype float32
   compresskv bench --lengths 4096 --budgets 256 --decode eager,compiled,int8
-  compresskv bench --lengths 4096 --peers kvpress -o runs/speed.json
+  compresskv bench --lengths 4096 --peers kvpress,vllm -o runs/speed.json
 
 Measure on a quiet machine: figures of a busy one differ, ratios less so. What each figure means: docs/speed.md.
 """
@@ -66,7 +66,7 @@ def bench(
     ] = "eager",
     repeats: Annotated[int, typer.Option(help="Rounds in which all take turns.", metavar="N")] = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", metavar="N")] = 33,
-    peers: Annotated[str, typer.Option(help="Other libraries to measure: kvpress.", metavar="NAMES")] = "",
+    peers: Annotated[str, typer.Option(help="Other libraries to measure: kvpress, vllm.", metavar="NAMES")] = "",
     plot: Annotated[
         Path | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE.png")
     ] = None,
@@ -85,7 +85,7 @@ def bench(
     plan, chosen = _plan(lengths, budgets, methods, decode, repeats, new_tokens)
     _check_choices(model, random, layers, profile)
     _check_outputs(plot, output)
-    peer_python = _python_of_peers(peers)
+    peer_pythons = _pythons_of_peers(peers)
     with Bar() as bar:
         subject = _subject(model, random, layers, plan, dtype, device, bar)
         if random is None:
@@ -100,10 +100,10 @@ def bench(
         extra: dict[str, Any] = {}
         try:
             run.run(stages, bar)
-            if peer_python is not None:
-                from compresskv.bench.peer_request import measure_peers
+            for name, python in peer_pythons.items():
+                from compresskv.bench.peer_request import measure_peer
 
-                extra["peers"] = measure_peers(peer_python, subject, plan, bar)
+                extra["peers"] = extra.get("peers", []) + measure_peer(name, python, subject, plan, bar)
         finally:  # on Ctrl-C, what was measured is shown
             bar.stop()
             _report(run, extra, plot, output, as_json=as_json)
@@ -171,15 +171,14 @@ def _check_writable(option: str, path: Path) -> None:
         raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
 
 
-def _python_of_peers(peers: str) -> Path | None:
+def _pythons_of_peers(peers: str) -> dict[str, Path]:
     """Looked for before anything is computed."""
     if not peers.strip():
-        return None
+        return {}
+    from compresskv.bench.peer_request import PEERS, find_peer
     from compresskv.evaluation.configurations import parse_names
-    from compresskv.evaluation.peer_process import peers_python
 
-    parse_names("--peers", peers, ("kvpress",))
-    return peers_python()
+    return {name: find_peer(name) for name in parse_names("--peers", peers, tuple(PEERS))}
 
 
 def _subject(

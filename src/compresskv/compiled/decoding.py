@@ -139,7 +139,9 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             NotCompilableError: there is none.
         """
         if self._model.device.type != "cpu":
-            raise NotCompilableError(f"compiled steps are made for CPUs so far, and the model is on {self._model.device}")
+            raise NotCompilableError(
+                f"compiled steps are made for CPUs so far, and the model is on {self._model.device}"
+            )
         known = _loaded.setdefault(self._model, {})
         package = known.get(kinds)
         if package is not None and package.fits(self._model):

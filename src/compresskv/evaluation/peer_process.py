@@ -5,15 +5,37 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from compresskv.errors import CompressKVError, ConfigError
 
 PYTHON_VARIABLE = "COMPRESSKV_PEERS_PYTHON"
+VLLM_PYTHON_VARIABLE = "COMPRESSKV_VLLM_PYTHON"
 EVALUATION = "compresskv.evaluation.peers"
 """The module that answers a `PeerRequest`."""
-_HOW_TO = "scripts/peers makes the environment and prints its python"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a peer is installed."""
+
+    variable: str
+    """Names the environment variable that holds its python."""
+    folder: str
+    """Where it is looked for else."""
+    script: str
+    """Makes it."""
+
+    @property
+    def how_to(self) -> str:
+        """What to do where it is missing."""
+        return f"{self.script} makes the environment and prints its python"
+
+
+KVPRESS = Environment(PYTHON_VARIABLE, ".venv-peers", "scripts/peers")
+VLLM = Environment(VLLM_PYTHON_VARIABLE, ".venv-vllm", "scripts/environment-vllm")
 
 
 class Request(Protocol):
@@ -23,19 +45,21 @@ class Request(Protocol):
         """Store it where the module reads it."""
 
 
-def peers_python(chosen: Path | None = None) -> Path:
-    """The interpreter of the peers' environment: the chosen one, $COMPRESSKV_PEERS_PYTHON, or .venv-peers here.
+def peers_python(chosen: Path | None = None, environment: Environment = KVPRESS) -> Path:
+    """The interpreter of the peers' environment: the chosen one, that of its variable, or that of its folder here.
 
     Raises:
         ConfigError: there is none.
     """
-    python = chosen or Path(os.environ.get(PYTHON_VARIABLE) or ".venv-peers/bin/python")
+    python = chosen or Path(os.environ.get(environment.variable) or f"{environment.folder}/bin/python")
     if not python.is_file():
-        raise ConfigError(f"the peers' python {python} does not exist: {_HOW_TO}")
+        raise ConfigError(f"the peers' python {python} does not exist: {environment.how_to}")
     return python
 
 
-def run_peers(python: Path, request: Request, module: str = EVALUATION) -> Generator[dict[str, Any], None, None]:
+def run_peers(
+    python: Path, request: Request, module: str = EVALUATION, environment: Environment = KVPRESS
+) -> Generator[dict[str, Any], None, None]:
     """Run the request in another environment; ends its process where the caller stops early or is interrupted.
 
     Args:
@@ -43,18 +67,20 @@ def run_peers(python: Path, request: Request, module: str = EVALUATION) -> Gener
     Returns: each result, as soon as it is known. Of a `PeerRequest`, one for each case and configuration that is not
         done, with the names that `Record` has; one that failed has 'error' instead of figures.
     Raises:
-        ConfigError: the environment is missing or lacks kvpress, or nothing in the request can be run.
+        ConfigError: the environment is missing or lacks the peer, or nothing in the request can be run.
         CompressKVError: the process ended early or wrote what is not a result.
     """
-    return _results(peers_python(python), request, module)
+    return _results(peers_python(python, environment), request, module, environment)
 
 
-def _results(python: Path, request: Request, module: str) -> Generator[dict[str, Any], None, None]:
+def _results(
+    python: Path, request: Request, module: str, environment: Environment
+) -> Generator[dict[str, Any], None, None]:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
         path = Path(folder) / "request.json"
         request.write(path)
         command = [str(python), "-m", module, "--request", str(path)]
-        with _started(command, log) as process:
+        with _started(command, log, environment) as process:
             try:
                 for line in process.stdout or ():
                     yield _parse(line)
@@ -62,10 +88,10 @@ def _results(python: Path, request: Request, module: str) -> Generator[dict[str,
                 process.kill()
                 raise
         if process.returncode != 0:
-            raise _explain(python, process.returncode, log)
+            raise _explain(python, process.returncode, log, environment)
 
 
-def _started(command: list[str], log: IO[bytes]) -> "subprocess.Popen[str]":
+def _started(command: list[str], log: IO[bytes], environment: Environment) -> "subprocess.Popen[str]":
     # What it logs goes to a file: a pipe that nobody reads fills up, and then the process waits for ever.
     try:
         return subprocess.Popen(
@@ -77,7 +103,9 @@ def _started(command: list[str], log: IO[bytes]) -> "subprocess.Popen[str]":
             errors="replace",
         )
     except OSError as err:
-        raise ConfigError(f"the peers' python {command[0]} cannot be started ({err.strerror}): {_HOW_TO}") from err
+        raise ConfigError(
+            f"the peers' python {command[0]} cannot be started ({err.strerror}): {environment.how_to}"
+        ) from err
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -92,10 +120,10 @@ def _parse(line: str) -> dict[str, Any]:
     return row
 
 
-def _explain(python: Path, status: int, log: IO[bytes]) -> CompressKVError:
+def _explain(python: Path, status: int, log: IO[bytes], environment: Environment) -> CompressKVError:
     log.seek(0)
     lines = [line.strip() for line in log.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines else "it said nothing"
     if "No module named" in last:
-        return ConfigError(f"the peers' python {python} lacks a package ({last}): {_HOW_TO}")
+        return ConfigError(f"the peers' python {python} lacks a package ({last}): {environment.how_to}")
     return CompressKVError(f"the peers' process ended with status {status} ({last})")
