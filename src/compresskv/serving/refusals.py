@@ -34,7 +34,10 @@ def _of_features(config: Any) -> Iterator[tuple[bool, str]]:
         "prefix caching shares the prompt's blocks, which are compacted in place: pass --no-enable-prefix-caching",
     )
     yield config.speculative_config is not None, "speculative decoding is not supported: leave out --speculative-config"
-    yield config.kv_transfer_config is not None, "KV connectors and offloading are not supported"
+    yield (
+        config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+        "KV connectors and offloading are not supported",
+    )
     yield config.ec_transfer_config is not None, "encoder cache connectors are not supported"
     yield events is not None and events.enable_kv_cache_events, "KV cache events are not supported"
     yield config.lora_config is not None, "LoRA is not supported: leave out --enable-lora"

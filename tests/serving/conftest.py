@@ -1,0 +1,45 @@
+"""vLLM engines, in this very process, so that tests can look into the scheduler, the runner and the cache."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+for _variable in ("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"):
+    os.environ.pop(_variable, None)
+
+pytest.importorskip("vllm", reason="vLLM is not installed: run scripts/test-serving")
+
+import torch
+
+from engine import Engine, start
+
+torch.set_num_threads(os.cpu_count() or 1)  # one engine at a time: it may have the machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM and what it imports warn about themselves."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def plain() -> Iterator[Engine]:
+    """vLLM as it is."""
+    yield from start(None)
+
+
+@pytest.fixture(scope="session")
+def roomy() -> Iterator[Engine]:
+    """Prompts are cut to 200 tokens; there is room for all; a step reads 700 tokens."""
+    yield from start({"budget": 200})
+
+
+@pytest.fixture(scope="session")
+def cramped() -> Iterator[Engine]:
+    """Prompts are cut to 120 tokens; the pool holds three prompts of 1,000 tokens."""
+    options: dict[str, Any] = {"num_gpu_blocks_override": 25, "max_model_len": 3000}
+    yield from start({"budget": 120}, **options)
