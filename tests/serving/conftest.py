@@ -13,9 +13,8 @@ for _variable in ("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run scripts/test-serving")
 
-import torch
-
-from engine import Engine, start
+import torch  # noqa: E402 - vLLM reads the variables when it is imported
+from engine import Engine, start  # noqa: E402 - it imports vLLM
 
 torch.set_num_threads(os.cpu_count() or 1)  # one engine at a time: it may have the machine
 

@@ -42,9 +42,7 @@ class Engine:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
 
-    def add(
-        self, prompt: Sequence[int], max_tokens: int, request_id: str, budget: Any = None, **sampling: Any
-    ) -> None:
+    def add(self, prompt: Sequence[int], max_tokens: int, request_id: str, budget: Any = None, **sampling: Any) -> None:
         """Queue a request."""
         params = SamplingParams(
             temperature=0,
@@ -100,7 +98,6 @@ def start(compresskv: dict[str, Any] | None, **options: Any) -> Iterator[Engine]
         if engine.runner.__class__.__name__ == "CompressedCPURunner":
             _note_positions(engine, patch)
         yield engine
-    gc.collect()
 
 
 def engine_options(compresskv: dict[str, Any] | None, **options: Any) -> dict[str, Any]:

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from engine import SHIPS_LOG
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compresskv
-from engine import SHIPS_LOG
 from compresskv.decoding import prefill
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -1,11 +1,12 @@
-"""The right tokens: equal to plain vLLM where all is kept, to a masked full cache where not, to our own engine's choice."""
+"""The right tokens: plain vLLM's where all is kept, a masked full cache's where not, and our own engine's choice."""
 
 import pytest
 import torch
-
-from compresskv.methods.vote import Vote
 from engine import Answer, Engine, start
 from reference import masked_logprobs, own_positions, ships_log
+from vllm.exceptions import VLLMValidationError
+
+from compresskv.methods.vote import Vote
 
 LOG = ships_log()
 PROMPTS = [LOG[:1500], LOG[2000:2900], LOG[1000:3311]]
@@ -72,7 +73,9 @@ def test_other_methods_and_options(label: str, options: dict[str, float]) -> Non
         layers = {layer for layer, _ in engine.runner.compaction._method.profile.semantic_heads[: Vote.num_heads]}
         assert set(engine.runner.compaction._read) == layers  # nothing is copied from the others
     engine.answers(PROMPTS[:2], max_tokens=4)
-    assert engine.positions == [own_positions(prompt, label.split("[")[0], 100, **options) for prompt in PROMPTS[:2]]
+    assert engine.positions == [
+        own_positions(prompt, label.split("[", maxsplit=1)[0], 100, **options) for prompt in PROMPTS[:2]
+    ]
     engines.close()
 
 
@@ -104,6 +107,6 @@ def test_requests_have_budgets_of_their_own(roomy: Engine) -> None:
 
 @pytest.mark.parametrize("budget", [0, "none", {"window": 3}, [100, 200], 1.5])
 def test_a_bad_budget_fails_its_request_alone(roomy: Engine, budget: object) -> None:
-    with pytest.raises(ValueError, match="budget|compresskv"):
+    with pytest.raises(VLLMValidationError, match=r"budget|compresskv"):
         roomy.answers([PROMPTS[1]], budget=budget)
     assert roomy.answers([PROMPTS[1]], max_tokens=2)

@@ -4,10 +4,10 @@ import os
 from typing import Any
 
 import pytest
+from engine import engine_options
 from vllm import EngineArgs
 
 from compresskv.serving import versions
-from engine import engine_options
 
 
 def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
@@ -19,7 +19,10 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
     ("options", "line"),
     [
         ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}, "speculative"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative",
+        ),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "connectors"),
         ({"kv_offloading_size": 1.0}, "offloading"),
         ({"enable_lora": True}, "--enable-lora"),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from compresskv.serving.counters import counters
 from engine import Engine
 from reference import ships_log
+
+from compresskv.serving.counters import counters
 
 LOG = ships_log()
 PROMPTS = [LOG[start : start + 1000] for start in range(0, 3600, 300)]

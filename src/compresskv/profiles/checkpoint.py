@@ -38,7 +38,7 @@ def checkpoint_fingerprint(folder: Path) -> Fingerprint:
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
     def read(name: str) -> Tensor:
-        with safe_open(folder / files[name], framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(folder / files[name], framework="pt") as file:
             weight: Tensor = file.get_tensor(name)
         if tuple(weight.shape) != shapes[name]:
             raise KeyError(name)
@@ -61,5 +61,5 @@ def _files(folder: Path) -> dict[str, str]:
         return files
     if not (folder / _SINGLE).is_file():
         return {}
-    with safe_open(folder / _SINGLE, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(folder / _SINGLE, framework="pt") as file:
         return dict.fromkeys(file.keys(), _SINGLE)

@@ -17,9 +17,7 @@ check_signature(
     *("self", "request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens", "num_local_computed_tokens"),
     *("num_tokens_main_model", "apply_admission_cap", "prefill_end"),
 )
-check_signature(
-    FullAttentionManager.allocate_new_blocks, "self", "request_id", "num_tokens", "num_tokens_main_model"
-)
+check_signature(FullAttentionManager.allocate_new_blocks, "self", "request_id", "num_tokens", "num_tokens_main_model")
 check_signature(FullAttentionManager.pop_blocks_for_free, "self", "request_id")
 
 

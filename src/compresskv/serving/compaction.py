@@ -64,4 +64,3 @@ class Compaction:
                 softcap=getattr(impl, "logits_soft_cap", None) or None,
                 first_head=self._ranks.rank * impl.num_heads,
             )
-

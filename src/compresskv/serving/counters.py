@@ -33,27 +33,27 @@ def publish() -> None:
     folder = tempfile.mkdtemp(prefix="compresskv-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[_FOLDER] = folder
-    MultiProcessCollector(REGISTRY, path=folder)  # type: ignore[no-untyped-call]
+    MultiProcessCollector(REGISTRY, path=folder)
 
 
 class Counters:
     """The counters of this process. Writing one is a store into mapped memory."""
 
     def __init__(self, folder: Path) -> None:
-        self._values = MmapedDict(str(folder / f"counter_compresskv-{os.getpid()}.db"))  # type: ignore[no-untyped-call]
+        self._values = MmapedDict(str(folder / f"counter_compresskv-{os.getpid()}.db"))
 
     def add(self, name: str, amount: float) -> None:
         """Raise the counter 'compresskv:NAME'."""
         name = f"compresskv:{name}"
-        key = mmap_key(name, f"{name}_total", (), (), _HELP[name])  # type: ignore[no-untyped-call]
-        value, timestamp = self._values.read_value(key)  # type: ignore[no-untyped-call]
-        self._values.write_value(key, value + amount, timestamp)  # type: ignore[no-untyped-call]
+        key = mmap_key(name, f"{name}_total", (), (), _HELP[name])
+        value, timestamp = self._values.read_value(key)
+        self._values.write_value(key, value + amount, timestamp)
 
     def total(self, name: str) -> float:
         """The counter's value in this process."""
         name = f"compresskv:{name}"
-        key = mmap_key(name, f"{name}_total", (), (), _HELP[name])  # type: ignore[no-untyped-call]
-        value: float = self._values.read_value(key)[0]  # type: ignore[no-untyped-call]
+        key = mmap_key(name, f"{name}_total", (), (), _HELP[name])
+        value: float = self._values.read_value(key)[0]
         return value
 
 

@@ -55,7 +55,9 @@ def find_layout(layer: Any, block_size: int) -> Layout:
         found += scratch.flatten().long() * _BASE**place
     order = found.argsort()[len(found) - num_elements :]  # what is not written stays 0
     if not torch.equal(found[order], digits.flatten()):
-        raise ConfigError(f"compresskv inside vLLM: attention backend {backend} does not store keys and values as they are")
+        raise ConfigError(
+            f"compresskv inside vLLM: attention backend {backend} does not store keys and values as they are"
+        )
     offsets = order.view(shape)
     return Layout(offsets[0], offsets[1], _strides(offsets[0]))
 
@@ -63,7 +65,9 @@ def find_layout(layer: Any, block_size: int) -> Layout:
 def _strides(offsets: Tensor) -> tuple[int, int, int, int] | None:
     """The first offset and one stride a dimension, where they say it all."""
     start = int(offsets[0, 0, 0])
-    strides = [int(offsets.select(dim, min(1, size - 1)).flatten()[0]) - start for dim, size in enumerate(offsets.shape)]
+    strides = [
+        int(offsets.select(dim, min(1, size - 1)).flatten()[0]) - start for dim, size in enumerate(offsets.shape)
+    ]
     expected = offsets.new_tensor(start)
     for dim, size in enumerate(offsets.shape):
         steps = torch.arange(size, device=offsets.device) * strides[dim]

@@ -33,9 +33,7 @@ def register() -> None:
     @functools.wraps(check_request)
     def validate_request(_cls: Any, processed_inputs: Any, params: Any) -> None:
         check_request(processed_inputs, params)
-        from compresskv.serving.settings import requested_budget
-
-        requested_budget(getattr(params, "extra_args", None), 1)  # a bad one fails the request here, not the engine
+        check_budget_of(params)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
     platform.validate_request = classmethod(validate_request)
@@ -67,6 +65,25 @@ def configure(config: Any) -> None:
     _take_over(config)
     config.additional_config = {**config.additional_config, KEY: settings.to_dict()}
     counters.publish()
+
+
+def check_budget_of(params: Any) -> None:
+    """Refuse a request's bad budget where only the request fails, not the engine.
+
+    Args:
+        params: vLLM's SamplingParams or PoolingParams.
+    Raises:
+        VLLMValidationError: which the server answers with 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from compresskv.errors import ConfigError
+    from compresskv.serving.settings import requested_budget
+
+    try:
+        requested_budget(getattr(params, "extra_args", None), 1)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error)) from error
 
 
 def _take_over(config: Any) -> None:

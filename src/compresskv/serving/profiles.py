@@ -28,8 +28,8 @@ def with_profile(settings: Settings, model_config: Any) -> Method:
     given: Profile | None = None if settings.profile is None else read_profile(settings.profile)
     if own.weights is None and given is None:
         raise ProfileError(
-            f"no profile can be found by the files of {model_config.model}, which hold other tensors than transformers' "
-            "own: give one with --profile FILE or COMPRESSKV_PROFILE"
+            f"no profile can be found by the files of {model_config.model}, which hold other tensors than "
+            "transformers' own: give one with --profile FILE or COMPRESSKV_PROFILE"
         )
     return method.with_profile(profile_for(own, model_config.model, given))
 

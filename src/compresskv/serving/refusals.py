@@ -72,14 +72,19 @@ def _of_model(model: Any) -> Iterator[tuple[bool, str]]:
 def _of_steps(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:
     """The last chunk of a prompt holds the whole observation window, which must fit beside one token of every other."""
     scheduler, window = config.scheduler_config, settings.bare_method().window_size
-    tokens = min(scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens)
+    tokens = min(
+        scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    )
     yield (
         tokens < scheduler.max_num_seqs + window,
         f"--max-num-batched-tokens {tokens} must be at least --max-num-seqs {scheduler.max_num_seqs} plus the "
         f"observation window of {window}",
     )
     threshold = scheduler.long_prefill_token_threshold
-    yield 0 < threshold < window, f"--long-prefill-token-threshold {threshold} is below the observation window of {window}"
+    yield (
+        0 < threshold < window,
+        f"--long-prefill-token-threshold {threshold} is below the observation window of {window}",
+    )
     mode = config.compilation_config.cudagraph_mode
     yield (
         mode is not None and mode.mixed_mode().name == "FULL",

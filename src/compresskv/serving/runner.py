@@ -114,7 +114,7 @@ class CompressedRunner(GPUModelRunner):
         )
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        """Run a step, then cut the prompts that it has read to their end: their first token came from the whole cache."""
+        """Run a step, then cut the prompts that it has read to their end: the first token is the whole cache's."""
         if self.compaction is None:
             return super().execute_model(scheduler_output, intermediate_tensors)
         self._ending = self.compaction.tap.ending = []
@@ -140,7 +140,9 @@ class CompressedRunner(GPUModelRunner):
 
 def _compressed(name: str, spec: Any) -> CompressedAttentionSpec:
     if type(spec) is not FullAttentionSpec or spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        raise ConfigError(f"compresskv inside vLLM: layer {name} is not of plain full attention ({type(spec).__name__})")
+        raise ConfigError(
+            f"compresskv inside vLLM: layer {name} is not of plain full attention ({type(spec).__name__})"
+        )
     return CompressedAttentionSpec(**vars(spec))
 
 
@@ -151,4 +153,6 @@ def _check_layer(layer_idx: int, layer: Any) -> None:
         ConfigError: naming the layer.
     """
     if getattr(layer.impl, "alibi_slopes", None) is not None or layer.has_sink or layer.attn_type != "decoder":
-        raise ConfigError(f"compresskv inside vLLM: layer {layer_idx} has ALiBi, attention sinks, or no causal attention")
+        raise ConfigError(
+            f"compresskv inside vLLM: layer {layer_idx} has ALiBi, attention sinks, or no causal attention"
+        )

@@ -16,9 +16,7 @@ _LOG_INTERVAL_S = 10.0
 
 logger = logging.getLogger("vllm.compresskv")
 
-check_signature(
-    Scheduler._reserve_prefill_lookahead, "self", "request", "num_computed_tokens", "num_new_tokens"
-)
+check_signature(Scheduler._reserve_prefill_lookahead, "self", "request", "num_computed_tokens", "num_new_tokens")
 check_signature(Scheduler._update_after_schedule, "self", "scheduler_output")
 check_signature(Scheduler.add_request, "self", "request")
 
@@ -54,7 +52,7 @@ class CompressedScheduler(Scheduler):
         Returns: tokens to read in this step; 0 where the window does not fit any more, so that the request waits.
         """
         num_new: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        num_left = request.num_prompt_tokens - num_computed_tokens
+        num_left: int = request.num_prompt_tokens - num_computed_tokens
         if num_left <= 0 or (cut := self._cut(request)) is None:
             return num_new
         if num_new >= num_left:

