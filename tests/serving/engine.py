@@ -14,7 +14,7 @@ from compresskv.embedded import ensure_embedded
 from compresskv.serving.compaction import Compaction
 from compresskv.serving.tap import EndingPrompt
 
-_alive: list[LLM] = []  # an engine that is let go ends the process groups, which all engines of a process share
+_alive: list[LLM] = []
 
 SHIPS_LOG = Path(__file__).parents[2] / "examples" / "ships_log.txt"
 
@@ -92,12 +92,17 @@ def _answer(output: RequestOutput) -> Answer:
 def start(compresskv: dict[str, Any] | None, **options: Any) -> Iterator[Engine]:
     """An engine; `compresskv` goes to vLLM's additional_config."""
     llm = LLM(**engine_options(compresskv, **options))
-    _alive.append(llm)
+    keep_alive(llm)
     engine = Engine(llm)
     with pytest.MonkeyPatch.context() as patch:
         if engine.runner.__class__.__name__ == "CompressedCPURunner":
             _note_positions(engine, patch)
         yield engine
+
+
+def keep_alive(llm: LLM) -> None:
+    """Keep an engine to the end: one that is let go ends the process groups, which all engines of a process share."""
+    _alive.append(llm)
 
 
 def engine_options(compresskv: dict[str, Any] | None, **options: Any) -> dict[str, Any]:

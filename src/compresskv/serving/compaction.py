@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compresskv.method import LayerInputs, Method
@@ -42,7 +43,8 @@ class Compaction:
         started = time.perf_counter()
         method = self._method.with_window(prompt.cut.window_size)
         observed = observe(method, self._inputs(prompt, block_ids))
-        positions = self._ranks.first(choose(method, self._ranks.together(observed), prompt.cut))
+        nothing = torch.zeros(1, 1, prompt.cut.num_prompt, device=block_ids.device)
+        positions = self._ranks.first(choose(method, self._ranks.together(observed, nothing), prompt.cut))
         scored = time.perf_counter()
         for pages in self._pages.values():
             pages.move(block_ids, positions)

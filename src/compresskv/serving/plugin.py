@@ -99,8 +99,8 @@ def _take_over(config: Any) -> None:
         if parallel.worker_cls not in _WORKERS:
             raise ConfigError(f"compresskv inside vLLM: worker_cls={parallel.worker_cls!r} is not supported")
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
-        if config.device_config.device_type != "cpu" or parallel.tensor_parallel_size > 1:
-            logger.warning("compresskv was tested on CPUs and without tensor parallelism only: see docs/serving.md")
+        if config.device_config.device_type != "cpu":
+            logger.warning("compresskv inside vLLM was tested on CPUs only: see docs/serving.md")
     if scheduler.scheduler_cls not in (None, _SCHEDULER):
         raise ConfigError(f"compresskv inside vLLM: --scheduler-cls {scheduler.scheduler_cls} is not supported")
     scheduler.scheduler_cls = _SCHEDULER

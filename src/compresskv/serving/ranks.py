@@ -27,12 +27,14 @@ class Ranks:
         """Whether this rank decides."""
         return self.rank == 0
 
-    def together(self, observations: Sequence[Observation]) -> list[Observation]:
-        """Observations over all ranks' heads: votes are summed, scores averaged (each rank has as many heads)."""
+    def together(self, observations: Sequence[Observation], nothing: Tensor) -> list[Observation]:
+        """Observations over all ranks' heads: votes are summed, scores averaged (each rank has as many heads).
+
+        Args:
+            nothing: (1, 1, T) zeros, in the place of what a rank has no heads for.
+        """
         if self.size == 1:
             return list(observations)
-        like = next(own for one in observations if (own := _either(one)) is not None)
-        nothing = torch.zeros_like(like)
         votes = torch.stack([nothing if one.vote is None else one.vote for one in observations])
         scores = torch.stack([nothing if one.scores is None else one.scores for one in observations])
         votes, scores = self._group.all_reduce(torch.stack([votes, scores / self.size])).unbind(0)
@@ -44,7 +46,3 @@ class Ranks:
     def first(self, positions: Tensor) -> Tensor:
         """The first rank's choice: near ties may differ between ranks in the last bit."""
         return positions if self.size == 1 else self._group.broadcast(positions, src=0)
-
-
-def _either(one: Observation) -> Tensor | None:
-    return one.vote if one.scores is None else one.scores
