@@ -32,10 +32,16 @@ def checkpoint_fingerprint(folder: Path) -> Fingerprint:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
                 model = builder.from_config(config)
-        files = _files(folder)
-    except (OSError, ValueError) as error:
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        weights = _digest(folder, shapes)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"--model {folder}: its checkpoint cannot be read ({first_line(error)})") from error
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    return of_shape(config.get_text_config(decoder=True), weights)
+
+
+def _digest(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """`weights_digest`; None where a sampled weight is missing or has another shape."""
+    files = _files(folder)
 
     def read(name: str) -> Tensor:
         with safe_open(folder / files[name], framework="pt") as file:
@@ -45,12 +51,9 @@ def checkpoint_fingerprint(folder: Path) -> Fingerprint:
         return weight
 
     try:
-        weights = weights_digest(shapes, read)
+        return weights_digest(shapes, read)
     except KeyError:
-        weights = None
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"--model {folder}: its safetensors cannot be read ({first_line(error)})") from error
-    return of_shape(config.get_text_config(decoder=True), weights)
+        return None
 
 
 def _files(folder: Path) -> dict[str, str]:
