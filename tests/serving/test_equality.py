@@ -43,11 +43,11 @@ def test_a_cut_prompt_answers_like_a_masked_full_cache(roomy: Engine) -> None:
     assert min(unmasked_errors) > 0.1  # the negative control: the mask matters
 
 
-@pytest.mark.parametrize("budget", [40, 200, 0.3, "3%"])
+@pytest.mark.parametrize("budget", [40, 0.3, "3%"])
 def test_the_positions_are_our_own_engines(roomy: Engine, budget: int | float | str) -> None:
-    roomy.answers(PROMPTS, max_tokens=1, budget=budget)
+    roomy.answers(PROMPTS[:2], max_tokens=1, budget=budget)
     number = 0.03 if budget == "3%" else budget
-    assert roomy.positions == [own_positions(prompt, "vote", number) for prompt in PROMPTS]
+    assert roomy.positions == [own_positions(prompt, "vote", number) for prompt in PROMPTS[:2]]
 
 
 def test_a_window_beyond_the_prompt(roomy: Engine) -> None:

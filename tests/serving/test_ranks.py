@@ -1,15 +1,16 @@
 """Tensor parallelism on two CPU processes: each scores its own heads, and both keep what one process would."""
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine import engine_options, keep_alive
+from ranks_process import BUDGET
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm import LLM, SamplingParams
 
 import compresskv
 from compresskv.decoding import prefill
@@ -18,7 +19,6 @@ from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import write_profile
 from compresskv.registry import parse_methods
 
-BUDGET = 60
 NUM_LAYERS, NUM_HEADS = 3, 4
 
 
@@ -46,41 +46,6 @@ def model(tmp_path: Path) -> LlamaForCausalLM:
     return network
 
 
-def start(folder: Path, method: str, num_ranks: int) -> LLM:
-    settings = {"budget": BUDGET, "method": method, "profile": str(folder / "profile.json")}
-    options = engine_options(
-        settings,
-        model=str(folder),
-        skip_tokenizer_init=True,
-        max_model_len=1024,
-        max_num_batched_tokens=256,
-        kv_cache_memory_bytes=50_000_000,
-        tensor_parallel_size=num_ranks,
-    )
-    llm = LLM(**options)
-    keep_alive(llm)
-    return llm
-
-
-def note_positions(worker: Any) -> None:
-    """Runs in each rank's process."""
-    compaction = worker.model_runner.compaction
-    evict, compaction.noted = compaction.evict, []
-
-    def noting(*args: Any) -> torch.Tensor:
-        positions: torch.Tensor = evict(*args)
-        compaction.noted.append(positions.tolist())
-        return positions
-
-    compaction.evict = noting
-
-
-def noted_positions(worker: Any) -> list[list[int]]:
-    """Runs in each rank's process."""
-    noted: list[list[int]] = worker.model_runner.compaction.noted
-    return noted
-
-
 def own_positions(model: LlamaForCausalLM, folder: Path, method: str, prompt: list[int]) -> list[int]:
     (chosen,) = parse_methods("method", method).values()
     with compresskv.compressing(model, chosen, BUDGET, profile=folder / "profile.json") as cache:
@@ -91,20 +56,21 @@ def own_positions(model: LlamaForCausalLM, folder: Path, method: str, prompt: li
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores: vLLM binds each rank to its own")
 @pytest.mark.parametrize("method", ["vote", "vote[local_weight=0,num_heads=1]"])  # of one head, a rank knows nothing
-def test_two_ranks_keep_what_one_would(
-    model: LlamaForCausalLM, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of the functions above, into the ranks
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+def test_two_ranks_keep_what_one_would(model: LlamaForCausalLM, method: str, tmp_path: Path) -> None:
     prompts = [torch.randint(0, 500, (length,)).tolist() for length in (700, 333)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     expected = [own_positions(model, tmp_path, method, prompt) for prompt in prompts]
-    answers = []
-    for num_ranks in (2, 1):
-        llm = start(tmp_path, method, num_ranks)
-        rpc: Callable[..., Any] = llm.collective_rpc
-        rpc(note_positions)
-        sampling = SamplingParams(temperature=0, max_tokens=30, detokenize=False, ignore_eos=True)
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        answers.append([output.outputs[0].token_ids for output in outputs])
-        assert rpc(noted_positions) == [expected] * num_ranks
-    assert answers[0] == answers[1]
+    two, one = (in_a_process(tmp_path, method, num_ranks) for num_ranks in (2, 1))
+    assert two["positions"] == [expected, expected]
+    assert one["positions"] == [expected]
+    assert two["answers"] == one["answers"]
+
+
+def in_a_process(folder: Path, method: str, num_ranks: int) -> dict[str, Any]:
+    """See ranks_process.py: vLLM reads how to bind its ranks to cores once a process."""
+    script = Path(__file__).with_name("ranks_process.py")
+    command = [sys.executable, str(script), str(folder), method, str(num_ranks)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout
+    answer: dict[str, Any] = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    return answer

@@ -59,7 +59,7 @@ def test_more_requests_run_at_once(cramped: Engine) -> None:
 def test_preempted_requests_answer_the_same(cramped: Engine, roomy: Engine) -> None:
     """They are read again, cut again, and fed what they have said already. Freed blocks serve others meanwhile."""
     prompts = PROMPTS[:10]
-    expected = roomy.answers(prompts, max_tokens=300, budget=120)
+    expected = roomy.answers(prompts, max_tokens=180, budget=120)
     preempted = set()
     original = type(cramped.scheduler)._preempt_request
 
@@ -69,7 +69,7 @@ def test_preempted_requests_answer_the_same(cramped: Engine, roomy: Engine) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(cramped.scheduler), "_preempt_request", noting)
-        answers = cramped.answers(prompts, max_tokens=300)
+        answers = cramped.answers(prompts, max_tokens=180)
     assert preempted
     assert len(cramped.positions) == len(prompts) + len(preempted)
     for answer, wanted in zip(answers, expected, strict=True):

@@ -6,6 +6,7 @@ multiprocess format into one folder, and a collector in the API server adds them
 
 import atexit
 import functools
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -26,9 +27,13 @@ _HELP = {
 }
 
 
+@functools.cache
 def publish() -> None:
     """Let this process's metrics endpoint show the counters, and the processes it starts write them."""
-    if _FOLDER in os.environ or _VLLMS_FOLDER in os.environ:
+    is_vllms_child = multiprocessing.parent_process() is not None and _FOLDER in os.environ
+    if (
+        is_vllms_child or _VLLMS_FOLDER in os.environ
+    ):  # a folder that another program left in the environment is not ours
         return
     folder = tempfile.mkdtemp(prefix="compresskv-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
