@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+CLEAN_ENVIRONMENT = dict(os.environ)
+"""For servers: vLLM notes names of this process's shared memory and ports in the environment."""
+
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 for _variable in ("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"):
@@ -23,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """vLLM and what it imports warn about themselves."""
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def clean_environment() -> dict[str, str]:
+    """The environment as it was before vLLM ran in this process."""
+    return dict(CLEAN_ENVIRONMENT)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Iterator[Server]:
     """A server of its own processes, as users start it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [sys.executable, "-m", "compresskv", "serve", "smollm2-135m", "--budget", "120", "--port", str(port)]
     command += ["--host", "127.0.0.1", "--max-model-len", "4096", "--enforce-eager", "--max-num-seqs", "16"]
     with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=clean_environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + _START_S
             while not _is_up(client):
