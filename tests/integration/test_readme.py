@@ -19,7 +19,13 @@ BLOCK_COMMANDS = [
 COMMANDS = [command for commands in BLOCK_COMMANDS for command in commands]
 # What is for readers to replace, and what would need a hub or hours.
 PLACEHOLDERS = {"--model org/name": "--model smollm2-135m"}
-LONG = ("compresskv profile org/name", "compresskv profile verify", "compresskv profile import", "compresskv bench")
+LONG = (
+    "compresskv profile org/name",
+    "compresskv profile verify",
+    "compresskv profile import",
+    "compresskv bench",
+    "compresskv serve",
+)
 
 
 @pytest.fixture(scope="module")

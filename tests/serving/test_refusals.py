@@ -28,6 +28,7 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
         ({"enable_lora": True}, "--enable-lora"),
         ({"kv_cache_dtype": "fp8_e5m2", "dtype": "bfloat16"}, "--kv-cache-dtype fp8_e5m2"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size 2"),
+        ({"nnodes": 2, "distributed_executor_backend": "mp", "tensor_parallel_size": 2}, "--nnodes"),
         ({"max_num_batched_tokens": 40, "max_num_seqs": 16}, "--max-num-batched-tokens 40 must be at least"),
         ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold 16"),
         ({"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}, "--scheduler-cls"),

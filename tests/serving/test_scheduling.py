@@ -56,6 +56,7 @@ def test_more_requests_run_at_once(cramped: Engine) -> None:
     assert cramped.max_running >= 10
 
 
+@pytest.mark.slow
 def test_preempted_requests_answer_the_same(cramped: Engine, roomy: Engine) -> None:
     """They are read again, cut again, and fed what they have said already. Freed blocks serve others meanwhile."""
     prompts = PROMPTS[:10]

@@ -15,6 +15,8 @@ import httpx
 import pytest
 from engine import SHIPS_LOG
 
+pytestmark = pytest.mark.slow
+
 _START_S = 240
 
 

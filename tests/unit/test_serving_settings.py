@@ -1,10 +1,15 @@
 """What a server evicts: settings, a request's own budget, the cut that follows, and the versions it runs with."""
 
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import compresskv
 from compresskv.errors import ConfigError
 from compresskv.methods.vote import Vote
 from compresskv.serving import versions
@@ -108,3 +113,20 @@ def test_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
     versions.check_signature(Settings.cut, "self", "num_prompt", "budget")
     with pytest.raises(ConfigError, match=r"Settings\.cut .* takes \(self, num_prompt, budget\).*\(self, length\)"):
         versions.check_signature(Settings.cut, "self", "length")
+
+
+def test_the_entry_point_is_cheap() -> None:
+    """vLLM imports it in every process, switched on or not."""
+    code = "import sys, compresskv.serving.plugin; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "set()"
+
+
+def test_nothing_else_needs_this_package_or_vllm() -> None:
+    folder = Path(str(compresskv.__file__)).parent
+    users = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.py")
+        if re.search(r"^\s*(from|import) (vllm|compresskv\.serving)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert {name for name in users if not name.startswith("serving/")} == {"cli/serve.py"}

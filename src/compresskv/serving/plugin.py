@@ -12,6 +12,8 @@ _WORKERS = {
 }
 _SCHEDULER = "compresskv.serving.scheduler.CompressedScheduler"
 
+_switched_on = False  # in this process, by whichever engine
+
 logger = logging.getLogger("vllm.compresskv")  # below vLLM's own, so that it prints where vLLM prints
 
 
@@ -33,7 +35,8 @@ def register() -> None:
     @functools.wraps(check_request)
     def validate_request(_cls: Any, processed_inputs: Any, params: Any) -> None:
         check_request(processed_inputs, params)
-        check_budget_of(params)
+        if _switched_on:
+            check_budget_of(params)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
     platform.validate_request = classmethod(validate_request)
@@ -62,6 +65,8 @@ def configure(config: Any) -> None:
     check_supported(config, settings)
     if Path(config.model_config.model).is_dir():  # otherwise the worker looks, once vLLM has fetched the model
         profiles.with_profile(settings, config.model_config)
+    global _switched_on  # noqa: PLW0603 - requests are checked without the configuration at hand
+    _switched_on = True
     _take_over(config)
     config.additional_config = {**config.additional_config, KEY: settings.to_dict()}
     counters.publish()

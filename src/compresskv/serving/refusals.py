@@ -53,6 +53,10 @@ def _of_parallelism(parallel: Any) -> Iterator[tuple[bool, str]]:
     for option in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, option)
         yield size > 1, f"--{option.replace('_', '-')} {size} is not supported"
+    yield (
+        parallel.nnodes > 1 or parallel.distributed_executor_backend == "ray",
+        "several machines (--nnodes, Ray) are not supported",
+    )
     yield parallel.use_ubatching, "micro-batching (--enable-dbo, --ubatch-size) is not supported"
 
 
