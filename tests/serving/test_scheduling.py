@@ -1,11 +1,14 @@
 """Blocks: given back when a prompt was cut, whatever happens to its request, and never one too many."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine import Engine
 from reference import ships_log
 
 from compresskv.serving.counters import counters
+from compresskv.serving.pages import Pages
 
 LOG = ships_log()
 PROMPTS = [LOG[start : start + 1000] for start in range(0, 3600, 300)]
@@ -155,8 +158,23 @@ def test_streaming_sessions_keep_their_prompt(roomy: Engine) -> None:
     roomy.check_clean()
 
 
-def test_prompts_are_cut_in_any_dtype(cramped: Engine) -> None:
-    """The layout's numbers are exact in bfloat16, whose whole numbers end at 256."""
+def test_the_layout_covers_a_block(cramped: Engine) -> None:
+    """Every element once: its number was written in parts that bfloat16 holds exactly."""
     layout = cramped.runner.compaction._pages[0]._layout
     offsets = torch.cat([layout.keys.flatten(), layout.values.flatten()])
     assert torch.equal(offsets.sort().values, torch.arange(2 * 128 * 3 * 64))
+
+
+def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
+    """On processors with AMX, keys of neighbouring tokens are interleaved, and no strides tell where they are."""
+    by_strides = cramped.runner.compaction._pages[3]
+    assert by_strides._layout.key_strides is not None
+    one_by_one = Pages(by_strides._layer, replace(by_strides._layout, key_strides=None))
+    blocks = torch.tensor([7, 2, 11])
+    by_strides._blocks[blocks] = torch.randn(3, by_strides._blocks.shape[1])
+    keys = by_strides.keys(blocks, 300)
+    assert keys.shape == (1, 3, 300, 64)
+    assert torch.equal(one_by_one.keys(blocks, 300), keys)
+    moved = torch.tensor([0, 1, 130, 131, 299])
+    by_strides.move(blocks, moved)
+    assert torch.equal(by_strides.keys(blocks, 5), keys[:, :, moved])

@@ -57,6 +57,7 @@ class CompressedRunner(GPUModelRunner):
         }
         for layer_idx, layer in layers.items():
             _check_layer(layer_idx, layer)
+        self._check_shapes(list(layers.values()))
         ranks = Ranks(get_tp_group())
         if self.model_config.get_total_num_kv_heads() % ranks.size:
             raise ConfigError(f"--tensor-parallel-size {ranks.size} does not divide the model's KV heads")
@@ -64,6 +65,19 @@ class CompressedRunner(GPUModelRunner):
         self.compaction = Compaction(
             with_profile(settings, self.model_config), layers, self.cache_config.block_size, ranks
         )
+
+    def _check_shapes(self, layers: list[Any]) -> None:
+        """Refuse what one block table, one layout and one block size do not fit.
+
+        Raises:
+            ConfigError: layers of different shapes, or blocks that the attention backend divides.
+        """
+        shapes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers}
+        if len(shapes) > 1 or any(keys != values for _, keys, values in shapes):
+            raise ConfigError("compresskv inside vLLM: layers or keys and values of different shapes are not supported")
+        block_size, num_blocks = self.cache_config.block_size, self.kv_cache_config.num_blocks
+        if self.input_batch.block_table[0].block_size != block_size or len(layers[0].kv_cache) != num_blocks:
+            raise ConfigError(f"compresskv inside vLLM: --block-size {block_size} is divided by the attention backend")
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         """Inputs of a step, in which cut requests are as long as what they hold; positions stay the true ones."""
