@@ -126,8 +126,8 @@ def _note_positions(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     compaction: Compaction = engine.runner.compaction
     evict = compaction.evict
 
-    def noting(prompt: EndingPrompt, block_ids: torch.Tensor) -> torch.Tensor:
-        positions = evict(prompt, block_ids)
+    def noting(prompt: EndingPrompt, *blocks: torch.Tensor) -> torch.Tensor:
+        positions = evict(prompt, *blocks)
         engine.positions.append(positions.tolist())
         return positions
 

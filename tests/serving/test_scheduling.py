@@ -176,5 +176,5 @@ def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
     assert keys.shape == (1, 3, 300, 64)
     assert torch.equal(one_by_one.keys(blocks, 300), keys)
     moved = torch.tensor([0, 1, 130, 131, 299])
-    by_strides.move(blocks, moved)
+    by_strides.move(blocks, moved, blocks)
     assert torch.equal(by_strides.keys(blocks, 5), keys[:, :, moved])

@@ -33,11 +33,12 @@ class Compaction:
         self._pages = {layer_idx: Pages(layer, layout) for layer_idx, layer in self._layers.items()}
         self.tap = QueryTap(self._layers, self._read)
 
-    def evict(self, prompt: EndingPrompt, block_ids: Tensor) -> Tensor:
+    def evict(self, prompt: EndingPrompt, block_ids: Tensor, targets: Tensor) -> Tensor:
         """Cut one prompt, once its last chunk has passed the model.
 
         Args:
-            block_ids: (n,) int64, on the device.
+            block_ids: (n,) int64, on the device: the prompt's blocks.
+            targets: (m,): the blocks that the retained tokens move to; the prompt's first ones, or others.
         Returns: the positions kept, (num_kept,), ascending.
         """
         started = time.perf_counter()
@@ -47,7 +48,7 @@ class Compaction:
         positions = self._ranks.first(choose(method, self._ranks.together(observed, nothing), prompt.cut))
         scored = time.perf_counter()
         for pages in self._pages.values():
-            pages.move(block_ids, positions)
+            pages.move(block_ids, positions, targets)
         if self._ranks.is_first:
             counters().add("scoring_seconds", scored - started)
             counters().add("compaction_seconds", time.perf_counter() - scored)

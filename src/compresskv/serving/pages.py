@@ -102,8 +102,8 @@ class Pages:
             keys = view[:, block_ids]
         return keys.reshape(keys.shape[0], -1, keys.shape[-1])[None, :, :num_tokens]
 
-    def move(self, block_ids: Tensor, positions: Tensor) -> None:
-        """Put the tokens at `positions` (ascending) first, in their order. The rest is then free to be overwritten."""
+    def move(self, block_ids: Tensor, positions: Tensor, targets: Tensor) -> None:
+        """Put the tokens at `positions` (ascending) of `block_ids` into the blocks `targets`, in their order."""
         block_size = self._layout.block_size
         blocks, within = block_ids[positions // block_size], positions % block_size
         # all are read before any is written
@@ -111,5 +111,5 @@ class Pages:
             self._blocks[blocks[:, None, None], offsets[within]] for offsets in (self._layout.keys, self._layout.values)
         )
         places = torch.arange(len(positions), device=positions.device)
-        slots = block_ids[places // block_size] * block_size + places % block_size
+        slots = targets[places // block_size] * block_size + places % block_size
         self._layer.impl.do_kv_cache_update(self._layer, keys, values, self._layer.kv_cache, slots)

@@ -29,10 +29,6 @@ def _reasons(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:
 
 def _of_features(config: Any) -> Iterator[tuple[bool, str]]:
     cache, events = config.cache_config, config.kv_events_config
-    yield (
-        cache.enable_prefix_caching,
-        "prefix caching shares the prompt's blocks, which are compacted in place: pass --no-enable-prefix-caching",
-    )
     yield config.speculative_config is not None, "speculative decoding is not supported: leave out --speculative-config"
     yield (
         config.kv_transfer_config is not None or cache.kv_offloading_size is not None,

@@ -8,7 +8,6 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -112,7 +111,11 @@ class CompressedRunner(GPUModelRunner):
         return gone
 
     def _cut(self, request_id: str, num_prompt: int) -> Cut | None:
-        return self._settings.requested_cut(num_prompt, self.requests[request_id].sampling_params.extra_args)
+        extra_args = self.requests[request_id].sampling_params.extra_args
+        if not self.cache_config.enable_prefix_caching:
+            return self._settings.requested_cut(num_prompt, extra_args)
+        num_blocks = self.kv_cache_config.num_blocks - 1
+        return self._settings.cut_in_pool(num_prompt, extra_args, self.cache_config.block_size, num_blocks)
 
     def _shorten(self, gone: np.ndarray, num_scheduled_tokens: np.ndarray) -> None:
         """Let lengths and slots count what is stored."""
@@ -136,20 +139,21 @@ class CompressedRunner(GPUModelRunner):
             output = super().execute_model(scheduler_output, intermediate_tensors)
             with torch.inference_mode():
                 for prompt in self._ending:
-                    self._evict(self.compaction, prompt)
+                    self._evict(self.compaction, prompt, scheduler_output.compresskv_blocks[prompt.request_id])
         finally:
             self._ending.clear()
         return output
 
-    def _evict(self, compaction: Compaction, prompt: EndingPrompt) -> None:
+    def _evict(self, compaction: Compaction, prompt: EndingPrompt, targets: list[int]) -> None:
         table = self.input_batch.block_table[0]
         num_blocks = int(table.num_blocks_per_row[prompt.row])
-        block_ids = torch.from_numpy(table.block_table.np[prompt.row, :num_blocks]).to(self.device, torch.long)
-        compaction.evict(prompt, block_ids)
-        num_held = cdiv(prompt.cut.num_kept, table.block_size)
-        table.block_table.np[prompt.row, num_held:num_blocks] = 0  # as vLLM leaves rows that shrink
-        table.num_blocks_per_row[prompt.row] = num_held
-        del self.requests[prompt.request_id].block_ids[0][num_held:]
+        row = table.block_table.np[prompt.row]
+        block_ids = torch.from_numpy(row[:num_blocks]).to(self.device, torch.long)
+        compaction.evict(prompt, block_ids, torch.tensor(targets, device=self.device))
+        row[: len(targets)] = targets
+        row[len(targets) : num_blocks] = 0  # as vLLM leaves rows that shrink
+        table.num_blocks_per_row[prompt.row] = len(targets)
+        self.requests[prompt.request_id].block_ids[0][:] = targets
 
 
 def _compressed(name: str, spec: Any) -> CompressedAttentionSpec:

@@ -17,6 +17,7 @@ _LOG_INTERVAL_S = 10.0
 logger = logging.getLogger("vllm.compresskv")
 
 check_signature(Scheduler._reserve_prefill_lookahead, "self", "request", "num_computed_tokens", "num_new_tokens")
+check_signature(Scheduler._get_local_prefix_cache_hit, "self", "request")
 check_signature(Scheduler._update_after_schedule, "self", "scheduler_output")
 check_signature(Scheduler.add_request, "self", "request")
 
@@ -44,7 +45,19 @@ class CompressedScheduler(Scheduler):
         super().add_request(request)
 
     def _cut(self, request: Any) -> Cut | None:
-        return self._settings.requested_cut(request.num_prompt_tokens, request.sampling_params.extra_args)
+        num_prompt, extra_args = request.num_prompt_tokens, request.sampling_params.extra_args
+        if not self.cache_config.enable_prefix_caching:
+            return self._settings.requested_cut(num_prompt, extra_args)
+        return self._settings.cut_in_pool(num_prompt, extra_args, self.block_size, self.kv_cache_config.num_blocks - 1)
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        """Cached blocks of the prompt, without those of the observation window: its queries have to be computed."""
+        blocks, num_local, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        cut = self._cut(request)
+        if cut is not None and num_local > cut.num_prompt - cut.window_size:
+            num_local = (cut.num_prompt - cut.window_size) // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_local)
+        return blocks, num_local, boundary, diverged
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """No chunk goes beyond the prompt's end, and the chunk that reaches it holds the whole observation window.
@@ -55,9 +68,9 @@ class CompressedScheduler(Scheduler):
         num_left: int = request.num_prompt_tokens - num_computed_tokens
         if num_left <= 0 or (cut := self._cut(request)) is None:
             return num_new
-        if num_new >= num_left:
-            return num_left
-        return max(0, min(num_new, num_left - cut.window_size))
+        ends = num_new >= num_left
+        self._manager.prepare(request.request_id, cut if ends else None)
+        return num_left if ends else max(0, min(num_new, num_left - cut.window_size))
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         """Give back the blocks of prompts that this step reads to their end.
@@ -65,10 +78,12 @@ class CompressedScheduler(Scheduler):
         The workers compact the cache in this very step, after its forward pass; new owners write in a later one.
         """
         super()._update_after_schedule(scheduler_output)
+        scheduler_output.compresskv_blocks = targets = {}  # no field of vLLM's, but it is sent with them
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]
             if request.num_computed_tokens == request.num_prompt_tokens and (cut := self._cut(request)) is not None:
-                self._count(cut, self._manager.evict(request_id, cut))
+                targets[request_id], num_freed = self._manager.evict(request_id, cut)
+                self._count(cut, num_freed)
         self._log()
 
     def _count(self, cut: Cut, num_freed: int) -> None:

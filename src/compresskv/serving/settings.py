@@ -68,6 +68,18 @@ class Settings:
         """How the prompt of a request with these `extra_args` is cut."""
         return self.cut(num_prompt, requested_budget(extra_args, self.budget))
 
+    def cut_in_pool(
+        self, num_prompt: int, extra_args: Mapping[str, Any] | None, block_size: int, num_blocks: int
+    ) -> Cut | None:
+        """`requested_cut` where what is retained moves to fresh blocks (prefix caching).
+
+        A prompt that leaves no room for them in the whole pool is not cut: it would wait for ever.
+        """
+        cut = self.requested_cut(num_prompt, extra_args)
+        if cut is None or -(-num_prompt // block_size) - (-cut.num_kept // block_size) > num_blocks:
+            return None
+        return cut
+
     def to_dict(self) -> dict[str, Any]:
         """For vLLM's `additional_config`."""
         return asdict(self)
