@@ -1,5 +1,6 @@
 """The figure of the loads: requests running and tokens per second against the pool's size."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ _PANELS = (("mean_running", "requests running, mean"), ("tokens_per_s", "tokens 
 
 
 def draw_loads(rows: list[dict[str, Any]], path: Path) -> None:
-    """Two panels for the prompt length with most pools, a line for each budget, plain vLLM dashed.
+    """Two panels for the prompt length with most pools: medians of each budget, plain vLLM dashed.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
@@ -30,7 +31,9 @@ def draw_loads(rows: list[dict[str, Any]], path: Path) -> None:
         for number, (budget, own) in enumerate(series.items()):
             style = {"color": "black", "linestyle": "--"} if budget is None else {"color": _COLOURS[number - 1]}
             label = "plain vLLM" if budget is None else f"budget {budget}"
-            axes.plot([row["pool"] for row in own], [row[name] for row in own], label=label, marker="o", **style)
+            points = {pool: [row[name] for row in own if row["pool"] == pool] for pool in sorted(pools[length])}
+            medians = [(pool, statistics.median(values)) for pool, values in points.items() if values]
+            axes.plot(*zip(*medians, strict=True), label=label, marker="o", **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(f"pool, in whole requests of {length:,} tokens")
         axes.set_xticks(sorted(pools[length]))
