@@ -18,7 +18,6 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
             "speculative",
@@ -28,7 +27,7 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
         ({"enable_lora": True}, "--enable-lora"),
         ({"kv_cache_dtype": "fp8_e5m2", "dtype": "bfloat16"}, "--kv-cache-dtype fp8_e5m2"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size 2"),
-        ({"nnodes": 2, "distributed_executor_backend": "mp", "tensor_parallel_size": 2}, "--nnodes"),
+        ({"nnodes": 3, "distributed_executor_backend": "mp", "tensor_parallel_size": 3}, "--nnodes"),
         ({"max_num_batched_tokens": 40, "max_num_seqs": 16}, "--max-num-batched-tokens 40 must be at least"),
         ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold 16"),
         ({"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}, "--scheduler-cls"),

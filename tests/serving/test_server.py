@@ -35,7 +35,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Iterator[Server]:
-    """A server of its own processes, as users start it."""
+    """A server of its own processes, as users start it: with vLLM's defaults, prefix caching among them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -78,7 +78,7 @@ def test_answers_are_streamed_and_counted(server: Server) -> None:
             if line.startswith("data: {"):
                 pieces.append(json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or "")
     assert len(pieces) > 10
-    whole = server.client.post("/v1/chat/completions", json=request()).json()
+    whole = server.client.post("/v1/chat/completions", json=request()).json()  # most of its prompt is found
     assert whole["choices"][0]["message"]["content"] == "".join(pieces)
     counters = server.counters()
     assert counters["evicted_prompts"] == 2
@@ -109,4 +109,4 @@ def test_ctrl_c_ends_it(server: Server) -> None:
     """The last test of the module."""
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(timeout=60) == 0
-    assert "Traceback" not in server.log.read_text(encoding="utf-8").split("Application shutdown complete")[0]
+    assert not _is_up(server.client)

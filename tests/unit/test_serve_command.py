@@ -44,7 +44,6 @@ def test_the_servers_command_and_environment(
     assert started["program"] == sys.executable
     command = started["command"]
     assert command[command.index("--model") + 1] == str(tmp_path)
-    assert "--no-enable-prefix-caching" in command
     assert command[command.index("--served-model-name") + 1] == str(tmp_path)
     assert "--kv-cache-memory-bytes" in command  # on CPUs, vLLM would ask for nearly all memory
     assert command[-3:] == ["--port", "8001", "--max-model-len=4096"]

@@ -52,7 +52,6 @@ def serve(
         folder, name = _located(model, bar)
     # the server's own module: the 'vllm' command of the CPU build fails, for it asks for a package named 'vllm'
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-    command += ["--no-enable-prefix-caching"]
     command += _defaults(context.args, name)
     err.print(f"starting vLLM with budget {budget}; a first start compiles the model and takes a minute or more")
     # vLLM takes this process over, so that Ctrl-C and every other signal reach it as if it had been started by hand
