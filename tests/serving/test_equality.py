@@ -59,6 +59,7 @@ def test_a_window_beyond_the_prompt(roomy: Engine) -> None:
         assert errors_against(prompt, answer, kept) == (10, pytest.approx(0, abs=TOLERANCE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "options"),
     [

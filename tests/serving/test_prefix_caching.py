@@ -41,6 +41,7 @@ def test_shared_beginnings_are_read_once_and_never_changed(caching: Engine, room
     assert num_computed(caching, SHARED[1]) == 1300 - 9 * 128  # ten blocks are cached; the window lies in the tenth
 
 
+@pytest.mark.slow
 def test_whole_prompts_use_what_cut_ones_left(caching: Engine, roomy: Engine) -> None:
     """What a cut moved away is still there for a request that keeps all, and the other way round."""
     prompt = LOG[500:1900]
@@ -58,6 +59,7 @@ def test_decoding_is_not_cached(caching: Engine, roomy: Engine) -> None:
     assert caching.answers([longer], budget="off")[0].tokens == roomy.answers([longer], budget="off")[0].tokens
 
 
+@pytest.mark.slow
 def test_a_pool_without_room_for_fresh_blocks() -> None:
     """13 blocks: a prompt of 12 can be cut to one; one of 13 could not, and is kept whole. Preempted ones come back."""
     engines = start({"budget": 120}, enable_prefix_caching=True, num_gpu_blocks_override=14, max_model_len=1664)
