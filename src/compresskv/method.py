@@ -35,6 +35,8 @@ class LayerInputs:
     """Gemma 2's cap on attention logits."""
     valid: Tensor | None = None
     """(B, T) bool, False at padding; None where nothing is padded."""
+    first_head: int = 0
+    """The number in the model of the first query head given here: ranks of tensor parallelism hold some each."""
 
     def of_rows(self, rows: list[int]) -> "LayerInputs":
         """The same of some rows of the batch."""
@@ -94,6 +96,9 @@ class Method:
     needs_profile: ClassVar[bool] = False
     decides_together: ClassVar[bool] = False
     """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
+    shares_positions: ClassVar[bool] = False
+    """Whether all layers and KV heads keep the same tokens, the one form that fits an engine with one block table for
+    all layers. Such a method scores by queries and keys alone."""
 
     window_size: int = 0
     lookahead: int = field(default=0, kw_only=True)
@@ -163,6 +168,10 @@ class Method:
         if isinstance(budget, (int, float)):
             return self.head_budgets(budgets.resolve(budget, num_tokens), num_layers, num_tokens)
         return [[count] for count in self.given_budgets(budget, num_tokens)]
+
+    def reads_layer(self, layer_idx: int) -> bool:
+        """Whether `observe` or `score` looks at this layer's queries and keys at all."""
+        return True
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """How much each prompt token is worth keeping.

@@ -25,6 +25,7 @@ LONG = (
     "compresskv profile import",
     "compresskv bench",
     "compresskv compile",
+    "compresskv serve",
 )
 
 

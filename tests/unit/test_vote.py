@@ -354,3 +354,39 @@ def test_a_small_budget_observes_and_keeps_a_narrower_window(name: str) -> None:
         cut = [replace(layer, query_window=layer.query_window[:, :, -window:]) for layer in layers]
         assert keep(narrowing, layers, budget) == keep(fixed, cut, budget)
     assert keep(narrowing, layers, 20) != keep(registry.create(name, profile=profile, narrow=False), layers, 20)
+
+
+@given(data=st.data())
+def test_heads_on_several_ranks_vote_as_one(data: st.DataObject) -> None:
+    """Tensor parallelism: each rank has some heads; the sum of votes and the mean of wishes are the whole layer's."""
+    layers, scores = data.draw(prompts())
+    profile, layer = make_profile(scores), layers[0]
+    vote = Vote(profile=profile, window_size=2, kernel_size=3, num_heads=3, num_sinks=1)
+    whole = vote.observe(layer)
+    num_heads, num_kv_heads = layer.query_window.shape[1], layer.keys.shape[1]
+    here, kv_here = num_heads // num_kv_heads, 1  # a rank for each KV head
+    parts = [
+        vote.observe(
+            replace(
+                layer,
+                query_window=layer.query_window[:, rank * here : (rank + 1) * here],
+                keys=layer.keys[:, rank * kv_here : (rank + 1) * kv_here],
+                first_head=rank * here,
+            )
+        )
+        for rank in range(num_kv_heads)
+    ]
+    votes = [part.vote for part in parts if part.vote is not None]
+    assert (whole.vote is None) == (not votes)
+    if whole.vote is not None:
+        torch.testing.assert_close(sum(votes), whole.vote)
+    assert whole.scores is not None
+    torch.testing.assert_close(torch.stack([part.scores for part in parts]).mean(dim=0), whole.scores)
+
+
+def test_layers_that_it_does_not_read() -> None:
+    profile = make_profile([[0.1, 0.0, 0.0, 0.0], [0.0, 0.9, 0.0, 0.0], [0.0, 0.0, 0.0, 0.5]])
+    layers = profile.layer_indices
+    heads_only = Vote(profile=profile, num_heads=2, local_weight=0)
+    assert [heads_only.reads_layer(layer) for layer in layers] == [False, True, True]
+    assert all(Vote(profile=profile, num_heads=2).reads_layer(layer) for layer in layers)

@@ -20,6 +20,9 @@ from compresskv.cli.explain import explain
 from compresskv.cli.profile import profile_app
 from compresskv.cli.report import EPILOG as REPORT_EPILOG
 from compresskv.cli.report import report
+from compresskv.cli.serve import CONTEXT as SERVE_CONTEXT
+from compresskv.cli.serve import EPILOG as SERVE_EPILOG
+from compresskv.cli.serve import serve
 from compresskv.errors import CompressKVError
 
 app = typer.Typer(
@@ -40,6 +43,7 @@ Examples:
   compresskv eval --tasks needle --output runs/needle
   compresskv bench --lengths 1024,4096
   compresskv compile
+  compresskv serve smollm2-135m --budget 5%
   compresskv methods
   compresskv profile show smollm2-135m
 """
@@ -76,6 +80,7 @@ app.command(epilog=REPORT_EPILOG)(report)
 app.command(epilog=EXPLAIN_EPILOG)(explain)
 app.command(epilog=BENCH_EPILOG)(bench)
 app.command("compile", epilog=COMPILE_EPILOG)(compile_step)
+app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT)(serve)
 app.add_typer(profile_app, name="profile")
 
 

@@ -23,6 +23,7 @@ class StreamingLLM(Method):
     name = "streaming_llm"
     summary = "first 4 tokens and the most recent ones"
     source = "arXiv 2309.17453"
+    shares_positions = True
 
     num_sinks: int = 4
 

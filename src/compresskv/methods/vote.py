@@ -38,6 +38,7 @@ class Vote(Method):
     source = "this project"
     needs_profile = True
     decides_together = True
+    shares_positions = True
 
     window_size: int = 32
     kernel_size: int = 25
@@ -65,6 +66,11 @@ class Vote(Method):
     def window_at(self, budget: int) -> int:
         """See `narrowed`."""
         return narrowed(self.window_size, budget) if self.narrow else self.window_size
+
+    def reads_layer(self, layer_idx: int) -> bool:
+        """All layers where local attention counts, else those of the retrieval heads."""
+        best = needed_profile(self.name, self.profile).semantic_heads[: self.num_heads]
+        return self.local_weight > 0 or any(layer == layer_idx for layer, _ in best)
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """The votes of the layer's retrieval heads and, if it counts, what all its heads attend to."""
@@ -106,8 +112,9 @@ def layer_vote(
     Args:
         all_heads: whether the attention of all the layer's heads is needed anyway.
     """
+    first, num_here = inputs.first_head, inputs.query_window.shape[1]
     best = profile.semantic_heads[:num_heads]
-    heads = [head for layer_idx, head in best if layer_idx == inputs.layer_idx]
+    heads = [head - first for layer, head in best if layer == inputs.layer_idx and first <= head < first + num_here]
     if not heads:
         return None
     if all_heads:
@@ -120,7 +127,7 @@ def layer_vote(
     pooled = pool(attention, kernel_size)
     own = normalised(without_padding(pooled, inputs.valid))  # (B, n, T)
     scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
-    weights = own.new_tensor([scores[head] for head in heads])
+    weights = own.new_tensor([scores[first + head] for head in heads])
     return (own * weights[:, None]).sum(dim=1, keepdim=True)
 
 

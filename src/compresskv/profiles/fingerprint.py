@@ -3,11 +3,13 @@
 import hashlib
 import math
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from compresskv.attention import decoder_config
 from compresskv.errors import ModelError
@@ -63,7 +65,13 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """
     if model in _remembered:
         return _remembered[model]
-    config = decoder_config(model)
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
+    return of_shape(decoder_config(model), weights_digest(shapes, parameters.__getitem__))
+
+
+def of_shape(config: PretrainedConfig, weights: str | None) -> Fingerprint:
+    """The fingerprint of a decoder with this config, and with `weights` as their digest."""
     num_query_heads = config.num_attention_heads
     return Fingerprint(
         architecture=config.model_type,
@@ -72,16 +80,25 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_query_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
         vocab_size=config.vocab_size,
-        weights=_hash_weights(model),
+        weights=weights,
     )
 
 
 @torch.no_grad()
-def _hash_weights(model: PreTrainedModel) -> str:
-    matrices = sorted((name, weight) for name, weight in model.named_parameters() if weight.ndim >= 2)
+def weights_digest(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> str:
+    """16 hex digits that stand for a model's weights.
+
+    Args:
+        shapes: of every parameter by name, tied ones once.
+        read: gives the parameter of a name; called for the few that are sampled.
+    Raises:
+        ModelError: as for `fingerprint`.
+    """
+    matrices = sorted(name for name, shape in shapes.items() if len(shape) >= 2)
     digest = hashlib.sha256()
     for i in range(min(_NUM_TENSORS, len(matrices))):
-        name, weight = matrices[i * len(matrices) // min(_NUM_TENSORS, len(matrices))]
+        name = matrices[i * len(matrices) // min(_NUM_TENSORS, len(matrices))]
+        weight = read(name)
         if weight.is_meta:
             raise ModelError(f"weight {name} is not loaded: a profile needs the whole model in memory")
         step = math.ceil(weight.numel() / _NUM_VALUES)

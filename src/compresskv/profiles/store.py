@@ -31,6 +31,17 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
     """
     with routing(model):  # refuses what is not supported, but not what an open `compressing` uses already
         own = fingerprint(model)
+    return profile_for(own, str(getattr(model.config, "_name_or_path", "") or "MODEL"), profile)
+
+
+def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path | None = None) -> Profile:
+    """`resolve_profile` for a model that is known by its fingerprint.
+
+    Args:
+        model_id: the name by which an imported profile may know the model, and error messages do.
+    Raises:
+        ProfileError: as for `resolve_profile`.
+    """
     if profile is not None:
         given = profile if isinstance(profile, Profile) else read_profile(profile)
         if not given.fingerprint.matches(own):
@@ -39,7 +50,6 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
                 f"its fingerprint is {given.fingerprint}, this model's is {own}"
             )
         return given
-    model_id = str(getattr(model.config, "_name_or_path", "") or "MODEL")
     imported = None
     for path in profile_files():
         try:

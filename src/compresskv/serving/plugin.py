@@ -1,0 +1,114 @@
+"""The entry point that vLLM calls in each of its processes. It does nothing until the settings switch it on."""
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+_MARK = "_compresskv_plugin"
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "compresskv.serving.cpu_worker.CompressedCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "compresskv.serving.gpu_worker.CompressedGPUWorker",
+}
+_SCHEDULER = "compresskv.serving.scheduler.CompressedScheduler"
+
+_switched_on = False  # in this process, by whichever engine
+
+logger = logging.getLogger("vllm.compresskv")  # below vLLM's own, so that it prints where vLLM prints
+
+
+def register() -> None:
+    """Let the platform's two checks, of a configuration and of a request, pass through ours. Safe to call again."""
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    if hasattr(platform, _MARK):
+        return
+    setattr(platform, _MARK, True)
+    check_config, check_request = platform.check_and_update_config, platform.validate_request
+
+    @functools.wraps(check_config)
+    def check_and_update_config(_cls: Any, vllm_config: Any) -> None:
+        check_config(vllm_config)
+        configure(vllm_config)
+
+    @functools.wraps(check_request)
+    def validate_request(_cls: Any, processed_inputs: Any, params: Any) -> None:
+        check_request(processed_inputs, params)
+        if _switched_on:
+            check_budget_of(params)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    platform.validate_request = classmethod(validate_request)
+
+
+def configure(config: Any) -> None:
+    """Switch on what the settings ask for, or leave vLLM as it is.
+
+    Args:
+        config: vLLM's VllmConfig, changed in place.
+    Raises:
+        ConfigError, ProfileError: what cannot work, in one line.
+    """
+    if config.model_config is None:
+        return
+    from compresskv.serving.settings import KEY, find_settings
+
+    settings = find_settings(config.additional_config)
+    if settings is None:
+        return
+    from compresskv.serving import counters, profiles
+    from compresskv.serving.refusals import check_supported
+    from compresskv.serving.versions import check_version, installed_version
+
+    check_version(installed_version())
+    check_supported(config, settings)
+    if Path(config.model_config.model).is_dir():  # otherwise the worker looks, once vLLM has fetched the model
+        profiles.with_profile(settings, config.model_config)
+    global _switched_on  # noqa: PLW0603 - requests are checked without the configuration at hand
+    _switched_on = True
+    _take_over(config)
+    config.additional_config = {**config.additional_config, KEY: settings.to_dict()}
+    counters.publish()
+
+
+def check_budget_of(params: Any) -> None:
+    """Refuse a request's bad budget where only the request fails, not the engine.
+
+    Args:
+        params: vLLM's SamplingParams or PoolingParams.
+    Raises:
+        VLLMValidationError: which the server answers with 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from compresskv.errors import ConfigError
+    from compresskv.serving.settings import requested_budget
+
+    try:
+        requested_budget(getattr(params, "extra_args", None), 1)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error)) from error
+
+
+def _take_over(config: Any) -> None:
+    """Name our scheduler and worker.
+
+    Raises:
+        ConfigError: others are named already.
+    """
+    from compresskv.errors import ConfigError
+
+    parallel, scheduler = config.parallel_config, config.scheduler_config
+    if parallel.worker_cls not in _WORKERS.values():
+        if parallel.worker_cls not in _WORKERS:
+            raise ConfigError(f"compresskv inside vLLM: worker_cls={parallel.worker_cls!r} is not supported")
+        parallel.worker_cls = _WORKERS[parallel.worker_cls]
+        if config.device_config.device_type != "cpu":
+            logger.warning("compresskv inside vLLM was tested on CPUs only: see docs/serving.md")
+    if scheduler.scheduler_cls not in (None, _SCHEDULER):
+        raise ConfigError(f"compresskv inside vLLM: --scheduler-cls {scheduler.scheduler_cls} is not supported")
+    scheduler.scheduler_cls = _SCHEDULER
+    if scheduler.async_scheduling:  # vLLM switches it on by default; a scheduler of its own kind would be needed
+        logger.info("compresskv: asynchronous scheduling is switched off")
+        scheduler.async_scheduling = False

@@ -1,0 +1,48 @@
+"""Tensor parallelism: each rank scores its own heads, and all keep what the first rank chose."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresskv.method import Observation
+
+
+class Ranks:
+    """The ranks that share a layer's heads.
+
+    Args:
+        group: vLLM's coordinator of the tensor parallel group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.size: int = group.world_size
+        self.rank: int = group.rank_in_group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank decides."""
+        return self.rank == 0
+
+    def together(self, observations: Sequence[Observation], nothing: Tensor) -> list[Observation]:
+        """Observations over all ranks' heads: votes are summed, scores averaged (each rank has as many heads).
+
+        Args:
+            nothing: (1, 1, T) zeros, in the place of what a rank has no heads for.
+        """
+        if self.size == 1:
+            return list(observations)
+        votes = torch.stack([nothing if one.vote is None else one.vote for one in observations])
+        scores = torch.stack([nothing if one.scores is None else one.scores for one in observations])
+        votes, scores = self._group.all_reduce(torch.stack([votes, scores / self.size])).unbind(0)
+        return [
+            replace(one, vote=vote, scores=None if one.scores is None else score)
+            for one, vote, score in zip(observations, votes, scores, strict=True)
+        ]
+
+    def first(self, positions: Tensor) -> Tensor:
+        """The first rank's choice: near ties may differ between ranks in the last bit."""
+        return positions if self.size == 1 else self._group.broadcast(positions, src=0)

@@ -1,0 +1,92 @@
+"""What is refused when vLLM starts, each with one line that says what to do."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from compresskv.errors import ConfigError
+from compresskv.serving.settings import Settings
+
+
+def check_supported(config: Any, settings: Settings) -> None:
+    """Refuse a configuration that this was not proved with.
+
+    Args:
+        config: vLLM's VllmConfig, after the platform has made its changes.
+    Raises:
+        ConfigError: the first thing refused, with its option.
+    """
+    for refused, line in _reasons(config, settings):
+        if refused:
+            raise ConfigError(f"compresskv inside vLLM: {line}")
+
+
+def _reasons(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:
+    yield from _of_features(config)
+    yield from _of_parallelism(config.parallel_config)
+    yield from _of_model(config.model_config)
+    yield from _of_steps(config, settings)
+
+
+def _of_features(config: Any) -> Iterator[tuple[bool, str]]:
+    cache, events = config.cache_config, config.kv_events_config
+    yield config.speculative_config is not None, "speculative decoding is not supported: leave out --speculative-config"
+    yield (
+        config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+        "KV connectors and offloading are not supported",
+    )
+    yield config.ec_transfer_config is not None, "encoder cache connectors are not supported"
+    yield events is not None and events.enable_kv_cache_events, "KV cache events are not supported"
+    yield config.lora_config is not None, "LoRA is not supported: leave out --enable-lora"
+    yield (
+        cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
+        f"--kv-cache-dtype {cache.cache_dtype} is not supported: quantised keys cannot be moved between blocks",
+    )
+    yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is not supported"
+    yield config.use_v2_model_runner, "vLLM's second model runner is not supported: set VLLM_USE_V2_MODEL_RUNNER=0"
+
+
+def _of_parallelism(parallel: Any) -> Iterator[tuple[bool, str]]:
+    for option in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, option)
+        yield size > 1, f"--{option.replace('_', '-')} {size} is not supported"
+    yield (
+        parallel.nnodes > 1 or parallel.distributed_executor_backend == "ray",
+        "several machines (--nnodes, Ray) are not supported",
+    )
+    yield parallel.use_ubatching, "micro-batching (--enable-dbo, --ubatch-size) is not supported"
+
+
+def _of_model(model: Any) -> Iterator[tuple[bool, str]]:
+    name = model.model
+    yield model.runner_type != "generate", f"{name} is run for {model.runner_type}: only text generation has a decode"
+    yield model.is_encoder_decoder, f"{name} is an encoder-decoder model"
+    yield model.is_multimodal_model, f"{name} is multimodal, which is not supported"
+    yield model.use_mla, f"{name} uses multi-head latent attention, which is not supported"
+    yield (
+        model.is_hybrid or model.is_attention_free,
+        f"{name} has layers without attention, which are not supported",
+    )
+    yield model.get_sliding_window() is not None, f"{name} has sliding-window layers, which are not supported"
+
+
+def _of_steps(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:
+    """The last chunk of a prompt holds the whole observation window, which must fit beside one token of every other."""
+    scheduler, window = config.scheduler_config, settings.bare_method().window_size
+    tokens = min(
+        scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    )
+    yield (
+        tokens < scheduler.max_num_seqs + window,
+        f"--max-num-batched-tokens {tokens} must be at least --max-num-seqs {scheduler.max_num_seqs} plus the "
+        f"observation window of {window}",
+    )
+    threshold = scheduler.long_prefill_token_threshold
+    yield (
+        0 < threshold < window,
+        f"--long-prefill-token-threshold {threshold} is below the observation window of {window}",
+    )
+    mode = config.compilation_config.cudagraph_mode
+    yield (
+        mode is not None and mode.mixed_mode().name == "FULL",
+        "full CUDA graphs for prefill hide the queries: set cudagraph_mode to FULL_AND_PIECEWISE or PIECEWISE",
+    )

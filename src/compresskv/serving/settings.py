@@ -1,0 +1,180 @@
+"""What a server evicts: one budget and one method for all requests, and how one request may ask for another budget."""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compresskv.budgets import check_budget, parse_budget
+from compresskv.errors import ConfigError
+from compresskv.method import Method
+from compresskv.registry import create, methods, parse_methods
+
+KEY = "compresskv"
+"""Names us in vLLM's `additional_config`, and in a request's `extra_args` (`vllm_xargs` in the OpenAI API)."""
+_VARIABLES = {"budget": "COMPRESSKV_BUDGET", "method": "COMPRESSKV_METHOD", "profile": "COMPRESSKV_PROFILE"}
+_DEFAULT_METHOD = "vote"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is done with one request's prompt. The same in the scheduler and in every worker, which never speak of it:
+    it follows from the prompt's length, the settings and the request's own budget."""
+
+    num_prompt: int
+    num_kept: int
+    window_size: int
+    """The observation window: so many of the prompt's last tokens are read in one step."""
+
+    @property
+    def num_evicted(self) -> int:
+        """Tokens of the prompt that are not kept."""
+        return self.num_prompt - self.num_kept
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How prompts are cut. Hashable; travels between vLLM's processes as `to_dict`."""
+
+    budget: int | float
+    method: str = _DEFAULT_METHOD
+    """The method's label: its name and the options that differ from its defaults."""
+    profile: str | None = None
+    """A profile file; None finds the model's own."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: a budget out of range, or a method that cannot serve.
+        """
+        check_budget(self.budget)
+        check_servable(_method(self.method))
+
+    def bare_method(self) -> Method:
+        """The method, without a profile yet."""
+        return _method(self.method)
+
+    def cut(self, num_prompt: int, budget: int | float | None) -> Cut | None:
+        """How a prompt is cut; None where nothing is evicted.
+
+        Args:
+            budget: the request's own, see `requested_budget`; None keeps all.
+        """
+        return None if budget is None else _cut(self.method, num_prompt, budget)
+
+    def requested_cut(self, num_prompt: int, extra_args: Mapping[str, Any] | None) -> Cut | None:
+        """How the prompt of a request with these `extra_args` is cut."""
+        return self.cut(num_prompt, requested_budget(extra_args, self.budget))
+
+    def cut_in_pool(
+        self, num_prompt: int, extra_args: Mapping[str, Any] | None, block_size: int, num_blocks: int
+    ) -> Cut | None:
+        """`requested_cut` where what is retained moves to fresh blocks (prefix caching).
+
+        A prompt that leaves no room for them in the whole pool is not cut: it would wait for ever.
+        """
+        cut = self.requested_cut(num_prompt, extra_args)
+        if cut is None or -(-num_prompt // block_size) - (-cut.num_kept // block_size) > num_blocks:
+            return None
+        return cut
+
+    def to_dict(self) -> dict[str, Any]:
+        """For vLLM's `additional_config`."""
+        return asdict(self)
+
+
+def find_settings(additional: Any, environ: Mapping[str, str] = os.environ) -> Settings | None:
+    """The settings in vLLM's `additional_config`, and where that has none, in the environment; None: switched off.
+
+    Args:
+        additional: {"compresskv": {"budget": ..., "method": ..., "profile": ..., OPTION_OF_THE_METHOD: ...}}, or
+            {"compresskv": false}, which switches off whatever the environment says.
+    Raises:
+        ConfigError: a value that cannot work, with the option's name.
+    """
+    given = additional.get(KEY) if isinstance(additional, Mapping) else None
+    if given is False:
+        return None
+    if given is None:
+        given = {name: environ[variable] for name, variable in _VARIABLES.items() if environ.get(variable)}
+        if not given:
+            return None
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"additional_config: {KEY}={given!r} is not an object such as {{'budget': 256}}")
+    if "budget" not in given:
+        raise ConfigError(f"{KEY}: {dict(given)} has no budget: give one, such as 256 or '3%'")
+    options = {name: value for name, value in given.items() if name not in _VARIABLES}
+    profile = given.get("profile")
+    return Settings(_budget(given["budget"]), _label(given.get("method"), options), profile and str(profile))
+
+
+def requested_budget(extra_args: Mapping[str, Any] | None, default: int | float) -> int | float | None:
+    """The budget of one request; None keeps its whole prompt.
+
+    Args:
+        extra_args: {"compresskv": 128}, "3%", "off", false, or {"budget": one of these}.
+        default: for requests that say nothing.
+    Raises:
+        ConfigError: none of these.
+    """
+    given = None if extra_args is None else extra_args.get(KEY)
+    if given is None:
+        return default
+    if isinstance(given, Mapping):
+        if set(given) != {"budget"}:
+            raise ConfigError(f"{KEY}={dict(given)!r}: a request may give its budget and nothing else")
+        given = given["budget"]
+    if given is False or (isinstance(given, str) and given.strip().lower() == "off"):
+        return None
+    return _budget(given)
+
+
+def check_servable(method: Method) -> None:
+    """Refuse methods whose choice does not fit one block table for all layers.
+
+    Raises:
+        ConfigError: naming the methods that do.
+    """
+    if not method.shares_positions:
+        fit = ", ".join(repr(name) for name, kind in methods().items() if kind.shares_positions)
+        raise ConfigError(
+            f"method {method.name!r} keeps other tokens in every layer, but vLLM has one block table for all: use {fit}"
+        )
+    if method.lookahead:
+        raise ConfigError(f"lookahead={method.lookahead}: inside vLLM a prompt is cut at the end of its prefill")
+
+
+def _budget(given: Any) -> int | float:
+    budget = parse_budget(given) if isinstance(given, str) else check_budget(given)
+    if not isinstance(budget, (int, float)):
+        raise ConfigError(f"budget={given!r}: vLLM has one block table for all layers, so give one number")
+    return budget
+
+
+def _label(method: Any, options: Mapping[str, Any]) -> str:
+    """The label of a method that was named, with its options beside it or in its label."""
+    name = _DEFAULT_METHOD if method is None else str(method)
+    if not options:
+        return _method(name).label
+    if "[" in name:
+        raise ConfigError(f"method {name!r} has options already: leave out {', '.join(map(repr, options))}")
+    return create(name, **options).label
+
+
+@functools.cache
+def _method(label: str) -> Method:
+    found = list(parse_methods("method", label).values())
+    if len(found) != 1:
+        raise ConfigError(f"method {label!r} names {len(found)} methods: give one")
+    return found[0]
+
+
+@functools.lru_cache(maxsize=65536)  # asked in every step for every request
+def _cut(method_label: str, num_prompt: int, budget: int | float) -> Cut | None:
+    method = _method(method_label)
+    num_kept = method.resolve_budgets(budget, 1, num_prompt)[0][0]
+    if num_kept >= num_prompt:
+        return None
+    return Cut(num_prompt, num_kept, min(method.window_at(num_kept), num_prompt))

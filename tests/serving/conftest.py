@@ -1,0 +1,68 @@
+"""vLLM engines, in this very process, so that tests can look into the scheduler, the runner and the cache."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+CLEAN_ENVIRONMENT = dict(os.environ)
+"""For servers: vLLM notes names of this process's shared memory and ports in the environment."""
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+for _variable in ("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"):
+    os.environ.pop(_variable, None)
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Every module here needs vLLM; without it the folder is skipped."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: run scripts/test-serving")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM and what it imports warn about themselves."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _whole_machine() -> None:
+    """One engine runs at a time: it may have all cores."""
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def clean_environment() -> dict[str, str]:
+    """The environment as it was before vLLM ran in this process."""
+    return dict(CLEAN_ENVIRONMENT)
+
+
+@pytest.fixture(scope="session")
+def plain() -> "Iterator[Engine]":
+    """vLLM as it is."""
+    from engine import start
+
+    yield from start(None)
+
+
+@pytest.fixture(scope="session")
+def roomy() -> "Iterator[Engine]":
+    """Prompts are cut to 200 tokens; there is room for all; a step reads 700 tokens."""
+    from engine import start
+
+    yield from start({"budget": 200})
+
+
+@pytest.fixture(scope="session")
+def cramped() -> "Iterator[Engine]":
+    """Prompts are cut to 120 tokens; the pool holds three prompts of 1,000 tokens."""
+    from engine import start
+
+    yield from start({"budget": 120}, num_gpu_blocks_override=25, max_model_len=3000)

@@ -1,0 +1,134 @@
+"""A vLLM engine under test, and what is looked up in it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+
+from compresskv.embedded import ensure_embedded
+from compresskv.serving.compaction import Compaction
+from compresskv.serving.tap import EndingPrompt
+
+_alive: list[LLM] = []
+
+SHIPS_LOG = Path(__file__).parents[2] / "examples" / "ships_log.txt"
+
+
+@dataclass
+class Answer:
+    """A greedy answer."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    """Of each token of the answer."""
+
+
+class Engine:
+    """An engine with the embedded model in float32."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.positions: list[list[int]] = []
+        """What was kept of each prompt, in the order of evictions."""
+        self.max_running = 0
+        core: Any = llm.llm_engine.engine_core
+        self.scheduler = core.engine_core.scheduler
+        self.runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.num_free = self.pool.get_num_free_blocks()
+
+    def add(self, prompt: Sequence[int], max_tokens: int, request_id: str, budget: Any = None, **sampling: Any) -> None:
+        """Queue a request."""
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            logprobs=0,
+            extra_args=None if budget is None else {"compresskv": budget},
+            **sampling,
+        )
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step."""
+        outputs = self.llm.llm_engine.step()
+        self.max_running = max(self.max_running, len(self.scheduler.running))
+        return outputs
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 40, budget: Any = None, **sampling: Any
+    ) -> list[Answer]:
+        """Answers to prompts that are asked at once; the pool must be whole before and after."""
+        self.positions.clear()
+        self.max_running = 0
+        assert self.pool.get_num_free_blocks() == self.num_free
+        for number, prompt in enumerate(prompts):
+            self.add(prompt, max_tokens, str(number), budget, **sampling)
+        finished: dict[str, RequestOutput] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            finished |= {output.request_id: output for output in self.step() if output.finished}
+        self.check_clean()
+        return [_answer(finished[str(number)]) for number in range(len(prompts))]
+
+    def check_clean(self) -> None:
+        """Every block is back, and nothing is remembered of any request."""
+        assert self.pool.get_num_free_blocks() == self.num_free
+        manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        assert not manager.req_to_blocks
+        assert not getattr(manager, "num_evicted", None)
+
+
+def _answer(output: RequestOutput) -> Answer:
+    only = output.outputs[0]
+    tokens = list(only.token_ids)
+    return Answer(tokens, [step[token].logprob for step, token in zip(only.logprobs, tokens, strict=True)])
+
+
+def start(compresskv: dict[str, Any] | None, **options: Any) -> Iterator[Engine]:
+    """An engine; `compresskv` goes to vLLM's additional_config."""
+    llm = LLM(**engine_options(compresskv, **options))
+    keep_alive(llm)
+    engine = Engine(llm)
+    with pytest.MonkeyPatch.context() as patch:
+        if engine.runner.__class__.__name__ == "CompressedCPURunner":
+            _note_positions(engine, patch)
+        yield engine
+
+
+def keep_alive(llm: LLM) -> None:
+    """Keep an engine to the end: one that is let go ends the process groups, which all engines of a process share."""
+    _alive.append(llm)
+
+
+def engine_options(compresskv: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+    """What the tests' engines have in common."""
+    return {
+        "model": str(ensure_embedded("smollm2-135m")),
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 700,
+        "kv_cache_memory_bytes": 400_000_000,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "seed": 0,
+        "additional_config": {} if compresskv is None else {"compresskv": compresskv},
+        **options,
+    }
+
+
+def _note_positions(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    compaction: Compaction = engine.runner.compaction
+    evict = compaction.evict
+
+    def noting(prompt: EndingPrompt, *blocks: torch.Tensor) -> torch.Tensor:
+        positions = evict(prompt, *blocks)
+        engine.positions.append(positions.tolist())
+        return positions
+
+    patch.setattr(compaction, "evict", noting)

@@ -1,0 +1,101 @@
+"""What is refused before an engine starts: one line that names the option."""
+
+import os
+from typing import Any
+
+import pytest
+from engine import engine_options
+from vllm import EngineArgs
+
+from compresskv.serving import versions
+
+
+def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
+    """vLLM's configuration, which is where everything is refused."""
+    return EngineArgs(**engine_options(settings, **options)).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative",
+        ),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "connectors"),
+        ({"kv_offloading_size": 1.0}, "offloading"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"kv_cache_dtype": "fp8_e5m2", "dtype": "bfloat16"}, "--kv-cache-dtype fp8_e5m2"),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size 2"),
+        ({"nnodes": 3, "distributed_executor_backend": "mp", "tensor_parallel_size": 3}, "--nnodes"),
+        ({"max_num_batched_tokens": 40, "max_num_seqs": 16}, "--max-num-batched-tokens 40 must be at least"),
+        ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold 16"),
+        ({"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}, "--scheduler-cls"),
+        ({"worker_cls": "some.other.Worker"}, "some.other.Worker"),
+        ({"hf_overrides": {"sliding_window": 1000, "architectures": ["MistralForCausalLM"]}}, "sliding-window"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_configurations_that_were_not_proved(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line) as refusal:
+        configured({"budget": 100}, **options)
+    assert "compresskv" in str(refusal.value)
+    if "Mistral" not in str(options) and "some.other" not in str(options):
+        configured(None, **options)  # it is ours to refuse, not vLLM's
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"budget": 0}, "budget=0"),
+        ({"budget": [10, 20]}, "one block table"),
+        ({"method": "vote"}, "no budget"),
+        ({"budget": 100, "method": "snapkv"}, "'snapkv' keeps other tokens in every layer.*'streaming_llm', 'vote'"),
+        ({"budget": 100, "method": "voet"}, "voet.*vote"),
+        ({"budget": 100, "window_siez": 3}, "window_siez.*window_size"),
+        ({"budget": 100, "lookahead": 4}, "lookahead=4"),
+        ({"budget": 100, "profile": "/nowhere.json"}, "/nowhere.json"),
+        (True, "compresskv=True"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work(settings: Any, line: str) -> None:
+    with pytest.raises(Exception, match=line):
+        configured(settings)
+
+
+def test_another_vllm_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.33.0")
+    with pytest.raises(ValueError, match=r"vLLM 0\.33\.0 .* tested with vLLM 0\.32"):
+        configured({"budget": 100})
+    configured(None)  # switched off, it does not care
+
+
+def test_off_by_default_and_switched_on_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = configured(None)
+    assert plain.scheduler_config.scheduler_cls is None
+    assert plain.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    monkeypatch.setitem(os.environ, "COMPRESSKV_BUDGET", "3%")
+    monkeypatch.setitem(os.environ, "COMPRESSKV_METHOD", "vote[window_size=16]")
+    ours = configured(None)
+    assert ours.scheduler_config.scheduler_cls == "compresskv.serving.scheduler.CompressedScheduler"
+    assert ours.parallel_config.worker_cls == "compresskv.serving.cpu_worker.CompressedCPUWorker"
+    assert ours.additional_config["compresskv"] == {"budget": 0.03, "method": "vote[window_size=16]", "profile": None}
+    assert configured(False).scheduler_config.scheduler_cls is None  # this engine's own word counts
+
+
+def test_a_model_without_a_profile(tmp_path: Any) -> None:
+    """Another model of the same shape: its weights tell."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = engine_options(None)["model"]
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="no profile of this model"):
+        configured({"budget": 100}, model=str(tmp_path))
+    configured({"budget": 100, "method": "streaming_llm"}, model=str(tmp_path))

@@ -1,0 +1,180 @@
+"""Blocks: given back when a prompt was cut, whatever happens to its request, and never one too many."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engine import Engine
+from reference import ships_log
+
+from compresskv.serving.counters import counters
+from compresskv.serving.pages import Pages
+
+LOG = ships_log()
+PROMPTS = [LOG[start : start + 1000] for start in range(0, 3600, 300)]
+
+
+def held_blocks(engine: Engine, number: int) -> int:
+    """Blocks of the request that was added with this id."""
+    manager = engine.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    return sum(len(blocks) for name, blocks in manager.req_to_blocks.items() if name.split("-")[0] == str(number))
+
+
+def test_blocks_are_freed_in_the_step_that_ends_the_prompt(roomy: Engine) -> None:
+    before = {name: counters().total(name) for name in ("evicted_prompts", "evicted_tokens", "freed_blocks")}
+    roomy.add(LOG[:1500], 100, "0")
+    held = []
+    while roomy.llm.llm_engine.has_unfinished_requests():
+        roomy.step()
+        held.append(held_blocks(roomy, 0))
+        table = roomy.runner.input_batch.block_table[0]
+        if held[-1]:
+            assert table.num_blocks_per_row[0] == held[-1]  # the worker's list is the scheduler's
+    roomy.check_clean()
+    # 700 + 700 + 100 tokens in blocks of 128, of which 200 are kept; 56 more fill the second block, then a third
+    assert held[:3] == [6, 11, 2]
+    assert held[58:60] == [2, 3]
+    assert held[-1] == 0
+    grown = {name: counters().total(name) - value for name, value in before.items()}
+    assert grown == {"evicted_prompts": 1, "evicted_tokens": 1300, "freed_blocks": 10}
+
+
+def test_the_last_chunk_holds_the_whole_window(roomy: Engine) -> None:
+    """1,410 tokens in steps of 700: the second stops early, so that the window of 32 is not split."""
+    roomy.add(LOG[:1410], 3, "0")
+    steps = []
+    while roomy.llm.llm_engine.has_unfinished_requests():
+        before = [request.num_computed_tokens for request in roomy.scheduler.running] or [0]
+        roomy.step()
+        steps += [request.num_computed_tokens - before[0] for request in roomy.scheduler.running]
+    assert steps[:3] == [700, 678, 32]
+    roomy.check_clean()
+
+
+def test_more_requests_run_at_once(cramped: Engine) -> None:
+    """24 blocks: three whole prompts of 1,000 tokens, or many that are cut to a block each."""
+    cramped.answers(PROMPTS[:4], max_tokens=20, budget="off")
+    assert cramped.max_running == 3
+    cramped.answers(PROMPTS, max_tokens=60)
+    assert cramped.max_running >= 10
+
+
+@pytest.mark.slow
+def test_preempted_requests_answer_the_same(cramped: Engine, roomy: Engine) -> None:
+    """They are read again, cut again, and fed what they have said already. Freed blocks serve others meanwhile."""
+    prompts = PROMPTS[:10]
+    expected = roomy.answers(prompts, max_tokens=180, budget=120)
+    preempted = set()
+    original = type(cramped.scheduler)._preempt_request
+
+    def noting(scheduler: object, request: object, *args: object, **kwargs: object) -> None:
+        preempted.add(request.request_id)  # type: ignore[attr-defined]
+        original(scheduler, request, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cramped.scheduler), "_preempt_request", noting)
+        answers = cramped.answers(prompts, max_tokens=180)
+    assert preempted
+    assert len(cramped.positions) == len(prompts) + len(preempted)
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer.tokens == wanted.tokens
+        assert answer.logprobs == pytest.approx(wanted.logprobs, abs=5e-4)
+
+
+def test_nothing_is_read_of_what_was_evicted(roomy: Engine) -> None:
+    """Poison in every block that no request holds, and behind the kept tokens in those it holds."""
+    expected = roomy.answers([LOG[:1500]], max_tokens=40)[0].tokens
+    roomy.add(LOG[:1500], 40, "0")
+    while held_blocks(roomy, 0) != 2:
+        roomy.step()
+    held = roomy.runner.input_batch.block_table[0].block_table.np[0, :2].tolist()
+    pages = roomy.runner.compaction._pages
+    free = [block for block in range(1, len(pages[0]._blocks)) if block not in held]
+    for one in pages.values():
+        layout = one._layout
+        one._blocks[free] = 1e4
+        for offsets in (layout.keys, layout.values):
+            one._blocks[held[1], offsets[200 - 128 :]] = 1e4
+    answer: list[int] = []
+    while roomy.llm.llm_engine.has_unfinished_requests():
+        for output in roomy.step():
+            answer = list(output.outputs[0].token_ids)
+    for one in pages.values():
+        one._blocks.zero_()
+    assert answer == expected
+    roomy.check_clean()
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 6])
+def test_aborted_requests_leave_nothing(roomy: Engine, after: int) -> None:
+    """Before, at and behind the end of the prompt."""
+    roomy.add(LOG[:1500], 50, "0")
+    roomy.add(LOG[:300], 4, "1")
+    for _ in range(after):
+        roomy.step()
+    roomy.llm.llm_engine.abort_request(["0"])
+    while roomy.llm.llm_engine.has_unfinished_requests():
+        roomy.step()
+    roomy.check_clean()
+
+
+def test_a_single_token(roomy: Engine) -> None:
+    """The request ends in the step that cuts its prompt."""
+    alone = roomy.answers([LOG[:1500]], max_tokens=1)
+    longer = roomy.answers([LOG[:1500]], max_tokens=3)
+    assert longer[0].tokens[:1] == alone[0].tokens
+
+
+def test_prompts_join_while_others_decode(roomy: Engine) -> None:
+    expected = [roomy.answers([prompt], max_tokens=40)[0].tokens for prompt in PROMPTS[:3]]
+    finished = {}
+    for number, prompt in enumerate(PROMPTS[:3]):
+        roomy.add(prompt, 40, str(number))
+        for _ in range(7):
+            finished |= {one.request_id: list(one.outputs[0].token_ids) for one in roomy.step() if one.finished}
+    while roomy.llm.llm_engine.has_unfinished_requests():
+        finished |= {one.request_id: list(one.outputs[0].token_ids) for one in roomy.step() if one.finished}
+    assert [finished[str(number)] for number in range(3)] == expected
+    roomy.check_clean()
+
+
+def test_streaming_sessions_keep_their_prompt(roomy: Engine) -> None:
+    """Their prompt grows later, which no cut foresees."""
+    core = roomy.llm.llm_engine.engine_core
+    add_request = core.add_request
+
+    def resumable(request: object) -> None:
+        request.resumable = True  # type: ignore[attr-defined]
+        add_request(request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "add_request", resumable)
+        roomy.add(LOG[:900], 5, "0")
+    for _ in range(4):
+        roomy.step()
+    assert held_blocks(roomy, 0) == 8
+    roomy.llm.llm_engine.abort_request(["0"])
+    roomy.step()
+    roomy.check_clean()
+
+
+def test_the_layout_covers_a_block(cramped: Engine) -> None:
+    """Every element once: its number was written in parts that bfloat16 holds exactly."""
+    layout = cramped.runner.compaction._pages[0]._layout
+    offsets = torch.cat([layout.keys.flatten(), layout.values.flatten()])
+    assert torch.equal(offsets.sort().values, torch.arange(2 * 128 * 3 * 64))
+
+
+def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
+    """On processors with AMX, keys of neighbouring tokens are interleaved, and no strides tell where they are."""
+    by_strides = cramped.runner.compaction._pages[3]
+    assert by_strides._layout.key_strides is not None
+    one_by_one = Pages(by_strides._layer, replace(by_strides._layout, key_strides=None))
+    blocks = torch.tensor([7, 2, 11])
+    by_strides._blocks[blocks] = torch.randn(3, by_strides._blocks.shape[1])
+    keys = by_strides.keys(blocks, 300)
+    assert keys.shape == (1, 3, 300, 64)
+    assert torch.equal(one_by_one.keys(blocks, 300), keys)
+    moved = torch.tensor([0, 1, 130, 131, 299])
+    by_strides.move(blocks, moved, blocks)
+    assert torch.equal(by_strides.keys(blocks, 5), keys[:, :, moved])

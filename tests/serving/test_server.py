@@ -1,0 +1,112 @@
+"""`compresskv serve`: the OpenAI API, streaming, a request's own budget, the metrics endpoint, and Ctrl-C."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from engine import SHIPS_LOG
+
+pytestmark = pytest.mark.slow
+
+_START_S = 240
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    client: httpx.Client
+    log: Path
+
+    def counters(self) -> dict[str, float]:
+        """Ours, from the metrics endpoint."""
+        lines = self.client.get("/metrics").text.splitlines()
+        pairs = (line.split() for line in lines if line.startswith("compresskv:"))
+        return {name.removeprefix("compresskv:").removesuffix("_total"): float(value) for name, value in pairs}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Iterator[Server]:
+    """A server of its own processes, as users start it: with vLLM's defaults, prefix caching among them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "compresskv", "serve", "smollm2-135m", "--budget", "120", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", "4096", "--enforce-eager", "--max-num-seqs", "16"]
+    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        process = subprocess.Popen(command, env=clean_environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + _START_S
+            while not _is_up(client):
+                assert process.poll() is None, log.read_text(encoding="utf-8")
+                assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
+                time.sleep(0.5)
+            yield Server(process, client, log)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _is_up(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False
+
+
+def request(**more: Any) -> dict[str, Any]:
+    """A question about some 1,500 tokens."""
+    text = SHIPS_LOG.read_text(encoding="utf-8")[:6000]
+    message = {"role": "user", "content": f"{text}\n\nWhat did they eat?"}
+    return {"model": "smollm2-135m", "messages": [message], "max_tokens": 20, "temperature": 0, **more}
+
+
+def test_answers_are_streamed_and_counted(server: Server) -> None:
+    pieces = []
+    with server.client.stream("POST", "/v1/chat/completions", json=request(stream=True)) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or "")
+    assert len(pieces) > 10
+    whole = server.client.post("/v1/chat/completions", json=request()).json()  # most of its prompt is found
+    assert whole["choices"][0]["message"]["content"] == "".join(pieces)
+    counters = server.counters()
+    assert counters["evicted_prompts"] == 2
+    assert counters["evicted_tokens"] == 2 * (whole["usage"]["prompt_tokens"] - 120)
+    assert counters["freed_blocks"] > 10
+    assert counters["scoring_seconds"] > 0
+    assert counters["compaction_seconds"] > 0
+
+
+def test_a_request_has_its_own_budget(server: Server) -> None:
+    before = server.counters()
+    response = server.client.post("/v1/chat/completions", json=request(vllm_xargs={"compresskv": "off"}))
+    assert response.status_code == 200
+    assert server.counters() == before
+    response = server.client.post("/v1/chat/completions", json=request(vllm_xargs={"compresskv": 64}))
+    num_prompt = response.json()["usage"]["prompt_tokens"]
+    assert server.counters()["evicted_tokens"] == before.get("evicted_tokens", 0) + num_prompt - 64
+
+
+def test_a_bad_budget_is_the_requests_own_fault(server: Server) -> None:
+    response = server.client.post("/v1/chat/completions", json=request(vllm_xargs={"compresskv": "much"}))
+    assert response.status_code == 400
+    assert "'much' is not a number" in response.json()["error"]["message"]
+    assert server.client.post("/v1/chat/completions", json=request(max_tokens=1)).status_code == 200
+
+
+def test_ctrl_c_ends_it(server: Server) -> None:
+    """The last test of the module."""
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=60) == 0
+    assert not _is_up(server.client)

