@@ -182,7 +182,7 @@ def grouped_attention(
     if mask is not None and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], *grouped.shape[1:3], mask.shape[-1])
     output = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return output.reshape(batch_size, 1, num_query_heads, head_dim)
+    return output.reshape(batch_size, 1, num_query_heads, values.shape[-1])
 
 
 @functools.cache

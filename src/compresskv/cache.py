@@ -148,7 +148,8 @@ class CompressedCache(RoutedCache):
         raise CacheStateError(f"a compressed cache cannot take drafts back out of its prompt. {NO_ASSISTANT}")
 
     def reset(self) -> None:
-        """Forget everything; the next forward pass is a new prompt."""
+        """Forget everything; the next forward pass is a new prompt. Tokens and seconds go on being counted."""
+        self.not_compiled = None  # the next prompt may need another step
         super().reset()  # type: ignore[no-untyped-call]
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # older transformers leave zeros that count as tokens

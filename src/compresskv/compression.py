@@ -11,7 +11,8 @@ from compresskv import registry
 from compresskv.attention import routing
 from compresskv.budgets import Budget
 from compresskv.cache import CompressedCache, compressible_layers
-from compresskv.compiled.decoding import NEVER, CompiledDecoding, check_mode
+from compresskv.compiled.decoding import CompiledDecoding
+from compresskv.compiled.modes import NEVER, check_mode
 from compresskv.compiled.package import Progress
 from compresskv.errors import ConfigError, PlanError
 from compresskv.method import Method
@@ -83,6 +84,7 @@ def compressing(
     profile: Profile | str | Path | None = None,
     prompt_tokens: int | None = None,
     compile: str = NEVER,
+    on_compile: Progress | None = None,
     **options: Any,
 ) -> Compressing:
     """Compress the KV cache of what `model` reads inside the `with`.
@@ -105,6 +107,7 @@ def compressing(
         compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
             'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
             Where it cannot be done, decoding goes on without, and the cache's `not_compiled` says why.
+        on_compile: called with a message when a step is being built.
         options: the method's own options, such as window_size.
     Raises:
         ConfigError: an unknown method, option or mode, or a value out of range.
@@ -113,7 +116,7 @@ def compressing(
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
     chosen = prepare_method(model, method, profile, **options)
-    return Compressing(model, chosen, budget, compile=compile, prompt_tokens=prompt_tokens)
+    return Compressing(model, chosen, budget, compile=compile, on_progress=on_compile, prompt_tokens=prompt_tokens)
 
 
 def prepare_method(

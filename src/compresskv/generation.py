@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from compresskv import memory
 from compresskv.budgets import Budget, check_budget
-from compresskv.compiled.decoding import AUTO, check_mode
+from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compiled.package import Progress
 from compresskv.compression import DEFAULT_BUDGET, DEFAULT_METHOD, Compressing, prepare_method
 from compresskv.decoding import decode, prefill

@@ -21,14 +21,14 @@ class Growing:
     def append(self, states: Tensor) -> Tensor:
         """Add (B, H, T_new, D) and return all that is held, a view."""
         start, num_new = self._held.shape[2], states.shape[2]
-        self.reserve(states)[:, :, start : start + num_new] = states
+        self.reserve(num_new, states)[:, :, start : start + num_new] = states
         return self.advance(num_new)
 
-    def reserve(self, states: Tensor) -> Tensor:
-        """A tensor (B, H, n + room, D) that begins with what is held and has room for `states` (B, H, T_new, D)."""
-        held, num_new = self._held.shape[2], states.shape[2]
+    def reserve(self, num_new: int, states: Tensor) -> Tensor:
+        """A tensor (B, H, n + room, D) that begins with what is held and has room for new tokens like `states`."""
+        held = self._held.shape[2]
         if self._storage is None or held + num_new > self._storage.shape[2] or not may_write(self._storage, states):
-            batch_size, num_heads, _, head_dim = states.shape
+            batch_size, num_heads, _, head_dim = self._held.shape
             self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + ROOM, head_dim)
             self._storage[:, :, :held] = self._held
             self._storage[:, :, held:] = 0  # a masked slot may be read, and what it holds must be a number
@@ -63,7 +63,7 @@ class GrowingStates:
 
     def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
         """Room for one more token, as in `CompressedLayer.reserve_token`."""
-        keys, values = (growing.reserve(growing.held[:, :, :1]) for growing in self._growing)
+        keys, values = (growing.reserve(1, growing.held) for growing in self._growing)
         num_slots, held = keys.shape[2], self._growing[0].held.shape[2]
         starts = [head * num_slots for head in range(keys.shape[1])]
         return [keys, values], starts, [start + held for start in starts]

@@ -9,6 +9,10 @@ _LEAST_TOKENS = 256
 _CHUNK_NBYTES = 16 << 20
 """About what one chunk's logits take: little beside a prompt's keys, and near the processor's caches."""
 _LEAST_CHUNK, _MOST_CHUNK = 16, 128
+_NUM_SHAPES = 32
+"""The matrix library prepares, and keeps, a program for every shape it meets: keys are read in so many lengths."""
+_MOST_TOKENS = 16_384
+"""Beyond that, preparing keys anew for every chunk costs more than is gained."""
 
 
 def is_faster(query: Tensor, keys: Tensor) -> bool:
@@ -16,7 +20,8 @@ def is_faster(query: Tensor, keys: Tensor) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and query.shape[2] == keys.shape[2] >= _LEAST_TOKENS
+        and query.shape[2] == keys.shape[2]
+        and _LEAST_TOKENS <= keys.shape[2] <= _MOST_TOKENS
         and _multiplies_bfloat16()
         and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
     )
@@ -31,29 +36,32 @@ def _multiplies_bfloat16() -> bool:
 def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
     """Attention of each token to itself and all before it, a chunk of queries after another.
 
-    PyTorch's fused kernel takes two to three times as long (docs/speed.md). Differs from it: logits and weights are
-    rounded to bfloat16, as in transformers' 'eager' attention.
+    PyTorch's fused kernel takes two to three times as long (docs/speed.md). Differs from it: scaled queries, logits
+    and weights are rounded to bfloat16, much as in transformers' 'eager' attention.
 
     Args:
         query: (B, H_kv * G, T, D).
-        keys, values: (B, H_kv, T, D).
+        keys, values: (B, H_kv, T, D); values may have another D.
         scaling: factor on the dot products; None: D ** -0.5.
-    Returns: (B, T, H_kv * G, D).
+    Returns: (B, T, H_kv * G, D of the values).
     """
     batch_size, num_query_heads, num_tokens, head_dim = query.shape
     num_kv_heads = keys.shape[1]
     query = query * (head_dim**-0.5 if scaling is None else scaling)
     chunk = _CHUNK_NBYTES // (query.element_size() * batch_size * num_query_heads * num_tokens)
     chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, chunk))
-    future = torch.ones(chunk, chunk, dtype=torch.bool).triu_(1)
-    output = torch.empty(batch_size, num_tokens, num_query_heads, head_dim, dtype=query.dtype)
+    key_step = max(chunk, -(-num_tokens // (_NUM_SHAPES * chunk)) * chunk)
+    positions = torch.arange(num_tokens)
+    output = torch.empty(batch_size, num_tokens, num_query_heads, values.shape[3], dtype=query.dtype)
     for start in range(0, num_tokens, chunk):
         end = min(num_tokens, start + chunk)
         num_new = end - start
         rows = query[:, :, start:end].reshape(batch_size, num_kv_heads, -1, head_dim)  # keys are read once a KV head
-        logits = torch.matmul(rows, keys[:, :, :end].transpose(2, 3))
-        own = logits.view(batch_size, num_query_heads, num_new, end)[..., start:]
-        own.masked_fill_(future[:num_new, :num_new], -torch.inf)
-        mixed = torch.matmul(logits.softmax(dim=-1), values[:, :, :end])
-        output[:, start:end] = mixed.view(batch_size, num_query_heads, num_new, head_dim).transpose(1, 2)
+        read = min(num_tokens, -(-end // key_step) * key_step)
+        logits = torch.matmul(rows, keys[:, :, :read].transpose(2, 3))
+        future = positions[start:read] > positions[start:end, None]
+        own = logits.view(batch_size, num_query_heads, num_new, read)[..., start:]
+        own.masked_fill_(future, -torch.inf)
+        mixed = torch.matmul(logits.softmax(dim=-1), values[:, :, :read])
+        output[:, start:end] = mixed.view(batch_size, num_query_heads, num_new, -1).transpose(1, 2)
     return output

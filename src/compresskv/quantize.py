@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from compresskv.errors import ConfigError
@@ -10,13 +11,13 @@ from compresskv.profiles.fingerprint import fingerprint, remember
 INT8 = "int8"
 
 
-def check_int8() -> None:
+def check_int8(option: str = "--dtype") -> None:
     """Find out whether weights can be quantised, before a model is loaded.
 
     Raises:
         ConfigError: torchao is not installed.
     """
-    _torchao()
+    _torchao(option)
 
 
 def quantize_int8(model: PreTrainedModel) -> None:
@@ -27,7 +28,7 @@ def quantize_int8(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: torchao is not installed.
     """
-    quantize, config, unwrap = _torchao()
+    quantize, config, unwrap = _torchao("--dtype")
     own = fingerprint(model)
     quantize(model, config)
     unwrap(model)  # plain tensors, which a compiled step can be given
@@ -35,10 +36,17 @@ def quantize_int8(model: PreTrainedModel) -> None:
     remember(model, own)
 
 
-def _torchao() -> tuple[Any, Any, Any]:
+def weights_dtype(model: PreTrainedModel) -> str:
+    """'float32', 'bfloat16', 'float16', or 'int8' of a model with 8-bit weights."""
+    if any(weight.dtype == torch.int8 for weight in model.parameters()):
+        return INT8
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _torchao(option: str) -> tuple[Any, Any, Any]:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
         from torchao.utils import unwrap_tensor_subclass
     except ImportError:
-        raise ConfigError("--dtype int8 needs torchao: pip install 'compresskv[int8]'") from None
+        raise ConfigError(f"{option} int8 needs torchao: pip install 'compresskv[int8]'") from None
     return quantize_, Int8WeightOnlyConfig(set_inductor_config=False), unwrap_tensor_subclass

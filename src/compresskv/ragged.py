@@ -86,7 +86,7 @@ class RaggedStore:
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store new tokens (B, H_kv, T_new, D) in every head."""
         num_new = key_states.shape[2]
-        self._reserve(key_states)
+        self._reserve(num_new, key_states)
         for packed, states in zip(self.tensors, (key_states, value_states), strict=True):
             if num_new == 1:
                 packed.index_copy_(1, self._ends, states[:, :, 0])
@@ -95,15 +95,14 @@ class RaggedStore:
                     packed[:, start + count : start + count + num_new] = states[:, head]
         self.advance(num_new)
 
-    def _reserve(self, states: Tensor) -> None:
-        """Make room for (B, H_kv, T_new, D) in every head's part."""
-        num_new = states.shape[2]
+    def _reserve(self, num_new: int, states: Tensor) -> None:
+        """Make room for new tokens like `states` in every head's part."""
         if self._shared or num_new > self._room or not may_write(self._keys, states):
             self._pack([[part[:, 0] for part in self._heads(packed)] for packed in self.tensors], room=num_new + ROOM)
 
     def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
         """Room for one more token in every head's part, as in `CompressedLayer.reserve_token`."""
-        self._reserve(self.keys[0][:, :, :1])
+        self._reserve(1, self._keys)
         return (
             self.tensors,
             self._starts,

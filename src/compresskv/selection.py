@@ -32,6 +32,7 @@ def select(scores: Tensor, budget: int, window_size: int) -> Tensor:
 
 def _best(scores: Tensor, count: int) -> Tensor:
     """Indices (B, H, count) of the best scores, ascending; of equal ones the earlier: much faster than sorting."""
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)  # a NaN is neither better nor equal
     least = scores.topk(count, dim=-1).values[..., -1:]
     better, equal = scores > least, scores == least
     better |= equal & (equal.cumsum(-1) <= count - better.sum(dim=-1, keepdim=True))
@@ -90,6 +91,7 @@ def _head_counts(scores: Tensor, budget: int, window_size: int, guaranteed: floa
     spare = min(budget, num_tokens) - window_size
     if spare <= 0 or spare >= num_older:
         return [min(budget, num_tokens)] * num_heads
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
     num_infinite = int(torch.isinf(scores[:, :num_older]).sum(dim=-1).amax())  # sinks: each head keeps its own
     sure = max(int(guaranteed * spare), min(num_infinite, spare))
     num_contested = (spare - sure) * num_heads  # one head could win all of them

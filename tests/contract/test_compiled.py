@@ -43,7 +43,7 @@ def stored_packages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 class UncompiledPackage:
     """A step as PyTorch runs it, line by line."""
 
-    def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], *_: Any) -> None:
+    def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], *_: Any, **__: Any) -> None:
         self.kinds = kinds
         self._step = Step(model, kinds)
 
@@ -116,7 +116,7 @@ def test_half_precision(method: str) -> None:
         expected = tiny.read(model, cache, sequence, steps)
     with context(model, method, "always") as cache:
         found = tiny.read(model, cache, sequence, steps)
-    assert cache.num_compiled_steps == 8
+    assert (cache.num_compiled_steps, cache.not_compiled) == (8, None)
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.03 * float(expected.abs().max()))
 
 
@@ -183,10 +183,16 @@ def test_another_prompt_may_need_another_step() -> None:
             cache.reset()
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_model_gets_its_forward_back() -> None:
     model = tiny.tiny_model("llama")
-    with context(model, "snapkv", "always"), context(model, "snapkv", "always"):
+    first, second = context(model, "snapkv", "always"), context(model, "snapkv", "always")
+    first.__enter__()
+    with second as cache:
+        first.__exit__(None, None, None)  # not in the order in which they began
         assert "forward" in model.__dict__
+        tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
+        assert cache.num_compiled_steps == 9
     assert "forward" not in model.__dict__
 
 
@@ -239,7 +245,7 @@ def test_new_weights_are_seen() -> None:
 
 
 @pytest.mark.usefixtures("stored_packages")
-def test_a_damaged_package_is_told_of(monkeypatch: pytest.MonkeyPatch, packages: Path, tmp_path: Path) -> None:
+def test_a_damaged_package_is_told_of_by_auto(monkeypatch: pytest.MonkeyPatch, packages: Path, tmp_path: Path) -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
@@ -250,11 +256,15 @@ def test_a_damaged_package_is_told_of(monkeypatch: pytest.MonkeyPatch, packages:
     assert list(built.iterdir())
     monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
     shutil.copytree(built, package.package_folder(model, kinds))
-    (package.package_folder(model, kinds) / "step.pt2").write_bytes(b"damaged")
-    with context(model, "snapkv", "always") as cache:
-        tiny.generate(model, prompt, cache)
-    assert cache.num_compiled_steps == 0
-    assert "cannot be loaded" in str(cache.not_compiled)
+    damaged = package.package_folder(model, kinds)
+    for name in ("step.pt2", "constants.pt"):
+        (damaged / name).write_bytes(b"damaged")
+        with context(model, "snapkv", "auto") as cache, monkeypatch.context() as patch:
+            patch.setattr(decoding, "built_facts", lambda *_: package.Facts(compile_s=1.0, load_s=0.0))
+            tiny.generate(model, prompt, cache)
+        assert cache.num_compiled_steps == 0
+        assert "cannot be loaded" in str(cache.not_compiled)
+        shutil.copyfile(built / name, damaged / name)
 
 
 @pytest.mark.usefixtures("stored_packages")
@@ -275,3 +285,77 @@ def test_ragged_heads_need_plain_attention(attention: str) -> None:
     model = tiny.tiny_model("gemma2" if attention == "sdpa" else "llama", "eager")
     with context(model, "adakv", "always") as cache, pytest.raises(compresskv.ModelError, match="plain sdpa"):
         tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
+
+
+@pytest.mark.usefixtures("stored_packages")
+@pytest.mark.parametrize("change", ["dtype", "training", "hidden_states", "hook"])
+def test_a_changed_model_is_noticed(change: str) -> None:
+    model, prompt = tiny.build_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, prompt, cache)
+    assert cache.num_compiled_steps == 9
+    package_before = decoding._loaded[model][decoding._kinds(cache)]
+    assert package_before.fits(model)
+    if change == "dtype":
+        model.to(torch.bfloat16)
+        assert not package_before.fits(model)
+        return
+    handles = []
+    if change == "training":
+        model.train()
+    elif change == "hidden_states":
+        model.config.output_hidden_states = True
+    else:
+        handles.append(model.model.layers[0].register_forward_hook(lambda *_: None))
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, prompt, cache)
+    assert cache.num_compiled_steps == 0
+    assert (change == "hook") == ("hooks" in str(cache.not_compiled))
+
+
+def test_tied_weights_make_another_package() -> None:
+    model = tiny.build_model("llama")
+    kinds = ("even",) * 4
+    before = package.package_folder(model, kinds)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    tied = package.package_folder(model, kinds)
+    model.self_attn_scaling = 0.5
+    assert len({before, tied, package.package_folder(model, kinds)}) == 3
+
+
+@pytest.mark.usefixtures("stored_packages")
+def test_auto_never_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not even where the step of another kind of layer is there."""
+    model = tiny.tiny_model("llama")
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
+    decoding._loaded.clear()
+    monkeypatch.setattr(package, "_build", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(package, "built_facts", built_even(package.built_facts))
+    monkeypatch.setattr(decoding, "built_facts", built_even(lambda *_: package.Facts(1.0, 0.0)))
+    with context(model, "adakv", "auto") as cache:
+        tiny.generate(model, tiny.random_tokens(20), cache)  # within the budget: all heads hold the same
+        assert cache.num_compiled_steps == 9
+        cache.reset()
+        tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
+        assert cache.num_compiled_steps == 9
+        assert "compresskv compile" in str(cache.not_compiled)
+        cache.reset()
+        tiny.generate(model, tiny.random_tokens(20), cache)
+        assert (cache.num_compiled_steps, cache.not_compiled) == (18, None)
+
+
+def built_even(facts: Any) -> Any:
+    return lambda model, kinds: facts(model, kinds) if "even" in kinds else None
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_prompt_of_one_token_before_sliding_windows() -> None:
+    model, sequence = tiny.tiny_model("gemma3"), tiny.random_tokens(40)
+    steps = [1] * 40
+    with context(model, "snapkv", "never") as cache:
+        expected = tiny.read(model, cache, sequence, steps)
+    with context(model, "snapkv", "always") as cache:
+        found = tiny.read(model, cache, sequence, steps)
+    assert cache.num_compiled_steps == 38  # the prompt, and a window that holds one token, go the usual way
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)

@@ -1,5 +1,6 @@
 """8-bit weights."""
 
+import copy
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import tiny
 from compresskv import models
 from compresskv.compiled import decoding
 from compresskv.profiles.fingerprint import fingerprint
-from compresskv.quantize import quantize_int8
+from compresskv.quantize import quantize_int8, weights_dtype
 
 
 @torch.no_grad()
@@ -22,7 +23,8 @@ def test_weights_take_a_byte_and_outputs_stay_near() -> None:
     found = model(prompt).logits
     assert 0 < float((found - expected).abs().max()) < 0.2 * float(expected.abs().max())
     assert nbytes(model) < 0.45 * before  # from float32, but for the embedding
-    assert fingerprint(model) == own  # its profile still fits
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == own  # its profile still fits
+    assert weights_dtype(model) == "int8"
     assert not any(weight.requires_grad for weight in model.parameters())
 
 

@@ -1,5 +1,6 @@
 """What reads a prompt and goes on from it: plain transformers, and our caches."""
 
+import functools
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,9 +13,9 @@ from compresskv.attention import decoder_config, routing
 from compresskv.bench.clock import Stopwatch, now
 from compresskv.bench.session import Prefill, Session
 from compresskv.cache import CompressedCache, layers_nbytes
-from compresskv.compiled.decoding import ALWAYS, CompiledDecoding
+from compresskv.compiled.decoding import CompiledDecoding
+from compresskv.compiled.modes import ALWAYS
 from compresskv.decoding import decode_one_token, prefill
-from compresskv.errors import ModelError
 from compresskv.method import Method
 
 PLAIN = "plain"
@@ -113,7 +114,8 @@ class Ours:
             kv_nbytes=cache.nbytes,
         )
         open_context = (lambda: routing(model)) if self.decode == EAGER else _Compiled(model, cache)
-        return Session(figures, first, lambda token: _next(model, token, cache), open_context)
+        advance = functools.partial(_next, model, cache=cache)
+        return Session(figures, first, advance, open_context, lambda: cache.not_compiled)
 
 
 class _Compiled:
@@ -121,20 +123,13 @@ class _Compiled:
 
     def __init__(self, model: PreTrainedModel, cache: CompressedCache) -> None:
         self._model = model
-        self._cache = cache
         self._decoding = CompiledDecoding(model, cache, ALWAYS)
 
     def __call__(self) -> ExitStack:
-        """Enter one.
-
-        Raises:
-            ModelError: the model's step cannot be compiled.
-        """
+        """Enter one."""
         with ExitStack() as stack:
             stack.enter_context(routing(self._model))
             self._decoding.prepare()
-            if self._cache.not_compiled is not None:
-                raise ModelError(f"--decode compiled: {self._cache.not_compiled}")
             stack.enter_context(self._decoding)
             return stack.pop_all()
 

@@ -13,6 +13,7 @@ import compresskv
 from compresskv import memory
 from compresskv.attention import decoder_config
 from compresskv.processor import processor_name
+from compresskv.quantize import weights_dtype
 
 
 def versions() -> dict[str, str]:
@@ -44,7 +45,7 @@ def describe(model: PreTrainedModel, name: str, *, random: bool) -> dict[str, An
     return {
         "name": name,
         "random_weights": random,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": weights_dtype(model),
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "weights_nbytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         "num_layers": config.num_hidden_layers,

@@ -24,6 +24,8 @@ class Sample:
     """Seconds of each decode step."""
     tokens: tuple[int, ...]
     """What it generated, the first token included."""
+    not_compiled: str | None = None
+    """Why its steps were not compiled though that was asked for."""
 
 
 def run_rounds(
@@ -79,6 +81,6 @@ def _round(
             steps[place] += sessions[place].decode(min(_BLOCK, left), model.device)
         left -= _BLOCK
     return {
-        place: Sample(session.prefill, tuple(steps[place]), tuple(session.tokens))
+        place: Sample(session.prefill, tuple(steps[place]), tuple(session.tokens), session.not_compiled())
         for place, session in sessions.items()
     }

@@ -23,6 +23,8 @@ class Row:
     method: str
     decode: str
     """'eager', 'compiled' or 'int8' (compiled, with 8-bit weights)."""
+    not_compiled: str | None
+    """Why its tokens were generated eagerly all the same."""
     budget: int | float | None
     length: int
     """As asked for."""
@@ -86,6 +88,7 @@ def make_row(
     return Row(
         method=contender.method,
         decode=contender.decode,
+        not_compiled=samples[-1].not_compiled,
         budget=contender.budget,
         prompt_tokens=prefills[0].prompt_tokens,
         held_tokens=prefills[0].held_tokens,

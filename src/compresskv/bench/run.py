@@ -61,6 +61,9 @@ class Bench:
                     on_step=on_step,
                 )
             self.rows += self._rows(stage, samples, engine)
+            reasons = {row.not_compiled for row in self.rows if row.not_compiled}
+            notes = [f"not compiled, so generated eagerly: {reason}" for reason in sorted(reasons)]
+            self.subject.notes += [note for note in notes if note not in self.subject.notes]
         self._note_limits()
 
     def _work(self, stage: Stage) -> float:

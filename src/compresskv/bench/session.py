@@ -43,6 +43,7 @@ class Session:
         first: int,
         advance: Callable[[int], int],
         open_context: Callable[[], AbstractContextManager[Any]],
+        not_compiled: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Keep the state.
 
@@ -50,12 +51,14 @@ class Session:
             first: the first generated token.
             advance: feeds a token to the model and returns the next.
             open_context: what must be entered while the model works on this cache.
+            not_compiled: why steps are not compiled though that was asked for.
         """
         self.prefill = prefill
         self.tokens = [first]
         """Generated so far."""
         self._advance = advance
         self._open_context = open_context
+        self.not_compiled = not_compiled
 
     def decode(self, num_tokens: int, device: torch.device) -> list[float]:
         """Generate more tokens greedily; seconds of each step."""

@@ -57,7 +57,7 @@ def _row(length: int, rounds: list[list[float]]) -> dict[str, Any]:
     return {
         **dict.fromkeys(row_keys),
         "engine": "vllm",
-        "method": "vllm, full cache",
+        "method": "vllm (eager), full cache",
         "decode": "eager",
         "length": length,
         "prompt_tokens": length,

@@ -83,13 +83,13 @@ app.command("compile", epilog=COMPILE_EPILOG)(compile_step)
 app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT)(serve)
 app.add_typer(profile_app, name="profile")
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers that are kept still: transformers imports torchao if it can, which tells of other machines' kernels."""
+
 
 def main() -> None:
     """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # transformers imports torchao, which tells of other machines' kernels
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()

@@ -24,6 +24,7 @@ from compresskv.cli.options import (
     create_methods,
 )
 from compresskv.cli.terminal import Bar, err, megabytes, out
+from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def ask(
 
     The answer goes to standard output, what it cost to standard error.
     """
+    check_mode(compile, "--compile ")
     context = read_document(document)
     from compresskv.budgets import parse_budget
 
@@ -79,13 +81,11 @@ def ask(
     chosen = create_methods(method, compare, settings)
     if request["two_pass"] and any(one.lookahead for one in chosen):
         raise ConfigError("--two-pass and --save-plan cannot look ahead: leave out --set lookahead")
-    from compresskv.compiled.decoding import check_mode
     from compresskv.compression import prepare_method
     from compresskv.models import load
     from compresskv.prompts import check_request
 
     check_request(context, question, truncate)
-    check_mode(compile)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
     # All profiles are found before the first prefill: a missing one must not cost the others' answers.

@@ -83,7 +83,7 @@ def bench(
     Ratios to plain transformers are taken within rounds in which all take turns.
     """
     plan, chosen = _plan(lengths, budgets, methods, decode, repeats, new_tokens)
-    _check_choices(model, random, layers, profile)
+    _check_choices(model, random, layers, profile, dtype, plan.decode, peers)
     _check_outputs(plot, output)
     peer_pythons = _pythons_of_peers(peers)
     with Bar() as bar:
@@ -128,7 +128,7 @@ def _plan(
     if "int8" in plan.decode:
         from compresskv.quantize import check_int8
 
-        check_int8()
+        check_int8("--decode")
     chosen = parse_methods("--methods", methods)
     for label, method in chosen.items():
         if method.lookahead:
@@ -136,8 +136,20 @@ def _plan(
     return plan, chosen
 
 
-def _check_choices(model: str | None, random: str | None, layers: int | None, profile: Path | None) -> None:
+def _check_choices(
+    model: str | None,
+    random: str | None,
+    layers: int | None,
+    profile: Path | None,
+    dtype: str | None,
+    ways: tuple[str, ...],
+    peers: str,
+) -> None:
     """Refuse options that contradict each other, before anything heavy is done."""
+    if dtype == "int8" and (random is not None or "int8" in ways):
+        raise ConfigError("--dtype int8 measures a real model whose weights are quantised already: use --decode int8")
+    if random is not None and "vllm" in peers:
+        raise ConfigError(f"--peers {peers!r} and --random {random!r} exclude each other: vLLM needs a real model")
     if random is None:
         if layers is not None:
             raise ConfigError(f"--layers {layers} needs --random GEOMETRY: a real model has its own layers")

@@ -1,8 +1,10 @@
 """When a compiled step runs: one token at a time, on a cache whose prompt has been read."""
 
 import functools
+import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -14,13 +16,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compresskv.cache import CompressedCache
-from compresskv.compiled.package import Facts, NotCompilableError, Package, Progress, built_facts, load_package
+from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
+from compresskv.compiled.package import NotCompilableError, Package, Progress, built_facts, load_package
 from compresskv.compiled.step import EVEN, RAGGED, SLIDING, StepInputs
-from compresskv.errors import ConfigError
 from compresskv.layer import CompressedLayer
-
-NEVER, AUTO, ALWAYS = "never", "auto", "always"
-MODES = (NEVER, AUTO, ALWAYS)
 
 _STEP_ARGUMENTS = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep",
@@ -30,14 +29,11 @@ _STEP_ARGUMENTS = {
 _loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, ...], Package]] = weakref.WeakKeyDictionary()
 
 
-def check_mode(mode: str) -> None:
-    """Refuse an unknown mode.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    if mode not in MODES:
-        raise ConfigError(f"compile={mode!r} must be one of {', '.join(MODES)}")
+_lock = threading.Lock()
+_open: weakref.WeakKeyDictionary[PreTrainedModel, list["CompiledDecoding"]] = weakref.WeakKeyDictionary()
+"""Contexts that a model's `forward` hands calls to. They need not end in the order in which they began."""
+_own_forward: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
+"""What stood in the place of the class's `forward` before, of models that had such."""
 
 
 class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
@@ -60,41 +56,50 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         """
         check_mode(mode)
         self._model = model
-        self._cache = cache
+        self.cache = cache
         self._mode = mode
         self._on_progress = on_progress
         self._eager_s = 0.0
         self._package: Package | None = None
-        self._facts: Facts | None = None
+        self._load_s: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> "CompiledDecoding":
-        """Take the place of the model's `forward`."""
-        self._outer = self._model.__dict__.get("forward")
-        self._eager = self._model.forward
-        self._model.forward = functools.wraps(self._eager)(functools.partial(self._forward))
+        """Let the model's `forward` hand this cache's calls over."""
+        with _lock:
+            if self._model not in _open:
+                _open[self._model] = []
+                eager = self._model.forward
+                if "forward" in self._model.__dict__:
+                    _own_forward[self._model] = eager
+                self._model.forward = functools.wraps(eager)(functools.partial(_dispatch, _open[self._model], eager))
+            _open[self._model].append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give the model its `forward` back."""
-        if self._outer is None:
-            del self._model.forward
-        else:
-            self._model.forward = self._outer
+        """The last one gives the model its own `forward` back."""
+        with _lock:
+            _open[self._model].remove(self)
+            if not _open[self._model]:
+                del _open[self._model]
+                if self._model in _own_forward:
+                    self._model.forward = _own_forward.pop(self._model)
+                else:
+                    del self._model.forward
 
     def prepare(self) -> None:
         """Find the compiled step now, after a prompt, rather than at the next token; with 'always', build it."""
-        if self._mode == ALWAYS and not any(layer.in_prefill for layer in self._cache.compressed_layers):
+        if self._mode == ALWAYS and not any(layer.in_prefill for layer in self.cache.compressed_layers):
             self._find_package()
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs.get("past_key_values") is not self._cache or not self._is_step(**kwargs):
-            self._package = None  # after another prompt, another one may be needed
-            return self._eager(*args, **kwargs)
+    def forward(self, eager: Callable[..., Any], **kwargs: Any) -> Any:
+        """Read what `eager`, the model's own `forward`, would read on this cache."""
+        if not self._is_step(**kwargs):
+            return eager(**kwargs)
         start = time.perf_counter()
         if (package := self._find_package()) is None:
-            output = self._eager(**kwargs)
+            output = eager(**kwargs)
             self._eager_s += time.perf_counter() - start
             return output
         return self._run(package, kwargs["input_ids"], kwargs.get("position_ids"))
@@ -102,13 +107,14 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     def _is_step(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = True,
         return_dict: bool | None = True,
         **others: Any,
     ) -> bool:
         """Whether this is one sequence's next token, and nothing unusual is asked for."""
+        config = self._model.config
         return (
             input_ids is not None
             and input_ids.shape == (1, 1)
@@ -116,21 +122,33 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             and (position_ids is None or position_ids.shape == (1, 1))
             and use_cache is not False
             and return_dict is not False
-            and not torch.is_grad_enabled()
-            and not any(layer.in_prefill or layer.has_unused for layer in self._cache.compressed_layers)
-            and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
+            and not any(getattr(config, name, False) for name in ("output_hidden_states", "output_attentions"))
+            and getattr(config, "return_dict", True)
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self._model.training)
+            and (attention_mask is None or _is_all_ones(attention_mask))
+            and all(map(self._is_ready, self.cache.layers))
         )
+
+    def _is_ready(self, layer: Any) -> bool:
+        """Whether a layer holds one row, in the model's dtype, after its prompt."""
+        if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_unused):
+            return False
+        keys = layer.keys
+        least = 2 if isinstance(layer, DynamicSlidingWindowLayer) else 0  # what the program was traced with
+        return keys is not None and keys.shape[0] == 1 and keys.dtype == self._model.dtype and keys.shape[2] >= least
 
     def _find_package(self) -> Package | None:
         """The compiled step, if it is time for it."""
-        if self._package is None and self._cache.not_compiled is None:
+        if self.cache.not_compiled is None:
             start = time.perf_counter()
             try:
-                self._package = self._get_package(_kinds(self._cache))
+                kinds = _kinds(self.cache)  # another prompt may need another
+                if self._package is None or self._package.kinds != kinds:
+                    self._package = self._get_package(kinds)
             except NotCompilableError as error:
-                self._cache.not_compiled = str(error)
-            self._cache.compile_s += time.perf_counter() - start
-        return self._package
+                self._package, self.cache.not_compiled = None, str(error)
+            self.cache.compile_s += time.perf_counter() - start
+        return self._package if self.cache.not_compiled is None else None
 
     def _get_package(self, kinds: tuple[str, ...]) -> Package | None:
         """From memory, from disk, or built.
@@ -142,26 +160,39 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             raise NotCompilableError(
                 f"compiled steps are made for CPUs so far, and the model is on {self._model.device}"
             )
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
+            raise NotCompilableError("hooks are set on the model's modules, which it would not call")
         known = _loaded.setdefault(self._model, {})
         package = known.get(kinds)
         if package is not None and package.fits(self._model):
             return package
         if self._mode == AUTO:
-            self._facts = self._facts or built_facts(self._model, kinds)
-            if self._facts is None:
-                raise NotCompilableError("it was not compiled for this model before: 'compresskv compile' does that")
-            if self._eager_s < self._facts.load_s:  # at worst, loading then doubles the time
+            if kinds not in self._load_s:
+                facts = built_facts(self._model, kinds)
+                self._load_s[kinds] = 0.0 if facts is None else facts.load_s  # none: told at once
+            if self._eager_s < self._load_s[kinds]:  # at worst, loading then doubles the time
                 return None
-        known[kinds] = load_package(self._model, kinds, self._on_progress)
+        known[kinds] = load_package(self._model, kinds, self._on_progress, build=self._mode == ALWAYS)
         return known[kinds]
 
     def _run(self, package: Package, token: Tensor, position: Tensor | None) -> CausalLMOutputWithPast:
         if position is None:
-            position = torch.full((1, 1), self._cache.get_seq_length(), device=token.device)
-        logits, sliding = package(_gather_inputs(self._cache, token, position, package.kinds))
-        _store(self._cache, sliding)
-        self._cache.num_compiled_steps += 1
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self._cache)
+            position = torch.full((1, 1), self.cache.get_seq_length(), device=token.device)
+        logits, sliding = package(_gather_inputs(self.cache, token, position, package.kinds))
+        _store(self.cache, sliding)
+        self.cache.num_compiled_steps += 1
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self.cache)
+
+
+def _dispatch(contexts: list[CompiledDecoding], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The model's `forward` while contexts are open on it."""
+    cache = kwargs.get("past_key_values")
+    own = None if args or cache is None else next((one for one in contexts if one.cache is cache), None)
+    return eager(*args, **kwargs) if own is None else own.forward(eager, **kwargs)
+
+
+def _is_all_ones(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())
 
 
 def _kinds(cache: CompressedCache) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Compiled decode steps on disk: built once for a model's shape on a machine, loaded in a second ever after."""
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -15,14 +16,15 @@ from typing import Any
 import filelock
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import compresskv
 from compresskv.attention import base_implementation, decoder_config, routing
 from compresskv.compiled.step import RAGGED, Step, StepInputs
 from compresskv.errors import first_line
 from compresskv.paths import cache_dir
-from compresskv.processor import processor_name
+from compresskv.processor import instruction_sets, processor_name
 
 Progress = Callable[[str, float | None], None]
 
@@ -31,6 +33,10 @@ class NotCompilableError(Exception):
     """Why a decode step runs without being compiled: one line that follows 'decoding is not compiled: '."""
 
 
+_NOT_BUILT = (
+    "it was not compiled before for this model, dtype, number of threads and kind of method: "
+    "'compresskv compile' does that"
+)
 _PROGRAM, _CONSTANTS, _FACTS = "step.pt2", "constants.pt", "facts.json"
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Of the largest logit. Both are roundings of the same sums, in other orders."""
@@ -56,13 +62,15 @@ class Package:
             NotCompilableError: the files are damaged.
         """
         self.kinds = kinds
+        self._weights = _weights(model)
         try:
             self._program: Any = torch._inductor.aoti_load_package(str(folder / _PROGRAM))
             constants = torch.load(folder / _CONSTANTS, weights_only=True) | _tensors(model)
             self._constants = {name: constants[name] for name in self._program.get_constant_fqns()}
             self._program.load_constants(self._constants, check_full_update=True, user_managed=True)
-        except (RuntimeError, OSError, KeyError) as error:
-            raise NotCompilableError(f"the compiled step in {folder} cannot be loaded ({first_line(error)})") from error
+        except Exception as error:  # damaged files raise of all kinds
+            reason = f"the compiled step in {str(folder)!r} cannot be loaded ({first_line(error)}): delete that folder"
+            raise NotCompilableError(reason) from error
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
         """As `Step.forward`."""
@@ -71,8 +79,7 @@ class Package:
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether the model still has the tensors that this was loaded with: it may have been moved or converted."""
-        own = _tensors(model)
-        return all(name not in own or own[name] is held for name, held in self._constants.items())
+        return _weights(model) == self._weights
 
 
 def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
@@ -82,45 +89,90 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
     of its layers, versions, the processor and the number of threads.
     """
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    own = Path(__file__).parent
     what = [
-        f"{type(model).__module__}.{type(model).__qualname__}",
         json.dumps(config, sort_keys=True, default=str),
+        [(name, type(module).__qualname__, _settings(module)) for name, module in model.named_modules()],
         base_implementation(model),
-        [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in _tensors(model).items()],
+        _layout(model),
         kinds,
-        [torch.__version__, transformers.__version__, platform.python_version()],
-        [platform.machine(), processor_name(), str(model.device), torch.get_num_threads()],
-        [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))],
+        [torch.__version__, transformers.__version__, platform.python_version(), compresskv.__version__],
+        [platform.machine(), processor_name(), instruction_sets(), str(model.device), torch.get_num_threads()],
+        [file.read_text() for file in (*sorted(own.glob("*.py")), own.parent / "attention.py")],
     ]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     return cache_dir() / "compiled" / f"{decoder_config(model).model_type}-{digest}"
 
 
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    """Numbers and switches that a module's code may read."""
+    return sorted((name, str(value)) for name, value in vars(module).items() if type(value) in (bool, int, float))
+
+
+def _layout(model: PreTrainedModel) -> list[Any]:
+    """Of each tensor: its type, shape and strides, and which other one it is, where weights are tied."""
+    first: dict[int, str] = {}
+    return [
+        (name, str(tensor.dtype), list(tensor.shape), tensor.stride(), first.setdefault(id(tensor), name))
+        for name, tensor in _tensors(model).items()
+    ]
+
+
+def _weights(model: PreTrainedModel) -> list[Any]:
+    """Where each tensor's numbers lie, and how."""
+    return [
+        (name, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        for name, tensor in _tensors(model).items()
+    ]
+
+
 def built_facts(model: PreTrainedModel, kinds: tuple[str, ...]) -> Facts | None:
     """What is known of the package; None where there is none."""
     try:
-        return Facts(**json.loads((package_folder(model, kinds) / _FACTS).read_text()))
-    except (OSError, ValueError, TypeError):
+        facts = json.loads((package_folder(model, kinds) / _FACTS).read_text())
+        return Facts(compile_s=float(facts["compile_s"]), load_s=float(facts["load_s"]))
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def load_package(model: PreTrainedModel, kinds: tuple[str, ...], on_progress: Progress | None = None) -> Package:
-    """The package of a model, built if it is not there. Of several processes, one builds and the others wait.
+def load_package(
+    model: PreTrainedModel, kinds: tuple[str, ...], on_progress: Progress | None = None, *, build: bool = True
+) -> Package:
+    """The package of a model. Of several processes that need one, one builds it and the others wait.
 
+    Args:
+        build: whether to build it where it is missing or damaged.
     Raises:
         NotCompilableError: in one line, why not.
     """
     folder = package_folder(model, kinds)
-    if built_facts(model, kinds) is None:
-        if on_progress is not None:
-            on_progress("compiling the decode step, once for this model", None)
+    if model.dtype not in _TOLERANCE:
+        raise NotCompilableError(f"{str(model.dtype).removeprefix('torch.')} is not supported")
+    if built_facts(model, kinds) is not None:
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder.with_suffix(".lock")):
-                if built_facts(model, kinds) is None:
-                    _build(model, kinds, folder)
-        except OSError as error:
-            raise NotCompilableError(f"{str(folder.parent)!r} cannot be written ({error.strerror})") from error
+            return Package(folder, model, kinds)
+        except NotCompilableError:
+            if not build:
+                raise
+    elif not build:
+        raise NotCompilableError(_NOT_BUILT)
+    if on_progress is not None:
+        on_progress("compiling the decode step, once for this model", None)
+    try:
+        return _build_alone(model, kinds, folder)
+    except NotCompilableError:
+        raise
+    except Exception as error:  # whatever a file system, a model's code or a compiler raises
+        raise NotCompilableError(f"its decode step cannot be compiled ({first_line(error)})") from error
+
+
+def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> Package:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if built_facts(model, kinds) is not None:  # by another process, unless it is damaged
+            with contextlib.suppress(NotCompilableError):
+                return Package(folder, model, kinds)
+        _build(model, kinds, folder)
     return Package(folder, model, kinds)
 
 
@@ -168,24 +220,19 @@ def _compile(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> No
         "aot_inductor.package_constants_in_so": False,  # weights would be stored once more
         "post_grad_custom_pre_pass": OneRowProducts(),
     }
-    try:
-        with routing(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's, about its own changes
-            exported = torch.export.export(
-                Step(model, kinds),
-                example.as_args(),
-                dynamic_shapes=(None, None, None, None, by_tokens, by_tokens),
-                strict=False,  # plain Python runs, with tensors that note what is done to them
-            )
-            torch.save(
-                {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)},
-                folder / _CONSTANTS,
-            )
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(folder / _PROGRAM), inductor_configs=options
-            )
-    except Exception as error:
-        raise NotCompilableError(f"its decode step cannot be compiled ({first_line(error)})") from error
+    with routing(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, about its own changes
+        exported = torch.export.export(
+            Step(model, kinds),
+            example.as_args(),
+            dynamic_shapes=(None, None, None, None, by_tokens, by_tokens),
+            strict=False,  # plain Python runs, with tensors that note what is done to them
+        )
+        constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
+        torch.save(constants, folder / _CONSTANTS)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(folder / _PROGRAM), inductor_configs=options
+        )
 
 
 def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.cache import CompressedCache
-from compresskv.compiled.decoding import ALWAYS
+from compresskv.compiled.modes import ALWAYS
 from compresskv.compiled.package import Progress
 from compresskv.compression import Compressing
 from compresskv.decoding import decode_one_token, prefill
@@ -44,7 +44,9 @@ def try_compiled(
     with compressed as cache:
         advance = _decoding(model, input_ids, cache)
         compressed.prepare_decoding()
-        compiled_ms = None if cache.not_compiled else _median_ms(advance)
+        compiled_ms = _median_ms(advance)
+    if cache.num_compiled_steps < _STEPS:
+        return Trial(cache.compile_s, eager_ms, None, cache.not_compiled or "the method looks ahead")
     return Trial(cache.compile_s, eager_ms, compiled_ms, cache.not_compiled)
 
 

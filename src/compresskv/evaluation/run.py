@@ -22,6 +22,7 @@ from compresskv.evaluation.runner import Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings, create_task
 from compresskv.profiles.fingerprint import fingerprint
 from compresskv.prompts import room_for_prompt
+from compresskv.quantize import weights_dtype
 from compresskv.suggest import suggestion
 
 Progress = Callable[[str, float], None]
@@ -240,5 +241,5 @@ def versions(model: PreTrainedModel) -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "model": Path(model.config._name_or_path).name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": weights_dtype(model),
     }

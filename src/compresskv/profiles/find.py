@@ -21,6 +21,7 @@ from compresskv.profiles.measure import Measurement, OnProgress, mean_scores
 from compresskv.profiles.profile import Profile, combined
 from compresskv.profiles.settings import Settings
 from compresskv.prompts import context_length
+from compresskv.quantize import weights_dtype
 
 
 @dataclass
@@ -94,7 +95,7 @@ def _provenance(model: PreTrainedModel, profiler: Measurement, runs: list[dict[s
         "decoding": "greedy, so no seed",
         "runs_succeeded": succeeded,
         "runs_failed": len(runs) - succeeded,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": weights_dtype(model),
         "versions": {
             "compresskv": compresskv.__version__,
             "transformers": transformers.__version__,

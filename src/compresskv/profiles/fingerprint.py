@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -46,12 +45,12 @@ class Fingerprint:
         return asdict(self)
 
 
-_remembered: weakref.WeakKeyDictionary[PreTrainedModel, Fingerprint] = weakref.WeakKeyDictionary()
+_REMEMBERED = "_compresskv_fingerprint"
 
 
 def remember(model: PreTrainedModel, own: Fingerprint) -> None:
     """Let `fingerprint` say this of a model from now on, whose weights it can no longer read."""
-    _remembered[model] = own
+    setattr(model, _REMEMBERED, own)  # on the model itself, so that copies of it know it, too
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
@@ -63,8 +62,9 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     Raises:
         ModelError: a sampled weight is NaN or infinite, or its data is not loaded.
     """
-    if model in _remembered:
-        return _remembered[model]
+    remembered: Fingerprint | None = getattr(model, _REMEMBERED, None)
+    if remembered is not None:
+        return remembered
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
     return of_shape(decoder_config(model), weights_digest(shapes, parameters.__getitem__))
