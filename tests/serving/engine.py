@@ -80,7 +80,8 @@ class Engine:
         assert self.pool.get_num_free_blocks() == self.num_free
         manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         assert not manager.req_to_blocks
-        assert not getattr(manager, "num_evicted", None)
+        for name in ("num_evicted", "_fresh", "_num_wanted"):
+            assert not getattr(manager, name, None)
 
 
 def _answer(output: RequestOutput) -> Answer:

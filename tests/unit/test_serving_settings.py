@@ -129,4 +129,14 @@ def test_nothing_else_needs_this_package_or_vllm() -> None:
         for path in folder.rglob("*.py")
         if re.search(r"^\s*(from|import) (vllm|compresskv\.serving)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert {name for name in users if not name.startswith("serving/")} == {"cli/serve.py"}
+    # the second runs in vLLM's own environment
+    assert {name for name in users if not name.startswith("serving/")} == {"cli/serve.py", "bench/vllm_peer.py"}
+
+
+@pytest.mark.parametrize("order", [(1, 1.0), (1.0, 1)])
+def test_one_token_is_not_all_of_them(order: tuple[int | float, ...]) -> None:
+    settings = Settings(256, "vote", None)
+    kept = {type(budget): settings.cut(777, budget) for budget in order}
+    assert kept[float] is None
+    assert kept[int] is not None
+    assert kept[int].num_kept == 1

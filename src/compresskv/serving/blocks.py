@@ -66,7 +66,8 @@ class CompressedAttentionManager(FullAttentionManager):
         num_missing: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens - self.num_evicted.get(request_id, 0), *args, **kwargs
         )
-        return num_missing + self._num_wanted.get(request_id, 0)
+        # Admission asks for the whole request's blocks; the allocation itself asks again, for this step's.
+        return num_missing + (0 if kwargs.get("apply_admission_cap") else self._num_wanted.get(request_id, 0))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> Any:
         """The blocks that were missing."""

@@ -25,12 +25,17 @@ def register() -> None:
     if hasattr(platform, _MARK):
         return
     setattr(platform, _MARK, True)
-    check_config, check_request = platform.check_and_update_config, platform.validate_request
+    check_config = platform.check_and_update_config
+    check_request = getattr(platform, "validate_request", None)  # a version without it is refused if it is switched on
 
     @functools.wraps(check_config)
     def check_and_update_config(_cls: Any, vllm_config: Any) -> None:
         check_config(vllm_config)
         configure(vllm_config)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    if check_request is None:
+        return
 
     @functools.wraps(check_request)
     def validate_request(_cls: Any, processed_inputs: Any, params: Any) -> None:
@@ -38,7 +43,6 @@ def register() -> None:
         if _switched_on:
             check_budget_of(params)
 
-    platform.check_and_update_config = classmethod(check_and_update_config)
     platform.validate_request = classmethod(validate_request)
 
 
@@ -68,7 +72,7 @@ def configure(config: Any) -> None:
     global _switched_on  # noqa: PLW0603 - requests are checked without the configuration at hand
     _switched_on = True
     _take_over(config)
-    config.additional_config = {**config.additional_config, KEY: settings.to_dict()}
+    config.additional_config = {**(config.additional_config or {}), KEY: settings.to_dict()}
     counters.publish()
 
 

@@ -107,7 +107,7 @@ def find_settings(additional: Any, environ: Mapping[str, str] = os.environ) -> S
         raise ConfigError(f"{KEY}: {dict(given)} has no budget: give one, such as 256 or '3%'")
     options = {name: value for name, value in given.items() if name not in _VARIABLES}
     profile = given.get("profile")
-    return Settings(_budget(given["budget"]), _label(given.get("method"), options), profile and str(profile))
+    return Settings(_budget(given["budget"]), _label(given.get("method"), options), str(profile) if profile else None)
 
 
 def requested_budget(extra_args: Mapping[str, Any] | None, default: int | float) -> int | float | None:
@@ -171,7 +171,7 @@ def _method(label: str) -> Method:
     return found[0]
 
 
-@functools.lru_cache(maxsize=65536)  # asked in every step for every request
+@functools.lru_cache(maxsize=65536, typed=True)  # asked in every step for every request; 1 is a token, 1.0 all of them
 def _cut(method_label: str, num_prompt: int, budget: int | float) -> Cut | None:
     method = _method(method_label)
     num_kept = method.resolve_budgets(budget, 1, num_prompt)[0][0]

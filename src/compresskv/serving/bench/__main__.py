@@ -12,7 +12,7 @@ import typer
 from compresskv.bench.machine import machine
 from compresskv.cli.options import parse_numbers
 from compresskv.cli.terminal import err
-from compresskv.errors import CompressKVError
+from compresskv.errors import CompressKVError, ConfigError
 from compresskv.serving.bench.engine import BLOCK_SIZE, start_engine
 from compresskv.serving.versions import installed_version
 
@@ -42,8 +42,10 @@ def main(
         rows = _loads(folder, numbers[0], numbers[1], sizes, requests, new_tokens, dtype)
     elif what == "single":
         rows = _singles(folder, numbers[0], numbers[1], repeats, dtype)
-    else:
+    elif what == "quality":
         rows = _quality(folder, numbers[0], numbers[1], requests, dtype)
+    else:
+        raise ConfigError(f"WHAT={what!r} is unknown: choose load, single or quality")
     result = _added(output, rows, model, dtype)
     if plot is not None:
         from compresskv.serving.bench.figure import draw_loads
