@@ -190,7 +190,7 @@ def _cost(generation: "Generation", compile: str) -> str:
     kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
     speed = "" if stats.decode_tokens_per_s is None else f", then {stats.decode_tokens_per_s:.0f} tokens/s"
     if stats.compiled_tokens:
-        speed += f" (compiled; {stats.compile_s:.1f} s to get it)"
+        speed += f" (compiled; {stats.compile_s:.1f} s of building or loading not counted)"
     cut = f" ({stats.truncated_tokens:,} cut from the middle)" if stats.truncated_tokens else ""
     return (
         f"[{stats.method}: {stats.prompt_tokens:,} prompt tokens{cut}, {kept:,.0f} kept per layer "
@@ -209,7 +209,7 @@ def _table(generations: "list[Generation]") -> Table:
     for generation in generations:
         stats = generation.stats
         kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
-        seconds = f"{stats.time_to_first_token_s + stats.decode_s:.1f}"
+        seconds = f"{stats.time_to_first_token_s + stats.compile_s + stats.decode_s:.1f}"
         answer = " ".join(generation.answer.split())
         table.add_row(stats.method, f"{kept:,.0f}", megabytes(stats.kv_nbytes), seconds, answer, end_section=True)
     first = generations[0].stats

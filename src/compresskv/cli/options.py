@@ -38,7 +38,7 @@ CompileOption = Annotated[
     str,
     typer.Option(
         "--compile",
-        help="'always' decodes by a compiled step, built once for a model (a minute); 'auto' uses one that was built, "
+        help="'always' decodes by a compiled step, built if need be (a minute); 'auto' uses one that was built before, "
         "if the answer is long enough to pay for loading it; 'never' does not.",
         metavar="WHEN",
     ),
