@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compresskv.embedded import EMBEDDED, Progress, ensure_embedded, suggestion
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
 from compresskv.gguf_file import check_weights, load_gguf
-from compresskv.quiet import quiet
+from compresskv.quiet import hush_torchao, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ def load(
         ConfigError: the dtype or the device cannot be used.
         ModelError: the model is not found, damaged, not a decoder-only language model, or too large.
     """
+    hush_torchao()
     if quantized := dtype == "int8":
         from compresskv.quantize import check_int8
 

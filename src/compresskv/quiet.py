@@ -5,6 +5,14 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
+def hush_torchao() -> None:
+    """Keep torchao off the terminal: transformers imports it, and it tells of others' kernels."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 @contextlib.contextmanager
 def quiet(*, downloads: bool = False) -> Iterator[None]:

@@ -270,9 +270,9 @@ def test_a_damaged_package_is_told_of_by_auto(monkeypatch: pytest.MonkeyPatch, p
 @pytest.mark.usefixtures("stored_packages")
 def test_without_a_compiler_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     model, prompt = tiny.tiny_model("qwen2"), tiny.random_tokens(NUM_PROMPT)
-    with context(model, "snapkv", "always") as cache:
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with no_compiler, context(model, "snapkv", "always") as cache:
         tokens = tiny.generate(model, prompt, cache).tolist()
     assert "cannot be compiled" in str(cache.not_compiled)
     with context(model, "snapkv", "never") as cache:

@@ -145,7 +145,7 @@ def test_a_missing_environment_for_peers_is_told_before_anything_is_measured(
     call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, peer: str, variable: str, script: str
 ) -> None:
     monkeypatch.setenv(variable, "/nowhere/python")
-    result = call(*TINY, "--peers", peer)
+    result = call("bench", "--lengths", "96", "--peers", peer)
     assert (result.code, result.out) == (2, "")
     assert script in result.err
 

@@ -382,7 +382,7 @@ class TestBadInput:
             (["--method", "full", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
             (["--method", "full", "--max-new-tokens", "2048"], ["max_new_tokens=2048", "2048 tokens"]),
             (["--method", "full", "--truncate", "end"], ["truncate='end'", "middle"]),
-            (["--method", "full", "--dtype", "int8"], ["--dtype int8"]),
+            (["--method", "full", "--dtype", "int16"], ["--dtype int16"]),
             (["--method", "full", "--device", "cuda:99"], ["--device cuda:99"]),
             (["--profile", "missing.json"], ["'missing.json'", "no such file"]),
             (["--profile", "doc.txt"], ["'doc.txt'", "is not JSON"]),

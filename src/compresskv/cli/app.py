@@ -1,6 +1,5 @@
 """The `compresskv` command: its subcommands, and how its errors look."""
 
-import logging
 import sys
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from compresskv.cli.serve import CONTEXT as SERVE_CONTEXT
 from compresskv.cli.serve import EPILOG as SERVE_EPILOG
 from compresskv.cli.serve import serve
 from compresskv.errors import CompressKVError
+from compresskv.quiet import hush_torchao
 
 app = typer.Typer(
     name="compresskv",
@@ -83,14 +83,10 @@ app.command("compile", epilog=COMPILE_EPILOG)(compile_step)
 app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT)(serve)
 app.add_typer(profile_app, name="profile")
 
-_TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Loggers that are kept still: transformers imports torchao if it can, which tells of other machines' kernels."""
-
 
 def main() -> None:
     """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush_torchao()
     try:
         app()
     except CompressKVError as error:
