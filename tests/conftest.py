@@ -1,5 +1,7 @@
 """Shared by all tests: one thread a process, and models that every test must leave as it found them."""
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 import tiny
 
 torch.set_num_threads(1)
+if sys.version_info < (3, 12):  # else setuptools replaces distutils, and tests that compile depend on those before them
+    os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
 
 @pytest.fixture(autouse=True)

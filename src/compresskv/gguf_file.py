@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compresskv.errors import ModelError, first_line
-from compresskv.quiet import quiet
+from compresskv.quiet import hush_torchao, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ def load_gguf(
         ModelError: the file is damaged, or holds something that transformers cannot load.
     """
     import torch
+
+    hush_torchao()
     import transformers
 
     loader: Any = transformers.AutoModelForCausalLM

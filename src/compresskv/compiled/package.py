@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import shutil
+import sys
 import time
 import uuid
 import warnings
@@ -213,6 +215,9 @@ def _check(package: Package, model: PreTrainedModel, kinds: tuple[str, ...]) -> 
 
 
 def _compile(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None:
+    if "distutils" in sys.modules and "setuptools" not in sys.modules:
+        # setuptools, which the compiler imports, wants to replace Python's distutils, and fails where it was imported
+        os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     from compresskv.compiled.matvec import OneRowProducts  # PyTorch's compiler takes seconds to import
 
     example = example_inputs(model, kinds)
