@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from compresskv.cli.options import DtypeOption, JsonOption, MethodOption, ModelOption, ProfileOption
+from compresskv.cli.options import DtypeOption, JsonOption, MethodOption, ModelOption, ProfileOption, create_methods
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ModelError
 
@@ -30,7 +30,6 @@ def compile_step(
     for methods whose KV heads keep equal numbers of tokens, and one for those whose heads do not.
     """
     from compresskv.bench.subject import real_subject
-    from compresskv.cli.options import create_methods
     from compresskv.compiled.trial import try_compiled
     from compresskv.compression import prepare_method
 

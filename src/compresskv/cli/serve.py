@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compresskv.cli.options import BudgetOption, ProfileOption, SettingsOption
+from compresskv.cli.options import BudgetOption, ProfileOption, SettingsOption, create_methods
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
 
@@ -64,7 +64,6 @@ def _environment(budget: str, method: str, settings: list[str] | None, profile: 
     Raises:
         ConfigError, ProfileError: a value that cannot work.
     """
-    from compresskv.cli.options import create_methods
     from compresskv.serving.settings import find_settings
 
     if profile is not None:

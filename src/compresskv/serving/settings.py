@@ -19,8 +19,8 @@ _DEFAULT_METHOD = "vote"
 
 @dataclass(frozen=True)
 class Cut:
-    """What is done with one request's prompt. The same in the scheduler and in every worker, which never speak of it:
-    it follows from the prompt's length, the settings and the request's own budget."""
+    """What is done with one request's prompt. The scheduler and every worker find the same by themselves: it follows
+    from the prompt's length, the settings and the request's own budget."""
 
     num_prompt: int
     num_kept: int
