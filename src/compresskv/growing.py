@@ -5,6 +5,12 @@ from torch import Tensor
 
 ROOM = 32
 """Tokens that a tensor gets room for when it is full: a copy of what it holds every so many tokens."""
+_CUDA_ROOM = 256
+
+
+def room(device: torch.device) -> int:
+    """`ROOM`; more on a GPU, where each new tensor also costs a new recording of the decode step."""
+    return _CUDA_ROOM if device.type == "cuda" else ROOM
 
 
 class Growing:
@@ -29,7 +35,7 @@ class Growing:
         held = self._held.shape[2]
         if self._storage is None or held + num_new > self._storage.shape[2] or not may_write(self._storage, states):
             batch_size, num_heads, _, head_dim = self._held.shape
-            self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + ROOM, head_dim)
+            self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + room(states.device), head_dim)
             self._storage[:, :, :held] = self._held
             self._storage[:, :, held:] = 0  # a masked slot may be read, and what it holds must be a number
         return self._storage

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from compresskv.attention import AttentionFunction
 from compresskv.errors import ModelError
-from compresskv.growing import ROOM, may_write
+from compresskv.growing import may_write, room
 from compresskv.selection import UNUSED
 
 
@@ -98,7 +98,8 @@ class RaggedStore:
     def _reserve(self, num_new: int, states: Tensor) -> None:
         """Make room for new tokens like `states` in every head's part."""
         if self._shared or num_new > self._room or not may_write(self._keys, states):
-            self._pack([[part[:, 0] for part in self._heads(packed)] for packed in self.tensors], room=num_new + ROOM)
+            parts = [[part[:, 0] for part in self._heads(packed)] for packed in self.tensors]
+            self._pack(parts, room=num_new + room(states.device))
 
     def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
         """Room for one more token in every head's part, as in `CompressedLayer.reserve_token`."""

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compresskv.cache import CompressedCache
+from compresskv.compiled.graph import GraphedStep
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
 from compresskv.compiled.package import NotCompilableError, Package, Progress, built_facts, load_package
 from compresskv.compiled.step import EVEN, RAGGED, SLIDING, StepInputs
@@ -25,6 +26,20 @@ _STEP_ARGUMENTS = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep",
     "return_dict",
 }  # fmt: skip
+
+_RECORDING_S = 0.2
+"""What recording a CUDA graph may take, about: 'auto' records once decoding has taken as long."""
+
+
+class Program(Protocol):
+    """Runs a `Step`."""
+
+    kinds: tuple[str, ...]
+    """Of the layers that it was made for."""
+
+    def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
+        """As `Step.forward`."""
+
 
 _loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, ...], Package]] = weakref.WeakKeyDictionary()
 
@@ -60,7 +75,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         self._mode = mode
         self._on_progress = on_progress
         self._eager_s = 0.0
-        self._package: Package | None = None
+        self._program: Program | None = None
         self._load_s: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> "CompiledDecoding":
@@ -91,18 +106,21 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     def prepare(self) -> None:
         """Find the compiled step now, after a prompt, rather than at the next token; with 'always', build it."""
         if self._mode == ALWAYS and not any(layer.in_prefill for layer in self.cache.compressed_layers):
-            self._find_package()
+            self._find_program()
 
     def forward(self, eager: Callable[..., Any], **kwargs: Any) -> Any:
         """Read what `eager`, the model's own `forward`, would read on this cache."""
         if not self._is_step(**kwargs):
             return eager(**kwargs)
         start = time.perf_counter()
-        if (package := self._find_package()) is None:
-            output = eager(**kwargs)
-            self._eager_s += time.perf_counter() - start
-            return output
-        return self._run(package, kwargs["input_ids"], kwargs.get("position_ids"))
+        if (program := self._find_program()) is not None:
+            try:
+                return self._run(program, kwargs["input_ids"], kwargs.get("position_ids"))
+            except NotCompilableError as error:
+                self._program, self.cache.not_compiled = None, str(error)
+        output = eager(**kwargs)
+        self._eager_s += time.perf_counter() - start
+        return output
 
     def _is_step(
         self,
@@ -137,31 +155,40 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         least = 2 if isinstance(layer, DynamicSlidingWindowLayer) else 0  # what the program was traced with
         return keys is not None and keys.shape[0] == 1 and keys.dtype == self._model.dtype and keys.shape[2] >= least
 
-    def _find_package(self) -> Package | None:
+    def _find_program(self) -> Program | None:
         """The compiled step, if it is time for it."""
         if self.cache.not_compiled is None:
             start = time.perf_counter()
             try:
                 kinds = _kinds(self.cache)  # another prompt may need another
-                if self._package is None or self._package.kinds != kinds:
-                    self._package = self._get_package(kinds)
+                if self._program is None or self._program.kinds != kinds:
+                    self._program = self._get_program(kinds)
             except NotCompilableError as error:
-                self._package, self.cache.not_compiled = None, str(error)
+                self._program, self.cache.not_compiled = None, str(error)
             self.cache.compile_s += time.perf_counter() - start
-        return self._package if self.cache.not_compiled is None else None
+        return self._program if self.cache.not_compiled is None else None
 
-    def _get_package(self, kinds: tuple[str, ...]) -> Package | None:
-        """From memory, from disk, or built.
+    def _get_program(self, kinds: tuple[str, ...]) -> Program | None:
+        """What runs a step; None: not yet.
 
         Raises:
             NotCompilableError: there is none.
         """
-        if self._model.device.type != "cpu":
-            raise NotCompilableError(
-                f"compiled steps are made for CPUs so far, and the model is on {self._model.device}"
-            )
+        device = self._model.device
+        if device.type not in ("cpu", "cuda"):
+            raise NotCompilableError(f"compiled steps are made for CPUs and CUDA, and the model is on {device}")
         if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
             raise NotCompilableError("hooks are set on the model's modules, which it would not call")
+        if device.type == "cpu":
+            return self._get_package(kinds)
+        return None if self._mode == AUTO and self._eager_s < _RECORDING_S else GraphedStep(self._model, kinds)
+
+    def _get_package(self, kinds: tuple[str, ...]) -> Package | None:
+        """From memory, from disk, or built; None: not yet.
+
+        Raises:
+            NotCompilableError: there is none.
+        """
         known = _loaded.setdefault(self._model, {})
         package = known.get(kinds)
         if package is not None and package.fits(self._model):
@@ -175,10 +202,10 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         known[kinds] = load_package(self._model, kinds, self._on_progress, build=self._mode == ALWAYS)
         return known[kinds]
 
-    def _run(self, package: Package, token: Tensor, position: Tensor | None) -> CausalLMOutputWithPast:
+    def _run(self, program: Program, token: Tensor, position: Tensor | None) -> CausalLMOutputWithPast:
         if position is None:
             position = torch.full((1, 1), self.cache.get_seq_length(), device=token.device)
-        logits, sliding = package(_gather_inputs(self.cache, token, position, package.kinds))
+        logits, sliding = program(_gather_inputs(self.cache, token, position, program.kinds))
         _store(self.cache, sliding)
         self.cache.num_compiled_steps += 1
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self.cache)
