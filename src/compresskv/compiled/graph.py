@@ -1,6 +1,7 @@
 """Decode steps on a CUDA device: recorded as a CUDA graph, and replayed without Python or PyTorch in between."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], 
     return graph.replay, result
 
 
+@dataclass(frozen=True)
+class _Recording:
+    inputs: StepInputs
+    """What it reads; keys and values are the cache's own."""
+    replay: Callable[[], object]
+    logits: Tensor
+    """What it writes."""
+
+
 class GraphedStep:
     """A `Step` of one model and one cache.
 
@@ -52,9 +62,7 @@ class GraphedStep:
         self._step = Step(model, kinds)
         self._record = record
         self._weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
-        self._held: StepInputs | None = None
-        self._replay: Callable[[], object] | None = None
-        self._logits: Tensor | None = None
+        self._recording: _Recording | None = None
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
         """As `Step.forward`.
@@ -62,24 +70,23 @@ class GraphedStep:
         Raises:
             NotCompilableError: the model does what cannot be recorded.
         """
-        if self._held is None or not _same_tensors(self._held, inputs):
-            self._start(inputs)
-        assert self._held is not None and self._replay is not None and self._logits is not None
-        for held, given in zip(_numbers(self._held), _numbers(inputs), strict=True):
+        if self._recording is None or not _same_tensors(self._recording.inputs, inputs):
+            self._recording = None  # frees its memory before the next one takes its own
+            self._recording = self._make_recording(inputs)
+        own = self._recording
+        for held, given in zip(_numbers(own.inputs), _numbers(inputs), strict=True):
             held.copy_(given)
-        self._replay()
-        return self._logits.clone(), []  # the next replay writes there again
+        own.replay()
+        return own.logits.clone(), []  # the next replay writes there again
 
     @torch.no_grad()
-    def _start(self, inputs: StepInputs) -> None:
+    def _make_recording(self, inputs: StepInputs) -> _Recording:
         with torch.inference_mode(False):  # they are written to in later steps, whatever mode those are in
-            numbers = [tensor.clone() for tensor in _numbers(inputs)]
-        self._held = StepInputs(*numbers, inputs.keys, inputs.values)
-        self._replay = self._logits = None  # frees the last recording's memory before the next one takes its own
-        arguments = self._held.as_args()
+            token, position, starts, ends = (tensor.clone() for tensor in _numbers(inputs))
+        own = StepInputs(token, position, starts, ends, inputs.keys, inputs.values)
         try:
             with routing(self._model):
-                self._replay, self._logits = self._record(lambda: self._step(*arguments)[0])
+                return _Recording(own, *self._record(lambda: self._step(*own.as_args())[0]))
         except RuntimeError as error:
             raise NotCompilableError(f"its decode step cannot be recorded ({first_line(error)})") from error
 
