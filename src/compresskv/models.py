@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compresskv.embedded import EMBEDDED, Progress, ensure_embedded, suggestion
+from compresskv.embedded import EMBEDDED, ensure_embedded, suggestion
+from compresskv.embedded_download import Progress
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
 from compresskv.gguf_file import check_weights, load_gguf
 from compresskv.quiet import hush_torchao, quiet

@@ -2,7 +2,10 @@
 
 import json
 import re
+import sys
+import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,12 @@ import pytest
 import torch
 
 from commands import Result, runner
-from compresskv.bench import limits, run
+from compresskv.bench import limits, llama_cpp_peer, run
 from compresskv.bench.peer_request import BenchRequest, find_peer, measure_peer
-from compresskv.bench.plan import Plan
+from compresskv.bench.plan import Plan, stages
 from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import ConfigError
-from compresskv.evaluation.peer_process import PYTHON_VARIABLE, VLLM_PYTHON_VARIABLE
+from compresskv.evaluation.peer_process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python
 
 TINY = ["bench", "--random", "tiny", "--repeats", "2", "--new-tokens", "5", "--dtype", "float32", "--device", "cpu"]
 SMALL = [*TINY, "--lengths", "96,200", "--budgets", "64,full"]
@@ -118,6 +121,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--output", "."], "--output '.' is a folder"),
         (["--output", "/proc/run.json"], "--output '/proc/run.json' cannot be written"),
         (["--decode", "fast"], "--decode 'fast' must be among eager, compiled, int8"),
+        (["--peers", "llama.cpp"], "--peers llama.cpp and --random 'tiny' exclude each other"),
         (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
         (["--dtype", "float3"], "--dtype float3"),
         (["--device", "tpu9"], "--device tpu9"),
@@ -137,17 +141,14 @@ def test_layers_need_a_geometry(call: Callable[..., Result]) -> None:
     assert "--layers 2 needs --random" in result.err
 
 
-@pytest.mark.parametrize(
-    ("peer", "variable", "script"),
-    [("kvpress", PYTHON_VARIABLE, "scripts/peers"), ("vllm", VLLM_PYTHON_VARIABLE, "scripts/environment-vllm")],
-)
+@pytest.mark.parametrize(("peer", "environment"), [("kvpress", KVPRESS), ("vllm", VLLM), ("llama.cpp", LLAMA_CPP)])
 def test_a_missing_environment_for_peers_is_told_before_anything_is_measured(
-    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, peer: str, variable: str, script: str
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, peer: str, environment: Environment
 ) -> None:
-    monkeypatch.setenv(variable, "/nowhere/python")
+    monkeypatch.setenv(environment.variable, "/nowhere/python")
     result = call("bench", "--lengths", "96", "--peers", peer)
     assert (result.code, result.out) == (2, "")
-    assert script in result.err
+    assert environment.script in result.err
 
 
 def test_ctrl_c_shows_what_was_measured(call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +169,7 @@ def test_ctrl_c_shows_what_was_measured(call: Callable[..., Result], monkeypatch
 def test_help_has_examples(call: Callable[..., Result]) -> None:
     result = call("bench", "--help")
     assert result.code == 0
-    for words in ("Examples:", "--random llama-1b", "--peers kvpress,vllm", "docs/speed.md"):
+    for words in ("Examples:", "--random llama-1b", "--peers kvpress,vllm,llama.cpp", "docs/speed.md"):
         assert words in result.out
 
 
@@ -187,7 +188,7 @@ def test_kvpress_in_its_own_environment() -> None:
         pytest.skip("there is no environment for kvpress: scripts/peers makes .venv-peers")
     plan = Plan((200,), (100,), False, 1, 5)
     subject: Subject = random_subject("tiny", None, plan.most_tokens, dtype="float32", device="cpu")
-    rows = measure_peer("kvpress", python, subject, plan, lambda message, fraction: None)
+    rows = measure_peer("kvpress", python, subject, plan, (), lambda message, fraction: None)
 
     assert [note for note in subject.notes if "failed" in note] == []
     names = ("plain", "kvpress:SnapKVPress", "kvpress:AdaKVPress(SnapKVPress)")
@@ -203,14 +204,33 @@ def test_kvpress_in_its_own_environment() -> None:
 
 
 @pytest.mark.slow
-def test_vllm_in_its_own_environment() -> None:
+@pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
+def test_an_engine_in_its_own_environment(name: str) -> None:
     try:
-        python = find_peer("vllm")
-    except ConfigError:
-        pytest.skip("there is no environment for vLLM: scripts/environment-vllm makes .venv-vllm")
+        python = find_peer(name)
+    except ConfigError as error:
+        pytest.skip(str(error))
     plan = Plan((100, 200), (64,), False, 2, 5)
     subject = real_subject("smollm2-135m", dtype="float32", device="cpu")
-    rows = measure_peer("vllm", python, subject, plan, lambda message, fraction: None)
-    assert [(row["engine"], row["prompt_tokens"]) for row in rows] == [("vllm", 100), ("vllm", 200)]
+    plain = run.Bench(subject, plan)
+    plain.run(stages(plan, lambda budget: ()), lambda message, fraction: None)
+    rows = measure_peer(name, python, subject, plan, plain.rows, lambda message, fraction: None)
+    assert [(row["engine"], row["prompt_tokens"]) for row in rows] == [(name, 100), (name, 200)]
     assert all(row["prefill_s"] > 0 and row["decode_ms"] > 0 for row in rows)
-    assert rows[0]["versions"]["vllm"]
+    assert rows[1]["decode_ratio"] == rows[1]["decode_ms"] / plain.rows[1].decode_ms
+    assert rows[0]["versions"]
+
+
+def test_an_engine_that_is_installed_here_needs_no_other_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    monkeypatch.delenv(VLLM.variable, raising=False)
+    assert peers_python(environment=replace(VLLM, package="torch")) == Path(sys.executable)
+    with pytest.raises(ConfigError, match="scripts/environment-vllm"):
+        peers_python(environment=replace(VLLM, package="no_such_package"))
+
+
+def test_llama_cpp_reads_gguf_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.ModuleType("llama_cpp"))
+    request = BenchRequest(str(tmp_path), None, "float32", "cpu", (1, 2), vars(Plan((96,), (64,), True, 2, 5)))
+    with pytest.raises(ConfigError, match=r"reads GGUF files, and --model '.*' is none"):
+        llama_cpp_peer.measure(request, lambda row: None)

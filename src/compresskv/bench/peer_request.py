@@ -1,17 +1,35 @@
 """What the peers' process is asked to measure, and its rows as this process gets them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from compresskv.bench.plan import Plan
+from compresskv.bench.row import Row
 from compresskv.bench.subject import Subject
-from compresskv.evaluation.peer_process import KVPRESS, VLLM, peers_python, run_peers
+from compresskv.evaluation.peer_process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python, run_peers
 
-PEERS = {"kvpress": ("compresskv.bench.peers", KVPRESS), "vllm": ("compresskv.bench.vllm_peer", VLLM)}
-"""By name: the module that answers a request, and the environment that it runs in."""
+
+@dataclass(frozen=True)
+class Peer:
+    """Another library."""
+
+    module: str
+    """Answers a request."""
+    environment: Environment
+    """Runs the module."""
+    takes_random: bool = False
+    """Whether it can be given a geometry with random weights."""
+
+
+PEERS = {
+    "kvpress": Peer("compresskv.bench.peers", KVPRESS, takes_random=True),
+    "vllm": Peer("compresskv.bench.vllm_peer", VLLM),
+    "llama.cpp": Peer("compresskv.bench.llama_cpp_peer", LLAMA_CPP),
+}
+"""By name."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +65,17 @@ def find_peer(name: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    return peers_python(environment=PEERS[name][1])
+    return peers_python(environment=PEERS[name].environment)
 
 
 def measure_peer(
-    name: str, python: Path, subject: Subject, plan: Plan, progress: Callable[[str, float], None]
+    name: str, python: Path, subject: Subject, plan: Plan, plain: Sequence[Row], progress: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
     """Measure a peer on the same prompts; kvpress in rounds with the plain transformers of its own environment.
 
+    Args:
+        plain: this environment's rows of plain transformers. Engines, which have no transformers beside them, are
+            compared with their medians, as 'prefill_ratio', 'first_token_ratio' and 'decode_ratio'.
     Returns: rows as of `Row.to_dict`, each with 'versions'. What failed is told in the subject's notes.
     Raises:
         ConfigError, CompressKVError: as for `run_peers`.
@@ -69,12 +90,22 @@ def measure_peer(
         plan=asdict(plan),
     )
     rows: list[dict[str, Any]] = []
-    module, environment = PEERS[name]
-    for line in run_peers(python, request, module, environment):
+    peer = PEERS[name]
+    for line in run_peers(python, request, peer.module, peer.environment):
         if "error" in line:
             subject.notes.append(f"{name} at {line['length']:,} tokens failed: {line['error']}")
         elif "fraction" in line:
             progress(f"{name}: {line['message']}", line["fraction"])
         else:
-            rows.append(line)
+            rows.append(line if peer.takes_random else {**line, **_ratios(line, plain)})
     return rows
+
+
+def _ratios(row: dict[str, Any], plain: Sequence[Row]) -> dict[str, float]:
+    same = [one for one in plain if one.prompt_tokens == row["prompt_tokens"]]
+    figures = ("prefill", "s"), ("first_token", "s"), ("decode", "ms")
+    return {
+        f"{name}_ratio": row[f"{name}_{unit}"] / getattr(one, f"{name}_{unit}")
+        for one in same
+        for name, unit in figures
+    }

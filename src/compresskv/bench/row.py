@@ -19,7 +19,7 @@ class Row:
     """
 
     engine: str
-    """'transformers' for plain, 'compresskv', or 'kvpress'."""
+    """'transformers' for plain, 'compresskv', or a peer's name."""
     method: str
     decode: str
     """'eager', 'compiled' or 'int8' (compiled, with 8-bit weights)."""

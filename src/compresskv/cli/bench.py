@@ -24,7 +24,7 @@ Examples:
   compresskv bench --random llama-1b --lengths 4096,16384,32768 --plot growth.png
   compresskv bench --random llama-8b --layers 4 --dtype float32
   compresskv bench --lengths 4096 --budgets 256 --decode eager,compiled,int8
-  compresskv bench --lengths 4096 --peers kvpress,vllm -o runs/speed.json
+  compresskv bench --lengths 4096 --peers kvpress,vllm,llama.cpp -o runs/speed.json
 
 Measure on a quiet machine: figures of a busy one differ, ratios less so. What each figure means: docs/speed.md.
 """
@@ -66,7 +66,9 @@ def bench(
     ] = "eager",
     repeats: Annotated[int, typer.Option(help="Rounds in which all take turns.", metavar="N")] = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", metavar="N")] = 33,
-    peers: Annotated[str, typer.Option(help="Other libraries to measure: kvpress, vllm.", metavar="NAMES")] = "",
+    peers: Annotated[
+        str, typer.Option(help="Other libraries to measure: kvpress, vllm, llama.cpp.", metavar="NAMES")
+    ] = "",
     plot: Annotated[
         Path | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE.png")
     ] = None,
@@ -83,9 +85,9 @@ def bench(
     Ratios to plain transformers are taken within rounds in which all take turns.
     """
     plan, chosen = _plan(lengths, budgets, methods, decode, repeats, new_tokens)
-    _check_choices(model, random, layers, profile, dtype, plan.decode, peers)
+    _check_choices(model, random, layers, profile, dtype, plan.decode)
     _check_outputs(plot, output)
-    peer_pythons = _pythons_of_peers(peers)
+    peer_pythons = _pythons_of_peers(peers, random)
     with Bar() as bar:
         subject = _subject(model, random, layers, plan, dtype, device, bar)
         if random is None:
@@ -103,7 +105,8 @@ def bench(
             for name, python in peer_pythons.items():
                 from compresskv.bench.peer_request import measure_peer
 
-                extra["peers"] = extra.get("peers", []) + measure_peer(name, python, subject, plan, bar)
+                plain = [row for row in run.rows if row.engine == "transformers"]
+                extra["peers"] = extra.get("peers", []) + measure_peer(name, python, subject, plan, plain, bar)
         finally:  # on Ctrl-C, what was measured is shown
             bar.stop()
             _report(run, extra, plot, output, as_json=as_json)
@@ -143,13 +146,10 @@ def _check_choices(
     profile: Path | None,
     dtype: str | None,
     ways: tuple[str, ...],
-    peers: str,
 ) -> None:
     """Refuse options that contradict each other, before anything heavy is done."""
     if dtype == "int8" and (random is not None or "int8" in ways):
         raise ConfigError("--dtype int8 measures a real model whose weights are quantised already: use --decode int8")
-    if random is not None and "vllm" in peers:
-        raise ConfigError(f"--peers {peers!r} and --random {random!r} exclude each other: vLLM needs a real model")
     if random is None:
         if layers is not None:
             raise ConfigError(f"--layers {layers} needs --random GEOMETRY: a real model has its own layers")
@@ -183,14 +183,18 @@ def _check_writable(option: str, path: Path) -> None:
         raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
 
 
-def _pythons_of_peers(peers: str) -> dict[str, Path]:
+def _pythons_of_peers(peers: str, random: str | None) -> dict[str, Path]:
     """Looked for before anything is computed."""
     if not peers.strip():
         return {}
     from compresskv.bench.peer_request import PEERS, find_peer
     from compresskv.evaluation.configurations import parse_names
 
-    return {name: find_peer(name) for name in parse_names("--peers", peers, tuple(PEERS))}
+    names = parse_names("--peers", peers, tuple(PEERS))
+    for name in names:
+        if random is not None and not PEERS[name].takes_random:
+            raise ConfigError(f"--peers {name} and --random {random!r} exclude each other: {name} needs a real model")
+    return {name: find_peer(name) for name in names}
 
 
 def _subject(

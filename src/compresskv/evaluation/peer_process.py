@@ -1,8 +1,10 @@
 """Start the peers' process and take its results as they come."""
 
+import importlib.util
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ from typing import IO, Any, Protocol
 from compresskv.errors import CompressKVError, ConfigError
 
 PYTHON_VARIABLE = "COMPRESSKV_PEERS_PYTHON"
-VLLM_PYTHON_VARIABLE = "COMPRESSKV_VLLM_PYTHON"
 EVALUATION = "compresskv.evaluation.peers"
 """The module that answers a `PeerRequest`."""
 
@@ -27,6 +28,8 @@ class Environment:
     """Where it is looked for else."""
     script: str
     """Makes it."""
+    package: str
+    """Is imported there; where it can be imported here, no other environment is needed."""
 
     @property
     def how_to(self) -> str:
@@ -34,8 +37,9 @@ class Environment:
         return f"{self.script} makes the environment and prints its python"
 
 
-KVPRESS = Environment(PYTHON_VARIABLE, ".venv-peers", "scripts/peers")
-VLLM = Environment(VLLM_PYTHON_VARIABLE, ".venv-vllm", "scripts/environment-vllm")
+KVPRESS = Environment(PYTHON_VARIABLE, ".venv-peers", "scripts/peers", "kvpress")
+VLLM = Environment("COMPRESSKV_VLLM_PYTHON", ".venv-vllm", "scripts/environment-vllm", "vllm")
+LLAMA_CPP = Environment("COMPRESSKV_LLAMA_CPP_PYTHON", ".venv-llama-cpp", "scripts/environment-llama-cpp", "llama_cpp")
 
 
 class Request(Protocol):
@@ -46,13 +50,18 @@ class Request(Protocol):
 
 
 def peers_python(chosen: Path | None = None, environment: Environment = KVPRESS) -> Path:
-    """The interpreter of the peers' environment: the chosen one, that of its variable, or that of its folder here.
+    """The interpreter of the peers' environment.
+
+    That is the chosen one, that of its variable, that of its folder here, or this one if the peer is installed here.
 
     Raises:
         ConfigError: there is none.
     """
-    python = chosen or Path(os.environ.get(environment.variable) or f"{environment.folder}/bin/python")
+    named = chosen or os.environ.get(environment.variable)
+    python = Path(named or f"{environment.folder}/bin/python")
     if not python.is_file():
+        if not named and importlib.util.find_spec(environment.package) is not None:
+            return Path(sys.executable)
         raise ConfigError(f"the peers' python {python} does not exist: {environment.how_to}")
     return python
 
