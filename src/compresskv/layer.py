@@ -232,7 +232,7 @@ class CompressedLayer(RoutedLayer):
             self.ragged = RaggedStore(keys, values, indices)
             self.keys, self.values = (states[:, :, :0].clone() for states in (keys, values))
         else:
-            self.keys, self.values = (gather_tokens(states, indices) for states in (keys, values))
+            self.keys, self.values = gather_tokens(indices, keys, values)
         self._retained_nbytes = storage_nbytes(self.tensors)
 
     def _retained_mask(

@@ -29,7 +29,7 @@ class RaggedStore:
         self.has_unused = any(bool((positions == UNUSED).any()) for positions in self.positions)
         """Whether rows of a head retain different numbers, so that some slots must be masked."""
         parts = [
-            [gather_tokens(states[:, head : head + 1], kept)[:, 0] for head, kept in enumerate(self.positions)]
+            [gather_tokens(kept, states[:, head : head + 1])[0][:, 0] for head, kept in enumerate(self.positions)]
             for states in (keys, values)
         ]
         self._pack(parts, room=0)
@@ -151,11 +151,13 @@ class RaggedStore:
         self._pack([[function(part[:, 0]) for part in self._heads(packed)] for packed in self.tensors], room=0)
 
 
-def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
-    """The named tokens of (B, H, T, D): (B, H, R, D). `indices` is (B, H or 1, R); unused slots get any token."""
-    rows = torch.arange(states.shape[0], device=states.device)[:, None, None]
-    heads = torch.arange(states.shape[1], device=states.device)[:, None]
-    return states[rows, heads, indices.clamp(min=0)]
+def gather_tokens(indices: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The named tokens of each (B, H, T, D): (B, H, R, D). `indices` is (B, H or 1, R); unused slots get any token."""
+    batch_size, num_heads = tensors[0].shape[:2]
+    rows = torch.arange(batch_size, device=indices.device)[:, None, None]
+    heads = torch.arange(num_heads, device=indices.device)[:, None]
+    named = indices.clamp(min=0)
+    return [states[rows, heads, named] for states in tensors]
 
 
 def _counts(indices: Tensor) -> list[int]:

@@ -1,5 +1,7 @@
 """Pure tensor functions that turn window attention into token scores. No transformers types, no model state."""
 
+import functools
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor
@@ -30,27 +32,61 @@ def window_attention(
     Source: SnapKV (arXiv 2404.14469), section 4. Differs: softmax in float32 whatever the model's dtype.
     """
     batch_size, num_query_heads, window_size, head_dim = query_window.shape
-    num_kv_heads, num_tokens = keys.shape[1], keys.shape[2]
-    if num_tokens < window_size:
-        raise ValueError(f"{num_tokens} keys are fewer than the window's {window_size} queries")
+    num_kv_heads = keys.shape[1]
     _num_kv_groups(num_query_heads, num_kv_heads)
     # (B, H_kv, G * W, D) @ (B, H_kv, D, T): one product per KV head
     grouped = query_window.reshape(batch_size, num_kv_heads, -1, head_dim)
-    logits = torch.matmul(grouped, keys.transpose(2, 3)).float().mul_(scaling)
+    if keys.device.type == "cpu":
+        logits = _products(grouped, keys, list(range(num_kv_heads)))
+    else:
+        logits = torch.matmul(grouped, keys.transpose(2, 3)).float()
+    logits = logits.view(batch_size, num_query_heads, window_size, -1)
+    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid)
+
+
+def _products(queries: Tensor, keys: Tensor, kv_heads: list[int]) -> Tensor:
+    """Of (B, n, R, D) queries each n with the keys of a KV head: (B, n, R, T) float32.
+
+    On a CPU a batched product takes several times as long for keys that lie token by token, as projections leave them.
+    """
+    batch_size, _, num_rows, _ = queries.shape
+    logits = keys.new_empty(batch_size, len(kv_heads), num_rows, keys.shape[2], dtype=torch.float32)
+    for row in range(batch_size):
+        for place, kv_head in enumerate(kv_heads):
+            logits[row, place] = torch.mm(queries[row, place], keys[row, kv_head].t())
+    return logits
+
+
+def _attention_(logits: Tensor, *, scaling: float, softcap: float | None, valid: Tensor | None) -> Tensor:
+    """Dot products (B, H, W, T) become attention, in place.
+
+    Raises:
+        ValueError: T < W.
+    """
+    window_size, num_tokens = logits.shape[2:]
+    if num_tokens < window_size:
+        raise ValueError(f"{num_tokens} keys are fewer than the window's {window_size} queries")
+    logits.mul_(scaling)
     if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    logits = logits.view(batch_size, num_query_heads, window_size, num_tokens)
+        logits.div_(softcap).tanh_().mul_(softcap)
     # A finite minimum, not -inf: the row of a padding query has no visible key and must not become NaN.
     lowest = torch.finfo(torch.float32).min
-    future = torch.ones(window_size, window_size, dtype=torch.bool, device=keys.device).triu_(1)
-    logits[..., -window_size:].masked_fill_(future, lowest)
+    logits[..., -window_size:].masked_fill_(_future(window_size, logits.device), lowest)
     if valid is not None:
         logits.masked_fill_(~valid[:, None, None, :], lowest)
     return _softmax_(logits)
 
 
+@functools.lru_cache(maxsize=8)
+def _future(window_size: int, device: torch.device) -> Tensor:
+    """(W, W) bool: the window's tokens that each of its queries cannot see. One for all layers."""
+    return torch.ones(window_size, window_size, dtype=torch.bool, device=device).triu_(1)
+
+
 def _softmax_(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension, in place: on a CPU, fresh memory for so much costs more than the arithmetic."""
+    """Softmax over the last dimension, in place: fresh memory for so much costs more than the arithmetic."""
+    if logits.device.type == "cpu":  # its kernel reads each row in full before it writes there
+        return torch.softmax(logits, dim=-1, out=logits)
     logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     return logits.div_(logits.sum(dim=-1, keepdim=True))
 
@@ -76,21 +112,11 @@ def heads_window_attention(
     """
     num_query_heads = query_window.shape[1]
     num_kv_groups = _num_kv_groups(num_query_heads, keys.shape[1])
-    rows = []
     for head in head_indices:
         if not 0 <= head < num_query_heads:
             raise ValueError(f"there is no query head {head} among {num_query_heads}")
-        kv_head = head // num_kv_groups
-        rows.append(
-            window_attention(
-                query_window[:, head : head + 1],
-                keys[:, kv_head : kv_head + 1],
-                scaling=scaling,
-                softcap=softcap,
-                valid=valid,
-            )
-        )
-    return torch.cat(rows, dim=1)
+    logits = _products(query_window[:, head_indices], keys, [head // num_kv_groups for head in head_indices])
+    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid)
 
 
 def sum_over_window(attention: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ def select(scores: Tensor, budget: int, window_size: int) -> Tensor:
 
 def _best(scores: Tensor, count: int) -> Tensor:
     """Indices (B, H, count) of the best scores, ascending; of equal ones the earlier: much faster than sorting."""
+    if scores.device.type == "cpu":  # a GPU is not asked whether there are equal ones: that would wait for it
+        best = scores.topk(min(count + 1, scores.shape[-1]), dim=-1)  # NaN comes first
+        at_border = best.values[..., count - 1 :]
+        if bool((at_border[..., 1:] < at_border[..., :1]).all() and not best.values[..., 0].isnan().any()):
+            return best.indices[..., :count].sort(dim=-1).values
     scores = scores.masked_fill(scores.isnan(), -torch.inf)  # a NaN is neither better nor equal
     least = scores.topk(count, dim=-1).values[..., -1:]
     better, equal = scores > least, scores == least
@@ -51,6 +56,8 @@ def select_rows(scores: Tensor, budgets: list[list[int]], window_size: int, row_
     Returns: (B, H or H_kv, R) int64 with R the largest number kept anywhere; ascending; what keeps fewer begins with
         `UNUSED`.
     """
+    if row_lengths == [scores.shape[2]] and len(set(budgets[0])) == 1 and len(budgets[0]) in (1, scores.shape[1]):
+        return select(scores, budgets[0][0], window_size)  # the usual case, with fewer copies
     num_heads, num_tokens = max(scores.shape[1], *(len(counts) for counts in budgets)), scores.shape[2]
     scores = scores.expand(-1, num_heads, -1)
     longest = max(min(max(counts), length) for counts, length in zip(budgets, row_lengths, strict=True))

@@ -50,7 +50,7 @@ class CAKE(SnapKV):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
-        return mean_over_groups(pool(strong_or_restless(inputs, self.gamma), self.kernel_size), inputs.keys.shape[1])
+        return pool(mean_over_groups(strong_or_restless(inputs, self.gamma), inputs.keys.shape[1]), self.kernel_size)
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """Scores and preference."""

@@ -61,7 +61,7 @@ class CompressKV(Method):
             softcap=inputs.softcap,
             valid=inputs.valid,
         )
-        return pool(sum_over_window(attention), self.kernel_size).mean(dim=1, keepdim=True)
+        return pool(sum_over_window(attention).mean(dim=1, keepdim=True), self.kernel_size)
 
     @property
     def _profile(self) -> Profile:

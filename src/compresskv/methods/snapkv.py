@@ -41,5 +41,5 @@ class SnapKV(Method):
             softcap=inputs.softcap,
             valid=inputs.valid,
         )
-        per_head = pool(sum_over_window(attention), self.kernel_size)  # (B, H_q, T)
-        return mean_over_groups(per_head, inputs.keys.shape[1])
+        # pooling last, of fewer heads: both are sums, whose order does not matter
+        return pool(mean_over_groups(sum_over_window(attention), inputs.keys.shape[1]), self.kernel_size)
