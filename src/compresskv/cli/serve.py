@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -83,7 +84,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _are_additional(arguments: Sequence[str]) -> bool:
     """Whether options for vLLM hold settings of ours: --additional-config JSON, or --additional-config.compresskv..."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         option, equals, value = argument.partition("=")
         option = option.replace("_", "-")
         if option.startswith(f"{_ADDITIONAL}.compresskv"):
