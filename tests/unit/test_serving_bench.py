@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from compresskv.errors import ConfigError
+from compresskv.serving.bench.__main__ import app
 from compresskv.serving.bench.figure import draw_loads
 from compresskv.serving.bench.load import Load
 from compresskv.serving.bench.results import Results
@@ -35,7 +37,7 @@ def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
     second.add(key | {"budget": 64}, {"wall_s": 2.0})
     third = Results(path, None)
     assert [row["wall_s"] for row in third.rows] == [1.0, 2.0]
-    assert len(third.runs) == 2
+    assert len({row["run"] for row in third.rows}) == 2
     assert third.settings == SETTINGS
 
 
@@ -99,3 +101,22 @@ def test_the_figure(tmp_path: Path) -> None:
     assert (tmp_path / "loads.png").stat().st_size > 10_000
     with pytest.raises(ConfigError, match="holds no loads"):
         draw_loads([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["load", "--pools", "1,3"], "--pools 1,3: a pool of one request"),
+        (["load", "--budgets", ""], "--budgets '' names no number"),
+        (["single", "--lengths", "long"], "--lengths 'long' is not a list of numbers"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_cannot_be_measured_is_refused_before_a_file_is_made(
+    arguments: list[str], line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    error = CliRunner().invoke(app, [*arguments, "-o", str(path)]).exception
+    assert isinstance(error, ConfigError)
+    assert line in str(error)
+    assert not path.exists()

@@ -2,16 +2,18 @@
 
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from compresskv.bench.machine import machine
 from compresskv.cli.options import parse_numbers
-from compresskv.cli.terminal import err, out
+from compresskv.cli.terminal import err
 from compresskv.errors import CompressKVError, ConfigError
 from compresskv.serving.bench.load import Load
 from compresskv.serving.bench.results import Results
@@ -50,7 +52,6 @@ def load(
     """Many requests in a small pool: at each length, pool and budget."""
     from compresskv.serving.bench.load import run_load
 
-    results = Results(output, _settings(model, dtype, prefix_caching))
     sizes = [
         Load(length, pool, requests, new_tokens)
         for length, pool in product(_numbers("--lengths", lengths), _numbers("--pools", pools))
@@ -62,6 +63,7 @@ def load(
         for size, number in product(sizes, range(1, rounds + 1))
         for budget in (None, *_numbers("--budgets", budgets))
     ]
+    results = Results(output, _settings(model, dtype, prefix_caching))
     missing = [key for key in keys if not results.has(key)]
     if missing:
         longest = max(size.length for size in sizes) + new_tokens
@@ -74,7 +76,7 @@ def load(
         results.add(key, run_load(engines[budget is not None], size, text, budget))
         row = results.rows[-1]
         err.print(f"{size}, budget {budget}: {row['wall_s']:.1f} s, {row['tokens_per_s']:.1f} tokens/s")
-    _show(results, plot)
+    _show(results, ("load",), plot)
 
 
 @app.command()
@@ -90,8 +92,8 @@ def single(
     """One request alone: eviction's share of its prefill, and decoding beside that after a prompt of BUDGET tokens."""
     from compresskv.serving.bench.single import run_round
 
-    results = Results(output, _settings(model, dtype, prefix_caching))
     own = list(product(_numbers("--lengths", lengths), _numbers("--budgets", budgets)))
+    results = Results(output, _settings(model, dtype, prefix_caching))
     keys = [
         {"kind": "single", "length": length, "budget": budget, "round": number}
         for number, (length, budget) in product(range(1, rounds + 1), own)
@@ -104,7 +106,7 @@ def single(
     for key in missing:
         results.add(key, run_round(engines[0], engines[1], text, key["length"], key["budget"], key["round"]))
         err.print(str(results.rows[-1]))
-    _show(results, None)
+    _show(results, ("single",))
 
 
 @app.command()
@@ -140,13 +142,13 @@ def quality(
             for key in missing:
                 results.add(key, grid.ask(address, cases[key["case"]], key["budget"]))
         err.print(f"{len(missing)} answers of {'CompressKV' if compressed else 'plain vLLM'}")
-    _show(results, None)
+    _show(results, ("quality",))
 
 
 @app.command()
 def report(output: Annotated[Path, typer.Argument(help="A file of results.")], plot: PlotOption = None) -> None:
     """Show what a file of results holds, measuring nothing."""
-    _show(Results(output, None), plot)
+    _show(Results(output, None), ("load", "single", "quality"), plot)
 
 
 def _numbers(option: str, text: str, kind: type = int) -> tuple[Any, ...]:
@@ -199,16 +201,19 @@ def _settings(model: str, dtype: str, prefix_caching: bool) -> dict[str, Any]:
     }
 
 
-def _show(results: Results, plot: Path | None) -> None:
+def _show(results: Results, kinds: Sequence[str], plot: Path | None = None) -> None:
+    """The rows of these kinds, in tables."""
     from compresskv.serving.bench.tables import tables
 
-    err.print(f"{len(results.rows)} rows of {len(results.runs)} runs: {results.settings}")
-    for table in tables(results.rows):
-        out.print(table)
+    own = [row for row in results.rows if row["kind"] in kinds]
+    err.print(f"{len(own)} rows of {len({row['run'] for row in own})} runs: {results.settings}")
+    wide = Console(width=200, highlight=False)  # lines of a document, whatever the terminal's width
+    for table in tables(own):
+        wide.print(table)
     if plot is not None:
         from compresskv.serving.bench.figure import draw_loads
 
-        draw_loads(results.rows, plot)
+        draw_loads(own, plot)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def _draw(axes: Any, cells: dict[tuple[int, int | None], list[dict[str, Any]]], 
         label = "plain vLLM" if budget is None else f"budget {budget}"
         # a line without points keeps its place in the legend
         axes.plot(*(zip(*points, strict=True) if points else ([], [])), label=label, **(style if budget else _PLAIN))
+    axes.margins(y=0.1)
     axes.set_xticks(pools)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

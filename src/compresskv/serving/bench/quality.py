@@ -5,10 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from transformers import PreTrainedTokenizerBase
@@ -35,14 +36,15 @@ def server(model: str, *, compressed: bool, max_model_len: int, dtype: str, pref
     command.append("--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching")
     environment = dict(os.environ, VLLM_LOGGING_LEVEL="ERROR", COMPRESSKV_BUDGET="1.0" if compressed else "")
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_for(process, address)
-        yield address
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait_for(process, address, log)
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
 
 
 def _free_port() -> int:
@@ -52,7 +54,7 @@ def _free_port() -> int:
     return port
 
 
-def _wait_for(process: subprocess.Popen[bytes], address: str) -> None:
+def _wait_for(process: subprocess.Popen[bytes], address: str, log: IO[str]) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -60,7 +62,9 @@ def _wait_for(process: subprocess.Popen[bytes], address: str) -> None:
                 return
         except httpx.TransportError:
             time.sleep(0.5)
-    raise ModelError(f"vLLM's server did not start (exit code {process.poll()})")
+    log.seek(0)
+    last = [line.strip() for line in log if line.strip()][-1:]
+    raise ModelError(f"vLLM's server did not start (exit code {process.poll()}): {''.join(last)}")
 
 
 def needles(

@@ -57,11 +57,6 @@ class Results:
         self._log.append(whole)
         self.rows.append(whole)
 
-    @property
-    def runs(self) -> list[str]:
-        """The runs that measured the rows."""
-        return list(dict.fromkeys(row[_RUN] for row in self.rows))
-
 
 def _named(settings: Mapping[str, Any], names: list[str]) -> str:
     return ", ".join(f"{name}={settings.get(name)!r}" for name in names)
