@@ -90,8 +90,6 @@ def single(
     prefix_caching: CachingOption = True,
 ) -> None:
     """One request alone: eviction's share of its prefill, and decoding beside that after a prompt of BUDGET tokens."""
-    from compresskv.serving.bench.single import run_round
-
     own = list(product(_numbers("--lengths", lengths), _numbers("--budgets", budgets)))
     results = Results(output, _settings(model, dtype, prefix_caching))
     keys = [
@@ -100,6 +98,8 @@ def single(
     ]
     missing = [key for key in keys if not results.has(key)]
     if missing:
+        from compresskv.serving.bench.single import run_round
+
         engines, text = _engines(model, dtype, prefix_caching, max(length for length, _ in own) + 64, None)
         for length, budget in dict.fromkeys((key["length"], key["budget"]) for key in missing):
             run_round(engines[0], engines[1], text, length, budget, 0)  # warms up
