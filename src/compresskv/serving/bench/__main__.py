@@ -3,6 +3,7 @@
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -68,8 +69,9 @@ def load(
     if missing:
         longest = max(size.length for size in sizes) + new_tokens
         engines, text = _engines(model, dtype, prefix_caching, longest, max(size.num_blocks for size in sizes))
-        for engine in engines:
-            run_load(engine, Load(256, 2, 2, 4), text, None)  # warms up
+        small = replace(min(sizes, key=lambda size: size.num_blocks), num_requests=2, new_tokens=4)
+        for engine, budget in zip(engines, (None, keys[1]["budget"]), strict=True):
+            run_load(engine, small, text, budget)  # warms up
     for key in missing:
         size = Load(key["length"], key["pool"], requests, new_tokens)
         budget = key["budget"]
