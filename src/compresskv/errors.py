@@ -33,6 +33,10 @@ class CacheStateError(CompressKVError, RuntimeError):
     """A compressed cache was used in a way that its state does not allow."""
 
 
+class ServingError(CompressKVError):
+    """vLLM is asked for what CompressKV inside it does not do. No ValueError, which pydantic would decorate."""
+
+
 def first_line(err: BaseException) -> str:
     """The first line of an error's text that says anything, or its type's name."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]

@@ -16,6 +16,9 @@ from compresskv.serving.tap import EndingPrompt
 
 _alive: list[LLM] = []
 
+BLOCK_SIZE = 128
+"""What vLLM takes on CPUs by itself; tests count on it."""
+
 SHIPS_LOG = Path(__file__).parents[2] / "examples" / "ships_log.txt"
 
 
@@ -96,7 +99,7 @@ def start(compresskv: dict[str, Any] | None, **options: Any) -> Iterator[Engine]
     keep_alive(llm)
     engine = Engine(llm)
     with pytest.MonkeyPatch.context() as patch:
-        if engine.runner.__class__.__name__ == "CompressedCPURunner":
+        if getattr(engine.runner, "compaction", None) is not None:
             _note_positions(engine, patch)
         yield engine
 
@@ -111,6 +114,7 @@ def engine_options(compresskv: dict[str, Any] | None, **options: Any) -> dict[st
     return {
         "model": str(ensure_embedded("smollm2-135m")),
         "dtype": "float32",
+        "block_size": BLOCK_SIZE,
         "max_model_len": 4096,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 700,

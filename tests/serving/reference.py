@@ -46,9 +46,11 @@ def masked_logprobs(prompt: Sequence[int], answer: Sequence[int], kept: Sequence
     return output.logits[0].float().log_softmax(dim=-1)
 
 
-def own_positions(prompt: Sequence[int], method: str, budget: int | float, **options: object) -> list[int]:
+def own_positions(
+    prompt: Sequence[int], method: str, budget: int | float, model: PreTrainedModel | None = None, **options: object
+) -> list[int]:
     """What `compressing` keeps of the prompt in its first layer; all layers must agree."""
-    model, _ = loaded()
+    model = model or loaded()[0]
     with compresskv.compressing(model, method, budget, **options) as cache:
         prefill(model, torch.tensor([list(prompt)]), cache)
         kept = {tuple(layer.positions[0, 0].tolist()) for layer in cache.compressed_layers}

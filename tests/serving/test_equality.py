@@ -106,7 +106,7 @@ def test_requests_have_budgets_of_their_own(roomy: Engine) -> None:
         assert roomy.answers([PROMPTS[1]], 30, budget)[0].tokens == finished[str(number)]
 
 
-@pytest.mark.parametrize("budget", [0, "none", {"window": 3}, [100, 200], 1.5])
+@pytest.mark.parametrize("budget", [0, "none", {"window": 3}, [100, 200], 1.5, 2**63])
 def test_a_bad_budget_fails_its_request_alone(roomy: Engine, budget: object) -> None:
     with pytest.raises(VLLMValidationError, match=r"budget|compresskv"):
         roomy.answers([PROMPTS[1]], budget=budget)

@@ -6,6 +6,8 @@ import pytest
 from engine import Engine, start
 from reference import ships_log
 
+from compresskv.serving.counters import counters
+
 LOG = ships_log()
 SHARED = [LOG[:1000] + LOG[offset : offset + 300] for offset in (1000, 2000, 3000)]
 PROMPTS = [*SHARED, SHARED[0]]
@@ -59,19 +61,61 @@ def test_decoding_is_not_cached(caching: Engine, roomy: Engine) -> None:
     assert caching.answers([longer], budget="off")[0].tokens == roomy.answers([longer], budget="off")[0].tokens
 
 
+def test_blocks_that_others_share_are_not_counted_as_freed(caching: Engine) -> None:
+    """A whole prompt decodes; the same, cut, shares nine of its blocks, and takes as many fresh ones as it frees."""
+    caching.add(SHARED[2], 30, "0", "off")
+    for _ in range(4):
+        caching.step()
+    before = {name: counters().total(name) for name in ("evicted_tokens", "freed_blocks")}
+    num_free = caching.pool.get_num_free_blocks()
+    caching.add(SHARED[2], 3, "1")
+    caching.step()
+    assert caching.pool.get_num_free_blocks() == num_free - 2  # 200 tokens
+    grown = {name: counters().total(name) - value for name, value in before.items()}
+    assert grown == {"evicted_tokens": 1100, "freed_blocks": 0}
+    while caching.llm.llm_engine.has_unfinished_requests():
+        caching.step()
+    caching.check_clean()
+
+
+@pytest.fixture(scope="module")
+def tight() -> Iterator[Engine]:
+    """13 blocks, and prompts that are cut to one."""
+    yield from start({"budget": 120}, enable_prefix_caching=True, num_gpu_blocks_override=14, max_model_len=1664)
+
+
+def test_a_preempted_request_comes_back_into_a_tight_pool(tight: Engine) -> None:
+    """Prompt and answer need 13 blocks then, of which most are found in the cache; the cut's own is no 14th."""
+    expected = tight.answers([LOG[:1500]], max_tokens=60)[0].tokens
+    tight.positions.clear()
+    tight.add(LOG[:1500], 60, "0")
+    while sum(request.num_output_tokens for request in tight.scheduler.running) < 45:
+        tight.step()
+    preempted = tight.scheduler.running.pop()
+    tight.scheduler._preempt_request(preempted, 0.0)
+    tight.scheduler.prev_step_scheduled_req_ids.clear()  # as vLLM does where it preempts between steps
+    answer: list[int] = []
+    for _ in range(20):  # of which one reads the prompt's end again, one the 45 tokens, and 15 go on
+        for output in tight.step():
+            answer = list(output.outputs[0].token_ids)
+    tight.llm.llm_engine.abort_request(["0"])  # where it never came back
+    tight.step()
+    assert answer == expected
+    assert [len(kept) for kept in tight.positions] == [120, 120]
+    tight.check_clean()
+
+
 @pytest.mark.slow
-def test_a_pool_without_room_for_fresh_blocks() -> None:
-    """13 blocks: a prompt of 12 can be cut to one; one of 13 could not, and is kept whole. Preempted ones come back."""
-    engines = start({"budget": 120}, enable_prefix_caching=True, num_gpu_blocks_override=14, max_model_len=1664)
-    engine = next(engines)
-    engine.answers([LOG[:1500]], max_tokens=5)
-    assert [len(kept) for kept in engine.positions] == [120]
-    engine.answers([LOG[:1600]], max_tokens=5)
-    assert not engine.positions
+def test_a_pool_without_room_for_fresh_blocks(tight: Engine) -> None:
+    """A prompt of 12 blocks can be cut to one; one of 13 could not, and is kept whole. Preempted ones come back."""
+    tight.answers([LOG[:1500]], max_tokens=5)
+    assert [len(kept) for kept in tight.positions] == [120]
+    tight.answers([LOG[:1600]], max_tokens=5)
+    assert not tight.positions
     prompts = [LOG[start : start + 800] for start in (0, 700, 1400, 2100)]
-    together = engine.answers(prompts, max_tokens=150)
-    assert len(engine.positions) >= len(prompts)
-    assert [answer.tokens for answer in together] == [engine.answers([prompt], 150)[0].tokens for prompt in prompts]
+    together = tight.answers(prompts, max_tokens=150)
+    assert len(tight.positions) >= len(prompts)
+    assert [answer.tokens for answer in together] == [tight.answers([prompt], 150)[0].tokens for prompt in prompts]
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])

@@ -1,13 +1,21 @@
 """What is refused before an engine starts: one line that names the option."""
 
+import json
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from engine import engine_options
 from vllm import EngineArgs
+from vllm.platforms import current_platform
 
+from compresskv.errors import ProfileError, ServingError
 from compresskv.serving import versions
+from compresskv.serving.profiles import check_profile
+from compresskv.serving.settings import Settings
 
 
 def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
@@ -33,14 +41,25 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
         ({"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}, "--scheduler-cls"),
         ({"worker_cls": "some.other.Worker"}, "some.other.Worker"),
         ({"hf_overrides": {"sliding_window": 1000, "architectures": ["MistralForCausalLM"]}}, "sliding-window"),
+        ({"hf_overrides": {"alibi": True}}, "uses ALiBi"),
+        ({"hf_overrides": {"num_kv_shared_layers": 4}}, "layers that share a KV cache"),
+        (
+            {
+                "hf_overrides": {"num_key_value_heads": 1},
+                "tensor_parallel_size": 3,
+                "distributed_executor_backend": "mp",
+            },
+            "--tensor-parallel-size 3 does not divide the 1 KV heads",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_configurations_that_were_not_proved(options: dict[str, Any], line: str) -> None:
-    with pytest.raises(ValueError, match=line) as refusal:
+    with pytest.raises(ServingError, match=line) as refusal:  # which pydantic lets through as it is
         configured({"budget": 100}, **options)
-    assert "compresskv" in str(refusal.value)
-    if "Mistral" not in str(options) and "some.other" not in str(options):
+    assert str(refusal.value).startswith("compresskv inside vLLM: ")
+    assert "\n" not in str(refusal.value)
+    if "hf_overrides" not in options and "some.other" not in str(options):
         configured(None, **options)  # it is ours to refuse, not vLLM's
 
 
@@ -60,13 +79,13 @@ def test_configurations_that_were_not_proved(options: dict[str, Any], line: str)
     ids=str,
 )
 def test_settings_that_cannot_work(settings: Any, line: str) -> None:
-    with pytest.raises(Exception, match=line):
+    with pytest.raises(ServingError, match=line):
         configured(settings)
 
 
 def test_another_vllm_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_version", lambda: "0.33.0")
-    with pytest.raises(ValueError, match=r"vLLM 0\.33\.0 .* tested with vLLM 0\.32"):
+    with pytest.raises(ServingError, match=r"vLLM 0\.33\.0 .* tested with vLLM 0\.32"):
         configured({"budget": 100})
     configured(None)  # switched off, it does not care
 
@@ -74,12 +93,13 @@ def test_another_vllm_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPa
 def test_off_by_default_and_switched_on_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = configured(None)
     assert plain.scheduler_config.scheduler_cls is None
-    assert plain.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert plain.parallel_config.worker_cls.startswith("vllm.v1.worker.")
     monkeypatch.setitem(os.environ, "COMPRESSKV_BUDGET", "3%")
     monkeypatch.setitem(os.environ, "COMPRESSKV_METHOD", "vote[window_size=16]")
     ours = configured(None)
     assert ours.scheduler_config.scheduler_cls == "compresskv.serving.scheduler.CompressedScheduler"
-    assert ours.parallel_config.worker_cls == "compresskv.serving.cpu_worker.CompressedCPUWorker"
+    worker = "cpu_worker.CompressedCPUWorker" if current_platform.is_cpu() else "gpu_worker.CompressedGPUWorker"
+    assert ours.parallel_config.worker_cls == f"compresskv.serving.{worker}"
     assert ours.additional_config["compresskv"] == {"budget": 0.03, "method": "vote[window_size=16]", "profile": None}
     assert configured(False).scheduler_config.scheduler_cls is None  # this engine's own word counts
 
@@ -96,6 +116,43 @@ def test_a_model_without_a_profile(tmp_path: Any) -> None:
             weight.mul_(1.5)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="no profile of this model"):
+    with pytest.raises(ServingError, match="no profile of this model"):
         configured({"budget": 100}, model=str(tmp_path))
     configured({"budget": 100, "method": "streaming_llm"}, model=str(tmp_path))
+    # the same in the hub's cache: whole, then with a part that vLLM has yet to fetch, then not at all
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for file in tmp_path.glob("*.*"):
+        (snapshot / file.name).symlink_to(file)
+    (tmp_path / "hub" / "models--org--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text("1")
+    hub = SimpleNamespace(model="org/name", revision=None)
+    with pytest.raises(ProfileError, match="no profile of this model"):
+        check_profile(Settings(100), hub, str(tmp_path / "hub"))
+    shards = {"weight_map": {"model.embed_tokens.weight": "absent.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(shards))
+    check_profile(Settings(100), hub, str(tmp_path / "hub"))
+    check_profile(Settings(100), hub, str(tmp_path / "nowhere"))
+    with pytest.raises(ProfileError, match="absent"):
+        check_profile(Settings(100, profile=str(tmp_path / "absent.json")), hub, str(tmp_path / "nowhere"))
+
+
+def test_a_refused_program_ends_with_one_line(clean_environment: dict[str, str]) -> None:
+    """Where nobody catches it: no traceback, and nothing of pydantic's."""
+    code = f"import vllm; vllm.LLM(**{engine_options({'budget': 100}, enable_lora=True)!r})"
+    environment = clean_environment | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last == "compresskv inside vLLM: LoRA is not supported: leave out --enable-lora"
+    assert "Traceback" not in done.stderr
+    assert "pydantic" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_server_that_is_refused_says_so_in_its_last_line(clean_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "compresskv", "serve", "smollm2-135m", "--max-num-batched-tokens", "40"]
+    done = subprocess.run(command, env=clean_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("compresskv inside vLLM: --max-num-batched-tokens 40 must be")
+    assert "Traceback" not in done.stderr

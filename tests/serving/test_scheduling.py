@@ -1,12 +1,19 @@
 """Blocks: given back when a prompt was cut, whatever happens to its request, and never one too many."""
 
+import math
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engine import Engine
 from reference import ships_log
 
+from compresskv.errors import CacheStateError
+from compresskv.serving import scheduler
+from compresskv.serving.bench import engine as bench
+from compresskv.serving.bench.load import Load, run_load
 from compresskv.serving.counters import counters
 from compresskv.serving.pages import Pages
 
@@ -37,6 +44,40 @@ def test_blocks_are_freed_in_the_step_that_ends_the_prompt(roomy: Engine) -> Non
     assert held[-1] == 0
     grown = {name: counters().total(name) - value for name, value in before.items()}
     assert grown == {"evicted_prompts": 1, "evicted_tokens": 1300, "freed_blocks": 10}
+
+
+def test_the_log_tells_now_and_then(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the workers' seconds, which the scheduler does not know by itself."""
+    lines: list[str] = []
+    monkeypatch.setattr(scheduler, "logger", SimpleNamespace(info=lambda text, values: lines.append(text % values)))
+    monkeypatch.setattr(roomy.scheduler, "_logged_at", -math.inf)
+    roomy.answers(PROMPTS[:2], max_tokens=1)
+    (line,) = lines
+    totals = counters().totals()
+    scoring = re.search(r"(\d+) prompts cut, .* blocks freed, ([\d.]+) s of scoring, [\d.]+ s of compaction", line)
+    assert scoring is not None
+    assert int(scoring[1]) == totals["evicted_prompts"] - 1  # the second was cut in a later step
+    assert 0 < float(scoring[2]) <= totals["scoring_seconds"] + 0.005
+
+
+def test_scheduler_and_worker_must_agree(roomy: Engine) -> None:
+    """A KeyError in a worker would not say what is wrong."""
+    step = SimpleNamespace(compresskv_blocks={"7": [1, 2]})
+    with pytest.raises(CacheStateError, match=r"disagree .* \['7'\] against \[\]"):
+        roomy.runner._agreed_targets(step)
+    roomy.runner._ending = [SimpleNamespace(request_id="8")]
+    with pytest.raises(CacheStateError, match=r"\['7'\] against \['8'\]"):
+        roomy.runner._agreed_targets(step)
+
+
+def test_a_bench_runs_in_a_smaller_pool(roomy: Engine) -> None:
+    """Of three whole requests, plain or cut."""
+    engine = bench.Engine(roomy.llm)
+    load = Load(length=600, pool=3, num_requests=6, new_tokens=12)
+    whole, cut = (run_load(engine, load, LOG, budget) for budget in (1.0, 60))
+    assert (whole["max_running"], cut["max_running"]) == (3, 6)
+    assert whole["tokens_per_s"] == pytest.approx(72 / whole["wall_s"])
+    roomy.check_clean()
 
 
 def test_the_last_chunk_holds_the_whole_window(roomy: Engine) -> None:
@@ -162,7 +203,9 @@ def test_the_layout_covers_a_block(cramped: Engine) -> None:
     """Every element once: its number was written in parts that bfloat16 holds exactly."""
     layout = cramped.runner.compaction._pages[0]._layout
     offsets = torch.cat([layout.keys.flatten(), layout.values.flatten()])
-    assert torch.equal(offsets.sort().values, torch.arange(2 * 128 * 3 * 64))
+    layer = cramped.runner.compaction._layers[0]
+    num_elements = 2 * cramped.scheduler.block_size * layer.num_kv_heads * layer.head_size
+    assert torch.equal(offsets.sort().values.cpu(), torch.arange(num_elements))
 
 
 def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
@@ -170,11 +213,12 @@ def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
     by_strides = cramped.runner.compaction._pages[3]
     assert by_strides._layout.key_strides is not None
     one_by_one = Pages(by_strides._layer, replace(by_strides._layout, key_strides=None))
-    blocks = torch.tensor([7, 2, 11])
-    by_strides._blocks[blocks] = torch.randn(3, by_strides._blocks.shape[1])
+    device = by_strides._blocks.device
+    blocks = torch.tensor([7, 2, 11], device=device)
+    by_strides._blocks[blocks] = torch.randn(3, by_strides._blocks.shape[1], device=device)
     keys = by_strides.keys(blocks, 300)
     assert keys.shape == (1, 3, 300, 64)
     assert torch.equal(one_by_one.keys(blocks, 300), keys)
-    moved = torch.tensor([0, 1, 130, 131, 299])
+    moved = torch.tensor([0, 1, 130, 131, 299], device=device)
     by_strides.move(blocks, moved, blocks)
     assert torch.equal(by_strides.keys(blocks, 5), keys[:, :, moved])

@@ -1,6 +1,7 @@
 """`compresskv serve`: the OpenAI API, streaming, a request's own budget, the metrics endpoint, and Ctrl-C."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -88,6 +89,12 @@ def test_answers_are_streamed_and_counted(server: Server) -> None:
     assert counters["compaction_seconds"] > 0
 
 
+def test_the_log_tells_what_was_done(server: Server) -> None:
+    """The first cut at once."""
+    line = next(line for line in server.log.read_text(encoding="utf-8").splitlines() if "prompts cut" in line)
+    assert re.search(r"1 prompts cut, \d+ tokens evicted, \d+ blocks freed, [\d.]+ s of scoring, ", line)
+
+
 def test_a_request_has_its_own_budget(server: Server) -> None:
     before = server.counters()
     response = server.client.post("/v1/chat/completions", json=request(vllm_xargs={"compresskv": "off"}))
@@ -102,6 +109,8 @@ def test_a_bad_budget_is_the_requests_own_fault(server: Server) -> None:
     response = server.client.post("/v1/chat/completions", json=request(vllm_xargs={"compresskv": "much"}))
     assert response.status_code == 400
     assert "'much' is not a number" in response.json()["error"]["message"]
+    response = server.client.post("/v1/chat/completions", json=request(vllm_xargs={"compresskv": 2**70}))
+    assert response.status_code == 400
     assert server.client.post("/v1/chat/completions", json=request(max_tokens=1)).status_code == 200
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compresskv.cli.app import app
-from compresskv.errors import CompressKVError
+from compresskv.errors import CompressKVError, ConfigError
 from compresskv.serving import versions
 
 
@@ -21,6 +21,8 @@ class Started(Exception):  # noqa: N818 - no error
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What would be started. vLLM itself is tested in tests/serving."""
     seen: dict[str, Any] = {}
+    for name in ("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
 
     def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
         seen.update(program=program, command=command, environment=environment)
@@ -52,6 +54,47 @@ def test_the_servers_command_and_environment(
     assert environment["COMPRESSKV_METHOD"] == "vote[window_size=16]"
     assert environment["VLLM_PLUGINS"] == "other,compresskv"
     assert environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_what_is_not_given_is_taken_from_the_environment(
+    started: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSKV_BUDGET", "7%")
+    monkeypatch.setenv("COMPRESSKV_METHOD", "streaming_llm[num_sinks=8]")
+    run(str(tmp_path))
+    environment = started["environment"]
+    assert (environment["COMPRESSKV_BUDGET"], environment["COMPRESSKV_METHOD"]) == ("7%", "streaming_llm[num_sinks=8]")
+    run(str(tmp_path), "--budget", "256", "--method", "vote")  # given, though they are the defaults
+    environment = started["environment"]
+    assert (environment["COMPRESSKV_BUDGET"], environment["COMPRESSKV_METHOD"]) == ("256", "vote")
+    error = run(str(tmp_path), "--set", "num_sinks=4")
+    assert "COMPRESSKV_METHOD='streaming_llm[num_sinks=8]' has options already" in str(error)
+    monkeypatch.setenv("COMPRESSKV_PROFILE", "/nowhere.json")
+    assert "/nowhere.json" in str(run(str(tmp_path)))
+
+
+ADDITIONAL = [
+    ["--additional-config", '{"compresskv": {"budget": 9}}'],
+    ['--additional_config={"compresskv": false}'],
+    ["--additional-config.compresskv.budget", "9"],
+]
+
+
+@pytest.mark.parametrize("additional", ADDITIONAL, ids=lambda value: value[0])
+def test_settings_are_not_given_twice(started: dict[str, Any], tmp_path: Path, additional: list[str]) -> None:
+    error = run(str(tmp_path), *additional, "--budget", "100", "--set", "window_size=8")
+    assert isinstance(error, ConfigError)
+    assert str(error).endswith("leave out --budget, --set")
+    assert not started
+    assert isinstance(run(str(tmp_path), *additional), Started)
+    assert started["command"][-len(additional) :] == additional
+    assert "COMPRESSKV_BUDGET" not in started["environment"]
+
+
+@pytest.mark.parametrize("other", ['{"other": 1}', "nonsense", "7"])
+def test_what_others_are_told_is_none_of_ours(started: dict[str, Any], tmp_path: Path, other: str) -> None:
+    assert isinstance(run(str(tmp_path), "--additional-config", other, "--budget", "100"), Started)
+    assert started["environment"]["COMPRESSKV_BUDGET"] == "100"
 
 
 def test_given_options_are_not_given_twice(started: dict[str, Any], tmp_path: Path) -> None:

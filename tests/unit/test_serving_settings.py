@@ -73,7 +73,9 @@ def test_requests_that_say_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [0, -3, 1.5, "none", True, [64], {}, {"budget": 9, "window": 8}, {"method": "vote"}], ids=str
+    "asked",
+    [0, -3, 1.5, "none", True, [64], {}, {"budget": 9, "window": 8}, {"method": "vote"}, 2**63, "9" * 30],
+    ids=str,
 )
 def test_requests_that_cannot_work(asked: Any) -> None:
     with pytest.raises(ConfigError, match=r"budget|compresskv"):

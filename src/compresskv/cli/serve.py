@@ -1,8 +1,10 @@
 """`compresskv serve`: vLLM's OpenAI server, with each prompt's cache cut to a budget."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,9 @@ Options that are not listed here go to vLLM's server; MODEL comes before them. M
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 _CPU_CACHE_NBYTES = 4 << 30
+_SERVER_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+_OWN_OPTIONS = {"budget": "--budget", "method": "--method", "settings": "--set", "profile": "--profile"}
+_ADDITIONAL = "--additional-config"
 _MEMORY_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--kv-cache-memory")
 
 
@@ -40,6 +45,7 @@ def serve(
 ) -> None:
     """Serve a model through vLLM's OpenAI API, with each request's prompt cache cut to a budget.
 
+    What is not given is taken from COMPRESSKV_BUDGET, COMPRESSKV_METHOD and COMPRESSKV_PROFILE where they are exported.
     A request may ask for another budget: "vllm_xargs": {"compresskv": 128}, "5%", or "off".
     """
     if model.startswith("-"):
@@ -47,18 +53,71 @@ def serve(
     from compresskv.serving.versions import check_version, installed_version
 
     check_version(installed_version())
-    environment = _environment(budget, method, settings, profile)
+    given = [option for name, option in _OWN_OPTIONS.items() if _is_given(context, name)]
+    environment = _SERVER_ENVIRONMENT | _plugins()
+    if _are_additional(context.args):
+        if given:
+            raise ConfigError(f"{_ADDITIONAL} holds settings of compresskv already: leave out {', '.join(given)}")
+        told = f"the settings in {_ADDITIONAL}"
+    else:
+        budget = budget if "--budget" in given else os.environ.get("COMPRESSKV_BUDGET") or budget
+        if "--method" not in given:
+            method = _exported_method(method, settings)
+        if profile is None and os.environ.get("COMPRESSKV_PROFILE"):
+            profile = Path(os.environ["COMPRESSKV_PROFILE"])
+        environment |= _settings_environment(budget, method, settings, profile)
+        told = f"budget {budget}"
     with Bar() as bar:
         folder, name = _located(model, bar)
     # the server's own module: the 'vllm' command of the CPU build fails, for it asks for a package named 'vllm'
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += _defaults(context.args, name)
-    err.print(f"starting vLLM with budget {budget}; a first start compiles the model and takes a minute or more")
+    err.print(f"starting vLLM with {told}; a first start compiles the model and takes a minute or more")
     # vLLM takes this process over, so that Ctrl-C and every other signal reach it as if it had been started by hand
     os.execve(sys.executable, [*command, *context.args], os.environ | environment)
 
 
-def _environment(budget: str, method: str, settings: list[str] | None, profile: Path | None) -> dict[str, str]:
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _are_additional(arguments: Sequence[str]) -> bool:
+    """Whether options for vLLM hold settings of ours: --additional-config JSON, or --additional-config.compresskv..."""
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        option = option.replace("_", "-")
+        if option.startswith(f"{_ADDITIONAL}.compresskv"):
+            return True
+        if option == _ADDITIONAL:
+            try:
+                return "compresskv" in json.loads(value if equals else following)
+            except (ValueError, TypeError):
+                continue  # vLLM says what is wrong with it
+    return False
+
+
+def _exported_method(default: str, settings: list[str] | None) -> str:
+    """COMPRESSKV_METHOD, or the default.
+
+    Raises:
+        ConfigError: it has options, and so has --set.
+    """
+    exported = os.environ.get("COMPRESSKV_METHOD") or default
+    if settings and "[" in exported:
+        raise ConfigError(f"COMPRESSKV_METHOD={exported!r} has options already: give --method beside --set")
+    return exported
+
+
+def _plugins() -> dict[str, str]:
+    """vLLM's list of plugins to load, with ours in it where there is one."""
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is None or "compresskv" in plugins.split(","):
+        return {}
+    return {"VLLM_PLUGINS": ",".join(filter(None, (plugins, "compresskv")))}
+
+
+def _settings_environment(budget: str, method: str, settings: list[str] | None, profile: Path | None) -> dict[str, str]:
     """The plugin's settings, checked.
 
     Raises:
@@ -75,12 +134,8 @@ def _environment(budget: str, method: str, settings: list[str] | None, profile: 
         "COMPRESSKV_BUDGET": budget,
         "COMPRESSKV_METHOD": chosen.label,
         "COMPRESSKV_PROFILE": "" if profile is None else str(profile.absolute()),
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
     find_settings({}, environment)
-    plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "compresskv" not in plugins.split(","):
-        environment["VLLM_PLUGINS"] = ",".join(filter(None, (plugins, "compresskv")))
     return environment
 
 

@@ -8,6 +8,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from compresskv.errors import CacheStateError
 from compresskv.serving.settings import Cut
 from compresskv.serving.versions import check_signature
 
@@ -47,19 +48,23 @@ class CompressedAttentionManager(FullAttentionManager):
     def evict(self, request_id: str, cut: Cut) -> tuple[list[int], int]:
         """Give back the blocks that are not needed for the retained tokens.
 
-        Returns: the blocks that the retained tokens move to, and how many fewer are held.
+        Returns: the blocks that the retained tokens move to, and how many more are free for others than without the
+            cut. Those that other requests share are not, and none may be, where most are shared.
         """
-        blocks = self.req_to_blocks[request_id]
-        num_before = len(blocks)
+        blocks, num_free, num_fresh = self.req_to_blocks[request_id], self.block_pool.get_num_free_blocks(), 0
         if self.enable_caching:
+            if request_id not in self._fresh:
+                raise CacheStateError(f"request {request_id} is cut in a step for which it has no fresh blocks")
             freed, blocks[:] = list(blocks), self._fresh.pop(request_id)
+            num_fresh = len(blocks)
         else:
             num_held = cdiv(cut.num_kept, self.block_size)
             freed = blocks[num_held:]
             del blocks[num_held:]
         self.num_evicted[request_id] = cut.num_evicted
         self.block_pool.free_blocks(reversed(freed))
-        return [block.block_id for block in blocks], num_before - len(blocks)
+        num_freed = self.block_pool.get_num_free_blocks() - num_free - num_fresh
+        return [block.block_id for block in blocks], max(0, num_freed)
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that are missing for `num_tokens` tokens, the evicted ones among them."""

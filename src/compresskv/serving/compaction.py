@@ -1,6 +1,5 @@
 """The worker's part: score the prompt, choose what stays, and move it together, in every layer."""
 
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from compresskv.method import LayerInputs, Method
 from compresskv.serving.choice import choose, observe
+from compresskv.serving.clock import Clock
 from compresskv.serving.counters import counters
 from compresskv.serving.pages import Pages, find_layout
 from compresskv.serving.ranks import Ranks
@@ -32,6 +32,7 @@ class Compaction:
         layout = find_layout(next(iter(self._layers.values())), block_size)
         self._pages = {layer_idx: Pages(layer, layout) for layer_idx, layer in self._layers.items()}
         self.tap = QueryTap(self._layers, self._read)
+        self.clock = Clock(next(iter(self._layers.values())).kv_cache.device, self._note_seconds)
 
     def evict(self, prompt: EndingPrompt, block_ids: Tensor, targets: Tensor) -> Tensor:
         """Cut one prompt, once its last chunk has passed the model.
@@ -41,18 +42,21 @@ class Compaction:
             targets: (m,): the blocks that the retained tokens move to; the prompt's first ones, or others.
         Returns: the positions kept, (num_kept,), ascending.
         """
-        started = time.perf_counter()
+        started = self.clock.mark()
         method = self._method.with_window(prompt.cut.window_size)
         observed = observe(method, self._inputs(prompt, block_ids))
         nothing = torch.zeros(1, 1, prompt.cut.num_prompt, device=block_ids.device)
         positions = self._ranks.first(choose(method, self._ranks.together(observed, nothing), prompt.cut))
-        scored = time.perf_counter()
+        scored = self.clock.mark()
         for pages in self._pages.values():
             pages.move(block_ids, positions, targets)
-        if self._ranks.is_first:
-            counters().add("scoring_seconds", scored - started)
-            counters().add("compaction_seconds", time.perf_counter() - scored)
+        self.clock.between("scoring_seconds", started, scored)
+        self.clock.between("compaction_seconds", scored, self.clock.mark())
         return positions
+
+    def _note_seconds(self, name: str, seconds: float) -> None:
+        if self._ranks.is_first:  # all ranks do the same at the same time
+            counters().add(name, seconds)
 
     def _inputs(self, prompt: EndingPrompt, block_ids: Tensor) -> Iterator[LayerInputs]:
         for layer_idx in self._read:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.errors import ConfigError
+from compresskv.errors import ServingError
 
 _BASE = 256  # the largest run of whole numbers that bfloat16 holds exactly
 
@@ -39,11 +39,11 @@ def find_layout(layer: Any, block_size: int) -> Layout:
     Args:
         layer: vLLM's Attention, with its cache.
     Raises:
-        ConfigError: the backend writes its cache within attention, or does not write every element as it is.
+        ServingError: the backend writes its cache within attention, or does not write every element as it is.
     """
     backend, cache = type(layer.impl).__name__, layer.kv_cache
     if not hasattr(layer.impl, "do_kv_cache_update"):
-        raise ConfigError(f"compresskv inside vLLM: attention backend {backend} is not supported")
+        raise ServingError(f"compresskv inside vLLM: attention backend {backend} is not supported")
     shape = (2, block_size, layer.num_kv_heads, layer.head_size)
     num_elements = math.prod(shape)
     digits = torch.arange(1, num_elements + 1, device=cache.device).view(shape)
@@ -55,7 +55,7 @@ def find_layout(layer: Any, block_size: int) -> Layout:
         found += scratch.flatten().long() * _BASE**place
     order = found.argsort()[len(found) - num_elements :]  # what is not written stays 0
     if not torch.equal(found[order], digits.flatten()):
-        raise ConfigError(
+        raise ServingError(
             f"compresskv inside vLLM: attention backend {backend} does not store keys and values as they are"
         )
     offsets = order.view(shape)
@@ -83,7 +83,7 @@ class Pages:
         self._layout = layout
         cache: Tensor = layer.kv_cache
         if not cache[0].is_contiguous():
-            raise ConfigError("compresskv inside vLLM: a KV cache whose blocks are not contiguous is not supported")
+            raise ServingError("compresskv inside vLLM: a KV cache whose blocks are not contiguous is not supported")
         self._blocks = cache.flatten(1)  # (blocks, elements of a block), not copied
 
     def keys(self, block_ids: Tensor, num_tokens: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from pathlib import Path
+import sys
 from typing import Any
 
 _MARK = "_compresskv_plugin"
@@ -52,28 +52,54 @@ def configure(config: Any) -> None:
     Args:
         config: vLLM's VllmConfig, changed in place.
     Raises:
-        ConfigError, ProfileError: what cannot work, in one line.
+        ServingError: what cannot work, in one line. A program that does not catch it ends with that line alone.
     """
     if config.model_config is None:
         return
+    from compresskv.errors import CompressKVError, ServingError
+
+    try:
+        _configure(config)
+    except CompressKVError as error:
+        _end_with_one_line()
+        raise ServingError(f"compresskv inside vLLM: {' '.join(str(error).splitlines())}") from None
+
+
+def _configure(config: Any) -> None:
     from compresskv.serving.settings import KEY, find_settings
 
     settings = find_settings(config.additional_config)
     if settings is None:
         return
-    from compresskv.serving import counters, profiles
+    from compresskv.serving import counters
+    from compresskv.serving.profiles import check_profile
     from compresskv.serving.refusals import check_supported
     from compresskv.serving.versions import check_version, installed_version
 
     check_version(installed_version())
     check_supported(config, settings)
-    if Path(config.model_config.model).is_dir():  # otherwise the worker looks, once vLLM has fetched the model
-        profiles.with_profile(settings, config.model_config)
+    check_profile(settings, config.model_config, config.load_config.download_dir)
     global _switched_on  # noqa: PLW0603 - requests are checked without the configuration at hand
     _switched_on = True
     _take_over(config)
     config.additional_config = {**(config.additional_config or {}), KEY: settings.to_dict()}
     counters.publish()
+
+
+def _end_with_one_line() -> None:
+    """Let a refusal that nobody catches end this process as it ends `compresskv`: one line, exit code 2."""
+    from compresskv.errors import ServingError
+
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, *trace: Any) -> None:
+        if not issubclass(kind, ServingError):
+            before(kind, error, *trace)
+            return
+        print(error, file=sys.stderr)  # noqa: T201
+        raise SystemExit(2)
+
+    sys.excepthook = hook
 
 
 def check_budget_of(params: Any) -> None:
@@ -106,12 +132,12 @@ def _take_over(config: Any) -> None:
     parallel, scheduler = config.parallel_config, config.scheduler_config
     if parallel.worker_cls not in _WORKERS.values():
         if parallel.worker_cls not in _WORKERS:
-            raise ConfigError(f"compresskv inside vLLM: worker_cls={parallel.worker_cls!r} is not supported")
+            raise ConfigError(f"worker_cls={parallel.worker_cls!r} is not supported")
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
         if config.device_config.device_type != "cpu":
             logger.warning("compresskv inside vLLM was tested on CPUs only: see docs/serving.md")
     if scheduler.scheduler_cls not in (None, _SCHEDULER):
-        raise ConfigError(f"compresskv inside vLLM: --scheduler-cls {scheduler.scheduler_cls} is not supported")
+        raise ConfigError(f"--scheduler-cls {scheduler.scheduler_cls} is not supported")
     scheduler.scheduler_cls = _SCHEDULER
     if scheduler.async_scheduling:  # vLLM switches it on by default; a scheduler of its own kind would be needed
         logger.info("compresskv: asynchronous scheduling is switched off")

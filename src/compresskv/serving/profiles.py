@@ -3,16 +3,38 @@
 from pathlib import Path
 from typing import Any
 
-from compresskv.errors import ProfileError
+from compresskv.errors import ModelError, ProfileError
 from compresskv.method import Method
 from compresskv.serving.settings import Settings
 
 
-def with_profile(settings: Settings, model_config: Any) -> Method:
+def check_profile(settings: Settings, model_config: Any, download_dir: str | None) -> None:
+    """Refuse a missing profile before the model is loaded, as far as the files that are here tell.
+
+    Raises:
+        ProfileError, ModelError: as `with_profile`; of a model that vLLM has yet to fetch, only for a bad file.
+    """
+    if not settings.bare_method().needs_profile:
+        return
+    from compresskv.profiles.profile import read_profile
+
+    if settings.profile is not None:
+        read_profile(settings.profile)
+    try:
+        if any(_folder(model_config, download_dir).glob("*.safetensors")):
+            with_profile(settings, model_config, download_dir)
+    except ModelError:
+        if Path(model_config.model).is_dir():
+            raise
+        # a hub model of which vLLM has yet to fetch a part: the worker looks again
+
+
+def with_profile(settings: Settings, model_config: Any, download_dir: str | None) -> Method:
     """The method, with its profile where it needs one: the given file, or the one that fits the checkpoint.
 
     Args:
         model_config: vLLM's ModelConfig; the model lies in a folder or in the hub's cache.
+        download_dir: vLLM's --download-dir, in the place of the hub's cache.
     Raises:
         ProfileError: no profile of this model, or one of another model.
         ModelError: the checkpoint cannot be read.
@@ -24,7 +46,7 @@ def with_profile(settings: Settings, model_config: Any) -> Method:
     from compresskv.profiles.profile import Profile, read_profile
     from compresskv.profiles.store import profile_for
 
-    own = checkpoint_fingerprint(_folder(model_config))
+    own = checkpoint_fingerprint(_folder(model_config, download_dir))
     given: Profile | None = None if settings.profile is None else read_profile(settings.profile)
     if own.weights is None and given is None:
         raise ProfileError(
@@ -34,10 +56,18 @@ def with_profile(settings: Settings, model_config: Any) -> Method:
     return method.with_profile(profile_for(own, model_config.model, given))
 
 
-def _folder(model_config: Any) -> Path:
+def _folder(model_config: Any, download_dir: str | None) -> Path:
     folder = Path(model_config.model)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+    try:
+        return Path(
+            snapshot_download(
+                model_config.model, revision=model_config.revision, cache_dir=download_dir, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ModelError(f"the files of {model_config.model} are not here: its profile cannot be found") from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from compresskv.errors import ConfigError
+from compresskv.errors import ServingError
 from compresskv.serving.settings import Settings
 
 
@@ -13,17 +13,18 @@ def check_supported(config: Any, settings: Settings) -> None:
     Args:
         config: vLLM's VllmConfig, after the platform has made its changes.
     Raises:
-        ConfigError: the first thing refused, with its option.
+        ServingError: the first thing refused, with its option.
     """
     for refused, line in _reasons(config, settings):
         if refused:
-            raise ConfigError(f"compresskv inside vLLM: {line}")
+            raise ServingError(line)
 
 
 def _reasons(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:
     yield from _of_features(config)
     yield from _of_parallelism(config.parallel_config)
     yield from _of_model(config.model_config)
+    yield from _of_attention(config.model_config, config.parallel_config.tensor_parallel_size)
     yield from _of_steps(config, settings)
 
 
@@ -67,6 +68,20 @@ def _of_model(model: Any) -> Iterator[tuple[bool, str]]:
         f"{name} has layers without attention, which are not supported",
     )
     yield model.get_sliding_window() is not None, f"{name} has sliding-window layers, which are not supported"
+
+
+def _of_attention(model: Any, num_ranks: int) -> Iterator[tuple[bool, str]]:
+    """As far as the model's configuration tells; the workers look at the layers themselves."""
+    name, num_heads = model.model, model.get_total_num_kv_heads()
+    yield model.uses_alibi, f"{name} uses ALiBi, which is not supported"
+    yield (
+        bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
+        f"{name} has layers that share a KV cache, which are not supported",
+    )
+    yield (
+        num_heads % num_ranks != 0,
+        f"--tensor-parallel-size {num_ranks} does not divide the {num_heads} KV heads of {name}",
+    )
 
 
 def _of_steps(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:

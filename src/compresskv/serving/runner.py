@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from compresskv.errors import CacheStateError, ConfigError
+from compresskv.errors import CacheStateError, ServingError
 from compresskv.serving.blocks import CompressedAttentionSpec
 from compresskv.serving.compaction import Compaction
 from compresskv.serving.profiles import with_profile
@@ -35,11 +35,11 @@ class CompressedRunner(GPUModelRunner):
         """The layers' specs, with our manager.
 
         Raises:
-            ConfigError: a layer that is not of plain full attention.
+            ServingError: a layer that is not of plain full attention.
         """
         specs: dict[str, Any] = super().get_kv_cache_spec()
         if self.shared_kv_cache_layers:
-            raise ConfigError("compresskv inside vLLM: layers that share a KV cache are not supported")
+            raise ServingError("compresskv inside vLLM: layers that share a KV cache are not supported")
         return {name: _compressed(name, spec) for name, spec in specs.items()}
 
     def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> None:
@@ -58,25 +58,33 @@ class CompressedRunner(GPUModelRunner):
             _check_layer(layer_idx, layer)
         self._check_shapes(list(layers.values()))
         ranks = Ranks(get_tp_group())
-        if self.model_config.get_total_num_kv_heads() % ranks.size:
-            raise ConfigError(f"--tensor-parallel-size {ranks.size} does not divide the model's KV heads")
         self._ending: list[EndingPrompt] = []
-        self.compaction = Compaction(
-            with_profile(settings, self.model_config), layers, self.cache_config.block_size, ranks
-        )
+        method = with_profile(settings, self.model_config, self.load_config.download_dir)
+        self.compaction = Compaction(method, layers, self.cache_config.block_size, ranks)
 
     def _check_shapes(self, layers: list[Any]) -> None:
         """Refuse what one block table, one layout and one block size do not fit.
 
         Raises:
-            ConfigError: layers of different shapes, or blocks that the attention backend divides.
+            ServingError: layers of different shapes, or blocks that the attention backend divides.
         """
         shapes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers}
         if len(shapes) > 1 or any(keys != values for _, keys, values in shapes):
-            raise ConfigError("compresskv inside vLLM: layers or keys and values of different shapes are not supported")
+            raise ServingError(
+                "compresskv inside vLLM: layers or keys and values of different shapes are not supported"
+            )
         block_size, num_blocks = self.cache_config.block_size, self.kv_cache_config.num_blocks
-        if self.input_batch.block_table[0].block_size != block_size or len(layers[0].kv_cache) != num_blocks:
-            raise ConfigError(f"compresskv inside vLLM: --block-size {block_size} is divided by the attention backend")
+        own, shape = self.input_batch.block_table[0].block_size, tuple(layers[0].kv_cache.shape)
+        if own != block_size:
+            raise ServingError(
+                f"compresskv inside vLLM: the attention backend divides blocks of {block_size} tokens into ones of "
+                f"{own}, which is not supported: give --block-size {own}"
+            )
+        if shape[0] != num_blocks:
+            raise ServingError(
+                f"compresskv inside vLLM: attention backend {type(layers[0].impl).__name__} keeps its cache as "
+                f"{shape}, not as {num_blocks} blocks one after another, which is not supported"
+            )
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         """Inputs of a step, in which cut requests are as long as what they hold; positions stay the true ones."""
@@ -137,12 +145,29 @@ class CompressedRunner(GPUModelRunner):
         self._ending = self.compaction.tap.ending = []
         try:
             output = super().execute_model(scheduler_output, intermediate_tensors)
+            targets = self._agreed_targets(scheduler_output)
             with torch.inference_mode():
                 for prompt in self._ending:
-                    self._evict(self.compaction, prompt, scheduler_output.compresskv_blocks[prompt.request_id])
+                    self._evict(self.compaction, prompt, targets[prompt.request_id])
         finally:
             self._ending.clear()
+        self.compaction.clock.settle()
         return output
+
+    def _agreed_targets(self, scheduler_output: Any) -> dict[str, list[int]]:
+        """The blocks that the retained tokens of each ending prompt move to.
+
+        Raises:
+            CacheStateError: the scheduler cuts other requests in this step than the runner.
+        """
+        targets: dict[str, list[int]] = getattr(scheduler_output, "compresskv_blocks", {})
+        own = {prompt.request_id for prompt in self._ending}
+        if own != targets.keys():
+            raise CacheStateError(
+                f"scheduler and worker disagree about the prompts that this step ends: {sorted(targets)} against "
+                f"{sorted(own)}"
+            )
+        return targets
 
     def _evict(self, compaction: Compaction, prompt: EndingPrompt, targets: list[int]) -> None:
         table = self.input_batch.block_table[0]
@@ -158,7 +183,7 @@ class CompressedRunner(GPUModelRunner):
 
 def _compressed(name: str, spec: Any) -> CompressedAttentionSpec:
     if type(spec) is not FullAttentionSpec or spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        raise ConfigError(
+        raise ServingError(
             f"compresskv inside vLLM: layer {name} is not of plain full attention ({type(spec).__name__})"
         )
     return CompressedAttentionSpec(**vars(spec))
@@ -168,9 +193,9 @@ def _check_layer(layer_idx: int, layer: Any) -> None:
     """Refuse attention whose scores are not those of queries and keys alone.
 
     Raises:
-        ConfigError: naming the layer.
+        ServingError: naming the layer.
     """
     if getattr(layer.impl, "alibi_slopes", None) is not None or layer.has_sink or layer.attn_type != "decoder":
-        raise ConfigError(
+        raise ServingError(
             f"compresskv inside vLLM: layer {layer_idx} has ALiBi, attention sinks, or no causal attention"
         )

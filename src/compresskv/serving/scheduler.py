@@ -1,12 +1,13 @@
 """The scheduler's part: chunks that end with the prompt, and blocks given back when it has been read."""
 
 import logging
+import math
 import time
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from compresskv.errors import ConfigError
+from compresskv.errors import ServingError
 from compresskv.serving.blocks import CompressedAttentionManager
 from compresskv.serving.counters import counters
 from compresskv.serving.settings import KEY, Cut, find_settings
@@ -20,6 +21,7 @@ check_signature(Scheduler._reserve_prefill_lookahead, "self", "request", "num_co
 check_signature(Scheduler._get_local_prefix_cache_hit, "self", "request")
 check_signature(Scheduler._update_after_schedule, "self", "scheduler_output")
 check_signature(Scheduler.add_request, "self", "request")
+check_signature(Scheduler.update_from_output, "self", "scheduler_output", "model_runner_output")
 
 
 class CompressedScheduler(Scheduler):
@@ -31,10 +33,10 @@ class CompressedScheduler(Scheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if settings is None or len(managers) != 1 or not isinstance(managers[0], CompressedAttentionManager):
             kinds = ", ".join(type(manager).__name__ for manager in managers)
-            raise ConfigError(f"compresskv inside vLLM: KV cache groups ({kinds}) are not one of full attention")
+            raise ServingError(f"compresskv inside vLLM: KV cache groups ({kinds}) are not one of full attention")
         self._settings = settings
         self._manager = managers[0]
-        self._logged_at = time.monotonic()
+        self._logged_at = -math.inf  # the first cut is told at once
         self._num_unlogged = 0
 
     def add_request(self, request: Any) -> None:
@@ -84,7 +86,12 @@ class CompressedScheduler(Scheduler):
             if request.num_computed_tokens == request.num_prompt_tokens and (cut := self._cut(request)) is not None:
                 targets[request_id], num_freed = self._manager.evict(request_id, cut)
                 self._count(cut, num_freed)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """After a step, in which the workers have cut what it read to the end."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._log()
+        return outputs
 
     def _count(self, cut: Cut, num_freed: int) -> None:
         self._num_unlogged += 1
@@ -98,7 +105,9 @@ class CompressedScheduler(Scheduler):
         now = time.monotonic()
         if not self._num_unlogged or now - self._logged_at < _LOG_INTERVAL_S:
             return
-        names = ("evicted_prompts", "evicted_tokens", "freed_blocks")
-        prompts, tokens, blocks = (int(counters().total(name)) for name in names)
-        logger.info("compresskv: %d prompts cut, %d tokens evicted, %d blocks freed so far", prompts, tokens, blocks)
+        logger.info(
+            "compresskv: %(evicted_prompts)d prompts cut, %(evicted_tokens)d tokens evicted, %(freed_blocks)d blocks "
+            "freed, %(scoring_seconds).2f s of scoring, %(compaction_seconds).2f s of compaction so far",
+            counters().totals(),
+        )
         self._logged_at, self._num_unlogged = now, 0

@@ -15,6 +15,7 @@ KEY = "compresskv"
 """Names us in vLLM's `additional_config`, and in a request's `extra_args` (`vllm_xargs` in the OpenAI API)."""
 _VARIABLES = {"budget": "COMPRESSKV_BUDGET", "method": "COMPRESSKV_METHOD", "profile": "COMPRESSKV_PROFILE"}
 _DEFAULT_METHOD = "vote"
+_LARGEST = 2**63 - 1  # that vLLM can send between its processes
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def _budget(given: Any) -> int | float:
     budget = parse_budget(given) if isinstance(given, str) else check_budget(given)
     if not isinstance(budget, (int, float)):
         raise ConfigError(f"budget={given!r}: vLLM has one block table for all layers, so give one number")
+    if budget > _LARGEST:
+        raise ConfigError(f"budget={budget} is more than vLLM can pass on: give at most {_LARGEST}, or 'off'")
     return budget
 
 

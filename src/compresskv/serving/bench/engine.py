@@ -1,6 +1,8 @@
 """Engines in this process, so that steps can be counted and timed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +40,32 @@ class Engine:
         """Whether a request is unfinished."""
         return bool(self.llm.llm_engine.has_unfinished_requests())
 
+    def forget(self) -> None:
+        """Let no later request find prompts of earlier ones: the same are asked again with another budget."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache cannot be emptied: requests are still running")
 
-def start_engine(model: str, *, compressed: bool, max_model_len: int, num_blocks: int | None, dtype: str) -> Engine:
+    @contextmanager
+    def pool_of(self, num_blocks: int) -> Iterator[None]:
+        """Leave so many blocks, in the place of an engine with a smaller pool: the others are held by no request."""
+        self.forget()
+        pool = self.scheduler.kv_cache_manager.block_pool
+        held = pool.get_new_blocks(pool.get_num_free_blocks() - num_blocks)
+        try:
+            yield
+        finally:
+            pool.free_blocks(held)
+
+
+def start_engine(
+    model: str,
+    *,
+    compressed: bool,
+    max_model_len: int,
+    num_blocks: int | None,
+    dtype: str,
+    prefix_caching: bool = False,
+) -> Engine:
     """An engine with or without the plugin; everything else is the same.
 
     Args:
@@ -58,7 +84,7 @@ def start_engine(model: str, *, compressed: bool, max_model_len: int, num_blocks
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=2_000_000_000,
         num_gpu_blocks_override=None if num_blocks is None else num_blocks + 1,  # one is vLLM's own
-        enable_prefix_caching=False,
+        enable_prefix_caching=prefix_caching,
         enforce_eager=True,  # compiling each engine would take longer than the measurement
         seed=0,
         additional_config={"compresskv": {"budget": 1.0} if compressed else False},

@@ -1,11 +1,12 @@
 """Many requests at once, in a small pool: how many run, how fast, and how long each waits for its first token."""
 
+import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from compresskv.serving.bench.engine import Engine
+from compresskv.serving.bench.engine import BLOCK_SIZE, Engine
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Load:
     num_requests: int
     new_tokens: int
 
+    @property
+    def num_blocks(self) -> int:
+        """The pool's."""
+        return self.pool * math.ceil((self.length + self.new_tokens) / BLOCK_SIZE)
+
 
 def run_load(engine: Engine, load: Load, text: list[int], budget: int | float | None) -> dict[str, Any]:
     """All requests are there from the beginning; each has another part of the text.
@@ -27,8 +33,13 @@ def run_load(engine: Engine, load: Load, text: list[int], budget: int | float | 
         budget: None: plain vLLM.
     """
     stride = max(1, (len(text) - load.length) // load.num_requests)
-    for number in range(load.num_requests):
-        engine.add(str(number), text[number * stride : number * stride + load.length], load.new_tokens, budget)
+    with engine.pool_of(load.num_blocks):
+        for number in range(load.num_requests):
+            engine.add(str(number), text[number * stride : number * stride + load.length], load.new_tokens, budget)
+        return _run(engine, load)
+
+
+def _run(engine: Engine, load: Load) -> dict[str, Any]:
     requests = dict(engine.scheduler.requests)
     started = time.perf_counter()
     first_s: dict[str, float] = {}
@@ -41,9 +52,6 @@ def run_load(engine: Engine, load: Load, text: list[int], budget: int | float | 
             first_s.setdefault(output.request_id, now)
     wall_s = time.perf_counter() - started
     return {
-        "kind": "load",
-        **asdict(load),
-        "budget": budget,
         "wall_s": wall_s,
         "requests_per_s": load.num_requests / wall_s,
         "tokens_per_s": load.num_requests * load.new_tokens / wall_s,

@@ -3,7 +3,6 @@
 import statistics
 import time
 from itertools import pairwise
-from typing import Any
 
 from compresskv.serving.bench.engine import Engine
 from compresskv.serving.counters import counters
@@ -11,20 +10,22 @@ from compresskv.serving.counters import counters
 _NEW_TOKENS = 33
 
 
-def run_single(plain: Engine, compressed: Engine, text: list[int], length: int, budget: int, repeats: int) -> list[Any]:
-    """In each round: plain vLLM, the cut prompt, and plain vLLM after a prompt of just the budget's length."""
-    rows = []
-    for number in range(repeats + 1):  # the first warms up
-        contenders = [(plain, length, None), (compressed, length, budget), (plain, budget, None)]
-        for engine, num_tokens, own in contenders if number % 2 else reversed(contenders):
-            row = _measure(engine, text[:num_tokens], own)
-            if number:
-                rows.append(row | {"round": number})
-    return rows
+def run_round(
+    plain: Engine, compressed: Engine, text: list[int], length: int, budget: int, number: int
+) -> dict[str, dict[str, float]]:
+    """Plain vLLM, the cut prompt, and plain vLLM after a prompt of just the budget's length, in turn.
+
+    Args:
+        number: the round's; every second one goes through them backwards.
+    """
+    contenders = {"plain": (plain, length, None), "cut": (compressed, length, budget), "short": (plain, budget, None)}
+    names = list(contenders)[:: 1 if number % 2 else -1]
+    return {name: _measure(contenders[name][0], text[: contenders[name][1]], contenders[name][2]) for name in names}
 
 
-def _measure(engine: Engine, token_ids: list[int], budget: int | None) -> dict[str, Any]:
+def _measure(engine: Engine, token_ids: list[int], budget: int | None) -> dict[str, float]:
     before = _evicting_s()
+    engine.forget()
     engine.add("single", token_ids, _NEW_TOKENS, budget)
     started = time.perf_counter()
     times = []
@@ -33,9 +34,6 @@ def _measure(engine: Engine, token_ids: list[int], budget: int | None) -> dict[s
             times.append(time.perf_counter() - started)
     steps = [after - before for before, after in pairwise(times)]
     return {
-        "kind": "single",
-        "length": len(token_ids),
-        "budget": budget,
         "prefill_s": times[0],
         "eviction_s": _evicting_s() - before,
         "decode_ms": 1000 * statistics.median(steps),
