@@ -103,9 +103,9 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
     [
         (["--lengths", "many"], "--lengths 'many'"),
         (["--lengths", "0"], "--lengths 0"),
-        (["--lengths", ","], "--lengths names no number"),
-        (["--budgets", "some"], "'some'"),
-        (["--methods", "snapvk"], "unknown method 'snapvk': did you mean 'snapkv'?"),
+        (["--lengths", ","], "--lengths ',' names no number"),
+        (["--budgets", "some"], "--budgets 'some'"),
+        (["--methods", "snapvk"], "--methods 'snapvk' is unknown: did you mean 'snapkv'?"),
         (["--repeats", "0"], "--repeats 0"),
         (["--new-tokens", "1"], "--new-tokens 1"),
         (["--random", "llama-9b"], "--random 'llama-9b' is unknown: did you mean"),
@@ -119,8 +119,8 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--output", "/proc/run.json"], "--output '/proc/run.json' cannot be written"),
         (["--decode", "fast"], "--decode 'fast' must be among eager, compiled, int8"),
         (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
-        (["--dtype", "float3"], "--dtype float3"),
-        (["--device", "tpu9"], "--device tpu9"),
+        (["--dtype", "float3"], "--dtype 'float3'"),
+        (["--device", "tpu9"], "--device 'tpu9'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
