@@ -160,7 +160,15 @@ class TestCatalogue:
     def test_methods(self, call: Callable[..., Result]) -> None:
         result = call("methods")
         assert (result.code, result.err) == (0, "")
-        assert all(name in result.out for name in METHODS)
+        lines = result.out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in METHODS] == METHODS
+
+    def test_names_of_options_are_never_broken(self, call: Callable[..., Result]) -> None:
+        words = call("methods").out.replace(",", " ").split()
+        for row in json.loads(call("methods", "--json").out):
+            for name, value in row["options"].items():
+                assert f"{name}={value}" in words
 
     def test_methods_as_json(self, call: Callable[..., Result]) -> None:
         result = call("methods", "--json")
