@@ -312,12 +312,20 @@ class TestAsk:
     def test_a_compiled_step_gives_the_same_answer(self, call: Callable[..., Result]) -> None:
         ask = [*ASK, "--method", "snapkv", "--budget", "100", "--json"]
         plain = json.loads(call(*ask, "--compile", "never").out)
-        assert "compresskv compile" in json.loads(call(*ask).out)["stats"]["not_compiled"]
+        hint = json.loads(call(*ask, "--dtype", "float32").out)["stats"]["not_compiled"]
+        assert "`compresskv compile --model model --method snapkv --dtype float32` does that" in hint
 
-        built = json.loads(call("compile", "--model", "model", "--method", "snapkv", "--json").out)
+        compiling = ["compile", "--model", "model", "--method", "snapkv", "--set", "window_size=4"]
+        first = call(*compiling, "--json")
+        assert first.err == "compiling the decode step, once for this model: about a minute\n"
+        built = json.loads(first.out)
+        assert (built["method"], built["built"]) == ("snapkv[window_size=4]", True)
         assert built["not_compiled"] is None
         assert built["compiled_ms"] > 0
         assert built["eager_ms"] > 0
+
+        assert not json.loads(call(*compiling, "--json").out)["built"]
+        assert re.fullmatch(r"compiled before; loaded in \d+\.\d s\n", call(*compiling).err)
 
         compiled = json.loads(call(*ask, "--compile", "always").out)
         assert compiled["token_ids"] == plain["token_ids"]

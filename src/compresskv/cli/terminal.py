@@ -36,6 +36,22 @@ class Bar:
         self._progress.stop()
 
 
+class Building:
+    """Says once, also where no bar is seen, that a decode step is being compiled; the bar shows it meanwhile."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self.begun = False
+        """Whether anything had to be compiled."""
+
+    def __call__(self, message: str, fraction: float | None) -> None:
+        """What compiling reports."""
+        if not self.begun:
+            self.begun = True
+            err.print("compiling the decode step, once for this model: about a minute")
+        self._bar(message, fraction)
+
+
 def megabytes(nbytes: int) -> str:
     """Bytes as MB (10^6), with one decimal below 100."""
     return f"{nbytes / 1e6:.1f}" if nbytes < 100e6 else f"{nbytes / 1e6:,.0f}"
