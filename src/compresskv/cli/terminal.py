@@ -37,18 +37,20 @@ class Bar:
 
 
 class Building:
-    """Says once, also where no bar is seen, that a decode step is being compiled; the bar shows it meanwhile."""
+    """Says, also where no bar is seen, why it takes long: a step is being compiled. The bar shows it meanwhile."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
+        self._told = ""
         self.begun = False
         """Whether anything had to be compiled."""
 
     def __call__(self, message: str, fraction: float | None) -> None:
         """What compiling reports."""
-        if not self.begun:
-            self.begun = True
-            err.print("compiling the decode step, once for this model: about a minute")
+        if message != self._told:
+            self._told = message
+            self.begun |= message.startswith("compiling")
+            err.print(f"{message}: about a minute")
         self._bar(message, fraction)
 
 
