@@ -27,15 +27,17 @@ def check_budget(budget: Budget) -> Budget:
         )
     if isinstance(budget, int):
         if budget < 1:
-            raise ConfigError(f"budget={budget} must be at least 1 token")
+            raise ConfigError("must be at least 1 token", option="budget", value=budget)
     elif isinstance(budget, float):
         if not 0 < budget <= 1:
             raise ConfigError(
-                f"budget={budget} is a fraction of the prompt and must lie above 0 and at most at 1; "
-                "give a whole number for a count of tokens"
+                "is a fraction of the prompt and must lie above 0 and at most at 1; "
+                "give a whole number for a count of tokens",
+                option="budget",
+                value=budget,
             )
     elif not budget:
-        raise ConfigError(f"budget={budget!r} is empty: give one int for each layer")
+        raise ConfigError("is empty: give one int for each layer", option="budget", value=budget)
     else:
         for layer, count in enumerate(budget):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -47,7 +49,7 @@ def parse_budget(text: str) -> int | float:
     """Read a budget as people type it: '256', '0.03' or '3%'.
 
     Raises:
-        ConfigError: not one of these, or out of range.
+        ConfigError: not one of these, or out of range; with the value as it was typed.
     """
     text = text.strip()
     try:
@@ -57,9 +59,12 @@ def parse_budget(text: str) -> int | float:
             value = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise ConfigError(
-            f"budget {text!r} is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%"
+            "is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%", option="budget", value=text
         ) from None
-    check_budget(value)
+    try:
+        check_budget(value)
+    except ConfigError as error:
+        raise ConfigError(error.problem, option=error.option, value=text) from None
     return value
 
 

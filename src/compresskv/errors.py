@@ -4,6 +4,18 @@
 class CompressKVError(Exception):
     """Base of every error that CompressKV raises on purpose."""
 
+    def __init__(self, problem: str, *, option: str | None = None, value: object = None) -> None:
+        """Say what is wrong.
+
+        Args:
+            problem: where `option` is given, what follows its name and value: 'must be at least 1'.
+            option: the parameter at fault, by its name in Python; the command line shows it as it is typed there.
+        """
+        super().__init__(problem if option is None else f"{option}={value!r} {problem}")
+        self.problem = problem
+        self.option = option
+        self.value = value
+
 
 class ConfigError(CompressKVError, ValueError):
     """An option has a value that cannot work: a budget of 0, an unknown method, a question without text."""

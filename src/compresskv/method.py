@@ -1,7 +1,7 @@
 """What a compression method is: scores for tokens, and budgets for layers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compresskv import budgets
 from compresskv.errors import ConfigError
+from compresskv.ranges import Range, ranges
 from compresskv.scoring import window_moments
 from compresskv.selection import select, select_rows
 
@@ -100,6 +101,11 @@ class Method:
     """Whether all layers and KV heads keep the same tokens, the one form that fits an engine with one block table for
     all layers. Such a method scores by queries and keys alone."""
 
+    limits: ClassVar[Mapping[str, Range]] = ranges(
+        window_size=Range(0), lookahead=Range(0), kernel_size=Range(1, odd=True)
+    )
+    """What options may be. A subclass names what it adds or narrows; the rest is inherited."""
+
     window_size: int = 0
     lookahead: int = field(default=0, kw_only=True)
     """Decode steps with the full cache before anything is evicted."""
@@ -110,20 +116,20 @@ class Method:
         Raises:
             ConfigError: naming the option and its value.
         """
+        limits: dict[str, Range] = {}
+        for kind in reversed(type(self).__mro__):
+            limits |= vars(kind).get("limits", {})
         for option in fields(self):
             value = getattr(self, option.name)
             if option.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ConfigError(f"{option.name}={value!r} must be an int")
+                raise ConfigError("must be an int", option=option.name, value=value)
             if option.type is bool and not isinstance(value, bool):
-                raise ConfigError(f"{option.name}={value!r} must be true or false")
+                raise ConfigError("must be true or false", option=option.name, value=value)
             if option.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ConfigError(f"{option.name}={value!r} must be a finite number")
-        for name in ("window_size", "lookahead"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        kernel_size = getattr(self, "kernel_size", 1)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ConfigError(f"kernel_size={kernel_size} must be an odd number of at least 1")
+                raise ConfigError("must be a finite number", option=option.name, value=value)
+            limit = limits.get(option.name)
+            if limit is not None and (problem := limit.problem(value)) is not None:
+                raise ConfigError(problem, option=option.name, value=value)
 
     @property
     def label(self) -> str:

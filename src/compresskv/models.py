@@ -145,7 +145,7 @@ def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"--dtype {dtype}: no such dtype; pass auto, bfloat16, float16, float32 or int8")
+        raise ConfigError("is no dtype; pass auto, bfloat16, float16, float32 or int8", option="dtype", value=dtype)
     return found
 
 
@@ -163,7 +163,8 @@ def torch_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except Exception as err:  # RuntimeError, AssertionError or another, by the device's backend
-        raise ConfigError(f"--device {device}: it cannot be used ({first_line(err)}); pass cpu or cuda") from err
+        problem = f"cannot be used ({first_line(err)}); pass cpu or cuda"
+        raise ConfigError(problem, option="device", value=device) from err
     return found
 
 

@@ -62,7 +62,7 @@ def check_request(context: str, question: str, truncate: str) -> None:
         ConfigError, PromptError: as for `build_prompt`.
     """
     if truncate not in TRUNCATIONS:
-        raise ConfigError(f"truncate={truncate!r} is unknown: choose from {', '.join(TRUNCATIONS)}")
+        raise ConfigError(f"is unknown: choose from {', '.join(TRUNCATIONS)}", option="truncate", value=truncate)
     for name, text in (("document", context), ("question", question)):
         if not text.strip():
             raise PromptError(f"the {name} is empty")
@@ -82,10 +82,11 @@ def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int | None:
         ConfigError: max_new_tokens is below 1 or fills the context.
     """
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise ConfigError("must be at least 1", option="max_new_tokens", value=max_new_tokens)
     length = context_length(model)
     if length is not None and max_new_tokens >= length:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} leaves no room in the model's context of {length} tokens")
+        problem = f"leaves no room in the model's context of {length} tokens"
+        raise ConfigError(problem, option="max_new_tokens", value=max_new_tokens)
     return None if length is None else length - max_new_tokens
 
 

@@ -40,11 +40,12 @@ def create(name: str, /, **options: Any) -> Method:
     """
     known = methods()
     if not isinstance(name, str) or name not in known:  # compressing(model, 256): a budget in its place
-        raise ConfigError(f"unknown method {name!r}{suggestion(name, list(known))}")
+        raise ConfigError(f"is unknown{suggestion(name, list(known))}", option="method", value=name)
     fields = [field.name for field in dataclasses.fields(known[name])]
-    for option in options:
+    for option, value in options.items():
         if option not in fields:
-            raise ConfigError(f"method {name!r} has no option {option!r}{suggestion(option, fields)}")
+            problem = f"is no option of method {name!r}{suggestion(option, fields)}"
+            raise ConfigError(problem, option=option, value=value)
     return known[name](**options)
 
 
@@ -62,6 +63,13 @@ def parse_methods(option: str, text: str) -> dict[str, Method]:
         if match is None:
             raise ConfigError(f"{option} {spec.strip()!r} is not NAME or NAME[option=value,...]")
         settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
-        method = create(match[1], **parse_settings(option, settings))
+        try:
+            method = create(match[1], **parse_settings(option, settings))
+        except ConfigError as error:
+            if error.option is None:
+                raise
+            if error.option == "method":
+                raise ConfigError(f"{option} {match[1]!r} {error.problem}") from None
+            raise ConfigError(f"{option} {spec.strip()!r}: {error}") from None
         found[method.label] = method
     return found

@@ -106,9 +106,9 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
     [
         (["--lengths", "many"], "--lengths 'many'"),
         (["--lengths", "0"], "--lengths 0"),
-        (["--lengths", ","], "--lengths names no number"),
-        (["--budgets", "some"], "'some'"),
-        (["--methods", "snapvk"], "unknown method 'snapvk': did you mean 'snapkv'?"),
+        (["--lengths", ","], "--lengths ',' names no number"),
+        (["--budgets", "some"], "--budgets 'some'"),
+        (["--methods", "snapvk"], "--methods 'snapvk' is unknown: did you mean 'snapkv'?"),
         (["--repeats", "0"], "--repeats 0"),
         (["--new-tokens", "1"], "--new-tokens 1"),
         (["--random", "llama-9b"], "--random 'llama-9b' is unknown: did you mean"),
@@ -123,8 +123,8 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--decode", "fast"], "--decode 'fast' must be among eager, compiled, int8"),
         (["--peers", "llama.cpp"], "--peers llama.cpp and --random 'tiny' exclude each other"),
         (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
-        (["--dtype", "float3"], "--dtype float3"),
-        (["--device", "tpu9"], "--device tpu9"),
+        (["--dtype", "float3"], "--dtype 'float3'"),
+        (["--device", "tpu9"], "--device 'tpu9'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -160,7 +160,15 @@ class TestCatalogue:
     def test_methods(self, call: Callable[..., Result]) -> None:
         result = call("methods")
         assert (result.code, result.err) == (0, "")
-        assert all(name in result.out for name in METHODS)
+        lines = result.out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in METHODS] == METHODS
+
+    def test_names_of_options_are_never_broken(self, call: Callable[..., Result]) -> None:
+        words = call("methods").out.replace(",", " ").split()
+        for row in json.loads(call("methods", "--json").out):
+            for name, value in row["options"].items():
+                assert f"{name}={value}" in words
 
     def test_methods_as_json(self, call: Callable[..., Result]) -> None:
         result = call("methods", "--json")
@@ -304,12 +312,20 @@ class TestAsk:
     def test_a_compiled_step_gives_the_same_answer(self, call: Callable[..., Result]) -> None:
         ask = [*ASK, "--method", "snapkv", "--budget", "100", "--json"]
         plain = json.loads(call(*ask, "--compile", "never").out)
-        assert "compresskv compile" in json.loads(call(*ask).out)["stats"]["not_compiled"]
+        hint = json.loads(call(*ask, "--dtype", "float32").out)["stats"]["not_compiled"]
+        assert "`compresskv compile --model model --method snapkv --dtype float32` does that" in hint
 
-        built = json.loads(call("compile", "--model", "model", "--method", "snapkv", "--json").out)
+        compiling = ["compile", "--model", "model", "--method", "snapkv", "--set", "window_size=4"]
+        first = call(*compiling, "--json")
+        assert first.err == "compiling the decode step, once for this model: about a minute\n"
+        built = json.loads(first.out)
+        assert (built["method"], built["built"]) == ("snapkv[window_size=4]", True)
         assert built["not_compiled"] is None
         assert built["compiled_ms"] > 0
         assert built["eager_ms"] > 0
+
+        assert not json.loads(call(*compiling, "--json").out)["built"]
+        assert re.fullmatch(r"compiled before; loaded in \d+\.\d s\n", call(*compiling).err)
 
         compiled = json.loads(call(*ask, "--compile", "always").out)
         assert compiled["token_ids"] == plain["token_ids"]
@@ -356,7 +372,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("budget", ["0", "-5", "1.5", "abc", "", "0%", "101%", "nan", "0.0"])
     def test_budgets_in_new_processes(self, start: Callable[..., Result], budget: str) -> None:
-        assert_refused(start(*ASK, f"--budget={budget}"), "budget")
+        assert_refused(start(*ASK, f"--budget={budget}"), f"--budget {budget!r} ")
 
     def test_a_closed_standard_input(self, start: Callable[..., Result]) -> None:
         assert_refused(
@@ -370,23 +386,26 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("args", "words"),
         [
-            (["--method", "snapvk"], ["'snapvk'", "did you mean 'snapkv'"]),
-            (["--method", "banana"], ["'banana'", "choose from"]),
-            (["--method", ""], ["unknown method ''"]),
-            (["--compare", "snapkv,strem"], ["'strem'"]),
-            (["--method", "snapkv", "--set", "windowsize=8"], ["'windowsize'", "did you mean 'window_size'"]),
-            (["--method", "snapkv", "--set", "window_size=0"], ["window_size=0"]),
+            (["--method", "snapvk"], ["--method 'snapvk' is unknown", "did you mean 'snapkv'"]),
+            (["--method", "banana"], ["--method 'banana'", "choose from"]),
+            (["--method", ""], ["--method '' is unknown"]),
+            (["--compare", "snapkv,strem"], ["--compare 'strem' is unknown"]),
+            (
+                ["--method", "snapkv", "--set", "windowsize=8"],
+                ["--set windowsize=8 is no option", "did you mean 'window_size'"],
+            ),
+            (["--method", "snapkv", "--set", "window_size=0"], ["--set window_size=0 must"]),
             (["--method", "snapkv", "--set", "window_size=1.5"], ["window_size=1.5"]),
-            (["--method", "snapkv", "--set", "kernel_size=4"], ["kernel_size=4"]),
+            (["--method", "snapkv[kernel_size=4]"], ["--method 'snapkv[kernel_size=4]': kernel_size=4"]),
             (["--set", "profile=3"], ["profile"]),
-            (["--method", "full", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
-            (["--method", "full", "--max-new-tokens", "2048"], ["max_new_tokens=2048", "2048 tokens"]),
-            (["--method", "full", "--truncate", "end"], ["truncate='end'", "middle"]),
-            (["--method", "full", "--dtype", "int16"], ["--dtype int16"]),
-            (["--method", "full", "--device", "cuda:99"], ["--device cuda:99"]),
-            (["--profile", "missing.json"], ["'missing.json'", "no such file"]),
-            (["--profile", "doc.txt"], ["'doc.txt'", "is not JSON"]),
-            (["--profile", "."], ["profile '.'"]),
+            (["--method", "full", "--max-new-tokens", "0"], ["--max-new-tokens 0 must"]),
+            (["--method", "full", "--max-new-tokens", "2048"], ["--max-new-tokens 2048", "2048 tokens"]),
+            (["--method", "full", "--truncate", "end"], ["--truncate 'end'", "middle"]),
+            (["--method", "full", "--dtype", "int16"], ["--dtype 'int16'"]),
+            (["--method", "full", "--device", "cuda:99"], ["--device 'cuda:99'"]),
+            (["--profile", "missing.json"], ["--profile 'missing.json'", "no such file"]),
+            (["--profile", "doc.txt"], ["--profile 'doc.txt' is not JSON"]),
+            (["--profile", "."], ["--profile '.'"]),
             (["--save-plan", "nowhere/plan.json"], ["--save-plan 'nowhere/plan.json'", "no such folder"]),
             (["--save-plan", "."], ["--save-plan '.'", "cannot be written"]),
             (["--save-plan", "plan.json", "--compare", "full"], ["--save-plan 'plan.json'", "--compare"]),

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import planted
-from compresskv.cli.explain import explain
+from compresskv.cli.app import app
 from compresskv.errors import CompressKVError
 from compresskv.explain import Explanation, LayerRetention, PromptText, Report, Retention
 from compresskv.retention_page import retention_page
@@ -47,12 +46,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run the command in the folder of documents."""
     monkeypatch.chdir(place)
-    app = typer.Typer()
-    app.command()(explain)
 
     def run(*args: str) -> Any:
         options = ["--model", "model", "--method", "snapkv", "--budget", "40"]
-        return CliRunner().invoke(app, ["doc.txt", QUESTION, *options, *args])
+        return CliRunner().invoke(app, ["explain", "doc.txt", QUESTION, *options, *args])
 
     return run
 
@@ -176,8 +173,9 @@ class TestCommand:
             (["--html", "."], ["--html", "folder"]),
             (["--html", "doc.txt"], ["doc.txt", "replace the document"]),
             (["--html", "page.html", "--json"], ["--html", "--json"]),
-            (["--max-new-tokens", "-1"], ["max_new_tokens=-1"]),
-            (["--compare", "snapkw"], ["snapkw", "snapkv"]),
+            (["--max-new-tokens", "-1"], ["--max-new-tokens -1"]),
+            (["--compare", "snapkw"], ["--compare 'snapkw'", "snapkv"]),
+            (["--set", "lookahead=2"], ["lookahead=2", "nothing is evicted before the answer"]),
         ],
     )
     def test_refuses_with_one_line(self, call: Callable[..., Any], args: list[str], words: list[str]) -> None:

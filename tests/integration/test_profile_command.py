@@ -201,6 +201,25 @@ class TestShowImportVerify:
     def test_verify_refuses_counts_that_cannot_be(self, call: Callable[..., Result], file: Path, counts: str) -> None:
         assert_refused(call(*self.verify(str(file), f"--counts={counts}")), "--counts")
 
+    @pytest.mark.parametrize("command", ["show", "verify"])
+    def test_a_folder_of_figures_that_cannot_be(
+        self, call: Callable[..., Result], file: Path, place: Path, command: str
+    ) -> None:
+        taken = str(place / "doc.txt")
+        args = ["profile", "show", str(file)] if command == "show" else self.verify(str(file))
+        assert_refused(call(*args, "--plot", taken), f"--plot {taken!r} cannot be a folder: File exists")
+
+    @pytest.mark.parametrize("option", ["--heads", "--layers"])
+    def test_import_names_the_file_that_is_missing(
+        self, call: Callable[..., Result], tmp_path: Path, option: str
+    ) -> None:
+        (tmp_path / "heads.json").write_text('{"0": [0, 1]}', encoding="utf-8")
+        (tmp_path / "layers.json").write_text('{"a": [1.0]}', encoding="utf-8")
+        (tmp_path / f"{option[2:]}.json").unlink()
+        paths = {name: str(tmp_path / f"{name[2:]}.json") for name in ("--heads", "--layers")}
+        args = [word for pair in paths.items() for word in pair]
+        assert_refused(call("profile", "import", *args, "--model", "m"), f"{option} {paths[option]!r}: No such file")
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -237,7 +256,7 @@ class TestBadInput:
             raise AssertionError("the model is loaded already")
 
         monkeypatch.setattr(models, "load", load)
-        assert_refused(call(*find(*SMALL, "--output", output.format(place))), "cannot write the profile")
+        assert_refused(call(*find(*SMALL, "--output", output.format(place))), f"--output {output.format(place)!r} ")
 
     def test_an_unwritable_cache_is_found_before_the_long_work(
         self, call: Callable[..., Result], place: Path, monkeypatch: pytest.MonkeyPatch

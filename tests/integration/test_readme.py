@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,22 @@ LONG = (
 def folder(tmp_path_factory, embedded_model):
     folder = tmp_path_factory.mktemp("readme")
     text = "The report is about boats. The contract was signed by Ada Marsh on Monday. Nothing else happened. "
+    shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "report.txt").write_text(text + "The sea was calm. " * 60, encoding="utf-8")
     return folder
 
 
 def test_commands_were_found():
     assert len(COMMANDS) >= 6
+
+
+def test_the_first_question_has_the_answer_that_is_promised(folder):
+    (command,) = [one for one in COMMANDS if "examples/" in one]
+    words = [sys.executable, "-m", *shlex.split(command)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
+    assert re.search(r"this ends with (\d+), from 256 of 4,997 tokens", README)[1] == "7391"
+    assert done.stdout.strip().removesuffix(".").endswith("7391")
+    assert "4,997 prompt tokens, 256 kept per layer" in done.stderr
 
 
 @pytest.mark.parametrize("commands", BLOCK_COMMANDS, ids=lambda commands: commands[0][:40])

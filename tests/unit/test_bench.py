@@ -1,5 +1,6 @@
 """What the speed benchmark counts and compares. How long anything takes is never tested."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +81,11 @@ class TestPlan:
             plan(lengths=(100, 1024)).fitted(512, strict=True)
         assert plan(lengths=(100, 1024)).fitted(512, strict=False).lengths == (100,)
         assert plan(lengths=(1024,)).fitted(None, strict=True).lengths == (1024,)
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_an_answer_longer_than_the_context(self, strict: bool) -> None:
+        with pytest.raises(ConfigError, match="--new-tokens 512 leaves no room in the model's context of 512 tokens"):
+            replace(plan(lengths=(100,)), new_tokens=512).fitted(512, strict=strict)
 
     @pytest.mark.parametrize(
         ("text", "budgets", "has_full"),

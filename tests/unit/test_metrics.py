@@ -12,7 +12,6 @@ from compresskv.evaluation import metrics
 
 CLASSES = ["Date", "City", "Other entity", "Other", "Country"]
 ALL: dict[str, Callable[[str, str], float]] = {
-    "exact_match": metrics.exact_match,
     "contains": metrics.contains,
     "qa_f1": metrics.qa_f1,
     "rouge_l": metrics.rouge_l,
@@ -23,9 +22,8 @@ ALL: dict[str, Callable[[str, str], float]] = {
     "code_sim": metrics.code_sim,
 }
 BY_HAND = [
-    ("exact_match", "The  Nile.", "nile", 1),
-    ("exact_match", "Nile river", "nile", 0),
-    ("exact_match", "the", "a", 0),  # both are nothing once normalised
+    ("contains", "The  Nile.", "nile", 1),
+    ("contains", "the", "a", 0),  # both are nothing once normalised
     ("contains", "It is in the Nile, I think.", "The Nile", 1),
     ("contains", "I know.", "no", 0),  # whole words
     ("contains", "Nile and Congo", "Nile Congo", 0),
@@ -131,7 +129,7 @@ def test_every_prediction_has_a_score(name: str, prediction: str, answer: str) -
         assert 0 <= ALL[name](text, answer) <= 1
 
 
-@pytest.mark.parametrize("name", ["exact_match", "contains", "qa_f1", "rouge_l", "rouge_1_recall", "code_sim"])
+@pytest.mark.parametrize("name", ["contains", "qa_f1", "rouge_l", "rouge_1_recall", "code_sim"])
 @given(answer=st.text("abc d12", min_size=1, max_size=40).filter(lambda text: metrics.normalised(text) != ""))
 def test_the_answer_itself_scores_all(name: str, answer: str) -> None:
     assert ALL[name](answer, answer) == pytest.approx(1)

@@ -220,13 +220,13 @@ def test_an_unknown_embedded_name_is_told() -> None:
 
 @pytest.mark.parametrize("dtype", ["float99", "int16", "tensor"])
 def test_a_bad_dtype_is_told(saved, dtype) -> None:
-    with pytest.raises(ConfigError, match=rf"^--dtype {dtype}: no such dtype; pass .*$"):
+    with pytest.raises(ConfigError, match=rf"^dtype={dtype!r} is no dtype; pass .*$"):
         models.load(str(saved[0]), dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_bad_device_is_told(saved, device) -> None:
-    with pytest.raises(ConfigError, match=rf"^--device {device}: it cannot be used \(.*\); pass cpu or cuda$"):
+    with pytest.raises(ConfigError, match=rf"^device={device!r} cannot be used \(.*\); pass cpu or cuda$"):
         models.load(str(saved[0]), device=device)
 
 

@@ -159,7 +159,7 @@ def _assert_refused(path: Path) -> None:
     with pytest.raises(ProfileError) as caught:
         read_profile(path)
     message = str(caught.value)
-    assert message.startswith(f"profile {str(path)!r}")
+    assert message.startswith(f"profile={str(path)!r} ")
     assert "\n" not in message
 
 

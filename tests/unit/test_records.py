@@ -181,7 +181,7 @@ class TestWhoseRun:
 
     def test_an_unwritable_place_is_told_in_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("", encoding="utf-8")
-        with pytest.raises(DataError, match="cannot keep records") as caught:
+        with pytest.raises(DataError, match=r"^output=.* cannot keep records") as caught:
             RecordLog(tmp_path / "file" / "run", CONFIGURATION)
         assert "\n" not in str(caught.value)
 

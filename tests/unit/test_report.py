@@ -16,7 +16,8 @@ pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")
 from compresskv.cli.report import EPILOG, report
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.records import Record, RecordLog
-from compresskv.evaluation.report import digits, report_data, write_report
+from compresskv.evaluation.report import digits, write_pages
+from compresskv.evaluation.summary import report_data
 
 VERSIONS = {"model": "org/tiny", "dtype": "float32", "torch": "2.13.0"}
 
@@ -167,7 +168,7 @@ class TestPooled:
             ("org/tiny", "bfloat16"),
             ("org/tiny", "float32"),
         ]
-        write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+        write_pages(report_data([tmp_path / "a", tmp_path / "b"]), tmp_path / "out")
         names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
         assert names == {"tiny-bfloat16-score.png", "tiny-float32-score.png"}
 
@@ -182,7 +183,7 @@ class TestPage:
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "--" not in line]
 
     def test_the_table_shows_the_numbers(self, folder: Path) -> None:
-        page = write_report([folder], folder / "out").read_text(encoding="utf-8")
+        page = write_pages(report_data([folder]), folder / "out").read_text(encoding="utf-8")
         titles, *rows = self.table(page)
         expected = ["configuration", "cases", "score", "vs full", "vs best baseline", "retained %", "KV MB"]
         assert titles == expected
@@ -195,23 +196,25 @@ class TestPage:
         assert "- Records: 14, served by 3 prefills." in page
 
     def test_columns_are_aligned_in_plain_text(self, folder: Path) -> None:
-        page = write_report([folder], folder / "out").read_text(encoding="utf-8")
+        page = write_pages(report_data([folder]), folder / "out").read_text(encoding="utf-8")
         lines = [line for line in page.splitlines() if line.startswith("|")]
         assert len({tuple(at for at, letter in enumerate(line) if letter == "|") for line in lines}) == 1
         assert max(map(len, page.splitlines())) < 160
 
     def test_a_single_case_has_no_interval(self, tmp_path: Path) -> None:
-        page = write_report([run(tmp_path, SNAP[0])], tmp_path).read_text(encoding="utf-8")
+        page = write_pages(report_data([run(tmp_path, SNAP[0])]), tmp_path).read_text(encoding="utf-8")
         assert self.table(page)[1][:3] == ["snapkv @ 100", "1", "50.0"]
 
     def test_a_bar_in_a_label_does_not_end_its_cell(self, tmp_path: Path) -> None:
-        page = write_report([run(tmp_path, replace(SNAP[0], method="a|b"))], tmp_path).read_text(encoding="utf-8")
+        page = write_pages(report_data([run(tmp_path, replace(SNAP[0], method="a|b"))]), tmp_path).read_text(
+            encoding="utf-8"
+        )
         assert "| a\\|b @ 100 " in page
 
     def test_each_figure_that_is_named_is_there(self, tmp_path: Path) -> None:
         meta = {"length": 1024, "depth": 50}
         given = [replace(one, meta=meta, evidence_recall=0.5) for one in (*FULL, *OURS, *SNAP, *SMALL)]
-        page = write_report([run(tmp_path / "run", *given)], tmp_path / "out")
+        page = write_pages(report_data([run(tmp_path / "run", *given)]), tmp_path / "out")
         figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
         assert figures == [f"figures/tiny-float32-{name}.png" for name in ("score", "fidelity", "needle-single")]
         for figure in figures:
@@ -221,7 +224,7 @@ class TestPage:
 
     def test_the_full_cache_alone_makes_a_page(self, tmp_path: Path) -> None:
         given = [replace(one, meta={"length": 1024, "depth": 50}, kl_divergence=0.0) for one in FULL]
-        page = write_report([run(tmp_path, *given)], tmp_path)
+        page = write_pages(report_data([run(tmp_path, *given)]), tmp_path)
         assert self.table(page.read_text(encoding="utf-8"))[1][0] == "full"
 
     def test_many_methods_and_budgets_draw_without_a_warning(self, tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ class TestPage:
             record(method, budget, f"{length}-{depth}", 0.5, meta={"length": length, "depth": depth}, kl_divergence=1.0)
             for method, budget, length, depth in product(methods, (0.05, 64, 128), (1000, 2048), (0.0, 100.0))
         ]
-        write_report([run(tmp_path, *given)], tmp_path)
+        write_pages(report_data([run(tmp_path, *given)]), tmp_path)
 
     @pytest.mark.parametrize(
         ("value", "text"),
@@ -242,14 +245,14 @@ class TestPage:
     def test_without_matplotlib_the_extra_is_named(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(ConfigError, match=r"compresskv\[plot\]") as caught:
-            write_report([folder], folder / "out")
+            write_pages(report_data([folder]), folder / "out")
         assert "\n" not in str(caught.value)
         assert not (folder / "out").exists()
 
     def test_a_page_that_cannot_be_written_is_told_in_one_line(self, folder: Path) -> None:
         (folder / "out" / "report.md").mkdir(parents=True)
         with pytest.raises(DataError, match="cannot write") as caught:
-            write_report([folder], folder / "out")
+            write_pages(report_data([folder]), folder / "out")
         assert "\n" not in str(caught.value)
 
 

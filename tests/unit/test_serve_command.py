@@ -108,7 +108,7 @@ def test_given_options_are_not_given_twice(started: dict[str, Any], tmp_path: Pa
     [
         (["model.gguf"], "GGUF"),
         (["--port", "8001"], "the model goes before"),
-        (["org/name", "--budget", "0"], "budget=0"),
+        (["org/name", "--budget", "0"], "--budget '0' must"),
         (["org/name", "--method", "snapkv"], "'snapkv' keeps other tokens in every layer"),
         (["org/name", "--set", "window_sise=3"], "window_sise"),
         (["org/name", "--profile", "/nowhere.json"], "/nowhere.json"),

@@ -15,15 +15,13 @@ from compresskv.evaluation.statistics import (
     Difference,
     macro_interval,
     macro_paired_difference,
-    mean_interval,
-    paired_difference,
 )
 
 
 def test_the_interval_of_many_cases_is_the_normal_one() -> None:
     rng = random.Random(0)
     values = [rng.gauss(0.5, 0.1) for _ in range(400)]
-    mean, low, high = mean_interval(values)
+    mean, low, high = macro_interval([values])
     assert mean == pytest.approx(sum(values) / 400)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 400)
     half = 1.96 * deviation / math.sqrt(400)
@@ -32,23 +30,23 @@ def test_the_interval_of_many_cases_is_the_normal_one() -> None:
 
 
 def test_two_cases_resample_to_either_or_both() -> None:
-    assert mean_interval([0.0, 1.0]) == (0.5, 0.0, 1.0)
+    assert macro_interval([[0.0, 1.0]]) == (0.5, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("values", [[0.25], [0.25] * 7])
 def test_one_case_or_equal_ones_give_no_width(values: list[float]) -> None:
-    assert mean_interval(values) == (0.25, 0.25, 0.25)
+    assert macro_interval([values]) == (0.25, 0.25, 0.25)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
     values = [0.1, 0.9, 0.4, 0.35, 0.0]
-    assert mean_interval(values, seed=3) == mean_interval(values, seed=3)
-    assert mean_interval(values, seed=3) != mean_interval(values, seed=4)
+    assert macro_interval([values], seed=3) == macro_interval([values], seed=3)
+    assert macro_interval([values], seed=3) != macro_interval([values], seed=4)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_an_interval_holds_its_mean_and_lies_within_the_values(values: list[float]) -> None:
-    mean, low, high = mean_interval(values)
+    mean, low, high = macro_interval([values])
     assert min(values) - 1e-12 <= low <= mean + 1e-12
     assert mean - 1e-12 <= high <= max(values) + 1e-12
 
@@ -68,20 +66,20 @@ def test_tasks_weigh_alike_however_many_cases_they_have() -> None:
 def test_differences_are_over_the_cases_that_both_have() -> None:
     ours = {"a": 1.0, "b": 0.75, "c": 0.5, "only ours": 0.0}
     theirs = {"a": 0.5, "b": 0.25, "c": 0.0, "only theirs": 1.0}
-    assert paired_difference(ours, theirs) == Difference(0.5, 0.5, 0.5, 3)
+    assert macro_paired_difference([(ours, theirs)]) == Difference(0.5, 0.5, 0.5, 3)
 
 
 def test_pairing_finds_a_difference_that_the_spread_of_cases_hides() -> None:
     theirs = {case: case / 50 for case in range(40)}
     ours = {case: score + 0.02 * (1 + case % 2) for case, score in theirs.items()}
-    found = paired_difference(ours, theirs)
+    found = macro_paired_difference([(ours, theirs)])
     assert found is not None
     assert found.low > 0.02
-    assert mean_interval(list(ours.values())).low < mean_interval(list(theirs.values())).high
+    assert macro_interval([list(ours.values())]).low < macro_interval([list(theirs.values())]).high
 
 
 def test_without_a_common_case_there_is_no_difference() -> None:
-    assert paired_difference({"a": 1.0}, {"b": 1.0}) is None
+    assert macro_paired_difference([({"a": 1.0}, {"b": 1.0})]) is None
     assert macro_paired_difference([]) is None
     assert macro_paired_difference([({"a": 1.0}, {"a": 0.0}), ({"a": 1.0}, {})]) is None
 
@@ -94,4 +92,4 @@ def test_differences_of_tasks_weigh_alike() -> None:
 def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ConfigError, match=r"compresskv\[eval\]"):
-        mean_interval([0.0, 1.0])
+        macro_interval([[0.0, 1.0]])

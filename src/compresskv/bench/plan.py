@@ -70,15 +70,19 @@ class Plan:
         Args:
             strict: whether a longer length is refused; else it is left out.
         Raises:
-            ConfigError: naming the first length that does not fit.
+            ConfigError: naming the first length that does not fit, or the answer's, which leaves no room for any.
         """
         if context is None:
             return self
         room = context - self.new_tokens
-        too_long = [length for length in self.lengths if length > context]
-        if room < 1 or (too_long and strict) or len(too_long) == len(self.lengths):
+        if room < 1:
             raise ConfigError(
-                f"--lengths {(too_long or self.lengths)[0]} does not fit into the model's context of {context} "
+                f"--new-tokens {self.new_tokens} leaves no room in the model's context of {context} tokens"
+            )
+        too_long = [length for length in self.lengths if length > context]
+        if (too_long and strict) or len(too_long) == len(self.lengths):
+            raise ConfigError(
+                f"--lengths {too_long[0]} does not fit into the model's context of {context} "
                 "tokens: choose a shorter one, or a geometry of the same size with --random"
             )
         return replace(self, lengths=tuple(min(length, room) for length in self.lengths if length <= context))

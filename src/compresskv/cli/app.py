@@ -16,6 +16,7 @@ from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
 from compresskv.cli.evaluate import evaluate
 from compresskv.cli.explain import EPILOG as EXPLAIN_EPILOG
 from compresskv.cli.explain import explain
+from compresskv.cli.group import Group
 from compresskv.cli.profile import profile_app
 from compresskv.cli.report import EPILOG as REPORT_EPILOG
 from compresskv.cli.report import report
@@ -27,6 +28,7 @@ from compresskv.quiet import hush_torchao
 
 app = typer.Typer(
     name="compresskv",
+    cls=Group,
     help="Answer questions about long documents with a KV cache of a few per cent of its size.",
     no_args_is_help=True,
     add_completion=False,

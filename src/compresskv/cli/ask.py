@@ -1,7 +1,9 @@
 """`compresskv ask`: one question about one document, by one method or several side by side."""
 
 import json
+import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +25,7 @@ from compresskv.cli.options import (
     TruncateOption,
     create_methods,
 )
-from compresskv.cli.terminal import Bar, err, megabytes, out
+from compresskv.cli.terminal import Bar, Building, err, megabytes, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError, PromptError
 
@@ -93,7 +95,8 @@ def ask(
     generations: list[Generation] = []
     try:
         for one in prepared:
-            generations.append(_answer(loaded, tokenizer, context, question, one, request, not as_json and not compare))
+            answer = _answer(loaded, tokenizer, context, question, one, request, not as_json and not compare)
+            generations.append(_with_command(answer, model, one, profile, dtype))
     finally:  # on Ctrl-C, what is there already is shown
         _report(generations, single=not compare, as_json=as_json, model=model, compile=compile)
     if save_plan is not None and generations[0].plan is not None:
@@ -116,11 +119,26 @@ def _answer(
             method=method,
             on_text=stream,
             on_prefill=show,
-            on_compile=bar,
+            on_compile=Building(bar),
             **request,
         )
     stream.finish()
     return generation
+
+
+def _with_command(
+    generation: "Generation", model: str, method: "Method", profile: Path | None, dtype: str | None
+) -> "Generation":
+    """Where the answer says that `compresskv compile` would help, the whole command for this model and method."""
+    if (reason := generation.stats.not_compiled) is None:
+        return generation
+    command = ["compresskv", "compile", "--model", model, "--method", method.name]
+    if profile is not None and method.needs_profile:
+        command += ["--profile", str(profile)]
+    if dtype is not None:
+        command += ["--dtype", dtype]
+    reason = reason.replace("'compresskv compile'", f"`{shlex.join(command)}`")
+    return replace(generation, stats=replace(generation.stats, not_compiled=reason))
 
 
 def read_document(document: str) -> str:

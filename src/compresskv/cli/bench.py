@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv.cli.bench_table import print_result
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ProfileOption, parse_numbers
+from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ProfileOption, check_writable, parse_numbers
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ConfigError
 
@@ -165,22 +165,11 @@ def _check_choices(
 def _check_outputs(plot: Path | None, output: Path | None) -> None:
     for option, path in (("--plot", plot), ("--output", output)):
         if path is not None:
-            _check_writable(option, path)
+            check_writable(option, path)
     if plot is not None:
         from compresskv.bench.figure import check_drawable
 
         check_drawable(plot)
-
-
-def _check_writable(option: str, path: Path) -> None:
-    from compresskv.paths import try_folder_of
-
-    if path.is_dir():
-        raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")
-    try:
-        try_folder_of(path)
-    except OSError as error:
-        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def _pythons_of_peers(peers: str, random: str | None) -> dict[str, Path]:

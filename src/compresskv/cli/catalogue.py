@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from rich.table import Column, Table
+from rich import box
+from rich.table import Table
 
 from compresskv.cli.options import JsonOption
 from compresskv.cli.terminal import out
@@ -28,11 +29,21 @@ def methods(as_json: JsonOption = False) -> None:
     if as_json:
         out.print_json(json.dumps(rows))
         return
-    table = Table("method", "what it keeps", Column("options", overflow="fold"), "profile", "source")
-    for row in rows:
-        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-        table.add_row(row["name"], row["summary"], options, "needed" if row["needs_profile"] else "-", row["source"])
-    out.print(table, soft_wrap=False)
+    out.print(_table(rows), soft_wrap=False)
+    out.print("Options: --set NAME=VALUE, or --method 'snapkv[window_size=32,kernel_size=15]'")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """Lines break between words and between options only: a name in two pieces cannot be copied."""
+    options = [", ".join(f"{name}={value}" for name, value in row["options"].items()) for row in rows]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it keeps, source")
+    table.add_column("options", min_width=max(len(word) for text in options for word in text.split()))
+    for row, text in zip(rows, options, strict=True):
+        kept = [row["summary"], row["source"].strip("-"), "needs a profile" if row["needs_profile"] else ""]
+        table.add_row(row["name"], "\n".join(filter(None, kept)), text, end_section=True)
+    return table
 
 
 def models(as_json: JsonOption = False) -> None:

@@ -3,8 +3,16 @@
 import json
 from dataclasses import asdict
 
-from compresskv.cli.options import DtypeOption, JsonOption, MethodOption, ModelOption, ProfileOption, create_methods
-from compresskv.cli.terminal import Bar, err, out
+from compresskv.cli.options import (
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    ProfileOption,
+    SettingsOption,
+    create_methods,
+)
+from compresskv.cli.terminal import Bar, Building, err, out
 from compresskv.errors import ModelError
 
 EPILOG = """\b
@@ -21,6 +29,7 @@ def compile_step(
     model: ModelOption = "smollm2-135m",
     method: MethodOption = "blend",
     profile: ProfileOption = None,
+    settings: SettingsOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -33,16 +42,18 @@ def compile_step(
     from compresskv.compiled.trial import try_compiled
     from compresskv.compression import prepare_method
 
-    chosen, *_ = create_methods(method, "", None)
+    chosen, *_ = create_methods(method, "", settings)
     with Bar() as bar:
         subject = real_subject(model, dtype=dtype, device="cpu", on_progress=bar)
         prepared = prepare_method(subject.model, chosen, profile if chosen.needs_profile else None)
-        trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, _BUDGET, bar)
+        building = Building(bar)
+        trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, _BUDGET, building)
     if trial.compiled_ms is None:
         raise ModelError(f"--model {model}: {trial.not_compiled}")
     if as_json:
-        out.print_json(json.dumps({"model": model, "method": chosen.label, **asdict(trial)}))
+        out.print_json(json.dumps({"model": model, "method": chosen.label, "built": building.begun, **asdict(trial)}))
     else:
-        err.print(f"compiled or loaded in {trial.compile_s:.1f} s")
+        done = "compiled" if building.begun else "compiled before; loaded"
+        err.print(f"{done} in {trial.compile_s:.1f} s")
         faster = trial.eager_ms / trial.compiled_ms
         out.print(f"{trial.compiled_ms:.1f} ms a token instead of {trial.eager_ms:.1f}: {faster:.1f} times as fast")

@@ -81,6 +81,9 @@ def explain(
         "max_new_tokens": 0 if no_answer else _at_least_0(max_new_tokens),
     }
     chosen = create_methods(method, compare, settings)
+    for one in chosen:
+        if one.lookahead:
+            raise ConfigError(f"lookahead={one.lookahead} of {one.label!r}: nothing is evicted before the answer")
     from compresskv.compression import prepare_method
     from compresskv.models import load
     from compresskv.prompts import check_request
@@ -172,5 +175,5 @@ def _check_evidence(context: str, evidence: list[str]) -> None:
 
 def _at_least_0(max_new_tokens: int) -> int:
     if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must not be negative")
+        raise ConfigError("must not be negative", option="max_new_tokens", value=max_new_tokens)
     return max_new_tokens

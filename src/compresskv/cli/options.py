@@ -63,7 +63,12 @@ def create_methods(method: str, compare: str, settings: list[str] | None) -> "li
             raise ConfigError(f"--method {method!r} has options already: leave out --set")
         chosen = registry.parse_methods("--method", method)
     else:
-        one = registry.create(method, **options)
+        try:
+            one = registry.create(method, **options)
+        except ConfigError as error:
+            if error.option not in options:
+                raise
+            raise ConfigError(f"--set {error}") from None
         chosen = {one.label: one}
     others = registry.parse_methods("--compare", compare) if compare.strip() else {}
     return list((chosen | {label: one for label, one in others.items() if label not in chosen}).values())
@@ -73,11 +78,44 @@ def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tu
     """'1024,4096' as numbers; None stays None.
 
     Raises:
-        ConfigError: one of them is no such number.
+        ConfigError: one of them is no such number, or there is none.
     """
     if text is None:
         return None
     try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
+        numbers = tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ConfigError(f"{option} {text!r} is not a list of numbers separated by commas") from None
+    if not numbers:
+        raise ConfigError(f"{option} {text!r} names no number")
+    return numbers
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Find out, before long work, whether a file can be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from compresskv.paths import try_folder_of
+
+    if path.is_dir():
+        raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")
+    try:
+        try_folder_of(path)
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Find out, before long work, whether files can be written into a folder; it is made. None: nothing is asked.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be a folder: {error.strerror}") from error

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 from rich.table import Table
 
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, parse_numbers
+from compresskv.cli.group import Group
+from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, check_folder, check_writable, parse_numbers
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ProfileError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_COMMAND = "find"
 
 
-class _DefaultToFind(typer.core.TyperGroup):
+class _DefaultToFind(Group):
     """`profile MODEL` means `profile find MODEL`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -94,7 +94,7 @@ def find(
     from compresskv.prompts import context_length
 
     if output is not None:
-        store.check_writable(output)
+        check_writable("--output", output)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         path = output or store.default_path(fingerprint(loaded), quick=quick)
@@ -124,6 +124,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print a profile's heads and layer budgets; with --plot also as figures."""
+    check_folder("--plot", plot)
     loaded = _find_file(profile)
     tokens = loaded.layer_budgets(budget)
     if as_json:
@@ -149,6 +150,8 @@ def import_(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
 ) -> None:
     """Make a profile from the files published with CompressKV."""
+    if output is not None:
+        check_writable("--output", output)
     from compresskv.profiles import store
     from compresskv.profiles.published import import_published
 
@@ -174,12 +177,13 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Mask the profile's heads and see whether the model still finds needles."""
+    check_folder("--plot", plot)
     from compresskv.models import load
     from compresskv.profiles.store import resolve_profile
     from compresskv.profiles.verify import VerifySettings, to_rows, verify_profile
 
     settings = VerifySettings(
-        counts=parse_numbers("--counts", counts, int) or VerifySettings.counts,
+        counts=parse_numbers("--counts", counts, int) or (),
         length=length,
         num_documents=documents,
         seed=seed,

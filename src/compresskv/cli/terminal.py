@@ -36,6 +36,24 @@ class Bar:
         self._progress.stop()
 
 
+class Building:
+    """Says, also where no bar is seen, why it takes long: a step is being compiled. The bar shows it meanwhile."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._told = ""
+        self.begun = False
+        """Whether anything had to be compiled."""
+
+    def __call__(self, message: str, fraction: float | None) -> None:
+        """What compiling reports."""
+        if message != self._told:
+            self._told = message
+            self.begun |= message.startswith("compiling")
+            err.print(f"{message}: about a minute")
+        self._bar(message, fraction)
+
+
 def megabytes(nbytes: int) -> str:
     """Bytes as MB (10^6), with one decimal below 100."""
     return f"{nbytes / 1e6:.1f}" if nbytes < 100e6 else f"{nbytes / 1e6:,.0f}"

@@ -29,11 +29,6 @@ def answer_line(prediction: str) -> str:
     return prediction.lstrip("\n").split("\n")[0]
 
 
-def exact_match(prediction: str, answer: str) -> float:
-    """Whether both are the same once normalised."""
-    return float(normalised(prediction) == normalised(answer) != "")
-
-
 def contains(prediction: str, answer: str) -> float:
     """Whether the answer's words stand in the prediction one after another, both normalised."""
     wanted = normalised(answer)

@@ -213,7 +213,7 @@ class RecordLog:
             )
 
     def _error(self, error: OSError) -> DataError:
-        return DataError(f"cannot keep records in {str(self._folder)!r}: {error.strerror}")
+        return DataError(f"cannot keep records: {error.strerror}", option="output", value=str(self._folder))
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:

@@ -1,16 +1,14 @@
 """Runs as a page of Markdown with figures."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from compresskv.errors import DataError
 from compresskv.evaluation.figures import draw
-from compresskv.evaluation.summary import OWN, Row, Table, report_data
+from compresskv.evaluation.summary import Row, Table
 from compresskv.jsonl_log import write_whole
-
-__all__ = ["COLUMNS", "report_data", "write_pages", "write_report"]
 
 _HOW_TO_READ = """\
 Scores are per cent of what the benchmark can give, with a 95 % interval (bootstrap over cases: too narrow where there
@@ -73,20 +71,15 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 """Title -> the text of a row's cell, '' where there is no value."""
 
 
-def write_report(folders: Sequence[Path], output: Path, own: Iterable[str] = OWN) -> Path:
-    """Write report.md and its figures into folder `output`.
+def write_pages(data: dict[str, Any], output: Path) -> Path:
+    """Write report.md and its figures, made of what `report_data` found, into folder `output`.
 
     Returns: the path of report.md.
 
     Raises:
-        DataError: a folder holds no run, or a malformed one, or `output` cannot be written.
-        ConfigError: matplotlib or scipy is missing, or a figure cannot be written.
+        DataError: `output` cannot be written.
+        ConfigError: matplotlib is missing, or a figure cannot be written.
     """
-    return write_pages(report_data(folders, own), output)
-
-
-def write_pages(data: dict[str, Any], output: Path) -> Path:
-    """`write_report` from numbers that are at hand."""
     lines = ["# Results", "", f"From {', '.join(f'`{run}`' for run in data['runs'])}.", "", _HOW_TO_READ]
     names: set[str] = set()
     for section in data["models"]:

@@ -57,7 +57,7 @@ class Plan:
             if not getattr(self, option):
                 raise ConfigError(f"--{option} names no number")
         if self.data is not None and not self.data.is_dir():
-            raise DataError(f"--data {self.data}: no such folder")
+            raise DataError(f"--data {str(self.data)!r}: no such folder")
         if self.too_long not in TOO_LONG:
             raise ConfigError(f"--too-long {self.too_long!r} is unknown: choose from {', '.join(TOO_LONG)}")
         for option in ("max_prompt_tokens", "max_new_tokens"):

@@ -30,17 +30,10 @@ class Difference(NamedTuple):
     num_cases: int
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean over cases. Of one case, or of equal ones, the interval has no width: it says nothing then.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    return macro_interval([values], seed)
-
-
 def macro_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """The mean of the groups' means; each group's cases are drawn anew by themselves.
+
+    Of groups of one case each, or of equal ones, the interval has no width: it says nothing then.
 
     Raises:
         ConfigError: scipy is missing.
@@ -68,15 +61,13 @@ def macro_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval
     return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
-def paired_difference(a: Mapping[K, float], b: Mapping[K, float], seed: int = 0) -> Difference | None:
-    """How much higher `a` is than `b`, over the cases that both have; None where they have none in common."""
-    return macro_paired_difference([(a, b)], seed)
-
-
 def macro_paired_difference(
     pairs: Sequence[tuple[Mapping[K, float], Mapping[K, float]]], seed: int = 0
 ) -> Difference | None:
-    """The mean over groups of their paired differences; None where a group has no case in common."""
+    """The mean over groups of how much higher the first of a pair is, over the cases that both have.
+
+    Returns: None where a group has no case in common.
+    """
     groups = [[a[case] - b[case] for case in a if case in b] for a, b in pairs]
     if not groups or not all(groups):
         return None

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compresskv.errors import ConfigError
 from compresskv.methods.snapkv import SnapKV
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 from compresskv.selection import select_across_heads
 
@@ -22,14 +22,9 @@ class AdaKV(SnapKV):
     name = "adakv"
     summary = "SnapKV with budgets per KV head"
     source = "arXiv 2407.11550"
+    limits = ranges(guaranteed=Range(0, 1))
 
     guaranteed: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if not 0 <= self.guaranteed <= 1:
-            raise ConfigError(f"guaranteed={self.guaranteed} must lie between 0 and 1")
 
     def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
         """(B, H_kv, R)."""

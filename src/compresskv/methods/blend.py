@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Observation
 from compresskv.methods.cake import CAKE
 from compresskv.methods.vote import count_votes, layer_vote, narrowed
 from compresskv.profiles.profile import Profile, needed_profile
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 from compresskv.scoring import set_first, without_padding
 from compresskv.selection import select_across_heads
@@ -35,6 +35,13 @@ class Blend(CAKE):
     summary = "a vote of retrieval heads where it is read, local attention elsewhere"
     source = "this project"
     needs_profile = True
+    limits = ranges(
+        vote_kernel_size=Range(1, odd=True),
+        vote_weight=Range(0),
+        num_heads=Range(1),
+        num_sinks=Range(0),
+        guaranteed=Range(0, 1),
+    )
 
     kernel_size: int = 1
     vote_kernel_size: int = 25
@@ -44,20 +51,6 @@ class Blend(CAKE):
     guaranteed: float = 0.2
     narrow: bool = True
     profile: Profile | None = None
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if self.vote_kernel_size < 1 or self.vote_kernel_size % 2 == 0:
-            raise ConfigError(f"vote_kernel_size={self.vote_kernel_size} must be an odd number of at least 1")
-        for option, least, most in (("num_heads", 1, None), ("num_sinks", 0, None), ("guaranteed", 0, 1)):
-            value = getattr(self, option)
-            if value < least or (most is not None and value > most):
-                raise ConfigError(
-                    f"{option}={value} must be at least {least}{'' if most is None else f', at most {most}'}"
-                )
-        if self.vote_weight < 0:
-            raise ConfigError(f"vote_weight={self.vote_weight} must not be negative")
 
     def with_profile(self, profile: Profile) -> "Blend":
         """The method with a model's head scores.

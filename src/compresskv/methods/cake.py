@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from compresskv import budgets as layer_budgets
-from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Observation
 from compresskv.methods.snapkv import SnapKV
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 from compresskv.scoring import mean_over_groups, pool
 
@@ -34,19 +34,12 @@ class CAKE(SnapKV):
     summary = "attention and its variance; layers share by the prompt"
     source = "arXiv 2503.12491"
     decides_together = True
+    limits = ranges(gamma=Range(0), tau1=Range(0, above=True), tau2=Range(0, above=True))
 
     window_size: int = 32
     gamma: float = GAMMA
     tau1: float = 1.0
     tau2: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        for option in ("gamma", "tau1", "tau2"):
-            value = getattr(self, option)
-            if value < 0 or (value == 0 and option != "gamma"):
-                raise ConfigError(f"{option}={value} must be positive")
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""

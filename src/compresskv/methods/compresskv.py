@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from compresskv import budgets
-from compresskv.errors import ConfigError, ProfileError
+from compresskv.errors import ProfileError
 from compresskv.method import LayerInputs, Method
 from compresskv.profiles.profile import Profile, needed_profile
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 from compresskv.scoring import heads_window_attention, pool, sum_over_window
 
@@ -24,19 +25,12 @@ class CompressKV(Method):
     summary = "semantic retrieval heads choose; layers share by error"
     source = "arXiv 2508.02401"
     needs_profile = True
+    limits = ranges(window_size=Range(1, why="its queries choose"), heads_per_layer=Range(1))
 
     window_size: int = 8
     kernel_size: int = 5
     heads_per_layer: int = 4
     profile: Profile | None = None
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if self.window_size < 1:
-            raise ConfigError(f"window_size={self.window_size} must be at least 1: its queries choose")
-        if self.heads_per_layer < 1:
-            raise ConfigError(f"heads_per_layer={self.heads_per_layer} must be at least 1")
 
     def with_profile(self, profile: Profile) -> "CompressKV":
         """The method with a model's head scores and layer errors."""

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, replace
 
 from compresskv import budgets
-from compresskv.errors import ConfigError
 from compresskv.methods.snapkv import SnapKV
 from compresskv.profiles.profile import Profile, needed_profile
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 
 
@@ -24,15 +24,10 @@ class HeadKV(SnapKV):
     summary = "SnapKV; KV heads share by retrieval scores"
     source = "arXiv 2410.19258"
     needs_profile = True
+    limits = ranges(beta=Range(1))
 
     beta: float = 1.2
     profile: Profile | None = None
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if self.beta < 1:
-            raise ConfigError(f"beta={self.beta} must be at least 1")
 
     def with_profile(self, profile: Profile) -> "HeadKV":
         """The method with a model's head scores."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from compresskv import budgets
-from compresskv.errors import ConfigError
 from compresskv.methods.snapkv import SnapKV
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 
 
@@ -19,14 +19,9 @@ class PyramidKV(SnapKV):
     name = "pyramidkv"
     summary = "SnapKV with more budget in early layers"
     source = "arXiv 2406.02069"
+    limits = ranges(beta=Range(1))
 
     beta: float = 20.0
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if self.beta < 1:
-            raise ConfigError(f"beta={self.beta} must be at least 1")
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """Linear from deep to shallow; see `compresskv.budgets.pyramid`."""

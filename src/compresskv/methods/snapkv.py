@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 from compresskv.scoring import mean_over_groups, pool, sum_over_window, window_attention
 
@@ -22,15 +22,10 @@ class SnapKV(Method):
     name = "snapkv"
     summary = "window attention, a choice per KV head"
     source = "arXiv 2404.14469"
+    limits = ranges(window_size=Range(1, why="its queries choose"))
 
     window_size: int = 8
     kernel_size: int = 5
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if self.window_size < 1:
-            raise ConfigError(f"window_size={self.window_size} must be at least 1: its queries choose")
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""

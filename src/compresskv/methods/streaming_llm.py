@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 from compresskv.scoring import set_first
 
@@ -24,14 +24,9 @@ class StreamingLLM(Method):
     summary = "first 4 tokens and the most recent ones"
     source = "arXiv 2309.17453"
     shares_positions = True
+    limits = ranges(num_sinks=Range(0))
 
     num_sinks: int = 4
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if self.num_sinks < 0:
-            raise ConfigError(f"num_sinks={self.num_sinks} must not be negative")
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """The later the better, sinks best of all."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compresskv.errors import ConfigError
 from compresskv.method import LayerInputs, Method, Observation
 from compresskv.methods.cake import strong_or_restless
 from compresskv.profiles.profile import Profile, needed_profile
+from compresskv.ranges import Range, ranges
 from compresskv.registry import register
 from compresskv.scoring import (
     heads_window_attention,
@@ -39,6 +39,7 @@ class Vote(Method):
     needs_profile = True
     decides_together = True
     shares_positions = True
+    limits = ranges(window_size=Range(1), num_heads=Range(1), num_sinks=Range(0), local_weight=Range(0))
 
     window_size: int = 32
     kernel_size: int = 25
@@ -47,13 +48,6 @@ class Vote(Method):
     local_weight: float = 0.5
     narrow: bool = True
     profile: Profile | None = None
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        for option, least in (("window_size", 1), ("num_heads", 1), ("num_sinks", 0), ("local_weight", 0)):
-            if getattr(self, option) < least:
-                raise ConfigError(f"{option}={getattr(self, option)} must be at least {least}")
 
     def with_profile(self, profile: Profile) -> "Vote":
         """The method with a model's head scores.

@@ -188,13 +188,13 @@ def read_profile(path: str | Path) -> Profile:
     try:
         return Profile.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ProfileError(f"profile {str(path)!r}: no such file") from None
+        raise ProfileError("cannot be read: no such file", option="profile", value=str(path)) from None
     except OSError as error:
-        raise ProfileError(f"profile {str(path)!r}: {error.strerror}") from error
+        raise ProfileError(f"cannot be read: {error.strerror}", option="profile", value=str(path)) from error
     except (ValueError, RecursionError) as error:  # not JSON, not text
-        raise ProfileError(f"profile {str(path)!r} is not JSON: {error}") from error
+        raise ProfileError(f"is not JSON: {error}", option="profile", value=str(path)) from error
     except ProfileError as error:
-        raise ProfileError(f"profile {str(path)!r}: {error}") from error
+        raise ProfileError(f"is no profile: {error}", option="profile", value=str(path)) from error
 
 
 def _check(holds: bool, name: str, what: str) -> None:

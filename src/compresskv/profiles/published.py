@@ -90,7 +90,7 @@ def _scores_of_ranks(ranking: list[int]) -> tuple[float, ...]:
 
 
 def _read_rankings(path: Path) -> list[list[int]]:
-    data = _read_json(path)
+    data = _read_json("--heads", path)
     try:
         rankings = [[int(head) for head in data[str(layer)]] for layer in range(len(data))]
     except (KeyError, TypeError, ValueError) as error:
@@ -103,7 +103,7 @@ def _read_rankings(path: Path) -> list[list[int]]:
 
 
 def _read_errors(path: Path, num_layers: int) -> dict[str, list[float]]:
-    data = _read_json(path)
+    data = _read_json("--layers", path)
     try:
         errors = {str(name): [float(error) for error in row] for name, row in data.items()}
     except (TypeError, ValueError, OverflowError) as error:
@@ -116,15 +116,15 @@ def _read_errors(path: Path, num_layers: int) -> dict[str, list[float]]:
     return errors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(option: str, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ProfileError(f"{str(path)!r}: {error.strerror}") from error
+        raise ProfileError(f"{option} {str(path)!r}: {error.strerror}") from error
     except ValueError as error:
-        raise ProfileError(f"{str(path)!r} is not JSON: {error}") from error
+        raise ProfileError(f"{option} {str(path)!r} is not JSON: {error}") from error
     if not isinstance(data, dict) or not data:
-        raise ProfileError(f"{str(path)!r} holds no table")
+        raise ProfileError(f"{option} {str(path)!r} holds no table")
     return data
 
 
