@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from torch import Tensor
@@ -274,9 +275,29 @@ def test_without_a_compiler_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, tm
     no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with no_compiler, context(model, "snapkv", "always") as cache:
         tokens = tiny.generate(model, prompt, cache).tolist()
-    assert "cannot be compiled" in str(cache.not_compiled)
+    assert cache.not_compiled == (
+        "PyTorch finds no C++ compiler: install g++, or another one and name it in the variable CXX"
+    )
     with context(model, "snapkv", "never") as cache:
         assert tokens == tiny.generate(model, prompt, cache).tolist()
+
+
+@pytest.mark.usefixtures("stored_packages")
+def test_waiting_for_another_builder_is_told() -> None:
+    model = tiny.tiny_model("llama")
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
+        kinds = decoding._kinds(cache)
+    folder, told = package.package_folder(model, kinds), []
+    other = filelock.FileLock(folder.with_suffix(".lock"), thread_local=False)
+
+    def report(message: str, _fraction: float | None) -> None:
+        told.append(message)
+        other.release()
+
+    with other:
+        package._build_alone(model, kinds, folder, report)
+    assert told == ["waiting for another process that compiles the same step"]
 
 
 @pytest.mark.usefixtures("uncompiled")

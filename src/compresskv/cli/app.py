@@ -68,7 +68,7 @@ def _root(
 
 ASK_EPILOG = """\b
 Examples:
-  compresskv ask log.txt "Where is the spare chronometer kept?"
+  compresskv ask examples/ships_log.txt "What is the number that opens the brass lock?"
   compresskv ask log.txt "Who is the cook?" --method snapkv --budget 0.05
   compresskv ask log.txt "Who is the cook?" --compare full,streaming_llm --json
   cat log.txt | compresskv ask - "Who is the cook?" --model ./my-model --truncate middle

@@ -65,7 +65,7 @@ def ask(
 
     The answer goes to standard output, what it cost to standard error.
     """
-    check_mode(compile, "--compile ")
+    check_mode(compile)
     context = read_document(document)
     from compresskv.budgets import parse_budget
 

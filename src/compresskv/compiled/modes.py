@@ -6,11 +6,11 @@ NEVER, AUTO, ALWAYS = "never", "auto", "always"
 MODES = (NEVER, AUTO, ALWAYS)
 
 
-def check_mode(mode: str, option: str = "compile=") -> None:
+def check_mode(mode: str) -> None:
     """Refuse an unknown mode.
 
     Raises:
         ConfigError: naming the option and its value.
     """
     if mode not in MODES:
-        raise ConfigError(f"{option}{mode!r} must be one of {', '.join(MODES)}")
+        raise ConfigError(f"must be one of {', '.join(MODES)}", option="compile", value=mode)

@@ -160,23 +160,40 @@ def load_package(
                 raise
     elif not build:
         raise NotCompilableError(_NOT_BUILT)
-    if on_progress is not None:
-        on_progress("compiling the decode step, once for this model", None)
     try:
-        return _build_alone(model, kinds, folder)
+        return _build_alone(model, kinds, folder, on_progress or _report_nothing)
     except NotCompilableError:
         raise
     except Exception as error:  # whatever a file system, a model's code or a compiler raises
-        raise NotCompilableError(f"its decode step cannot be compiled ({first_line(error)})") from error
+        raise NotCompilableError(_reason(error)) from error
 
 
-def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> Package:
+def _report_nothing(_message: str, _fraction: float | None) -> None:
+    pass
+
+
+def _reason(error: Exception) -> str:
+    if "InvalidCxxCompiler" in f"{type(error).__name__}: {error}":  # PyTorch may wrap it
+        return "PyTorch finds no C++ compiler: install g++, or another one and name it in the variable CXX"
+    return f"its decode step cannot be compiled ({first_line(error)})"
+
+
+def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, report: Progress) -> Package:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_suffix(".lock")):
+    lock = filelock.FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        report("waiting for another process that compiles the same step", None)
+        lock.acquire()
+    try:
         if built_facts(model, kinds) is not None:  # by another process, unless it is damaged
             with contextlib.suppress(NotCompilableError):
                 return Package(folder, model, kinds)
+        report("compiling the decode step, once for this model", None)
         _build(model, kinds, folder)
+    finally:
+        lock.release()
     return Package(folder, model, kinds)
 
 
