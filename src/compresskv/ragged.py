@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from compresskv.attention import AttentionFunction
 from compresskv.errors import ModelError
-from compresskv.growing import may_write, room
+from compresskv.growing import ROOM, may_write, room_for_tokens
 from compresskv.selection import UNUSED
 
 
@@ -86,7 +86,7 @@ class RaggedStore:
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store new tokens (B, H_kv, T_new, D) in every head."""
         num_new = key_states.shape[2]
-        self._reserve(num_new, key_states)
+        self._reserve(num_new, key_states, ROOM)
         for packed, states in zip(self.tensors, (key_states, value_states), strict=True):
             if num_new == 1:
                 packed.index_copy_(1, self._ends, states[:, :, 0])
@@ -95,15 +95,15 @@ class RaggedStore:
                     packed[:, start + count : start + count + num_new] = states[:, head]
         self.advance(num_new)
 
-    def _reserve(self, num_new: int, states: Tensor) -> None:
+    def _reserve(self, num_new: int, states: Tensor, room: int) -> None:
         """Make room for new tokens like `states` in every head's part."""
         if self._shared or num_new > self._room or not may_write(self._keys, states):
             parts = [[part[:, 0] for part in self._heads(packed)] for packed in self.tensors]
-            self._pack(parts, room=num_new + room(states.device))
+            self._pack(parts, room=num_new + room)
 
     def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
         """Room for one more token in every head's part, as in `CompressedLayer.reserve_token`."""
-        self._reserve(1, self._keys)
+        self._reserve(1, self._keys, room_for_tokens(self._keys.device))
         return (
             self.tensors,
             self._starts,

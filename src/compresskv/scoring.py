@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor
 
 
+@torch.no_grad()
 def window_attention(
     query_window: Tensor,
     keys: Tensor,
@@ -36,15 +37,18 @@ def window_attention(
     _num_kv_groups(num_query_heads, num_kv_heads)
     # (B, H_kv, G * W, D) @ (B, H_kv, D, T): one product per KV head
     grouped = query_window.reshape(batch_size, num_kv_heads, -1, head_dim)
-    if keys.device.type == "cpu":
-        logits = _products(grouped, keys, list(range(num_kv_heads)))
-    else:
-        logits = torch.matmul(grouped, keys.transpose(2, 3)).float()
+    products = _products_by_head if keys.device.type == "cpu" else _products_at_once
+    logits = products(grouped, keys, list(range(num_kv_heads)))
     logits = logits.view(batch_size, num_query_heads, window_size, -1)
     return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid)
 
 
-def _products(queries: Tensor, keys: Tensor, kv_heads: list[int]) -> Tensor:
+def _products_at_once(queries: Tensor, keys: Tensor, _kv_heads: list[int]) -> Tensor:
+    """Of (B, H_kv, R, D) queries with all KV heads' keys: (B, H_kv, R, T) float32."""
+    return torch.matmul(queries, keys.transpose(2, 3)).float()
+
+
+def _products_by_head(queries: Tensor, keys: Tensor, kv_heads: list[int]) -> Tensor:
     """Of (B, n, R, D) queries each n with the keys of a KV head: (B, n, R, T) float32.
 
     On a CPU a batched product takes several times as long for keys that lie token by token, as projections leave them.
@@ -85,12 +89,17 @@ def _future(window_size: int, device: torch.device) -> Tensor:
 
 def _softmax_(logits: Tensor) -> Tensor:
     """Softmax over the last dimension, in place: fresh memory for so much costs more than the arithmetic."""
-    if logits.device.type == "cpu":  # its kernel reads each row in full before it writes there
+    if logits.device.type == "cpu":  # its kernel reads each row in full before it writes there; a test holds it to that
         return torch.softmax(logits, dim=-1, out=logits)
+    return _plain_softmax_(logits)
+
+
+def _plain_softmax_(logits: Tensor) -> Tensor:
     logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     return logits.div_(logits.sum(dim=-1, keepdim=True))
 
 
+@torch.no_grad()
 def heads_window_attention(
     query_window: Tensor,
     keys: Tensor,
@@ -115,7 +124,8 @@ def heads_window_attention(
     for head in head_indices:
         if not 0 <= head < num_query_heads:
             raise ValueError(f"there is no query head {head} among {num_query_heads}")
-    logits = _products(query_window[:, head_indices], keys, [head // num_kv_groups for head in head_indices])
+    queries = torch.stack([query_window[:, head] for head in head_indices], dim=1)  # an index would make a GPU wait
+    logits = _products_by_head(queries, keys, [head // num_kv_groups for head in head_indices])
     return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid)
 
 

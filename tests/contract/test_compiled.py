@@ -44,6 +44,8 @@ def stored_packages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 class UncompiledPackage:
     """A step as PyTorch runs it, line by line."""
 
+    record_s = 0.0
+
     def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], *_: Any, **__: Any) -> None:
         self.kinds = kinds
         self._step = Step(model, kinds)

@@ -1,5 +1,6 @@
 """Decoding by a recorded step gives what decoding without one gives; recording itself needs a GPU."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ class Recorder:
         self.num_recordings = 0
         self.num_replays = 0
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    def __call__(self, run: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], object], Tensor]:
         self.num_recordings += 1
         run()  # as on a GPU, it runs before it is recorded
         result = torch.zeros_like(run())
@@ -111,7 +112,7 @@ def test_sliding_windows_go_the_usual_way(recorder: Recorder) -> None:
 
 
 def test_what_cannot_be_recorded_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    def refuse(run: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], object], Tensor]:
         run()
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -128,10 +129,37 @@ def test_what_cannot_be_recorded_goes_the_usual_way(monkeypatch: pytest.MonkeyPa
     assert torch.equal(found, expected)
 
 
+def test_what_a_step_refuses_goes_the_usual_way(recorder: Recorder) -> None:
+    model, steps = tiny.tiny_model("llama", "eager"), [NUM_PROMPT, 1, 1]
+    expected, _ = read(model, "adakv", "never", steps)
+    found, cache = read(model, "adakv", "always", steps)
+    assert cache.num_compiled_steps == recorder.num_replays == 0
+    assert "plain sdpa" in cache.not_compiled
+    assert torch.equal(found, expected)
+
+
+def test_a_recording_does_not_keep_a_cache_alive() -> None:
+    def forget(run: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], object], Tensor]:
+        return lambda: None, run()
+
+    model = tiny.tiny_model("llama")
+    with torch.no_grad(), compresskv.compressing(model, "snapkv", 24) as cache:
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+        step = GraphedStep(model, decoding._kinds(cache), forget)
+        token, position = torch.tensor([[3]]), torch.tensor([[NUM_PROMPT]])
+        inputs = decoding._gather_inputs(cache, token, position, step.kinds)
+        step(inputs)
+        held = weakref.ref(inputs.keys[0])
+        del inputs
+        cache.reset()
+        assert held() is None
+        assert step.record_s > 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "blend"])
 def test_on_a_gpu(method: str) -> None:
-    model, steps = tiny.tiny_model("llama").to("cuda"), [NUM_PROMPT] + [1] * 300
+    model, steps = tiny.build_model("llama").to("cuda"), [NUM_PROMPT] + [1] * 300
     expected, _ = read(model, method, "never", steps)
     found, cache = read(model, method, "always", steps)
     assert (cache.num_compiled_steps, cache.not_compiled) == (300, None)

@@ -3,8 +3,7 @@
 import json
 import re
 import sys
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from commands import Result, runner
 from compresskv.bench import limits, llama_cpp_peer, run
+from compresskv.bench.engine_peer import measure_engine
 from compresskv.bench.peer_request import BenchRequest, find_peer, measure_peer
 from compresskv.bench.plan import Plan, stages
 from compresskv.bench.subject import Subject, random_subject, real_subject
@@ -175,7 +175,7 @@ def test_help_has_examples(call: Callable[..., Result]) -> None:
 
 def test_a_request_to_peers_survives_its_file(tmp_path: Path) -> None:
     plan = Plan((96,), (64, 0.5), True, 2, 5)
-    request = BenchRequest("tiny", 4, "float32", "cpu", (1, 2), vars(plan))
+    request = BenchRequest("tiny", 4, "float32", "cpu", (1, 2), vars(plan), 2)
     request.write(tmp_path / "request.json")
     assert BenchRequest.read(tmp_path / "request.json").to_plan() == plan
 
@@ -183,12 +183,12 @@ def test_a_request_to_peers_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kvpress_in_its_own_environment() -> None:
     try:
-        python = find_peer("kvpress")
+        python = find_peer("kvpress", "tiny", random=True)
     except ConfigError:
         pytest.skip("there is no environment for kvpress: scripts/peers makes .venv-peers")
     plan = Plan((200,), (100,), False, 1, 5)
     subject: Subject = random_subject("tiny", None, plan.most_tokens, dtype="float32", device="cpu")
-    rows = measure_peer("kvpress", python, subject, plan, (), lambda message, fraction: None)
+    rows = list(measure_peer("kvpress", python, subject, plan, (), lambda message, fraction: None))
 
     assert [note for note in subject.notes if "failed" in note] == []
     names = ("plain", "kvpress:SnapKVPress", "kvpress:AdaKVPress(SnapKVPress)")
@@ -207,14 +207,14 @@ def test_kvpress_in_its_own_environment() -> None:
 @pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
 def test_an_engine_in_its_own_environment(name: str) -> None:
     try:
-        python = find_peer(name)
+        python = find_peer(name, "smollm2-135m", random=False)
     except ConfigError as error:
         pytest.skip(str(error))
     plan = Plan((100, 200), (64,), False, 2, 5)
     subject = real_subject("smollm2-135m", dtype="float32", device="cpu")
     plain = run.Bench(subject, plan)
     plain.run(stages(plan, lambda budget: ()), lambda message, fraction: None)
-    rows = measure_peer(name, python, subject, plan, plain.rows, lambda message, fraction: None)
+    rows = list(measure_peer(name, python, subject, plan, plain.rows, lambda message, fraction: None))
     assert [(row["engine"], row["prompt_tokens"]) for row in rows] == [(name, 100), (name, 200)]
     assert all(row["prefill_s"] > 0 and row["decode_ms"] > 0 for row in rows)
     assert rows[1]["decode_ratio"] == rows[1]["decode_ms"] / plain.rows[1].decode_ms
@@ -229,8 +229,37 @@ def test_an_engine_that_is_installed_here_needs_no_other_environment(monkeypatch
         peers_python(environment=replace(VLLM, package="no_such_package"))
 
 
-def test_llama_cpp_reads_gguf_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llama_cpp", types.ModuleType("llama_cpp"))
-    request = BenchRequest(str(tmp_path), None, "float32", "cpu", (1, 2), vars(Plan((96,), (64,), True, 2, 5)))
-    with pytest.raises(ConfigError, match=r"reads GGUF files, and --model '.*' is none"):
-        llama_cpp_peer.measure(request, lambda row: None)
+def test_llama_cpp_reads_gguf_files_alone(call: Callable[..., Result]) -> None:
+    result = call("bench", "--model", "org/name", "--peers", "llama.cpp")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "compresskv: --peers llama.cpp reads .gguf files, and --model 'org/name' is none\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("/cache/smollm2-135m-b179-v1.SmolLM2-135M-Instruct.Q4_1.gguf", "Q4_1"),
+        ("Llama-3.2-1B-Q4_K_M.gguf", "Q4_K_M"),
+        ("model-IQ3_XS.gguf", "IQ3_XS"),
+        ("model.f16.gguf", "f16"),
+        ("model.gguf", "GGUF"),
+    ],
+)
+def test_the_weights_of_a_gguf_file_are_named(file: str, name: str) -> None:
+    assert llama_cpp_peer.weights_name(file) == name
+
+
+def test_what_an_engine_fails_at_does_not_end_it() -> None:
+    def generate(token_ids: list[int], num_new: int) -> Iterator[int]:
+        if len(token_ids) == 200:
+            raise RuntimeError("no room\nmore")
+        yield from range(num_new)
+
+    rows: list[dict[str, Any]] = []
+    request = BenchRequest("smollm2-135m", None, "float32", "cpu", tuple(range(300)), {}, 2)
+    request = replace(request, plan=vars(Plan((96, 200, 250), (), True, 2, 5)))
+    measure_engine(request, "own", "own, full", {"own": "1"}, generate, rows.append)
+    found = [row for row in rows if "fraction" not in row]
+    assert [row["length"] for row in found] == [96, 200, 250]
+    assert found[1] == {"length": 200, "error": "no room"}
+    assert found[2]["decode_ms"] >= 0

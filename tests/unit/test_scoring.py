@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from compresskv import scoring
 from compresskv.scoring import heads_window_attention, pool, window_attention
 
 
@@ -208,6 +209,31 @@ class TestMemory:
             attention = window_attention(query, keys, scaling=0.1)
         assert max(nbytes) <= max(attention.nbytes, keys.nbytes)
         assert sum(size >= keys.nbytes for size in nbytes) <= 1
+
+
+class TestWaysOfDevices:
+    """CPUs and GPUs take other ways to the same numbers."""
+
+    @settings(deadline=None, max_examples=60)
+    @given(layers())
+    def test_products(self, layer: tuple[Tensor, Tensor]) -> None:
+        query, keys = layer
+        grouped = query.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[3])
+        ways = (scoring._products_at_once, scoring._products_by_head)
+        one, other = (way(grouped, keys, list(range(keys.shape[1]))) for way in ways)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+    @settings(deadline=None, max_examples=80)
+    @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), st.integers(0, 10**6))
+    def test_softmax_in_place(self, num_heads: int, window_size: int, num_tokens: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        logits = 5 * torch.randn(1, num_heads, window_size, num_tokens, generator=generator)
+        logits[..., num_tokens // 2 :] = torch.finfo(torch.float32).min
+        expected = logits.softmax(dim=-1)
+        for way in (scoring._softmax_, scoring._plain_softmax_):
+            given = logits.clone()
+            assert way(given).data_ptr() == given.data_ptr()
+            torch.testing.assert_close(given, expected, atol=1e-6, rtol=1e-6)
 
 
 class TestPool:

@@ -11,7 +11,8 @@ from torch import Tensor
 from compresskv.selection import UNUSED, select, select_rows
 
 # Few distinct values, so that ties are common.
-values = st.sampled_from([-math.inf, -1.0, 0.0, 0.25, 0.5, 2.0, math.inf])
+few = st.sampled_from([-math.inf, -1.0, 0.0, 0.25, 0.5, 2.0, math.inf, math.nan])
+many = st.floats(-1e4, 1e4, width=16)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -19,12 +20,13 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 def score_tensors(draw: st.DrawFn) -> Tensor:
     batch_size, num_heads, num_tokens = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 24))
     count = batch_size * num_heads * num_tokens
-    numbers = draw(st.lists(values, min_size=count, max_size=count))
+    numbers = draw(st.lists(draw(st.sampled_from([few, many])), min_size=count, max_size=count))
     return torch.tensor(numbers).view(batch_size, num_heads, num_tokens).to(draw(dtypes))
 
 
 def naive_select(scores: list[float], budget: int, window_size: int) -> list[int]:
     num_tokens = len(scores)
+    scores = [-math.inf if math.isnan(score) else score for score in scores]
     if budget >= num_tokens:
         return list(range(num_tokens))
     window = set(range(num_tokens - min(window_size, budget), num_tokens))

@@ -1,6 +1,5 @@
 """What is measured of other inference engines, with their full caches, by the python of their own environments."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -12,7 +11,7 @@ from typing import Any
 from compresskv.bench.peer_request import BenchRequest
 from compresskv.bench.row import Row
 from compresskv.embedded import EMBEDDED
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, first_line
 from compresskv.evaluation.peer_answers import Write
 
 Generate = Callable[[list[int], int], Iterator[int]]
@@ -44,12 +43,16 @@ def measure_engine(
         versions: of the packages that matter.
     """
     plan = request.to_plan()
-    for _ in generate(list(request.input_ids[:_WARM_UP_TOKENS]), 4):
+    for _ in generate(list(request.input_ids[: min(_WARM_UP_TOKENS, *plan.lengths)]), 2):
         pass
     for number, length in enumerate(plan.lengths):
         write({"message": f"{length:,} tokens", "fraction": number / len(plan.lengths)})
         prompt = list(request.input_ids[:length])
-        rounds = [_seconds(generate(prompt, plan.new_tokens)) for _ in range(plan.repeats)]
+        try:
+            rounds = [_seconds(generate(prompt, plan.new_tokens)) for _ in range(plan.repeats)]
+        except Exception as error:  # noqa: BLE001 - engines raise of all kinds, and other lengths may still work
+            write({"length": length, "error": first_line(error)})
+            continue
         write({**_row(length, rounds), "engine": name, "method": label, "versions": versions})
 
 
@@ -74,8 +77,3 @@ def _row(length: int, rounds: list[list[float]]) -> dict[str, Any]:
         "first_token_s": prefill_s,
         "decode_ms": 1000 * median(steps),
     }
-
-
-def num_threads() -> int:
-    """As many as there are processors for this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

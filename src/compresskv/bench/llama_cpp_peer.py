@@ -4,11 +4,12 @@ It runs in the environment that `scripts/environment-llama-cpp` makes. Each row 
 progress. Weights are read as their GGUF file holds them: the embedded model's are 4-bit ones.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from compresskv.bench.engine_peer import measure_engine, model_path, num_threads
+from compresskv.bench.engine_peer import measure_engine, model_path
 from compresskv.bench.peer_request import BenchRequest
 from compresskv.embedded import ensure_gguf
 from compresskv.errors import ConfigError
@@ -19,20 +20,20 @@ def measure(request: BenchRequest, write: Write) -> None:
     """Read each prompt and generate from it, in rounds.
 
     Raises:
-        ConfigError: the model is no GGUF file, or llama.cpp does not know it.
+        ConfigError: the model is on a GPU, or llama.cpp does not know it.
     """
     import llama_cpp
     import numpy as np
 
+    if request.device != "cpu":
+        raise ConfigError(f"--peers llama.cpp is measured on CPUs only, and the model is on {request.device}")
     path = model_path(request, "llama.cpp", ensure_gguf)
-    if not path.endswith(".gguf"):
-        raise ConfigError(f"--peers llama.cpp reads GGUF files, and --model {path!r} is none")
     try:
         model = llama_cpp.Llama(
             path,
             n_ctx=request.to_plan().most_tokens,
-            n_threads=num_threads(),
-            n_threads_batch=num_threads(),
+            n_threads=request.num_threads,
+            n_threads_batch=request.num_threads,
             flash_attn=True,  # the faster of both
             verbose=False,
         )
@@ -49,9 +50,15 @@ def measure(request: BenchRequest, write: Write) -> None:
             if left:
                 model.eval([token])
 
-    bits = Path(path).suffixes[0].removeprefix(".") if len(Path(path).suffixes) > 1 else "GGUF"
     versions = {"llama-cpp-python": llama_cpp.__version__}
-    measure_engine(request, "llama.cpp", f"llama.cpp ({bits}), full cache", versions, generate, write)
+    label = f"llama.cpp ({weights_name(path)}), full cache"
+    measure_engine(request, "llama.cpp", label, versions, generate, write)
+
+
+def weights_name(path: str) -> str:
+    """What a GGUF file's name says about its weights, such as 'Q4_K_M'; 'GGUF' where it says nothing."""
+    found = re.search(r"(I?Q\d\w*|BF16|F16|F32)(?=\.gguf$)", path, re.IGNORECASE)
+    return found[0] if found else "GGUF"
 
 
 def main() -> int:

@@ -1,14 +1,18 @@
 """What the peers' process is asked to measure, and its rows as this process gets them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compresskv.bench.plan import Plan
 from compresskv.bench.row import Row
 from compresskv.bench.subject import Subject
+from compresskv.embedded import EMBEDDED
+from compresskv.errors import ConfigError
 from compresskv.evaluation.peer_process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python, run_peers
 
 
@@ -22,12 +26,14 @@ class Peer:
     """Runs the module."""
     takes_random: bool = False
     """Whether it can be given a geometry with random weights."""
+    reads: str = ""
+    """The ending of the only files that it reads, beside embedded models."""
 
 
 PEERS = {
     "kvpress": Peer("compresskv.bench.peers", KVPRESS, takes_random=True),
     "vllm": Peer("compresskv.bench.vllm_peer", VLLM),
-    "llama.cpp": Peer("compresskv.bench.llama_cpp_peer", LLAMA_CPP),
+    "llama.cpp": Peer("compresskv.bench.llama_cpp_peer", LLAMA_CPP, reads=".gguf"),
 }
 """By name."""
 
@@ -43,6 +49,8 @@ class BenchRequest:
     device: str
     input_ids: tuple[int, ...]
     plan: dict[str, Any]
+    num_threads: int
+    """That this process computes with."""
 
     def write(self, path: Path) -> None:
         """Store it as JSON."""
@@ -59,24 +67,31 @@ class BenchRequest:
         return Plan(**{**self.plan, **lists})
 
 
-def find_peer(name: str) -> Path:
+def find_peer(name: str, model: str, *, random: bool) -> Path:
     """The python of a peer's environment.
 
+    Args:
+        model: its name, folder or file, or the name of a geometry with random weights.
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the peer cannot be given the model.
     """
-    return peers_python(environment=PEERS[name].environment)
+    peer = PEERS[name]
+    if random and not peer.takes_random:
+        raise ConfigError(f"--peers {name} and --random {model!r} exclude each other: {name} needs a real model")
+    if not random and model not in EMBEDDED and not model.endswith(peer.reads):
+        raise ConfigError(f"--peers {name} reads {peer.reads} files, and --model {model!r} is none")
+    return peers_python(environment=peer.environment)
 
 
 def measure_peer(
     name: str, python: Path, subject: Subject, plan: Plan, plain: Sequence[Row], progress: Callable[[str, float], None]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Measure a peer on the same prompts; kvpress in rounds with the plain transformers of its own environment.
 
     Args:
         plain: this environment's rows of plain transformers. Engines, which have no transformers beside them, are
             compared with their medians, as 'prefill_ratio', 'first_token_ratio' and 'decode_ratio'.
-    Returns: rows as of `Row.to_dict`, each with 'versions'. What failed is told in the subject's notes.
+    Returns: rows as of `Row.to_dict`, each with 'versions', as they come. What failed is told in the subject's notes.
     Raises:
         ConfigError, CompressKVError: as for `run_peers`.
     """
@@ -88,8 +103,8 @@ def measure_peer(
         device=str(model.device),
         input_ids=tuple(subject.read_tokens(plan.most_tokens)[0].tolist()),
         plan=asdict(plan),
+        num_threads=torch.get_num_threads(),
     )
-    rows: list[dict[str, Any]] = []
     peer = PEERS[name]
     for line in run_peers(python, request, peer.module, peer.environment):
         if "error" in line:
@@ -97,8 +112,7 @@ def measure_peer(
         elif "fraction" in line:
             progress(f"{name}: {line['message']}", line["fraction"])
         else:
-            rows.append(line if peer.takes_random else {**line, **_ratios(line, plain)})
-    return rows
+            yield line if peer.takes_random else {**line, **_ratios(line, plain)}
 
 
 def _ratios(row: dict[str, Any], plain: Sequence[Row]) -> dict[str, float]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compresskv.bench.subject import Subject
     from compresskv.method import Method
 
+_MODEL = "smollm2-135m"
 EPILOG = """\b
 Examples:
   compresskv bench --lengths 1024,4096 --budgets 128,256
@@ -87,7 +88,7 @@ def bench(
     plan, chosen = _plan(lengths, budgets, methods, decode, repeats, new_tokens)
     _check_choices(model, random, layers, profile, dtype, plan.decode)
     _check_outputs(plot, output)
-    peer_pythons = _pythons_of_peers(peers, random)
+    peer_pythons = _pythons_of_peers(peers, random or model or _MODEL, random=random is not None)
     with Bar() as bar:
         subject = _subject(model, random, layers, plan, dtype, device, bar)
         if random is None:
@@ -106,7 +107,7 @@ def bench(
                 from compresskv.bench.peer_request import measure_peer
 
                 plain = [row for row in run.rows if row.engine == "transformers"]
-                extra["peers"] = extra.get("peers", []) + measure_peer(name, python, subject, plan, plain, bar)
+                extra.setdefault("peers", []).extend(measure_peer(name, python, subject, plan, plain, bar))
         finally:  # on Ctrl-C, what was measured is shown
             bar.stop()
             _report(run, extra, plot, output, as_json=as_json)
@@ -172,7 +173,7 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
         check_drawable(plot)
 
 
-def _pythons_of_peers(peers: str, random: str | None) -> dict[str, Path]:
+def _pythons_of_peers(peers: str, model: str, *, random: bool) -> dict[str, Path]:
     """Looked for before anything is computed."""
     if not peers.strip():
         return {}
@@ -180,10 +181,7 @@ def _pythons_of_peers(peers: str, random: str | None) -> dict[str, Path]:
     from compresskv.evaluation.configurations import parse_names
 
     names = parse_names("--peers", peers, tuple(PEERS))
-    for name in names:
-        if random is not None and not PEERS[name].takes_random:
-            raise ConfigError(f"--peers {name} and --random {random!r} exclude each other: {name} needs a real model")
-    return {name: find_peer(name) for name in names}
+    return {name: find_peer(name, model, random=random) for name in names}
 
 
 def _subject(
@@ -198,7 +196,7 @@ def _subject(
     from compresskv.bench.subject import random_subject, real_subject
 
     if random is None:
-        return real_subject(model or "smollm2-135m", dtype=dtype, device=device, on_progress=bar)
+        return real_subject(model or _MODEL, dtype=dtype, device=device, on_progress=bar)
     bar(f"building {random}", None)
     return random_subject(random, layers, plan.most_tokens, dtype=dtype, device=device)
 

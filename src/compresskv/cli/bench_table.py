@@ -81,10 +81,15 @@ def _shown(row: dict[str, Any], name: Cell) -> str:
     return f"{name(row)} ({versions['transformers']})" if versions and row["engine"] == "transformers" else name(row)
 
 
+def _has_engines(result: dict[str, Any]) -> bool:
+    return any(row["engine"] not in ("transformers", "kvpress") for row in result.get("peers", []))
+
+
 def _remarks(result: dict[str, Any]) -> list[str]:
     limits, machine, model = result["limits"], result["machine"], result["model"]
     return [
         "x plain, x short: to plain transformers in the same rounds, on the same prompt, or on one of just the budget",
+        *(["other engines' x plain: to the medians of all rounds"] if _has_engines(result) else []),
         f"x least: to the limit of {limits['read_bytes_per_s'] / 1e9:.1f} GB/s (weights and KV cache read once a "
         f"token) and {limits['matmul_flop_per_s'] / 1e9:,.0f} GFLOP/s (the prompt's matrix products)",
         f"{model['name']}, {model['dtype']}, {model['weights_nbytes'] / 1e6:,.0f} MB of weights; "

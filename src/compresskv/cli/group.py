@@ -22,7 +22,7 @@ class Group(typer.core.TyperGroup):
             command = self.commands.get(str(ctx.invoked_subcommand))
             if error.option is None or command is None:
                 raise
-            raise CompressKVError(_as_typed(error, command)) from error
+            raise type(error)(_as_typed(error, command)) from error
 
 
 def _as_typed(error: CompressKVError, command: Any) -> str:

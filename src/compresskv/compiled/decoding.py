@@ -36,6 +36,8 @@ class Program(Protocol):
 
     kinds: tuple[str, ...]
     """Of the layers that it was made for."""
+    record_s: float
+    """Seconds that its calls spent on preparing later ones."""
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
         """As `Step.forward`."""
@@ -116,7 +118,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         if (program := self._find_program()) is not None:
             try:
                 return self._run(program, kwargs["input_ids"], kwargs.get("position_ids"))
-            except NotCompilableError as error:
+            except NotCompilableError as error:  # only once it runs does a recording tell
                 self._program, self.cache.not_compiled = None, str(error)
         output = eager(**kwargs)
         self._eager_s += time.perf_counter() - start
@@ -142,7 +144,9 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             and return_dict is not False
             and not any(getattr(config, name, False) for name in ("output_hidden_states", "output_attentions"))
             and getattr(config, "return_dict", True)
-            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self._model.training)
+            and not (
+                torch.is_grad_enabled() or torch.is_autocast_enabled(self._model.device.type) or self._model.training
+            )
             and (attention_mask is None or _is_all_ones(attention_mask))
             and all(map(self._is_ready, self.cache.layers))
         )
@@ -205,7 +209,9 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     def _run(self, program: Program, token: Tensor, position: Tensor | None) -> CausalLMOutputWithPast:
         if position is None:
             position = torch.full((1, 1), self.cache.get_seq_length(), device=token.device)
+        recorded_s = program.record_s
         logits, sliding = program(_gather_inputs(self.cache, token, position, program.kinds))
+        self.cache.compile_s += program.record_s - recorded_s
         _store(self.cache, sliding)
         self.cache.num_compiled_steps += 1
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self.cache)

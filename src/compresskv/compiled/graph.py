@@ -1,5 +1,6 @@
 """Decode steps on a CUDA device: recorded as a CUDA graph, and replayed without Python or PyTorch in between."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,30 +13,43 @@ from compresskv.compiled.package import NotCompilableError
 from compresskv.compiled.step import SLIDING, Step, StepInputs
 from compresskv.errors import first_line
 
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+Run = Callable[[], Tensor]
+Replay = Callable[[], object]
+Record = Callable[[Run, torch.device], tuple[Replay, Tensor]]
 
 
-def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """Record what `run` does on the current CUDA device.
+def record_cuda_graph(run: Run, device: torch.device) -> tuple[Replay, Tensor]:
+    """Record what `run` does on a CUDA device.
 
-    Returns: what does it again, and the tensor that it writes its result to.
+    Returns: what does it again, on that device's current stream, and the tensor that it writes its result to.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()  # libraries take their working memory at the first call, which must not be recorded
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = run()
-    return graph.replay, result
+    with torch.cuda.device(device):
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(before)
+        try:
+            with torch.cuda.stream(side):
+                run()  # libraries take their working memory at the first call, which must not be recorded
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails leaves its own
+        before.wait_stream(side)
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, result
 
 
 @dataclass(frozen=True)
 class _Recording:
-    inputs: StepInputs
-    """What it reads; keys and values are the cache's own."""
-    replay: Callable[[], object]
+    numbers: tuple[Tensor, ...]
+    """What it reads beside weights, keys and values: token, position, starts and ends of the step."""
+    places: list[tuple[object, ...]]
+    """Where keys and values lie; they are the cache's own, and not kept alive by this."""
+    replay: Replay
     logits: Tensor
     """What it writes."""
 
@@ -53,15 +67,19 @@ class GraphedStep:
         """Nothing is recorded yet.
 
         Raises:
-            NotCompilableError: a layer has a sliding window.
+            NotCompilableError: a layer has a sliding window, or the model lies on several devices.
         """
         if SLIDING in kinds:
             raise NotCompilableError("layers with a sliding window hold other tensors after each token")
+        self._weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
+        if len({weight.device for weight in self._weights}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
+            raise NotCompilableError("the model lies on several devices")
         self.kinds = kinds
+        self.record_s = 0.0
+        """Seconds that recordings took."""
         self._model = model
         self._step = Step(model, kinds)
         self._record = record
-        self._weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
         self._recording: _Recording | None = None
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
@@ -70,11 +88,13 @@ class GraphedStep:
         Raises:
             NotCompilableError: the model does what cannot be recorded.
         """
-        if self._recording is None or not _same_tensors(self._recording.inputs, inputs):
+        if self._recording is None or self._recording.places != _places(inputs):
             self._recording = None  # frees its memory before the next one takes its own
+            start = time.perf_counter()
             self._recording = self._make_recording(inputs)
+            self.record_s += time.perf_counter() - start
         own = self._recording
-        for held, given in zip(_numbers(own.inputs), _numbers(inputs), strict=True):
+        for held, given in zip(own.numbers, _numbers(inputs), strict=True):
             held.copy_(given)
         own.replay()
         return own.logits.clone(), []  # the next replay writes there again
@@ -82,13 +102,14 @@ class GraphedStep:
     @torch.no_grad()
     def _make_recording(self, inputs: StepInputs) -> _Recording:
         with torch.inference_mode(False):  # they are written to in later steps, whatever mode those are in
-            token, position, starts, ends = (tensor.clone() for tensor in _numbers(inputs))
-        own = StepInputs(token, position, starts, ends, inputs.keys, inputs.values)
+            token, position, starts, ends = numbers = tuple(tensor.clone() for tensor in _numbers(inputs))
+        arguments = StepInputs(token, position, starts, ends, inputs.keys, inputs.values).as_args()
         try:
             with routing(self._model):
-                return _Recording(own, *self._record(lambda: self._step(*own.as_args())[0]))
-        except RuntimeError as error:
+                replay, logits = self._record(lambda: self._step(*arguments)[0], self._model.device)
+        except Exception as error:  # whatever a model's code or CUDA raises
             raise NotCompilableError(f"its decode step cannot be recorded ({first_line(error)})") from error
+        return _Recording(numbers, _places(inputs), replay, logits)
 
 
 def _numbers(inputs: StepInputs) -> tuple[Tensor, ...]:
@@ -96,7 +117,6 @@ def _numbers(inputs: StepInputs) -> tuple[Tensor, ...]:
     return inputs.token, inputs.position, inputs.starts, inputs.ends
 
 
-def _same_tensors(held: StepInputs, given: StepInputs) -> bool:
-    """Whether keys and values lie where they lay."""
-    pairs = zip(held.keys + held.values, given.keys + given.values, strict=True)
-    return all(one.data_ptr() == other.data_ptr() and one.shape == other.shape for one, other in pairs)
+def _places(inputs: StepInputs) -> list[tuple[object, ...]]:
+    """Where keys and values lie, and how."""
+    return [(held.data_ptr(), held.shape, held.stride(), held.dtype) for held in (*inputs.keys, *inputs.values)]

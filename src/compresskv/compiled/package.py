@@ -59,6 +59,9 @@ class Facts:
 class Package:
     """A compiled `Step` with a model's weights, which stay where they are: nothing is copied."""
 
+    record_s = 0.0
+    """It needs no preparation."""
+
     def __init__(self, folder: Path, model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
         """Load it.
 

@@ -57,8 +57,8 @@ def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path |
         except ProfileError as error:
             if path.name == default_path(own).name:
                 hint = f"delete it or make it again with 'compresskv profile {model_id}'"
-                raise ProfileError(f"{error}: {hint}") from error
-            warnings.warn(f"{error}: skipped", stacklevel=2)
+                raise ProfileError(f"{path} {error.problem}: {hint}") from error
+            warnings.warn(f"{path} {error.problem}: skipped", stacklevel=2)
             continue
         if found.fingerprint == own:
             return found
@@ -96,7 +96,7 @@ def stored_profiles() -> Iterator[Profile]:
         try:
             yield read_profile(path)
         except ProfileError as error:
-            warnings.warn(f"{error}: skipped", stacklevel=2)
+            warnings.warn(f"{path} {error.problem}: skipped", stacklevel=2)
 
 
 def check_writable(path: Path) -> None:
