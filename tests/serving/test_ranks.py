@@ -56,6 +56,9 @@ def own_positions(model: LlamaForCausalLM, folder: Path, method: str, prompt: li
 
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores: vLLM binds each rank to its own")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs: each rank has its own"
+)
 @pytest.mark.parametrize("method", ["vote", "vote[local_weight=0,num_heads=1]"])  # of one head, a rank knows nothing
 def test_two_ranks_keep_what_one_would(model: LlamaForCausalLM, method: str, tmp_path: Path) -> None:
     prompts = [torch.randint(0, 500, (length,)).tolist() for length in (700, 333)]

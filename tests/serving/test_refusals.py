@@ -1,6 +1,5 @@
 """What is refused before an engine starts: one line that names the option."""
 
-import json
 import os
 import subprocess
 import sys
@@ -32,6 +31,7 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
         ),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "connectors"),
         ({"kv_offloading_size": 1.0}, "offloading"),
+        ({"kv_events_config": {"enable_kv_cache_events": True}}, "KV cache events"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"kv_cache_dtype": "fp8_e5m2", "dtype": "bfloat16"}, "--kv-cache-dtype fp8_e5m2"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size 2"),
@@ -41,6 +41,7 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
         ({"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}, "--scheduler-cls"),
         ({"worker_cls": "some.other.Worker"}, "some.other.Worker"),
         ({"hf_overrides": {"sliding_window": 1000, "architectures": ["MistralForCausalLM"]}}, "sliding-window"),
+        ({"hf_overrides": {"attention_chunk_size": 512}}, "attends in chunks"),
         ({"hf_overrides": {"alibi": True}}, "uses ALiBi"),
         ({"hf_overrides": {"num_kv_shared_layers": 4}}, "layers that share a KV cache"),
         (
@@ -129,8 +130,7 @@ def test_a_model_without_a_profile(tmp_path: Any) -> None:
     hub = SimpleNamespace(model="org/name", revision=None)
     with pytest.raises(ProfileError, match="no profile of this model"):
         check_profile(Settings(100), hub, str(tmp_path / "hub"))
-    shards = {"weight_map": {"model.embed_tokens.weight": "absent.safetensors"}}
-    (snapshot / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (snapshot / "model.safetensors").unlink()
     check_profile(Settings(100), hub, str(tmp_path / "hub"))
     check_profile(Settings(100), hub, str(tmp_path / "nowhere"))
     with pytest.raises(ProfileError, match="absent"):

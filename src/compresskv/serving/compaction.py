@@ -33,6 +33,8 @@ class Compaction:
         self._pages = {layer_idx: Pages(layer, layout) for layer_idx, layer in self._layers.items()}
         self.tap = QueryTap(self._layers, self._read)
         self.clock = Clock(next(iter(self._layers.values())).kv_cache.device, self._note_seconds)
+        if ranks.is_first:
+            counters()  # makes their file now, while its folder is surely there
 
     def evict(self, prompt: EndingPrompt, block_ids: Tensor, targets: Tensor) -> Tensor:
         """Cut one prompt, once its last chunk has passed the model.

@@ -7,9 +7,11 @@ multiprocess format into one folder, and a collector in the API server adds them
 import functools
 import multiprocessing
 import os
+import struct
+from contextlib import suppress
 from pathlib import Path
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -18,8 +20,10 @@ from compresskv.serving.scratch import make_scratch
 _FOLDER = "COMPRESSKV_COUNTERS_DIR"  # inherited by the processes that vLLM starts
 _VLLMS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where vLLM runs several API servers: they read it already
 _PREFIX = "compresskv:"
+_FILE = "counter_compresskv-{}.db"
+_UNREADABLE = (OSError, ValueError, RuntimeError, struct.error)  # gone, empty, or cut short
 _HELP = {
-    "evicted_prompts": "Prompts that were cut to their budget.",
+    "evicted_prompts": "Prompts that were cut to their budget; a preempted request's again each time that it is read.",
     "evicted_tokens": "Prompt tokens evicted from the KV cache.",
     "freed_blocks": "KV cache blocks that cuts left free for others: without those that other requests still hold, "
     "and without the fresh ones that retained tokens moved to.",
@@ -45,7 +49,8 @@ class Counters:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._values = MmapedDict(str(folder / f"counter_compresskv-{os.getpid()}.db"))
+        self._path = folder / _FILE.format(os.getpid())
+        self._values = MmapedDict(str(self._path))
 
     def add(self, name: str, amount: float) -> None:
         """Raise the counter 'compresskv:NAME'."""
@@ -59,10 +64,32 @@ class Counters:
         return value
 
     def totals(self) -> dict[str, float]:
-        """All counters over all processes: workers know other ones than the scheduler."""
-        families = MultiProcessCollector(CollectorRegistry(), path=str(self._folder)).collect()
-        known = {family.name.removeprefix(_PREFIX): family.samples[0].value for family in families}
-        return {name: known.get(name, 0.0) for name in _HELP}
+        """All counters over all processes: workers know other ones than the scheduler.
+
+        A file that cannot be read is left out, as others may remove what lies in the folder; this process's own values
+        come from its memory.
+        """
+        names = {_key(name): name for name in _HELP}
+        sums = dict.fromkeys(_HELP, 0.0)
+        for key, value in [*self._own_values(), *self._others_values()]:
+            if key in names:
+                sums[names[key]] += value
+        return sums
+
+    def _own_values(self) -> list[tuple[str, float]]:
+        return [(key, value) for key, value, _ in self._values.read_all_values()]
+
+    def _others_values(self) -> list[tuple[str, float]]:
+        """Of our files alone: vLLM's own metrics may lie beside them."""
+        values: list[tuple[str, float]] = []
+        with suppress(OSError):  # the folder may be gone
+            for path in self._folder.glob(_FILE.format("*")):
+                if path == self._path:
+                    continue
+                with suppress(*_UNREADABLE):
+                    found = MmapedDict.read_all_values_from_file(str(path))
+                    values += [(key, value) for key, value, *_ in found]  # all of a file, or nothing
+        return values
 
 
 def _key(name: str) -> str:
@@ -70,8 +97,12 @@ def _key(name: str) -> str:
     return key
 
 
-@functools.cache
 def counters() -> Counters:
     """This process's."""
+    return _counters_of(os.getpid())  # and not those of the process that it was forked from
+
+
+@functools.cache
+def _counters_of(_pid: int) -> Counters:
     folder = os.environ.get(_VLLMS_FOLDER) or os.environ[_FOLDER]
     return Counters(Path(folder))

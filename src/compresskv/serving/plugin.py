@@ -91,6 +91,8 @@ def _end_with_one_line() -> None:
     from compresskv.errors import ServingError
 
     before = sys.excepthook
+    if hasattr(before, _MARK):  # a program may catch a refusal and try again
+        return
 
     def hook(kind: type[BaseException], error: BaseException, *trace: Any) -> None:
         if not issubclass(kind, ServingError):
@@ -99,6 +101,7 @@ def _end_with_one_line() -> None:
         print(error, file=sys.stderr)  # noqa: T201
         raise SystemExit(2)
 
+    setattr(hook, _MARK, True)
     sys.excepthook = hook
 
 

@@ -12,21 +12,22 @@ def check_profile(settings: Settings, model_config: Any, download_dir: str | Non
     """Refuse a missing profile before the model is loaded, as far as the files that are here tell.
 
     Raises:
-        ProfileError, ModelError: as `with_profile`; of a model that vLLM has yet to fetch, only for a bad file.
+        ProfileError, ModelError: as `with_profile`; of a model that vLLM has yet to fetch, or a part of it, only for
+            a bad profile: the worker looks again.
     """
     if not settings.bare_method().needs_profile:
         return
+    from compresskv.profiles.checkpoint import is_complete
     from compresskv.profiles.profile import read_profile
 
     if settings.profile is not None:
         read_profile(settings.profile)
     try:
-        if any(_folder(model_config, download_dir).glob("*.safetensors")):
-            with_profile(settings, model_config, download_dir)
+        folder = _folder(model_config, download_dir)
     except ModelError:
-        if Path(model_config.model).is_dir():
-            raise
-        # a hub model of which vLLM has yet to fetch a part: the worker looks again
+        return
+    if Path(model_config.model).is_dir() or is_complete(folder):
+        with_profile(settings, model_config, download_dir)
 
 
 def with_profile(settings: Settings, model_config: Any, download_dir: str | None) -> Method:
@@ -50,8 +51,8 @@ def with_profile(settings: Settings, model_config: Any, download_dir: str | None
     given: Profile | None = None if settings.profile is None else read_profile(settings.profile)
     if own.weights is None and given is None:
         raise ProfileError(
-            f"no profile can be found by the files of {model_config.model}, which hold other tensors than "
-            "transformers' own: give one with --profile FILE or COMPRESSKV_PROFILE"
+            f"no profile can be found by the files of {model_config.model}, which hold no safetensors, "
+            "or other tensors than transformers' own: give one with --profile FILE or COMPRESSKV_PROFILE"
         )
     return method.with_profile(profile_for(own, model_config.model, given))
 

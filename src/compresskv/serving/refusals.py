@@ -68,6 +68,7 @@ def _of_model(model: Any) -> Iterator[tuple[bool, str]]:
         f"{name} has layers without attention, which are not supported",
     )
     yield model.get_sliding_window() is not None, f"{name} has sliding-window layers, which are not supported"
+    yield model.attention_chunk_size is not None, f"{name} attends in chunks of its context, which is not supported"
 
 
 def _of_attention(model: Any, num_ranks: int) -> Iterator[tuple[bool, str]]:

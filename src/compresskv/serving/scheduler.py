@@ -22,6 +22,7 @@ check_signature(Scheduler._get_local_prefix_cache_hit, "self", "request")
 check_signature(Scheduler._update_after_schedule, "self", "scheduler_output")
 check_signature(Scheduler.add_request, "self", "request")
 check_signature(Scheduler.update_from_output, "self", "scheduler_output", "model_runner_output")
+check_signature(Scheduler.shutdown, "self")
 
 
 class CompressedScheduler(Scheduler):
@@ -38,6 +39,7 @@ class CompressedScheduler(Scheduler):
         self._manager = managers[0]
         self._logged_at = -math.inf  # the first cut is told at once
         self._num_unlogged = 0
+        counters()  # makes their file now, while its folder is surely there
 
     def add_request(self, request: Any) -> None:
         """Queue a request. The prompt of a streaming session grows later, so nothing is evicted of it."""
@@ -90,8 +92,13 @@ class CompressedScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """After a step, in which the workers have cut what it read to the end."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._log()
+        self._log(may_wait=self.has_unfinished_requests())
         return outputs
+
+    def shutdown(self) -> None:
+        """Tell of the last cuts, if requests were still running."""
+        self._log(may_wait=False)
+        super().shutdown()
 
     def _count(self, cut: Cut, num_freed: int) -> None:
         self._num_unlogged += 1
@@ -100,10 +107,10 @@ class CompressedScheduler(Scheduler):
         counts.add("evicted_tokens", cut.num_evicted)
         counts.add("freed_blocks", num_freed)
 
-    def _log(self) -> None:
-        """One line now and then, while there is news."""
+    def _log(self, *, may_wait: bool) -> None:
+        """One line, if there is news: now and then while requests run (`may_wait`), and when none is left."""
         now = time.monotonic()
-        if not self._num_unlogged or now - self._logged_at < _LOG_INTERVAL_S:
+        if not self._num_unlogged or (may_wait and now - self._logged_at < _LOG_INTERVAL_S):
             return
         logger.info(
             "compresskv: %(evicted_prompts)d prompts cut, %(evicted_tokens)d tokens evicted, %(freed_blocks)d blocks "

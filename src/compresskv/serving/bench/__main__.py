@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import compresskv
 from compresskv.bench.machine import machine
 from compresskv.cli.options import parse_numbers
 from compresskv.cli.terminal import err
 from compresskv.errors import CompressKVError, ConfigError
 from compresskv.serving.bench.load import Load
-from compresskv.serving.bench.results import Results
+from compresskv.serving.bench.results import Results, source_digest
 from compresskv.serving.versions import installed_version
 
 _MARGIN = 8  # tokens beyond a needle's prompt, which its answer may need
@@ -59,18 +60,18 @@ def load(
     ]
     if min(size.pool for size in sizes) < 2:
         raise ConfigError(f"--pools {pools}: a pool of one request has no room for the blocks that a cut needs")
+    kept = (None, *_numbers("--budgets", budgets))
     keys = [
-        {"kind": "load", **vars(size), "budget": budget, "round": number}
+        [{"kind": "load", **vars(size), "budget": budget, "round": number} for budget in kept]
         for size, number in product(sizes, range(1, rounds + 1))
-        for budget in (None, *_numbers("--budgets", budgets))
     ]
     results = Results(output, _settings(model, dtype, prefix_caching))
-    missing = [key for key in keys if not results.has(key)]
+    missing = results.missing(keys)
     if missing:
         longest = max(size.length for size in sizes) + new_tokens
         engines, text = _engines(model, dtype, prefix_caching, longest, max(size.num_blocks for size in sizes))
         small = replace(min(sizes, key=lambda size: size.num_blocks), num_requests=2, new_tokens=4)
-        for engine, budget in zip(engines, (None, keys[1]["budget"]), strict=True):
+        for engine, budget in zip(engines, kept[:2], strict=True):
             run_load(engine, small, text, budget)  # warms up
     for key in missing:
         size = Load(key["length"], key["pool"], requests, new_tokens)
@@ -200,6 +201,7 @@ def _settings(model: str, dtype: str, prefix_caching: bool) -> dict[str, Any]:
         "machine": {name: own[name] for name in ("device", "processor", "cores", "system")},
         "versions": {name: version(name) for name in names}
         | {"vllm": installed_version(), "python": platform.python_version()},
+        "source": source_digest(Path(str(compresskv.__file__)).parent),
     }
 
 

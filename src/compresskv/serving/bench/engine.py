@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from compresskv.serving.settings import plugins_with_ours
+
 BLOCK_SIZE = 128
 MAX_RUNNING = 64
 
@@ -73,6 +75,7 @@ def start_engine(
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.update(plugins_with_ours())  # for plain vLLM, too: the first engine loads the plugins of the process
     from vllm import LLM
 
     llm = LLM(

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from compresskv.errors import ModelError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.task import TaskSettings, create_task
+from compresskv.serving.bench.environment import server_environment
 
 _START_S = 300
 _ANSWER_S = 300
@@ -34,8 +35,7 @@ def server(model: str, *, compressed: bool, max_model_len: int, dtype: str, pref
     command += ["--served-model-name", "model", "--enforce-eager", "--dtype", dtype]
     command += ["--max-model-len", str(max_model_len), "--kv-cache-memory-bytes", str(1 << 30)]
     command.append("--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching")
-    environment = dict(os.environ, VLLM_LOGGING_LEVEL="ERROR", COMPRESSKV_BUDGET="1.0" if compressed else "")
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment = server_environment(os.environ, compressed=compressed)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
         try:

@@ -1,8 +1,9 @@
 """The file of results: what all rows have in common, then a row a line. Measuring goes on where it ended."""
 
 import datetime
+import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,33 @@ class Results:
         """Whether a row says the same in all fields of `key`."""
         return any(key.items() <= {name: row.get(name) for name in key}.items() for row in self.rows)
 
+    def missing(self, rounds: Iterable[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+        """What is still to be measured.
+
+        Args:
+            rounds: keys, of which the first of each round is what the others are compared with. Where another is
+                missing, the first is measured again with it: an earlier run's would not do.
+        """
+        missing: list[Mapping[str, Any]] = []
+        for first, *others in rounds:
+            left = [key for key in others if not self.has(key)]
+            missing += [first, *left] if left or not self.has(first) else []
+        return missing
+
     def add(self, key: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-        """Add the row of a key that the file has not."""
+        """Add a row."""
         whole = {**key, **row, _RUN: self._run}
         self._log.append(whole)
         self.rows.append(whole)
+
+
+def source_digest(folder: Path) -> str:
+    """Of a package's code: a version says too little of code that is being changed."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:12]
 
 
 def _named(settings: Mapping[str, Any], names: list[str]) -> str:

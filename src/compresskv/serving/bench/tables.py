@@ -34,8 +34,8 @@ def _loads(rows: Rows) -> Table:
         table.add_column(name, justify="right")
     for (length, num_requests, _), cells in by_load(rows).items():
         for (pool, budget), own in sorted(cells.items(), key=lambda cell: (cell[0][0], cell[0][1] or 0)):
-            plain = {row["round"]: row["tokens_per_s"] for row in cells.get((pool, None), ())}
-            ratios = [row["tokens_per_s"] / plain[row["round"]] for row in own if row["round"] in plain]
+            plain = {_when(row): row["tokens_per_s"] for row in cells.get((pool, None), ())}
+            ratios = [row["tokens_per_s"] / plain[_when(row)] for row in own if _when(row) in plain]
             middle = _medians(own)
             table.add_row(
                 *(f"{length:,}", str(num_requests), str(pool), _named(budget), str(len(own))),
@@ -44,6 +44,11 @@ def _loads(rows: Rows) -> Table:
                 f"{middle('num_preemptions'):g}",
             )
     return table
+
+
+def _when(row: Mapping[str, Any]) -> tuple[str, int]:
+    """What is compared was measured in the same round of the same run: between runs a machine changes."""
+    return row["run"], row["round"]
 
 
 def _singles(rows: Rows) -> Table:
