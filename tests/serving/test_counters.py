@@ -46,7 +46,11 @@ def test_vllms_own_metrics_may_lie_beside_them(own: Counters, tmp_path: Path) ->
     assert own.totals()["evicted_tokens"] == 900
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00\x04\x00\x00", b"\xff" * 64, b"\x40\x00\x00\x00" + b"\x7f" * 60])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x00\x04\x00\x00", b"\xff" * 64, b"\x40\x00\x00\x00" + b"\x7f" * 60],
+    ids=["empty", "cut short", "bytes", "too long a name"],
+)
 def test_a_file_that_cannot_be_read_is_left_out(data: bytes, own: Counters, tmp_path: Path) -> None:
     (tmp_path / "counter_compresskv-7.db").write_bytes(data)
     (tmp_path / "counter_compresskv-8.db").mkdir()

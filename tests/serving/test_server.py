@@ -58,8 +58,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str
                 time.sleep(0.5)
             yield Server(process, client, log)
         finally:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGINT)  # a kill would leave its engine behind
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _is_up(client: httpx.Client) -> bool:
