@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compresskv.errors import ModelError, first_line
+from compresskv.locking import locked
 from compresskv.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def fetched_gguf(model: EmbeddedModel, is_there: Callable[[], bool], report: Pro
     """
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f".{model.name}.lock", model, report):
+    waiting = f"waiting for another process that fetches {model.name}"
+    with locked(cache / f".{model.name}.lock", waiting, report):
         if is_there():
             yield None
             return
@@ -63,22 +65,6 @@ def fetched_gguf(model: EmbeddedModel, is_there: Callable[[], bool], report: Pro
 def _clear(cache: Path, prefix: str) -> None:
     for scratch in cache.glob(f"{prefix}*"):
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, model: EmbeddedModel, report: Progress) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report(f"waiting for another process that fetches {model.name}", None)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _download(model: EmbeddedModel, scratch: Path, report: Progress) -> Path:

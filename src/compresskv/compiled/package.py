@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import transformers
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ import compresskv
 from compresskv.attention import base_implementation, decoder_config, routing
 from compresskv.compiled.step import RAGGED, Step, StepInputs
 from compresskv.errors import first_line
+from compresskv.locking import locked
 from compresskv.paths import cache_dir
 from compresskv.processor import instruction_sets, processor_name
 
@@ -183,20 +183,12 @@ def _reason(error: Exception) -> str:
 
 def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, report: Progress) -> Package:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        report("waiting for another process that compiles the same step", None)
-        lock.acquire()
-    try:
+    with locked(folder.with_suffix(".lock"), "waiting for another process that compiles the same step", report):
         if built_facts(model, kinds) is not None:  # by another process, unless it is damaged
             with contextlib.suppress(NotCompilableError):
                 return Package(folder, model, kinds)
         report("compiling the decode step, once for this model", None)
         _build(model, kinds, folder)
-    finally:
-        lock.release()
     return Package(folder, model, kinds)
 
 
