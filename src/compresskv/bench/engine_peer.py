@@ -11,7 +11,7 @@ from typing import Any
 from compresskv.bench.peer_request import BenchRequest
 from compresskv.bench.row import Row
 from compresskv.embedded import EMBEDDED
-from compresskv.errors import ConfigError, first_line
+from compresskv.errors import first_line
 from compresskv.evaluation.peer_answers import Write
 
 Generate = Callable[[list[int], int], Iterator[int]]
@@ -19,16 +19,12 @@ Generate = Callable[[list[int], int], Iterator[int]]
 _WARM_UP_TOKENS = 128
 
 
-def model_path(request: BenchRequest, engine: str, embedded: Callable[[str], Path]) -> str:
+def model_path(request: BenchRequest, embedded: Callable[[str], Path]) -> str:
     """The model as an engine takes it: a hub id, a folder or a file.
 
     Args:
         embedded: finds an embedded model by its name.
-    Raises:
-        ConfigError: random weights, which the engine cannot be given.
     """
-    if request.num_layers is not None:
-        raise ConfigError(f"--peers {engine} needs a real model: leave out --random")
     return str(embedded(request.model)) if request.model in EMBEDDED else request.model
 
 

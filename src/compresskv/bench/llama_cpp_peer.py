@@ -27,7 +27,7 @@ def measure(request: BenchRequest, write: Write) -> None:
 
     if request.device != "cpu":
         raise ConfigError(f"--peers llama.cpp is measured on CPUs only, and the model is on {request.device}")
-    path = model_path(request, "llama.cpp", ensure_gguf)
+    path = model_path(request, ensure_gguf)
     try:
         model = llama_cpp.Llama(
             path,

@@ -16,16 +16,12 @@ from compresskv.serving.bench.engine import start_engine
 
 
 def measure(request: BenchRequest, write: Write) -> None:
-    """Read each prompt and generate from it, in rounds.
-
-    Raises:
-        ConfigError: random weights, which vLLM cannot be given.
-    """
+    """Read each prompt and generate from it, in rounds."""
     import torch
     import transformers
     import vllm
 
-    model, longest = model_path(request, "vllm", ensure_embedded), request.to_plan().most_tokens
+    model, longest = model_path(request, ensure_embedded), request.to_plan().most_tokens
     engine = start_engine(model, compressed=False, max_model_len=longest, num_blocks=None, dtype=request.dtype)
 
     def generate(token_ids: list[int], num_new: int) -> Iterator[int]:

@@ -155,10 +155,7 @@ def report(output: Annotated[Path, typer.Argument(help="A file of results.")], p
 
 
 def _numbers(option: str, text: str, kind: type = int) -> tuple[Any, ...]:
-    numbers = parse_numbers(option, text, kind)
-    if not numbers:
-        raise ConfigError(f"{option} {text!r} names no number")
-    return numbers
+    return parse_numbers(option, text, kind) or ()
 
 
 def _folder(model: str) -> str:
