@@ -20,6 +20,7 @@ from compresskv.plan import Plan, Planned
 from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import resolve_profile
+from compresskv.quick_dtype import warn_of_slow_dtype
 
 DEFAULT_METHOD = "blend"
 DEFAULT_BUDGET = 256
@@ -116,6 +117,7 @@ def compressing(
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
     chosen = prepare_method(model, method, profile, **options)
+    warn_of_slow_dtype(model)
     return Compressing(model, chosen, budget, compile=compile, on_progress=on_compile, prompt_tokens=prompt_tokens)
 
 

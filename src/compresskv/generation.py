@@ -21,6 +21,8 @@ from compresskv.plan import Plan, Planned
 from compresskv.planning import make_plan
 from compresskv.profiles.profile import Profile
 from compresskv.prompts import build_prompt, room_for_prompt
+from compresskv.quantize import weights_dtype
+from compresskv.quick_dtype import warn_of_slow_dtype
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class GenerationStats:
     """Why tokens were not read by a compiled step, where that was asked for."""
     peak_memory_nbytes: int
     """Of the process on a CPU, of the allocator on a GPU."""
+    dtype: str
+    """Of the weights: 'bfloat16', 'float16', 'float32' or 'int8'."""
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -124,6 +128,7 @@ def ask(
         PromptError: an empty document or question, or a prompt that does not fit.
     """
     chosen = prepare_method(model, method, profile, **options)
+    warn_of_slow_dtype(model)
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
     check_budget(budget)
@@ -168,6 +173,7 @@ def ask(
         compile_s=cache.compile_s,
         not_compiled=cache.not_compiled,
         peak_memory_nbytes=memory.peak_nbytes(model.device),
+        dtype=weights_dtype(model),
     )
     answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
     return Generation(answer, token_ids, stats, plan)

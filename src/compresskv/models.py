@@ -32,8 +32,9 @@ def load(
 
     Args:
         spec: an embedded model's name, a folder, a `.gguf` file, or a hub id such as `org/name`.
-        dtype: `None` or "auto" is the checkpoint's own, and bfloat16 for a `.gguf` file; "int8" stores the weights of
-            its linear layers in 8 bits (`quantize_int8`).
+        dtype: `None` or "auto" is the checkpoint's own, and bfloat16 for a `.gguf` file; float32 in place of either on
+            a CPU that has no instructions for it, if memory holds it. "int8" stores the weights of the linear layers
+            in 8 bits (`quantize_int8`).
         device: `None` is the first CUDA device where there is one, else the CPU.
         on_progress: called with a message, and with the fraction done (0 to 1) where one is known.
     Raises:
@@ -61,6 +62,10 @@ def load(
             model, tokenizer = _load_checkpoint(spec, path, wanted, place)
     model.config._name_or_path = spec  # an embedded model's folder would mean nothing to its user
     model.eval().requires_grad_(False)
+    if wanted is None:
+        from compresskv.quick_dtype import use_quick_dtype
+
+        use_quick_dtype(model)
     if quantized:
         from compresskv.quantize import quantize_int8
 

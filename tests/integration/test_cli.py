@@ -247,6 +247,7 @@ class TestAsk:
             "compile_s",
             "not_compiled",
             "peak_memory_nbytes",
+            "dtype",
         }
         assert stats["compiled_tokens"] == 0
         num_tokens, retained = stats["prompt_tokens"], stats["retained_per_layer"]

@@ -48,6 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str
     log = tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "compresskv", "serve", "smollm2-135m", "--budget", "120", "--port", str(port)]
     command += ["--host", "127.0.0.1", "--max-model-len", "4096", "--enforce-eager", "--max-num-seqs", "16"]
+    command += ["--dtype", "float32"]  # quick on every processor
     with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
         process = subprocess.Popen(command, env=clean_environment, stdout=output, stderr=subprocess.STDOUT)
         try:

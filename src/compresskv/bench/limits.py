@@ -1,5 +1,6 @@
 """What the machine allows: measured bandwidth and matrix rate, and the least times that follow from them."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from compresskv.bench.clock import now
 
 _READ_NBYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 _MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+_SMALL_MATRIX = 256
+_LONG_S = 0.5
 _LEAST_S = 0.1  # that long, or three times, each is repeated; the best counts
 _LEAST_REPEATS = 3
 
@@ -50,9 +53,16 @@ def _read_rate(device: torch.device) -> float:
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = _MATRIX_SIZE[_kind(device)]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _least_seconds(lambda: left @ right, device)
+    """Of the largest matrices whose product does not take long: some processors lack instructions for some dtypes."""
+    size, rate = _SMALL_MATRIX, 0.0
+    while size <= _MATRIX_SIZE[_kind(device)]:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = _least_seconds(functools.partial(torch.matmul, left, right), device)
+        rate = max(rate, 2 * size**3 / seconds)
+        if 8 * seconds > _LONG_S:
+            break
+        size *= 2
+    return rate
 
 
 def _kind(device: torch.device) -> str:

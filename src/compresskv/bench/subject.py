@@ -14,6 +14,7 @@ from compresskv.attention import decoder_config
 from compresskv.bench.geometry import random_model
 from compresskv.profiles.calibration import read_haystack
 from compresskv.quantize import quantize_int8
+from compresskv.quick_dtype import multiplies
 
 _SEED = 0
 
@@ -57,13 +58,14 @@ def real_subject(
 def random_subject(
     geometry: str, num_layers: int | None, max_tokens: int, *, dtype: str | None, device: str | None
 ) -> Subject:
-    """Random weights, which read random tokens. The dtype is bfloat16 unless another is given.
+    """Random weights, which read random tokens. Without a dtype, bfloat16 where the device multiplies it, else float32.
 
     Raises:
         ConfigError, ModelError: as for `random_model`.
     """
     place = models.torch_device(device)
-    built = random_model(geometry, num_layers, max_tokens, models.torch_dtype(dtype) or torch.bfloat16, place)
+    quick = torch.bfloat16 if multiplies(torch.bfloat16, place) else torch.float32
+    built = random_model(geometry, num_layers, max_tokens, models.torch_dtype(dtype) or quick, place)
     notes = ["random weights and random tokens: for speed alone, methods choose without meaning"]
     return Subject(
         f"random {geometry}",

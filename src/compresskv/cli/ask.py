@@ -214,7 +214,7 @@ def _cost(generation: "Generation", compile: str) -> str:
         f"[{stats.method}: {stats.prompt_tokens:,} prompt tokens{cut}, {kept:,.0f} kept per layer "
         f"({stats.retained_fraction:.1%}); KV cache {megabytes(stats.kv_nbytes_full)} -> "
         f"{megabytes(stats.kv_nbytes)} MB; first token after {stats.time_to_first_token_s:.1f} s{speed}; "
-        f"peak memory {megabytes(stats.peak_memory_nbytes)} MB]{remark}"
+        f"peak memory {megabytes(stats.peak_memory_nbytes)} MB; {stats.dtype}]{remark}"
     )
 
 

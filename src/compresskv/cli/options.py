@@ -30,7 +30,9 @@ SettingsOption = Annotated[
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16, or int8 (8-bit weights). Default: the checkpoint's own.", metavar="DTYPE"
+        help="float32, bfloat16, float16, or int8 (8-bit weights). Default: the checkpoint's own, or float32 on a CPU "
+        "that has no instructions for it.",
+        metavar="DTYPE",
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if there is one.")]
