@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
-from compresskv import CompressedCache, registry
-from compresskv.cache import compressible_layers
-from compresskv.layer import CompressedLayer
-from compresskv.profiles.fingerprint import fingerprint
+from compresskv import CompressedCache
+from compresskv.cache.layer import CompressedLayer
+from compresskv.methods import registry
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.shape import compressible_layers
 from compresskv.profiles.profile import Profile, normalised
-from compresskv.selection import UNUSED
+from compresskv.selection.select import UNUSED
 
 VOCAB_SIZE = 128
 PAD = 0

@@ -6,8 +6,10 @@ The public names are imported when they are first used, so that `compresskv --he
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from compresskv.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from compresskv.cache import CompressedCache
+    from compresskv.cache.cache import CompressedCache
     from compresskv.compression import compressing
     from compresskv.errors import (
         CacheStateError,
@@ -19,37 +21,35 @@ if TYPE_CHECKING:
         PromptError,
     )
     from compresskv.generation import Generation, GenerationStats, ask
-    from compresskv.method import LayerInputs, Method
-    from compresskv.models import load
-    from compresskv.plan import Plan, read_plan
-    from compresskv.planning import make_plan
+    from compresskv.methods.base import LayerInputs, Method
+    from compresskv.methods.registry import register
+    from compresskv.models.load import load
+    from compresskv.plans.make import make_plan
+    from compresskv.plans.plan import Plan, read_plan
     from compresskv.profiles.profile import Profile, read_profile
-    from compresskv.registry import register
-
-__version__ = "0.1.0"
 
 _HOME = {
     "CacheStateError": "errors",
     "CompressKVError": "errors",
-    "CompressedCache": "cache",
+    "CompressedCache": "cache.cache",
     "ConfigError": "errors",
     "Generation": "generation",
     "GenerationStats": "generation",
-    "LayerInputs": "method",
-    "Method": "method",
+    "LayerInputs": "methods.base",
+    "Method": "methods.base",
     "ModelError": "errors",
-    "Plan": "plan",
+    "Plan": "plans.plan",
     "PlanError": "errors",
     "Profile": "profiles.profile",
     "ProfileError": "errors",
     "PromptError": "errors",
     "ask": "generation",
     "compressing": "compression",
-    "load": "models",
-    "make_plan": "planning",
-    "read_plan": "plan",
+    "load": "models.load",
+    "make_plan": "plans.make",
+    "read_plan": "plans.plan",
     "read_profile": "profiles.profile",
-    "register": "registry",
+    "register": "methods.registry",
 }
 
 __all__ = [

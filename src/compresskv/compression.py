@@ -7,23 +7,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from compresskv import registry
-from compresskv.attention import routing
-from compresskv.budgets import Budget
-from compresskv.cache import CompressedCache, compressible_layers
+from compresskv import defaults
+from compresskv.attention.routing import routing
+from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
 from compresskv.compiled.package import Progress
-from compresskv.errors import ConfigError, PlanError
-from compresskv.method import Method
-from compresskv.plan import Plan, Planned
-from compresskv.profiles.fingerprint import fingerprint
-from compresskv.profiles.profile import Profile, read_profile
-from compresskv.profiles.store import resolve_profile
-from compresskv.quick_dtype import warn_of_slow_dtype
-
-DEFAULT_METHOD = "blend"
-DEFAULT_BUDGET = 256
+from compresskv.errors import ConfigError
+from compresskv.methods.base import Method
+from compresskv.methods.prepare import prepare_method
+from compresskv.models.dtype import warn_of_slow_dtype
+from compresskv.plans.plan import Plan
+from compresskv.profiles.profile import Profile
+from compresskv.selection.budgets import Budget
 
 
 class Compressing(AbstractContextManager[CompressedCache]):
@@ -79,8 +75,8 @@ class Compressing(AbstractContextManager[CompressedCache]):
 
 def compressing(
     model: PreTrainedModel,
-    method: str | Method | Plan = DEFAULT_METHOD,
-    budget: Budget = DEFAULT_BUDGET,
+    method: str | Method | Plan = defaults.METHOD,
+    budget: Budget = defaults.BUDGET,
     *,
     profile: Profile | str | Path | None = None,
     prompt_tokens: int | None = None,
@@ -116,36 +112,10 @@ def compressing(
         PlanError: a plan of another model.
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
+    if isinstance(method, Plan):
+        if options:
+            raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")
+        method = method.as_method(model)
     chosen = prepare_method(model, method, profile, **options)
     warn_of_slow_dtype(model)
     return Compressing(model, chosen, budget, compile=compile, on_progress=on_compile, prompt_tokens=prompt_tokens)
-
-
-def prepare_method(
-    model: PreTrainedModel, method: str | Method | Plan, profile: Profile | str | Path | None = None, **options: Any
-) -> Method:
-    """The method with its options and, where it needs one, the model's profile.
-
-    Raises:
-        ConfigError, ProfileError, PlanError: as for `compressing`.
-    """
-    if isinstance(method, Plan):
-        own = fingerprint(model)
-        if method.model != str(own):
-            raise PlanError(f"the plan belongs to another model: it is for {method.model}, this is {own}")
-        if options:
-            raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")
-        method.check_model(compressible_layers(model), own.num_kv_heads)
-        method = Planned(plan=method)
-    if isinstance(method, Method):
-        if options:
-            raise ConfigError(f"options {', '.join(options)} are given beside a Method: set them on the Method")
-        chosen = method
-    else:
-        chosen = registry.create(method, **options)
-    if chosen.needs_profile:
-        given = getattr(chosen, "profile", None)
-        chosen = chosen.with_profile(resolve_profile(model, given if profile is None else profile))
-    elif profile is not None:
-        chosen.with_profile(profile if isinstance(profile, Profile) else read_profile(profile))  # refuses
-    return chosen

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from compresskv import memory
-from compresskv.budgets import Budget, check_budget
+from compresskv import defaults
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compiled.package import Progress
-from compresskv.compression import DEFAULT_BUDGET, DEFAULT_METHOD, Compressing, prepare_method
-from compresskv.decoding import decode, prefill
+from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
-from compresskv.method import Method
-from compresskv.plan import Plan, Planned
-from compresskv.planning import make_plan
+from compresskv.methods.base import Method
+from compresskv.methods.prepare import prepare_method
+from compresskv.models.decoding import decode, prefill
+from compresskv.models.dtype import warn_of_slow_dtype
+from compresskv.models.quantize import weights_dtype
+from compresskv.plans.make import make_plan
+from compresskv.plans.plan import Plan, Planned
 from compresskv.profiles.profile import Profile
-from compresskv.prompts import build_prompt, room_for_prompt
-from compresskv.quantize import weights_dtype
-from compresskv.quick_dtype import warn_of_slow_dtype
+from compresskv.prompts.prompt import build_prompt, room_for_prompt
+from compresskv.selection.budgets import Budget, check_budget
+from compresskv.system import memory
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def ask(
     context: str,
     question: str,
     *,
-    method: str | Method = DEFAULT_METHOD,
-    budget: Budget = DEFAULT_BUDGET,
+    method: str | Method = defaults.METHOD,
+    budget: Budget = defaults.BUDGET,
     profile: Profile | str | Path | None = None,
     max_new_tokens: int = 128,
     truncate: str = "never",

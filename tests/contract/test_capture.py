@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 import compresskv
 import tiny
 from compresskv import CompressedCache
-from compresskv.attention import routing
-from compresskv.budgets import Budget
-from compresskv.cache import compressible_layers
-from compresskv.compression import prepare_method
+from compresskv.attention.routing import routing
 from compresskv.evaluation.capture import CapturedPrompt
-from compresskv.method import Method
+from compresskv.methods.base import Method
+from compresskv.methods.prepare import prepare_method
+from compresskv.models.shape import compressible_layers
+from compresskv.selection.budgets import Budget
 
 NUM_PROMPT = 90
 STEPS = [1, 1, 7, 1]

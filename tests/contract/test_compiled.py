@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 import compresskv
 import tiny
+from compresskv.cache.stores.dense import ROOM
 from compresskv.compiled import decoding, package
 from compresskv.compiled.step import Step, StepInputs
 from compresskv.compression import Compressing
-from compresskv.growing import ROOM
 
 NUM_PROMPT = 70
 NUM_STEPS = ROOM + 6  # so that every layer needs new room once

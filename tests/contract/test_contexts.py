@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import compresskv
 import tiny
 from compresskv import CacheStateError, CompressedCache
+from compresskv.cache.full import branch
 from compresskv.compression import Compressing
-from compresskv.full_cache import branch
 from compresskv.methods.snapkv import SnapKV
 
 NUM_PROMPT = 60

@@ -9,12 +9,12 @@ from torch import Tensor
 
 import compresskv
 import tiny
-from compresskv.budgets import Budget
-from compresskv.cache import compressible_layers
-from compresskv.method import LayerInputs
+from compresskv.methods.base import LayerInputs
 from compresskv.methods.snapkv import SnapKV
-from compresskv.scoring import window_attention
-from compresskv.selection import select_rows
+from compresskv.models.shape import compressible_layers
+from compresskv.selection.budgets import Budget
+from compresskv.selection.scores import window_attention
+from compresskv.selection.select import select_rows
 from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT = 96

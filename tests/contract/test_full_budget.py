@@ -5,7 +5,7 @@ import torch
 
 import compresskv
 import tiny
-from compresskv.budgets import Budget
+from compresskv.selection.budgets import Budget
 
 NUM_PROMPT = 80
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 import compresskv
 import tiny
+from compresskv.cache.stores.dense import ROOM
 from compresskv.compiled import decoding
 from compresskv.compiled.graph import GraphedStep
-from compresskv.growing import ROOM
 
 NUM_PROMPT = 70
 NUM_STEPS = ROOM + 6  # so that every layer needs new room once

@@ -9,10 +9,10 @@ import torch
 import compresskv
 import tiny
 from compresskv import ConfigError, Method
-from compresskv.compression import prepare_method
+from compresskv.cache.full import branch
 from compresskv.evaluation.configurations import configurations
-from compresskv.full_cache import branch
-from compresskv.registry import parse_methods
+from compresskv.methods.prepare import prepare_method
+from compresskv.methods.registry import parse_methods
 from oracle import evictions, oracle_logits
 
 NUM_PROMPT, AHEAD, BUDGET, WINDOW = 70, 3, 24, 8

@@ -9,9 +9,9 @@ from torch import Tensor
 import compresskv
 import tiny
 from compresskv import CompressedCache
-from compresskv.budgets import Budget
-from compresskv.layer import CompressedLayer
-from compresskv.selection import UNUSED
+from compresskv.cache.layer import CompressedLayer
+from compresskv.selection.budgets import Budget
+from compresskv.selection.select import UNUSED
 
 # One row as long as the batch, one shorter than its budget and the window.
 LENGTHS = [110, 57, 30, 20, 6]

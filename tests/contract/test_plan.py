@@ -14,12 +14,12 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import compresskv
 import tiny
 from compresskv import CacheStateError, CompressedCache, ConfigError, Plan, PlanError, PromptError, make_plan, read_plan
-from compresskv.attention import routing
-from compresskv.budgets import Budget
-from compresskv.cache import compressible_layers
-from compresskv.compression import prepare_method
-from compresskv.plan import prompt_digest
-from compresskv.planning import PlanningCache
+from compresskv.attention.routing import routing
+from compresskv.methods.prepare import prepare_method
+from compresskv.models.shape import compressible_layers
+from compresskv.plans.make import PlanningCache
+from compresskv.plans.plan import prompt_digest
+from compresskv.selection.budgets import Budget
 from oracle import evictions, oracle_logits
 
 NUM_PROMPT, NUM_NEW = 70, 10

@@ -11,10 +11,10 @@ from torch import Tensor
 import compresskv
 import tiny
 from compresskv import CompressedCache
-from compresskv.budgets import Budget
-from compresskv.growing import ROOM
-from compresskv.layer import CompressedLayer
+from compresskv.cache.layer import CompressedLayer
+from compresskv.cache.stores.dense import ROOM
 from compresskv.methods.snapkv import SnapKV
+from compresskv.selection.budgets import Budget
 
 NUM_PROMPT = 110
 BUDGETS = [1, 6, 24, 70, 0.4, 0.85]

@@ -3,10 +3,10 @@
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv import models
+from compresskv.models.load import load
 
 
 @pytest.fixture(scope="session")
 def embedded_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The default model from the machine's own cache: a first run fetches it, later runs are offline."""
-    return models.load(device="cpu")
+    return load(device="cpu")

@@ -18,7 +18,7 @@ from compresskv.bench.peer_request import BenchRequest, find_peer, measure_peer
 from compresskv.bench.plan import Plan, stages
 from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import ConfigError
-from compresskv.evaluation.peer_process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python
+from compresskv.peers.process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python
 
 TINY = ["bench", "--random", "tiny", "--repeats", "2", "--new-tokens", "5", "--dtype", "float32", "--device", "cpu"]
 SMALL = [*TINY, "--lengths", "96,200", "--budgets", "64,full"]

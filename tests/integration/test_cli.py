@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 import compresskv
 import planted
 from commands import Result, runner
-from compresskv import registry
-from compresskv.plan import read_plan
-from compresskv.profiles.fingerprint import fingerprint
+from compresskv.methods import registry
+from compresskv.models.fingerprint import fingerprint
+from compresskv.plans.plan import read_plan
 from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import default_path, write_profile
 

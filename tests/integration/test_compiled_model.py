@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import compresskv
+from compresskv.calibration.needles import read_haystack
 from compresskv.compiled import decoding
-from compresskv.profiles.calibration import read_haystack
 
 
 @pytest.mark.slow

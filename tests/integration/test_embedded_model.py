@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv import models
-from compresskv.embedded import EMBEDDED, MANIFEST, is_cached
-from compresskv.models import DEFAULT_MODEL
-from compresskv.quick_dtype import multiplies
+from compresskv import defaults
+from compresskv.models.dtype import multiplies
+from compresskv.models.embedded import EMBEDDED, MANIFEST, is_cached
+from compresskv.models.load import load
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-EMBEDDED_MODEL = EMBEDDED[DEFAULT_MODEL]
+EMBEDDED_MODEL = EMBEDDED[defaults.MODEL]
 
 
 def test_the_default_model_answers_and_stops_at_its_end_token(embedded_model: Loaded) -> None:
@@ -81,25 +81,25 @@ def test_a_later_start_is_quick_and_needs_no_network(
     seen: list[str] = []
 
     start = time.perf_counter()
-    models.load(device="cpu", on_progress=lambda message, _: seen.append(message))
+    load(device="cpu", on_progress=lambda message, _: seen.append(message))
     seconds = time.perf_counter() - start
 
-    assert is_cached(DEFAULT_MODEL)
-    assert seen == [f"loading {DEFAULT_MODEL}"]
+    assert is_cached(defaults.MODEL)
+    assert seen == [f"loading {defaults.MODEL}"]
     assert seconds < 5  # about half a second; the rest is for a busy machine
     assert capfd.readouterr() == ("", "")
 
 
 FETCH = """
-from compresskv.embedded import ensure_embedded
-from compresskv.quick_dtype import multiplies
-from compresskv.models import DEFAULT_MODEL
+from compresskv.models.embedded import ensure_embedded
+from compresskv.models.dtype import multiplies
+from compresskv import defaults
 seen = set()
 def report(message, fraction):
     if message not in seen:
         seen.add(message)
         print(message, flush=True)
-print(ensure_embedded(DEFAULT_MODEL, report))
+print(ensure_embedded(defaults.MODEL, report))
 """
 
 
@@ -114,7 +114,7 @@ def start_fetch(cache: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_a_killed_fetch_is_cleared_up_by_two_that_start_together(tmp_path: Path) -> None:
     folder = tmp_path / EMBEDDED_MODEL.folder_name
-    scratches = f".{DEFAULT_MODEL}.tmp-*"
+    scratches = f".{defaults.MODEL}.tmp-*"
 
     killed = start_fetch(tmp_path)
     with killed:
@@ -133,7 +133,7 @@ def test_a_killed_fetch_is_cleared_up_by_two_that_start_together(tmp_path: Path)
     assert [errors for _, errors in outputs] == ["", ""]
     lines = [output.splitlines() for output, _ in outputs]
     assert [last for *_, last in lines] == [str(folder)] * 2
-    assert sorted(f"de-quantising {DEFAULT_MODEL}" in seen for seen in lines) == [False, True]
+    assert sorted(f"de-quantising {defaults.MODEL}" in seen for seen in lines) == [False, True]
     assert not stale.exists()
     assert not list(tmp_path.glob(scratches))
     assert (folder / MANIFEST).is_file()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import planted
 from commands import Result, runner
@@ -83,7 +84,8 @@ class TestRealModel:
         assert (full.task, full.example) == ("needle/single", "400-50-0")
         assert 350 < full.prompt_tokens <= 400
         assert full.metrics["score"] == 1
-        assert full.kv_nbytes == full.prompt_tokens * 30 * 2 * 3 * 64 * 2  # layers, K and V, KV heads, size, bytes
+        itemsize = getattr(torch, full.versions["dtype"]).itemsize
+        assert full.kv_nbytes == full.prompt_tokens * 30 * 2 * 3 * 64 * itemsize  # layers, K and V, KV heads, size
         for record in (snapkv, knorm):
             assert record.retained_tokens == 64
             assert record.kv_nbytes * record.prompt_tokens == full.kv_nbytes * 64

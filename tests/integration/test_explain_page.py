@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import planted
 from compresskv.cli.app import app
 from compresskv.errors import CompressKVError
-from compresskv.explain import Explanation, LayerRetention, PromptText, Report, Retention
-from compresskv.retention_page import retention_page
+from compresskv.explain.page import retention_page
+from compresskv.explain.retention import Explanation, LayerRetention, PromptText, Report, Retention
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from compresskv import models
-from compresskv.decoding import prefill
 from compresskv.errors import ConfigError
 from compresskv.evaluation.fidelity import reference
-from compresskv.evaluation.peer_process import peers_python, run_peers
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.models.decoding import prefill
+from compresskv.models.load import load
+from compresskv.peers.process import peers_python, run_peers
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def _python() -> Path:
 def case() -> PeerCase:
     """A prompt, and what the full cache answers. In float32, where the order of sums decides no arg-max."""
     _python()
-    model, tokenizer = models.load(dtype="float32", device="cpu")
+    model, tokenizer = load(dtype="float32", device="cpu")
     context = tokenizer(" ".join(topics[name] for name in sorted(topics)), verbose=False)["input_ids"][:NUM_CONTEXT]
     ids = [*context, *tokenizer(QUESTION)["input_ids"]]
     cache = DynamicCache()

@@ -17,10 +17,10 @@ import torch
 import planted
 import tiny
 from commands import Result, runner
-from compresskv import models
-from compresskv.embedded import ensure_embedded
+from compresskv.models.embedded import ensure_embedded
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.load import load
 from compresskv.profiles import store
-from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, read_profile
 
 QUESTION = "What of amber?"
@@ -92,7 +92,7 @@ class TestFind:
 
     def test_a_quick_profile_never_takes_the_place_of_a_full_one(self, call: Callable[..., Result]) -> None:
         quick = Path(call(*find("--quick", *SMALL)).out.splitlines()[0])
-        model, _ = models.load("model", device="cpu")
+        model, _ = load("model", device="cpu")
         assert store.resolve_profile(model) == read_profile(quick)
         full = Path(call(*find(*SMALL)).out.splitlines()[0])
         assert quick != full
@@ -255,7 +255,7 @@ class TestBadInput:
         def load(*_: object, **__: object) -> None:
             raise AssertionError("the model is loaded already")
 
-        monkeypatch.setattr(models, "load", load)
+        monkeypatch.setattr("compresskv.models.load.load", load)
         assert_refused(call(*find(*SMALL, "--output", output.format(place))), f"--output {output.format(place)!r} ")
 
     def test_an_unwritable_cache_is_found_before_the_long_work(
@@ -363,7 +363,7 @@ def test_the_embedded_model_is_calibrated_shown_and_verified(tmp_path: Path) -> 
         return done.stdout.decode()
 
     run("smollm2-135m", "--quick", "--lengths", "512", "--depths", "30,70", "-o", "profile.json")
-    model, _ = models.load("smollm2-135m", device="cpu")
+    model, _ = load("smollm2-135m", device="cpu")
     profile = store.resolve_profile(model, tmp_path / "profile.json")
     assert profile.fingerprint == fingerprint(model)
     assert (len(profile.layer_indices), len(profile.semantic_scores[0])) == (30, 9)

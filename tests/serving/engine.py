@@ -10,7 +10,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
-from compresskv.embedded import ensure_embedded
+from compresskv.models.embedded import ensure_embedded
 from compresskv.serving.compaction import Compaction
 from compresskv.serving.tap import EndingPrompt
 

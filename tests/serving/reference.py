@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import compresskv
-from compresskv.decoding import prefill
+from compresskv.models.decoding import prefill
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

@@ -9,7 +9,7 @@ from engine import SHIPS_LOG, start
 from reference import own_positions
 
 import compresskv
-from compresskv.profiles.checkpoint import checkpoint_fingerprint
+from compresskv.models.checkpoint import checkpoint_fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import write_profile
 

@@ -13,11 +13,11 @@ from ranks_process import BUDGET
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compresskv
-from compresskv.decoding import prefill
-from compresskv.profiles.checkpoint import checkpoint_fingerprint
+from compresskv.methods.registry import parse_methods
+from compresskv.models.checkpoint import checkpoint_fingerprint
+from compresskv.models.decoding import prefill
 from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import write_profile
-from compresskv.registry import parse_methods
 
 NUM_LAYERS, NUM_HEADS = 3, 4
 

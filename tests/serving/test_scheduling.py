@@ -12,10 +12,10 @@ from engine import Engine
 from reference import ships_log
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from benchmarks.serving import engine as bench
+from benchmarks.serving.load import Load, run_load
 from compresskv.errors import CacheStateError
 from compresskv.serving import scheduler
-from compresskv.serving.bench import engine as bench
-from compresskv.serving.bench.load import Load, run_load
 from compresskv.serving.counters import counters
 from compresskv.serving.pages import Pages
 

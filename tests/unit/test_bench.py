@@ -9,9 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from compresskv import memory, registry
 from compresskv.bench import geometry, run
-from compresskv.bench.clock import Stopwatch
 from compresskv.bench.contender import Ours, Plain
 from compresskv.bench.figure import draw_run
 from compresskv.bench.geometry import GEOMETRIES, find_geometry, random_model, random_profile
@@ -22,8 +20,11 @@ from compresskv.bench.row import make_row
 from compresskv.bench.run import Bench
 from compresskv.bench.session import Prefill
 from compresskv.bench.subject import Subject
-from compresskv.compression import prepare_method
 from compresskv.errors import ConfigError, ModelError
+from compresskv.methods import registry
+from compresskv.methods.prepare import prepare_method
+from compresskv.system import memory
+from compresskv.system.clock import Stopwatch
 from tiny import EVICTING_METHODS, build_model, generate, options_for, random_tokens, tiny_model
 
 CPU = torch.device("cpu")

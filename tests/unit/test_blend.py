@@ -23,9 +23,9 @@ from test_vote import (
     row_alone,
 )
 
-from compresskv import registry
 from compresskv.errors import ConfigError
-from compresskv.method import LayerInputs
+from compresskv.methods import registry
+from compresskv.methods.base import LayerInputs
 from compresskv.methods.blend import Blend
 from compresskv.methods.snapkv import SnapKV
 from compresskv.methods.vote import Vote

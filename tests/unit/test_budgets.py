@@ -9,8 +9,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from compresskv.budgets import check_budget, error_aware, parse_budget, proportional, pyramid, resolve, uniform
 from compresskv.errors import ConfigError
+from compresskv.selection.budgets import (
+    check_budget,
+    error_aware,
+    parse_budget,
+    proportional,
+    pyramid,
+    resolve,
+    uniform,
+)
 
 budgets = st.integers(1, 2500)
 prompts = st.integers(1, 4000)

@@ -11,9 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import planted
-from compresskv.errors import ConfigError, ModelError, ProfileError
-from compresskv.profiles import calibration
-from compresskv.profiles.calibration import (
+from compresskv.calibration import needles as calibration
+from compresskv.calibration.needles import (
     Haystack,
     Needle,
     encode_questions,
@@ -23,6 +22,7 @@ from compresskv.profiles.calibration import (
     render,
     split_needles,
 )
+from compresskv.errors import ConfigError, ModelError, ProfileError
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"
 TOKENIZERS = {

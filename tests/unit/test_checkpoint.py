@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from compresskv.errors import ModelError
-from compresskv.profiles.checkpoint import checkpoint_fingerprint
-from compresskv.profiles.fingerprint import fingerprint
+from compresskv.models.checkpoint import checkpoint_fingerprint
+from compresskv.models.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
@@ -59,7 +59,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
 
 def test_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the sampled weights are read: eight of them."""
-    from compresskv.profiles import checkpoint
+    from compresskv.models import checkpoint
 
     model = tiny.tiny_model("llama")
     model.save_pretrained(tmp_path)

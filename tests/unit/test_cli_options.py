@@ -12,7 +12,7 @@ from compresskv.cli.ask import read_document
 from compresskv.cli.options import parse_numbers
 from compresskv.cli.terminal import Bar, megabytes
 from compresskv.errors import ConfigError, PromptError
-from compresskv.options import parse_settings
+from compresskv.methods.options import parse_settings
 
 
 class TestNumbers:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 import tiny
-from compresskv import registry
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.evaluation.configurations import configurations, parse_budgets, parse_names
 from compresskv.evaluation.runner import SETTINGS
-from compresskv.registry import parse_methods
+from compresskv.methods import registry
+from compresskv.methods.registry import parse_methods
 
 METHODS = [name for name in registry.methods() if name != "vote"]
 

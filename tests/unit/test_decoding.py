@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import tiny
-from compresskv.decoding import last_logits
+from compresskv.models.decoding import last_logits
 
 
 @pytest.mark.parametrize("num_tokens", [1, 30])

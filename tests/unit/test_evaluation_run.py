@@ -21,10 +21,10 @@ from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.run import Counts, Evaluation, Plan, parse_rows
 from compresskv.evaluation.runner import Configuration
 from compresskv.evaluation.task import Task, TaskSettings
-from compresskv.method import LayerInputs
+from compresskv.methods.base import LayerInputs
 from compresskv.methods.compresskv import CompressKV
+from compresskv.methods.registry import parse_methods
 from compresskv.methods.snapkv import SnapKV
-from compresskv.registry import parse_methods
 
 FOLDER = "run"
 METHODS, BUDGETS = "full,snapkv,streaming_llm", "30,60"

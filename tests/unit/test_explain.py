@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 import compresskv
 import planted
 import tiny
-from compresskv.cache import CompressedCache
-from compresskv.compression import prepare_method
+from compresskv.cache.cache import CompressedCache
 from compresskv.errors import ConfigError
-from compresskv.explain import (
+from compresskv.explain.page import retention_page
+from compresskv.explain.retention import (
     Explanation,
     LayerRetention,
     PromptText,
@@ -27,9 +27,9 @@ from compresskv.explain import (
     prompt_text,
     token_texts,
 )
+from compresskv.methods.prepare import prepare_method
 from compresskv.methods.snapkv import SnapKV
-from compresskv.prompts import build_prompt
-from compresskv.retention_page import retention_page
+from compresskv.prompts.prompt import build_prompt
 
 NUM_TOKENS = 60
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] }}<end>\nassistant: {% endfor %}"

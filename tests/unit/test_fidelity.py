@@ -12,12 +12,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 import tiny
 from compresskv import CompressedCache
-from compresskv.attention import routing
-from compresskv.compression import prepare_method
-from compresskv.decoding import decode
+from compresskv.attention.routing import routing
 from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference, teacher_forced
-from compresskv.selection import UNUSED
+from compresskv.methods.prepare import prepare_method
+from compresskv.models.decoding import decode
+from compresskv.selection.select import UNUSED
 
 NUM_PROMPT, NUM_NEW = 90, 12
 PROMPT = tiny.random_tokens(NUM_PROMPT)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from compresskv.errors import ModelError
-from compresskv.profiles.fingerprint import Fingerprint, fingerprint
+from compresskv.models.fingerprint import Fingerprint, fingerprint
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compresskv.growing import ROOM, Growing
+from compresskv.cache.stores.dense import ROOM, Growing
 
 
 def numbers(start: int, count: int) -> torch.Tensor:

@@ -17,18 +17,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import planted
 import tiny
-from compresskv.attention import decoder_config, routing
-from compresskv.cache import compressible_layers
-from compresskv.decoding import decode, prefill
+from compresskv.attention.routing import routing
+from compresskv.cache.full import FullCache
+from compresskv.calibration import measure
+from compresskv.calibration.find import Outcome, find_profile
+from compresskv.calibration.measure import Measurement, NothingRetrievedError, mean_scores, rouge_1_recall
+from compresskv.calibration.needles import SUMMARY, encode_questions, render
+from compresskv.calibration.recording import SpanLayer
+from compresskv.calibration.settings import Settings
 from compresskv.errors import CompressKVError, ConfigError, ModelError, ProfileError
-from compresskv.full_cache import FullCache
-from compresskv.profiles import measure
-from compresskv.profiles.calibration import encode_questions, render
-from compresskv.profiles.find import Outcome, find_profile
-from compresskv.profiles.measure import Measurement, NothingRetrievedError, mean_scores, rouge_1_recall
+from compresskv.models.decoding import decode, prefill
+from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.profiles.profile import Rows
-from compresskv.profiles.recording import SpanLayer
-from compresskv.profiles.settings import Settings
 
 Planted = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -382,7 +382,7 @@ class TestLayerErrors:
         plan = list(measurement.documents())
         for document in (plan[0][1], plan[6][1]):  # the first of each length
             questions = [("needle", question) for question, _ in document.questions]
-            for name, question in [*questions, ("summary", measure.calibration.SUMMARY)]:
+            for name, question in [*questions, ("summary", SUMMARY)]:
                 text = render(tokenizer, f"{document.text}\n\n{question}")
                 prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
                 tokens = greedy(model, prompt, 12, tokenizer.eos_token_id)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compresskv.memory import peak_nbytes, reset_peak
+from compresskv.system.memory import peak_nbytes, reset_peak
 
 CPU = torch.device("cpu")
 NBYTES = 100_000_000

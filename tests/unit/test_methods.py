@@ -11,18 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compresskv import budgets, registry
 from compresskv.errors import ConfigError, ProfileError
-from compresskv.method import LayerInputs, Method
+from compresskv.methods import registry
 from compresskv.methods.adakv import AdaKV
+from compresskv.methods.base import LayerInputs, Method
 from compresskv.methods.cake import CAKE
 from compresskv.methods.compresskv import CompressKV
 from compresskv.methods.headkv import HeadKV
 from compresskv.methods.knorm import KNorm
 from compresskv.methods.snapkv import SnapKV
-from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
-from compresskv.selection import UNUSED, select, select_rows
+from compresskv.selection import budgets
+from compresskv.selection.select import UNUSED, select, select_rows
 
 LAYER_INDICES = (1, 3, 4)
 

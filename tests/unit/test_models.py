@@ -26,10 +26,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compresskv import embedded, models
-from compresskv.embedded import EMBEDDED, EmbeddedModel, ensure_embedded, ensure_gguf, is_cached
 from compresskv.errors import CompressKVError, ConfigError, ModelError
-from compresskv.quick_dtype import multiplies
+from compresskv.models import embedded
+from compresskv.models import load as models
+from compresskv.models.dtype import multiplies
+from compresskv.models.embedded import EMBEDDED, EmbeddedModel, ensure_embedded, ensure_gguf, is_cached
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 256, 512, 1, 4, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -250,7 +251,7 @@ def test_a_spec_that_no_hub_id_can_be_is_told() -> None:
 LOAD_FROM_HUB = """
 import sys, time
 time.sleep = lambda seconds: None  # the hub's client waits half a minute between its attempts
-from compresskv import models
+from compresskv.models import load as models
 from compresskv.errors import ModelError
 for spec in sys.argv[1:]:
     try:
@@ -592,7 +593,7 @@ def test_an_interrupt_leaves_nothing_half_made(tiny, cache, stage) -> None:
 
 FETCH = """
 import json, sys
-from compresskv.embedded import EMBEDDED, EmbeddedModel, ensure_embedded
+from compresskv.models.embedded import EMBEDDED, EmbeddedModel, ensure_embedded
 EMBEDDED["tiny"] = EmbeddedModel(**json.loads(sys.argv[1]))
 ensure_embedded("tiny", lambda message, fraction: print(message, flush=True))
 """

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import planted
+from compresskv.calibration.needles import read_haystack, read_needles, render, words
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.metrics import contains
 from compresskv.evaluation.task import TaskSettings, create_task
-from compresskv.evaluation.tasks.needle import Fact, Needle, read_facts
-from compresskv.profiles.calibration import read_haystack, read_needles, render, words
+from compresskv.evaluation.tasks.needle import Fact, NeedleTask, read_facts
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"
 TOKENIZERS = {
@@ -44,7 +44,7 @@ def haystack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cases(haystack: Path, tokenizer: str = "words", **changes: Any) -> list[Example]:
     options = {"haystack": (haystack,), "lengths": LENGTHS, "depths": DEPTHS, "limit": 2, **changes}
-    return Needle().examples(TaskSettings(TOKENIZERS[tokenizer], **options))
+    return NeedleTask().examples(TaskSettings(TOKENIZERS[tokenizer], **options))
 
 
 def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -105,7 +105,7 @@ class TestFacts:
 
 class TestCases:
     def test_the_task_is_known_by_its_name(self) -> None:
-        assert isinstance(create_task("needle"), Needle)
+        assert isinstance(create_task("needle"), NeedleTask)
 
     def test_the_grid_is_whole_and_in_order_and_every_id_is_its_own(self, haystack: Path) -> None:
         examples = cases(haystack)
@@ -250,14 +250,14 @@ class TestScores:
     def test_every_needle_is_its_own_right_answer_and_no_other_needles(self) -> None:
         for fact in FACTS:
             case = example("single", fact.answer, reference=fact.needle)
-            assert set(Needle().score(case, fact.needle).values()) == {1.0}
-            assert Needle().score(case, f"It is {fact.answer.upper()}!")["score"] == 1.0
-            assert Needle().score(case, fact.question)["score"] == 0.0
+            assert set(NeedleTask().score(case, fact.needle).values()) == {1.0}
+            assert NeedleTask().score(case, f"It is {fact.answer.upper()}!")["score"] == 1.0
+            assert NeedleTask().score(case, fact.question)["score"] == 0.0
 
     @pytest.mark.parametrize("prediction", ["", " ", "\n", "...", "?!", "- - -", '""', "the"])
     @pytest.mark.parametrize("subset", SUBSETS)
     def test_nothing_said_scores_nothing(self, subset: str, prediction: str) -> None:
-        score = Needle().score(example(subset, "a brass lever", "moths"), prediction)
+        score = NeedleTask().score(example(subset, "a brass lever", "moths"), prediction)
         assert score == {"score": 0.0, "exact_match": 0.0, "rouge_1_recall": 0.0}
 
     @pytest.mark.parametrize(
@@ -265,30 +265,30 @@ class TestScores:
         [("The Brass Lever.", 1), ("a brass, lever", 1), ("the brass levers", 0), ("lever of brass", 0), ("brass", 0)],
     )
     def test_the_answers_words_count_only_whole_and_in_a_row(self, prediction: str, found: float) -> None:
-        assert Needle().score(example("single", "brass lever"), prediction)["score"] == found
+        assert NeedleTask().score(example("single", "brass lever"), prediction)["score"] == found
 
     def test_several_answers_count_each_and_only_all_of_them_match(self) -> None:
         case = example("multi", "moths", "celery", "brass lever")
-        assert Needle().score(case, "1. Celery\n2. moths\n3. a lever") == pytest.approx(
+        assert NeedleTask().score(case, "1. Celery\n2. moths\n3. a lever") == pytest.approx(
             {"score": 2 / 3, "exact_match": 0, "rouge_1_recall": 3 / 4}
         )
-        assert Needle().score(case, "1. Moths\n2. celery\n3. the brass lever")["exact_match"] == 1
+        assert NeedleTask().score(case, "1. Moths\n2. celery\n3. the brass lever")["exact_match"] == 1
 
     def test_a_value_counts_only_letter_for_letter(self, haystack: Path) -> None:
         (case,) = cases(haystack, subsets=("uuid",), lengths=(900,), depths=(50.0,), limit=1)
         (value,) = case.answers
-        assert Needle().score(case, f'"{value}".')["score"] == 1
-        assert Needle().score(case, f'{{"value":"{value}"}}')["exact_match"] == 1
+        assert NeedleTask().score(case, f'"{value}".')["score"] == 1
+        assert NeedleTask().score(case, f'{{"value":"{value}"}}')["exact_match"] == 1
         for wrong in (value[:-1], value.replace("-", ""), value.replace("-", " "), case.context.split('"')[1]):
-            assert Needle().score(case, wrong)["score"] == 0
+            assert NeedleTask().score(case, wrong)["score"] == 0
 
     @given(st.text(), st.sampled_from(FACTS), st.sampled_from(SUBSETS))
     def test_scores_are_shares_by_the_names_that_are_told(self, prediction: str, fact: Fact, subset: str) -> None:
-        scores = Needle().score(example(subset, fact.answer, "moths", reference=fact.needle), prediction)
-        assert scores.keys() == Needle.metrics.keys()
+        scores = NeedleTask().score(example(subset, fact.answer, "moths", reference=fact.needle), prediction)
+        assert scores.keys() == NeedleTask.metrics.keys()
         assert all(0 <= value <= 1 for value in scores.values())
         assert scores["exact_match"] == float(scores["score"] == 1)
 
     @given(st.text(alphabet=" .,;\n-x"), st.sampled_from(FACTS))
     def test_what_is_said_around_an_answer_does_not_matter(self, around: str, fact: Fact) -> None:
-        assert Needle().score(example("single", fact.answer), f"{around} {fact.answer} {around}")["score"] == 1
+        assert NeedleTask().score(example("single", fact.answer), f"{around} {fact.answer} {around}")["score"] == 1

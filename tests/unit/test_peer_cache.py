@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from compresskv.decoding import prefill
-from compresskv.evaluation.peer_cache import PeerCache
+from compresskv.models.decoding import prefill
+from compresskv.peers.press_cache import PeerCache
 from tiny import random_tokens, tiny_model
 
 PROMPT, MORE = random_tokens(30), random_tokens(7, seed=1)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from compresskv.errors import CompressKVError, ConfigError
-from compresskv.evaluation.peer_process import PYTHON_VARIABLE, peers_python, run_peers
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.peers.process import PYTHON_VARIABLE, peers_python, run_peers
 
 CASE = PeerCase("needle/single", "1", (1, 2, 3), 8, suffix_start=2, reference_ids=(4, 5), done=("full",))
 REQUEST = PeerRequest(

@@ -8,7 +8,8 @@ import pytest
 
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation import peers
-from compresskv.evaluation.peer_request import PRESSES, PeerCase, PeerRequest, check_presses
+from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.peers.press_names import PRESSES, check_presses
 
 CASE = PeerCase("t", "1", (1, 2, 3), 8)
 FIGURES = {"logical_tokens": 30.0, "held_tokens": 90.0}
@@ -75,7 +76,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(peers, "peer", lambda name: SimpleNamespace(name=name))
     monkeypatch.setattr(peers, "version", lambda _: "1")
-    monkeypatch.setattr(peers.models, "load", lambda *_, **__: None)
+    monkeypatch.setattr(peers, "load", lambda *_, **__: None)
     monkeypatch.setattr(peers, "run_peer", run_peer)
     return calls
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from compresskv import plots
-from compresskv.budgets import error_aware
+from compresskv.calibration import plots
+from compresskv.calibration.verify import Ablation
 from compresskv.errors import ConfigError
-from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile, normalised
-from compresskv.profiles.verify import Ablation
+from compresskv.selection.budgets import error_aware
 
 ABLATIONS = [
     Ablation("none", 0, 8, 8),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compresskv.errors import ProfileError
-from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile, combined, needed_profile, normalised, read_profile
 from compresskv.profiles.store import write_profile
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import compresskv
 import tiny
-from compresskv import prompt_attention
-from compresskv.prompt_attention import causal_attention, is_faster
+from compresskv.attention import prefill as prompt_attention
+from compresskv.attention.prefill import causal_attention, is_faster
 
 
 def states(num_heads: int, num_tokens: int, seed: int, batch_size: int = 1) -> Tensor:

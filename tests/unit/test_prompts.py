@@ -12,7 +12,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from compresskv.errors import ConfigError, PromptError
-from compresskv.prompts import build_prompt, context_length, room_for_prompt
+from compresskv.prompts.prompt import build_prompt, context_length, room_for_prompt
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 import planted
-from compresskv import models, plots
-from compresskv.budgets import error_aware
+from compresskv.calibration import plots
 from compresskv.errors import CompressKVError, ModelError, ProfileError
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.load import load
 from compresskv.profiles import store
-from compresskv.profiles.fingerprint import fingerprint
 from compresskv.profiles.profile import Profile, combined, normalised, read_profile
 from compresskv.profiles.published import import_published
 from compresskv.profiles.store import default_path, resolve_profile, user_folder, write_profile
+from compresskv.selection.budgets import error_aware
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_profiles"
 PUBLISHED_MODELS = ["Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"]
@@ -100,12 +101,12 @@ class TestUse:
     def test_it_is_used_for_the_model_of_that_name(self, model_folder: Path, tmp_path: Path) -> None:
         profile = import_published(*write_pair(tmp_path), str(model_folder))
         write_profile(profile, user_folder() / "imported.json")
-        model, _ = models.load(str(model_folder), device="cpu")
+        model, _ = load(str(model_folder), device="cpu")
         assert resolve_profile(model) == profile
 
     def test_a_measured_profile_of_these_weights_comes_first(self, model_folder: Path, tmp_path: Path) -> None:
         """Whatever the files are called: an imported one knows the model by name and shape alone."""
-        model, _ = models.load(str(model_folder), device="cpu")
+        model, _ = load(str(model_folder), device="cpu")
         imported = import_published(*write_pair(tmp_path), str(model_folder))
         measured = replace(imported, fingerprint=fingerprint(model), num_runs=5)
         write_profile(imported, user_folder() / "imported.json")
@@ -116,7 +117,7 @@ class TestUse:
         """Two fine-tuned models have one shape and different heads."""
         profile = import_published(*write_pair(tmp_path), str(model_folder))
         write_profile(profile, user_folder() / "imported.json")
-        model, _ = models.load(str(model_folder), device="cpu")
+        model, _ = load(str(model_folder), device="cpu")
         model.config._name_or_path = "org/other"
         with pytest.raises(ProfileError, match="no profile of this model"):
             resolve_profile(model)
@@ -126,7 +127,7 @@ class TestUse:
     def test_it_is_not_used_for_a_model_of_another_shape(self, model_folder: Path, tmp_path: Path) -> None:
         profile = import_published(*write_pair(tmp_path), str(model_folder))
         write_profile(profile, user_folder() / "imported.json")
-        model, _ = models.load(str(model_folder), device="cpu")
+        model, _ = load(str(model_folder), device="cpu")
         model.config.num_key_value_heads = 4
         with pytest.raises(ProfileError, match="no profile of this model"):
             resolve_profile(model)

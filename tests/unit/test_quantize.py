@@ -8,10 +8,10 @@ import torch
 
 import compresskv
 import tiny
-from compresskv import models
 from compresskv.compiled import decoding
-from compresskv.profiles.fingerprint import fingerprint
-from compresskv.quantize import quantize_int8, weights_dtype
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.load import load
+from compresskv.models.quantize import quantize_int8, weights_dtype
 
 
 @torch.no_grad()
@@ -48,4 +48,4 @@ def test_a_compiled_step_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path_fa
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(compresskv.ConfigError, match=r"--dtype int8 needs torchao: pip install 'compresskv\[int8\]'"):
-        models.load("no-such-model", dtype="int8")
+        load("no-such-model", dtype="int8")

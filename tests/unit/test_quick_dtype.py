@@ -7,8 +7,9 @@ import torch
 
 import compresskv
 import tiny
-from compresskv import memory, quick_dtype
-from compresskv.quick_dtype import multiplies, use_quick_dtype
+from compresskv.models import dtype as quick_dtype
+from compresskv.models.dtype import multiplies, use_quick_dtype
+from compresskv.system import memory
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compresskv.growing import ROOM
-from compresskv.ragged import RaggedStore
-from compresskv.selection import UNUSED
+from compresskv.cache.stores.dense import ROOM
+from compresskv.cache.stores.ragged import RaggedStore
+from compresskv.selection.select import UNUSED
 
 NUM_TOKENS = 12
 # two rows, two heads; the first head holds 3 slots, the second 5

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 
 from compresskv.errors import ConfigError
-from compresskv.method import Method
+from compresskv.methods.base import Method
 from compresskv.methods.cake import CAKE
+from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.snapkv import SnapKV
-from compresskv.ranges import Range, ranges
 
 
 @pytest.mark.parametrize(

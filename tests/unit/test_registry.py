@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from compresskv import registry
 from compresskv.errors import ConfigError
-from compresskv.method import Method
+from compresskv.methods import registry
+from compresskv.methods.base import Method
 from compresskv.methods.snapkv import SnapKV
 
 

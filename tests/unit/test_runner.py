@@ -13,16 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import compresskv
 import planted
 import tiny
-from compresskv.decoding import prefill
 from compresskv.evaluation.configurations import configurations
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.records import Record
 from compresskv.evaluation.runner import SETTINGS, Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings
-from compresskv.method import LayerInputs
+from compresskv.methods.base import LayerInputs
+from compresskv.methods.registry import parse_methods
 from compresskv.methods.snapkv import SnapKV
-from compresskv.registry import parse_methods
+from compresskv.models.decoding import prefill
 
 NUM_PROMPT, NUM_CONTEXT, NUM_NEW = 90, 72, 8
 BUDGETS = (20, 0.4)

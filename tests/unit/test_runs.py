@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from compresskv.calibration.runs import RunLog
 from compresskv.errors import ProfileError
-from compresskv.profiles.runs import RunLog
 
 A, B, C = ("heads", "256-0", "a"), ("heads", "256-0", "b"), ("errors", "256-0", "0123")
 

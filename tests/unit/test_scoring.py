@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compresskv import scoring
-from compresskv.scoring import heads_window_attention, pool, window_attention
+from compresskv.selection import scores as scoring
+from compresskv.selection.scores import heads_window_attention, pool, window_attention
 
 
 def naive_window_attention(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compresskv.selection import UNUSED, select, select_rows
+from compresskv.selection.select import UNUSED, select, select_rows
 
 # Few distinct values, so that ties are common.
 few = st.sampled_from([-math.inf, -1.0, 0.0, 0.25, 0.5, 2.0, math.inf, math.nan])

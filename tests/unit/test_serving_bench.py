@@ -8,16 +8,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import compresskv
-from compresskv.drawing import save_figure
+from benchmarks.serving import __main__ as bench
+from benchmarks.serving import figure
+from benchmarks.serving.__main__ import app
+from benchmarks.serving.environment import server_environment
+from benchmarks.serving.figure import draw_loads
+from benchmarks.serving.load import Load
+from benchmarks.serving.results import Results, source_digest
+from benchmarks.serving.tables import tables
 from compresskv.errors import ConfigError
-from compresskv.serving.bench import __main__ as bench
-from compresskv.serving.bench import figure
-from compresskv.serving.bench.__main__ import app
-from compresskv.serving.bench.environment import server_environment
-from compresskv.serving.bench.figure import draw_loads
-from compresskv.serving.bench.load import Load
-from compresskv.serving.bench.results import Results, source_digest
-from compresskv.serving.bench.tables import tables
+from compresskv.system.drawing import save_figure
 
 SETTINGS = {"model": "m", "prefix_caching": True}
 

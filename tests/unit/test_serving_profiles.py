@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from compresskv.errors import ModelError, ProfileError
-from compresskv.profiles.checkpoint import is_complete
+from compresskv.models.checkpoint import is_complete
 from compresskv.serving.profiles import check_profile
 from compresskv.serving.settings import Settings
 

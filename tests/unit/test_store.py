@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compresskv import paths
-from compresskv.attention import routing
+from compresskv.attention.routing import routing
 from compresskv.errors import ModelError, ProfileError
+from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles import store
-from compresskv.profiles.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import (
     default_path,
@@ -23,6 +22,7 @@ from compresskv.profiles.store import (
     user_folder,
     write_profile,
 )
+from compresskv.system import paths
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:

@@ -13,16 +13,17 @@ from transformers import DynamicCache, PreTrainedModel
 
 import planted
 import tiny
-from compresskv.attention import decoder_config, routing
-from compresskv.decoding import prefill
+from compresskv.attention.routing import routing
+from compresskv.cache.full import FullCache
+from compresskv.calibration import verify
+from compresskv.calibration.needles import Document, read_needles, split_needles
+from compresskv.calibration.recording import MaskedLayer
+from compresskv.calibration.verify import Ablation, VerifySettings, to_rows, verify_profile
 from compresskv.errors import ConfigError, ProfileError
-from compresskv.full_cache import FullCache
-from compresskv.profiles import verify
-from compresskv.profiles.calibration import Document, read_needles, split_needles
-from compresskv.profiles.fingerprint import fingerprint
+from compresskv.models.decoding import prefill
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.shape import decoder_config
 from compresskv.profiles.profile import Profile, Rows
-from compresskv.profiles.recording import MaskedLayer
-from compresskv.profiles.verify import Ablation, VerifySettings, to_rows, verify_profile
 
 Head = tuple[int, int]
 

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compresskv import registry
-from compresskv.budgets import Budget
+from compresskv.cache.eviction import Eviction
 from compresskv.errors import ConfigError, ProfileError
-from compresskv.eviction import Eviction
-from compresskv.method import LayerInputs, Method
+from compresskv.methods import registry
+from compresskv.methods.base import LayerInputs, Method
 from compresskv.methods.snapkv import SnapKV
 from compresskv.methods.vote import Vote, count_votes, narrowed
-from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
-from compresskv.selection import UNUSED
+from compresskv.selection.budgets import Budget
+from compresskv.selection.select import UNUSED
 
 LAYER_INDICES = (1, 3, 4)
 WINDOW = 4

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from compresskv.attention import decoder_config, routing
-from compresskv.bench.clock import Stopwatch, now
+from compresskv.attention.routing import routing
 from compresskv.bench.session import Prefill, Session
-from compresskv.cache import CompressedCache, layers_nbytes
+from compresskv.cache.cache import CompressedCache, layers_nbytes
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import ALWAYS
-from compresskv.decoding import decode_one_token, prefill
-from compresskv.method import Method
+from compresskv.methods.base import Method
+from compresskv.models.decoding import decode_one_token, prefill
+from compresskv.models.shape import decoder_config
+from compresskv.system.clock import Stopwatch, now
 
 PLAIN = "plain"
 EAGER, COMPILED, INT8 = "eager", "compiled", "int8"

@@ -10,9 +10,9 @@ from typing import Any
 
 from compresskv.bench.peer_request import BenchRequest
 from compresskv.bench.row import Row
-from compresskv.embedded import EMBEDDED
 from compresskv.errors import first_line
-from compresskv.evaluation.peer_answers import Write
+from compresskv.models.embedded import EMBEDDED
+from compresskv.peers.answers import Write
 
 Generate = Callable[[list[int], int], Iterator[int]]
 """Reads a prompt and yields so many tokens, each as soon as it is known."""

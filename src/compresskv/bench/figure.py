@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compresskv.drawing import new_figure, save_figure
 from compresskv.errors import ConfigError
+from compresskv.system.drawing import new_figure, save_figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow: too pale for lines on white.
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from compresskv import memory
-from compresskv.cache import compressible_layers
 from compresskv.errors import ConfigError, ModelError, first_line
-from compresskv.profiles.fingerprint import fingerprint
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.shape import compressible_layers
 from compresskv.profiles.profile import Profile, normalised
-from compresskv.suggest import suggestion
+from compresskv.system import memory
+from compresskv.system.suggest import suggestion
 
 _SHARE = 0.5
 """Of the memory that is available, for weights and caches; activations need the rest."""

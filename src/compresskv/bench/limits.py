@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from compresskv import memory
-from compresskv.attention import decoder_config
-from compresskv.bench.clock import now
+from compresskv.models.shape import decoder_config
+from compresskv.system import memory
+from compresskv.system.clock import now
 
 _READ_NBYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 _MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -54,8 +54,9 @@ def _read_rate(device: torch.device) -> float:
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Of the largest matrices whose product does not take long: some processors lack instructions for some dtypes."""
-    size, rate = _SMALL_MATRIX, 0.0
-    while size <= _MATRIX_SIZE[_kind(device)]:
+    largest = _MATRIX_SIZE[_kind(device)]
+    size, rate = min(_SMALL_MATRIX, largest), 0.0
+    while size <= largest:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = _least_seconds(functools.partial(torch.matmul, left, right), device)
         rate = max(rate, 2 * size**3 / seconds)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from compresskv.bench.engine_peer import measure_engine, model_path
 from compresskv.bench.peer_request import BenchRequest
-from compresskv.embedded import ensure_gguf
 from compresskv.errors import ConfigError
-from compresskv.evaluation.peer_answers import Write, answer_request
+from compresskv.models.embedded import ensure_gguf
+from compresskv.peers.answers import Write, answer_request
 
 
 def measure(request: BenchRequest, write: Write) -> None:

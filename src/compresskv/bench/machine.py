@@ -9,17 +9,17 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import compresskv
-from compresskv import memory
-from compresskv.attention import decoder_config
-from compresskv.processor import processor_name
-from compresskv.quantize import weights_dtype
+from compresskv.models.quantize import weights_dtype
+from compresskv.models.shape import decoder_config
+from compresskv.system import memory
+from compresskv.system.processor import processor_name
+from compresskv.version import __version__
 
 
 def versions() -> dict[str, str]:
     """Of what was measured."""
     return {
-        "compresskv": compresskv.__version__,
+        "compresskv": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

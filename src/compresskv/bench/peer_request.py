@@ -11,9 +11,9 @@ import torch
 from compresskv.bench.plan import Plan
 from compresskv.bench.row import Row
 from compresskv.bench.subject import Subject
-from compresskv.embedded import EMBEDDED
 from compresskv.errors import ConfigError
-from compresskv.evaluation.peer_process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python, run_peers
+from compresskv.models.embedded import EMBEDDED
+from compresskv.peers.process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python, run_peers
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from compresskv.bench.press import PRESSES, Press
 from compresskv.bench.run import Bench
 from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import first_line
-from compresskv.evaluation.peer import peer
-from compresskv.evaluation.peer_answers import Write, answer_request
+from compresskv.peers.answers import Write, answer_request
+from compresskv.peers.presses import peer
 
 
 def measure(request: BenchRequest, write: Write) -> None:

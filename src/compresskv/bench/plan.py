@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from compresskv.bench.contender import COMPILED, EAGER, INT8, Contender, Ours, Plain
-from compresskv.budgets import check_budget, resolve
 from compresskv.errors import ConfigError
 from compresskv.evaluation.configurations import parse_budgets
-from compresskv.method import Method
-from compresskv.registry import create
+from compresskv.methods.base import Method
+from compresskv.methods.registry import create
+from compresskv.selection.budgets import check_budget, resolve
 
 FULL = "full"
 DEFAULT_LENGTHS = (1024, 4096, 8192)

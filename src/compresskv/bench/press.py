@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.bench.clock import now
 from compresskv.bench.contender import EAGER
 from compresskv.bench.session import Prefill, Session
-from compresskv.budgets import resolve
-from compresskv.evaluation.peer import peer
-from compresskv.evaluation.peer_request import method_name
+from compresskv.peers.press_names import method_name
+from compresskv.peers.presses import peer
+from compresskv.selection.budgets import resolve
+from compresskv.system.clock import now
 
 PRESSES = ("SnapKVPress", "AdaKVPress(SnapKVPress)")
 """One that frees what it evicts, and one that masks it and holds all."""

@@ -17,7 +17,7 @@ from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
 from compresskv.errors import ConfigError, ModelError, first_line
-from compresskv.jsonl_log import write_whole
+from compresskv.system.jsonl_log import write_whole
 
 Progress = Callable[[str, float], None]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from compresskv import memory
-from compresskv.bench.clock import now
+from compresskv.system import memory
+from compresskv.system.clock import now
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv import models
-from compresskv.attention import decoder_config
 from compresskv.bench.geometry import random_model
-from compresskv.profiles.calibration import read_haystack
-from compresskv.quantize import quantize_int8
-from compresskv.quick_dtype import multiplies
+from compresskv.calibration.needles import read_haystack
+from compresskv.models.dtype import multiplies
+from compresskv.models.load import load, torch_device, torch_dtype
+from compresskv.models.quantize import quantize_int8
+from compresskv.models.shape import decoder_config
 
 _SEED = 0
 
@@ -51,7 +51,7 @@ def real_subject(
     Raises:
         ConfigError, ModelError: as for `load`.
     """
-    model, tokenizer = models.load(name, dtype=dtype, device=device, on_progress=on_progress)
+    model, tokenizer = load(name, dtype=dtype, device=device, on_progress=on_progress)
     return Subject(name, model, lambda count: _text_tokens(tokenizer, count).to(model.device), random=False)
 
 
@@ -63,9 +63,9 @@ def random_subject(
     Raises:
         ConfigError, ModelError: as for `random_model`.
     """
-    place = models.torch_device(device)
+    place = torch_device(device)
     quick = torch.bfloat16 if multiplies(torch.bfloat16, place) else torch.float32
-    built = random_model(geometry, num_layers, max_tokens, models.torch_dtype(dtype) or quick, place)
+    built = random_model(geometry, num_layers, max_tokens, torch_dtype(dtype) or quick, place)
     notes = ["random weights and random tokens: for speed alone, methods choose without meaning"]
     return Subject(
         f"random {geometry}",

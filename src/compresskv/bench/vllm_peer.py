@@ -10,9 +10,9 @@ from pathlib import Path
 
 from compresskv.bench.engine_peer import measure_engine, model_path
 from compresskv.bench.peer_request import BenchRequest
-from compresskv.embedded import ensure_embedded
-from compresskv.evaluation.peer_answers import Write, answer_request
-from compresskv.serving.bench.engine import start_engine
+from compresskv.models.embedded import ensure_embedded
+from compresskv.peers.answers import Write, answer_request
+from compresskv.peers.vllm import start_engine
 
 
 def measure(request: BenchRequest, write: Write) -> None:

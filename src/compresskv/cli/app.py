@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-import compresskv
 from compresskv.cli.ask import ask
 from compresskv.cli.bench import EPILOG as BENCH_EPILOG
 from compresskv.cli.bench import bench
@@ -24,7 +23,8 @@ from compresskv.cli.serve import CONTEXT as SERVE_CONTEXT
 from compresskv.cli.serve import EPILOG as SERVE_EPILOG
 from compresskv.cli.serve import serve
 from compresskv.errors import CompressKVError
-from compresskv.quiet import hush_torchao
+from compresskv.system.quiet import hush_torchao
+from compresskv.version import __version__
 
 app = typer.Typer(
     name="compresskv",
@@ -53,7 +53,7 @@ Examples:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"compresskv {compresskv.__version__}")  # noqa: T201
+        print(f"compresskv {__version__}")  # noqa: T201
         raise typer.Exit
 
 

@@ -31,7 +31,7 @@ from compresskv.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
-    from compresskv.method import Method
+    from compresskv.methods.base import Method
 
 
 def ask(
@@ -67,7 +67,7 @@ def ask(
     """
     check_mode(compile)
     context = read_document(document)
-    from compresskv.budgets import parse_budget
+    from compresskv.selection.budgets import parse_budget
 
     if save_plan is not None and compare:
         raise ConfigError(f"--save-plan {str(save_plan)!r} takes one method: leave out --compare")
@@ -83,9 +83,9 @@ def ask(
     chosen = create_methods(method, compare, settings)
     if request["two_pass"] and any(one.lookahead for one in chosen):
         raise ConfigError("--two-pass and --save-plan cannot look ahead: leave out --set lookahead")
-    from compresskv.compression import prepare_method
-    from compresskv.models import load
-    from compresskv.prompts import check_request
+    from compresskv.methods.prepare import prepare_method
+    from compresskv.models.load import load
+    from compresskv.prompts.prompt import check_request
 
     check_request(context, question, truncate)
     with Bar() as bar:

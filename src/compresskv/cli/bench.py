@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compresskv.bench.plan import Plan
     from compresskv.bench.run import Bench
     from compresskv.bench.subject import Subject
-    from compresskv.method import Method
+    from compresskv.methods.base import Method
 
 _MODEL = "smollm2-135m"
 EPILOG = """\b
@@ -92,7 +92,7 @@ def bench(
     with Bar() as bar:
         subject = _subject(model, random, layers, plan, dtype, device, bar)
         if random is None:
-            from compresskv.prompts import context_length
+            from compresskv.prompts.prompt import context_length
 
             asked, plan = plan, plan.fitted(context_length(subject.model), strict=lengths is not None)
             subject.notes += asked.changes(plan)
@@ -117,7 +117,7 @@ def _plan(
     lengths: str | None, budgets: str, methods: str, decode: str, repeats: int, new_tokens: int
 ) -> "tuple[Plan, dict[str, Method]]":
     from compresskv.bench.plan import DEFAULT_LENGTHS, Plan, parse_bench_budgets
-    from compresskv.registry import parse_methods
+    from compresskv.methods.registry import parse_methods
 
     given = parse_numbers("--lengths", lengths, int)
     counts, has_full = parse_bench_budgets(budgets)
@@ -130,7 +130,7 @@ def _plan(
         decode=tuple(dict.fromkeys(way.strip() for way in decode.split(",") if way.strip())),
     )
     if "int8" in plan.decode:
-        from compresskv.quantize import check_int8
+        from compresskv.models.quantize import check_int8
 
         check_int8("--decode")
     chosen = parse_methods("--methods", methods)
@@ -205,7 +205,7 @@ def _stages(subject: "Subject", plan: "Plan", methods: "dict[str, Method]", prof
     """All profiles are found before the first prefill; a random model is given a random one."""
     from compresskv.bench.geometry import random_profile
     from compresskv.bench.plan import our_stages
-    from compresskv.compression import prepare_method
+    from compresskv.methods.prepare import prepare_method
 
     own: Any = profile
     if subject.random and any(method.needs_profile for method in methods.values()):

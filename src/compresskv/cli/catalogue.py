@@ -14,7 +14,7 @@ def methods(as_json: JsonOption = False) -> None:
     """List the compression methods."""
     from dataclasses import fields
 
-    from compresskv.registry import methods as registered
+    from compresskv.methods.registry import methods as registered
 
     rows: list[dict[str, Any]] = [
         {
@@ -48,7 +48,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def models(as_json: JsonOption = False) -> None:
     """List the models that need no hub, and the forms in which others can be named."""
-    from compresskv.embedded import EMBEDDED, is_cached
+    from compresskv.models.embedded import EMBEDDED, is_cached
 
     rows = [
         {

@@ -39,8 +39,8 @@ def compile_step(
     for methods whose KV heads keep equal numbers of tokens, and one for those whose heads do not.
     """
     from compresskv.bench.subject import real_subject
-    from compresskv.compiled.trial import try_compiled
-    from compresskv.compression import prepare_method
+    from compresskv.bench.trial import try_compiled
+    from compresskv.methods.prepare import prepare_method
 
     chosen, *_ = create_methods(method, "", settings)
     with Bar() as bar:

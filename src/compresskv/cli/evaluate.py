@@ -82,7 +82,7 @@ def evaluate(
     from compresskv.evaluation.run import Evaluation, Plan, parse_rows
     from compresskv.evaluation.runner import SETTINGS
     from compresskv.evaluation.task import tasks as known_tasks
-    from compresskv.registry import parse_methods
+    from compresskv.methods.registry import parse_methods
 
     plan = Plan(
         tasks=parse_names("--tasks", tasks, list(known_tasks())),
@@ -104,7 +104,7 @@ def evaluate(
     request = PeerRequest(model, (), _split(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
     python = _python_of_peers() if peers else None
     with Bar() as bar:
-        from compresskv.models import load
+        from compresskv.models.load import load
 
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         prepared = configurations(loaded, chosen_methods, chosen_budgets, chosen_settings, profile)
@@ -124,7 +124,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 def _python_of_peers() -> Path:
     """Looked for before anything is computed."""
-    from compresskv.evaluation.peer_process import peers_python
+    from compresskv.peers.process import peers_python
 
     return peers_python()
 

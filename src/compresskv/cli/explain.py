@@ -24,8 +24,8 @@ from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
-    from compresskv.explain import Explanation, Report
-    from compresskv.method import Method
+    from compresskv.explain.retention import Explanation, Report
+    from compresskv.methods.base import Method
 
 EPILOG = """\b
 Examples:
@@ -74,7 +74,7 @@ def explain(
         _check_page(page, document)
     context = read_document(document)
     marked = evidence or []
-    from compresskv.budgets import parse_budget
+    from compresskv.selection.budgets import parse_budget
 
     request: dict[str, Any] = {
         "budget": parse_budget(budget),
@@ -84,9 +84,9 @@ def explain(
     for one in chosen:
         if one.lookahead:
             raise ConfigError(f"lookahead={one.lookahead} of {one.label!r}: nothing is evicted before the answer")
-    from compresskv.compression import prepare_method
-    from compresskv.models import load
-    from compresskv.prompts import check_request
+    from compresskv.methods.prepare import prepare_method
+    from compresskv.models.load import load
+    from compresskv.prompts.prompt import check_request
 
     check_request(context, question, truncate)
     _check_evidence(context, marked)
@@ -111,8 +111,8 @@ def _report(
     truncate: str,
     names: tuple[str, str],
 ) -> "Report":
-    from compresskv.explain import Report, prompt_text
-    from compresskv.prompts import build_prompt, room_for_prompt
+    from compresskv.explain.retention import Report, prompt_text
+    from compresskv.prompts.prompt import build_prompt, room_for_prompt
 
     room = room_for_prompt(loaded, max(1, request["max_new_tokens"]))
     prompt = build_prompt(tokenizer, context, question, max_tokens=room, truncate=truncate)
@@ -126,7 +126,7 @@ def _report(
 def _explanation(
     loaded: Any, tokenizer: Any, input_ids: Any, method: "Method", request: dict[str, Any]
 ) -> "Explanation":
-    from compresskv.explain import explain as read
+    from compresskv.explain.retention import explain as read
 
     with Bar() as bar:
         show = partial(_show_layers, bar, method.name)
@@ -146,7 +146,7 @@ def _shown_name(document: str) -> str:
 
 
 def _write(page: Path, report: "Report") -> None:
-    from compresskv.retention_page import retention_page
+    from compresskv.explain.page import retention_page
 
     try:
         page.write_text(retention_page(report), encoding="utf-8")
@@ -166,7 +166,7 @@ def _check_page(page: Path, document: str) -> None:
 
 
 def _check_evidence(context: str, evidence: list[str]) -> None:
-    from compresskv.explain import occurrences
+    from compresskv.explain.retention import occurrences
 
     for text in evidence:
         if not occurrences(context, text):

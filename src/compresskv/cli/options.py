@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from compresskv.errors import ConfigError
-from compresskv.options import parse_settings
+from compresskv.methods.options import parse_settings
 
 if TYPE_CHECKING:
-    from compresskv.method import Method
+    from compresskv.methods.base import Method
 
 N = TypeVar("N", int, float)
 
@@ -57,7 +57,7 @@ def create_methods(method: str, compare: str, settings: list[str] | None) -> "li
     Raises:
         ConfigError: an unknown method, or a setting that does not fit.
     """
-    from compresskv import registry
+    from compresskv.methods import registry
 
     options = parse_settings("--set", settings or [])
     if "[" in method:
@@ -99,7 +99,7 @@ def check_writable(option: str, path: Path) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    from compresskv.paths import try_folder_of
+    from compresskv.system.paths import try_folder_of
 
     if path.is_dir():
         raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")

@@ -76,7 +76,7 @@ def find(
 
     A quick profile is used where the model has no full one, and never replaces one.
     """
-    from compresskv.profiles.settings import Settings
+    from compresskv.calibration.settings import Settings
 
     given: dict[str, Any] = {
         "lengths": parse_numbers("--lengths", lengths, int),
@@ -86,12 +86,12 @@ def find(
     }
     changes = {name: value for name, value in given.items() if value is not None}
     settings = Settings.quick(**changes) if quick else Settings(**changes)
-    from compresskv.models import load
+    from compresskv.calibration.find import find_profile
+    from compresskv.calibration.measure import NothingRetrievedError
+    from compresskv.models.fingerprint import fingerprint
+    from compresskv.models.load import load
     from compresskv.profiles import store
-    from compresskv.profiles.find import find_profile
-    from compresskv.profiles.fingerprint import fingerprint
-    from compresskv.profiles.measure import NothingRetrievedError
-    from compresskv.prompts import context_length
+    from compresskv.prompts.prompt import context_length
 
     if output is not None:
         check_writable("--output", output)
@@ -135,7 +135,7 @@ def show(
         out.print(f"\nlayer budgets at a mean of {budget} tokens")
         out.print(_layer_table(loaded, tokens), soft_wrap=False)
     if plot is not None:
-        from compresskv import plots
+        from compresskv.calibration import plots
 
         plots.head_scores(loaded, plot / "head_scores.png")
         plots.layer_budgets(loaded, budget, plot / "layer_budgets.png")
@@ -178,9 +178,9 @@ def verify(
 ) -> None:
     """Mask the profile's heads and see whether the model still finds needles."""
     check_folder("--plot", plot)
-    from compresskv.models import load
+    from compresskv.calibration.verify import VerifySettings, to_rows, verify_profile
+    from compresskv.models.load import load
     from compresskv.profiles.store import resolve_profile
-    from compresskv.profiles.verify import VerifySettings, to_rows, verify_profile
 
     settings = VerifySettings(
         counts=parse_numbers("--counts", counts, int) or (),
@@ -201,7 +201,7 @@ def verify(
             table.add_row(one.group, str(one.count), f"{one.successes} of {one.cases}", f"{one.accuracy:.0%}")
         out.print(table, soft_wrap=False)
     if plot is not None:
-        from compresskv import plots
+        from compresskv.calibration import plots
 
         plots.ablation(ablations, plot / "verify.png")
         err.print(f"figure: {plot / 'verify.png'}")

@@ -173,7 +173,7 @@ def _located(model: str, bar: Bar) -> tuple[str, str]:
         ConfigError: a GGUF file.
         ModelError: the embedded model cannot be had.
     """
-    from compresskv.embedded import EMBEDDED, ensure_embedded
+    from compresskv.models.embedded import EMBEDDED, ensure_embedded
 
     if model in EMBEDDED:
         return str(ensure_embedded(model, bar)), model

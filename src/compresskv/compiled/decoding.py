@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from compresskv.cache import CompressedCache
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.layer import CompressedLayer
 from compresskv.compiled.graph import GraphedStep
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
 from compresskv.compiled.package import NotCompilableError, Package, Progress, built_facts, load_package
 from compresskv.compiled.step import EVEN, RAGGED, SLIDING, StepInputs
-from compresskv.layer import CompressedLayer
 
 _STEP_ARGUMENTS = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention import routing
+from compresskv.attention.routing import routing
 from compresskv.compiled.package import NotCompilableError
 from compresskv.compiled.step import SLIDING, Step, StepInputs
 from compresskv.errors import first_line

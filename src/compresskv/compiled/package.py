@@ -20,13 +20,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import compresskv
-from compresskv.attention import base_implementation, decoder_config, routing
+from compresskv.attention.routing import base_implementation, routing
 from compresskv.compiled.step import RAGGED, Step, StepInputs
 from compresskv.errors import first_line
-from compresskv.locking import locked
-from compresskv.paths import cache_dir
-from compresskv.processor import instruction_sets, processor_name
+from compresskv.models.shape import decoder_config
+from compresskv.system.locking import locked
+from compresskv.system.paths import cache_dir
+from compresskv.system.processor import instruction_sets, processor_name
+from compresskv.version import __version__
 
 Progress = Callable[[str, float | None], None]
 
@@ -103,9 +104,9 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
         base_implementation(model),
         _layout(model),
         kinds,
-        [torch.__version__, transformers.__version__, platform.python_version(), compresskv.__version__],
+        [torch.__version__, transformers.__version__, platform.python_version(), __version__],
         [platform.machine(), processor_name(), instruction_sets(), str(model.device), torch.get_num_threads()],
-        [file.read_text() for file in (*sorted(own.glob("*.py")), own.parent / "attention.py")],
+        [file.read_text() for file in (*sorted(own.glob("*.py")), *sorted((own.parent / "attention").glob("*.py")))],
     ]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     return cache_dir() / "compiled" / f"{decoder_config(model).model_type}-{digest}"

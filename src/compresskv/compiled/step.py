@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, is_plain, without_masks
+from compresskv.attention.routing import AttentionFunction, RoutedLayer, is_plain, without_masks
 from compresskv.errors import ModelError
+from compresskv.models.shape import decoder_config
 
 EVEN, RAGGED, SLIDING = "even", "ragged", "sliding"
 """Kinds of layers: KV heads that hold equal numbers of tokens, KV heads that need not, and a sliding window."""

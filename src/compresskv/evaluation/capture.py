@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention import AttentionFunction, RoutedLayer, decoder_config, scaling_of
-from compresskv.budgets import Budget
-from compresskv.cache import CompressedCache, layers_nbytes
-from compresskv.decoding import prefill
-from compresskv.full_cache import FullCache
-from compresskv.method import Method
+from compresskv.attention.routing import AttentionFunction, RoutedLayer, scaling_of
+from compresskv.cache.cache import CompressedCache, layers_nbytes
+from compresskv.cache.full import FullCache
+from compresskv.methods.base import Method
+from compresskv.models.decoding import prefill
+from compresskv.models.shape import decoder_config
+from compresskv.selection.budgets import Budget
 
 
 class WindowLayer(RoutedLayer):

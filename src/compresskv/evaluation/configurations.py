@@ -5,14 +5,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from compresskv import registry
-from compresskv.budgets import parse_budget
-from compresskv.compression import prepare_method
 from compresskv.errors import ConfigError
 from compresskv.evaluation.runner import SETTINGS, Configuration
-from compresskv.method import Method
+from compresskv.methods import registry
+from compresskv.methods.base import Method
+from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
-from compresskv.suggest import suggestion
+from compresskv.selection.budgets import parse_budget
+from compresskv.system.suggest import suggestion
 
 FULL = "full"
 

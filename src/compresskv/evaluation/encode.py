@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from compresskv.errors import PromptError
 from compresskv.evaluation.example import Example
-from compresskv.offsets import token_range
-from compresskv.plan import prompt_digest
+from compresskv.plans.plan import prompt_digest
+from compresskv.prompts.offsets import token_range
 
 _STAND_IN = "\x1a"  # what no template contains
 

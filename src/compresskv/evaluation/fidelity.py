@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from compresskv.cache import CompressedCache
-from compresskv.decoding import decode
-from compresskv.full_cache import branch
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.full import branch
+from compresskv.models.decoding import decode
 
 
 @dataclass(frozen=True)

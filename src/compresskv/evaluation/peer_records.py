@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.evaluation.peer_process import run_peers
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest
 from compresskv.evaluation.records import Record, RecordLog, config_name
 from compresskv.evaluation.runner import Case
+from compresskv.peers.process import run_peers
 
 _OWN_FIELDS = {field.name for field in fields(Record)}
 

@@ -1,46 +1,16 @@
 """What the peers' process is asked to do: cases, presses and budgets, as JSON."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compresskv.budgets import check_budget
 from compresskv.errors import ConfigError, DataError, first_line
 from compresskv.evaluation.records import SETTINGS, config_name
-from compresskv.suggest import suggestion
+from compresskv.peers.press_names import check_presses, method_name
+from compresskv.selection.budgets import check_budget
 
 BUDGET_UNITS = ("tokens", "bytes")
-PRESSES = (
-    "SnapKVPress",
-    "ExpectedAttentionPress",
-    "KnormPress",
-    "ChunkKVPress(SnapKVPress)",
-    "FinchPress",
-    "AdaKVPress(SnapKVPress)",
-    "AdaKVPress(ExpectedAttentionPress)",
-    "CriticalAdaKVPress(SnapKVPress)",
-    "KVzipPress",
-)
-"""Outer(Inner), each with kvpress's own defaults. The first five free memory; the others mask, so they hold
-the whole prompt, KVzipPress twice until the next token: its keys are views that keep its own replay alive."""
-
-
-def check_presses(names: Iterable[str]) -> None:
-    """Refuse presses that the peers' process cannot run. Needs no kvpress.
-
-    Raises:
-        ConfigError: naming the first that is unknown.
-    """
-    for name in names:
-        if name not in PRESSES:
-            raise ConfigError(f"--peers {name!r} is unknown{suggestion(name, PRESSES)}")
-
-
-def method_name(press: str) -> str:
-    """What records call a press."""
-    return f"kvpress:{press}"
 
 
 @dataclass(frozen=True)

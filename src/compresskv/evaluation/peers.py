@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv import models
-from compresskv.budgets import resolve
-from compresskv.decoding import end_tokens
 from compresskv.errors import ConfigError, first_line
-from compresskv.evaluation.peer import Peer, now, peer
-from compresskv.evaluation.peer_answers import Write, answer_request
-from compresskv.evaluation.peer_cache import PeerCache
-from compresskv.evaluation.peer_request import PeerCase, PeerRequest, method_name
+from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.models.decoding import end_tokens
+from compresskv.models.load import load
+from compresskv.peers.answers import Write, answer_request
+from compresskv.peers.press_cache import PeerCache
+from compresskv.peers.press_names import method_name
+from compresskv.peers.presses import Peer, now, peer
+from compresskv.selection.budgets import resolve
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -79,7 +80,7 @@ def results(request: PeerRequest) -> Iterator[dict[str, Any]]:
         ConfigError, ModelError: nothing can be run at all.
     """
     peers = {name: peer(name) for name in request.presses}
-    loaded = models.load(request.model, dtype=request.dtype, device=request.device)
+    loaded = load(request.model, dtype=request.dtype, device=request.device)
     versions = {name: version(name) for name in ("compresskv", "kvpress", "torch", "transformers")}
     pending = [(case, *config) for case in request.cases for config in request.pending(case)]
     for case, setting, press, budget in pending:

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from filelock import FileLock, Timeout
 
 from compresskv.errors import DataError
-from compresskv.jsonl_log import JsonlLog, parse_line, whole_lines, write_whole
+from compresskv.system.jsonl_log import JsonlLog, parse_line, whole_lines, write_whole
 
 _CONFIGURATION = "run.json"
 _RECORDS = "records.jsonl"

@@ -8,7 +8,7 @@ from typing import Any
 from compresskv.errors import DataError
 from compresskv.evaluation.figures import draw
 from compresskv.evaluation.summary import Row, Table
-from compresskv.jsonl_log import write_whole
+from compresskv.system.jsonl_log import write_whole
 
 _HOW_TO_READ = """\
 Scores are per cent of what the benchmark can give, with a 95 % interval (bootstrap over cases: too narrow where there

@@ -11,7 +11,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import compresskv
 from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.evaluation.encode import encode
 from compresskv.evaluation.example import Example
@@ -20,10 +19,11 @@ from compresskv.evaluation.peer_request import PeerRequest
 from compresskv.evaluation.records import RecordLog
 from compresskv.evaluation.runner import Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings, create_task
-from compresskv.profiles.fingerprint import fingerprint
-from compresskv.prompts import room_for_prompt
-from compresskv.quantize import weights_dtype
-from compresskv.suggest import suggestion
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.quantize import weights_dtype
+from compresskv.prompts.prompt import room_for_prompt
+from compresskv.system.suggest import suggestion
+from compresskv.version import __version__
 
 Progress = Callable[[str, float], None]
 TOO_LONG = ("cut", "skip")
@@ -236,7 +236,7 @@ def parse_rows(text: str) -> tuple[int | None, int | None, int | None]:
 def versions(model: PreTrainedModel) -> dict[str, str]:
     """What a record names beside its figures."""
     return {
-        "compresskv": compresskv.__version__,
+        "compresskv": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv.attention import routing
-from compresskv.cache import CompressedCache
-from compresskv.decoding import decode, prefill
+from compresskv.attention.routing import routing
+from compresskv.cache.cache import CompressedCache
 from compresskv.errors import ConfigError
 from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.encode import EncodedPrompt
@@ -18,7 +17,8 @@ from compresskv.evaluation.example import Example
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference
 from compresskv.evaluation.records import SETTINGS, Record, config_name
 from compresskv.evaluation.task import Task
-from compresskv.method import Method
+from compresskv.methods.base import Method
+from compresskv.models.decoding import decode, prefill
 
 __all__ = ["SETTINGS", "Case", "Configuration", "Runner"]
 

@@ -1,7 +1,1 @@
-"""The compression methods, one file each. Importing this package registers them all."""
-
-import importlib
-import pkgutil
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+"""The compression methods, one file each; `registry.methods` imports them all."""

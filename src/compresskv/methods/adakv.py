@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
-from compresskv.selection import select_across_heads
+from compresskv.selection.select import select_across_heads
 
 
 @register

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compresskv.method import LayerInputs, Observation
+from compresskv.methods.base import LayerInputs, Observation
 from compresskv.methods.cake import CAKE
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
 from compresskv.methods.vote import count_votes, layer_vote, narrowed
 from compresskv.profiles.profile import Profile, needed_profile
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
-from compresskv.scoring import set_first, without_padding
-from compresskv.selection import select_across_heads
+from compresskv.selection.scores import set_first, without_padding
+from compresskv.selection.select import select_across_heads
 
 
 @register

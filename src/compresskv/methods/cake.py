@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compresskv import budgets as layer_budgets
-from compresskv.method import LayerInputs, Observation
+from compresskv.methods.base import LayerInputs, Observation
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
-from compresskv.scoring import mean_over_groups, pool
+from compresskv.selection import budgets as layer_budgets
+from compresskv.selection.scores import mean_over_groups, pool
 
 GAMMA = 200.0
 

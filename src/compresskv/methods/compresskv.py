@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from compresskv import budgets
 from compresskv.errors import ProfileError
-from compresskv.method import LayerInputs, Method
+from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
-from compresskv.scoring import heads_window_attention, pool, sum_over_window
+from compresskv.selection import budgets
+from compresskv.selection.scores import heads_window_attention, pool, sum_over_window
 
 
 @register
@@ -37,7 +37,7 @@ class CompressKV(Method):
         return replace(self, profile=profile)
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
-        """In proportion to the profile's layer errors; see `compresskv.budgets.error_aware`."""
+        """In proportion to the profile's layer errors; see `compresskv.selection.budgets.error_aware`."""
         errors = self._profile.layer_errors
         if len(errors) != num_layers:
             raise ProfileError(

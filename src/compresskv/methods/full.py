@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compresskv.method import Method
-from compresskv.registry import register
+from compresskv.methods.base import Method
+from compresskv.methods.registry import register
 
 
 @register

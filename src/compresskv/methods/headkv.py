@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
-from compresskv import budgets
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
 from compresskv.profiles.profile import Profile, needed_profile
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
+from compresskv.selection import budgets
 
 
 @register

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compresskv.method import LayerInputs, Method
-from compresskv.registry import register
+from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.registry import register
 
 
 @register

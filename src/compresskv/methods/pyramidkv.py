@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from compresskv import budgets
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
+from compresskv.selection import budgets
 
 
 @register
@@ -24,5 +24,5 @@ class PyramidKV(SnapKV):
     beta: float = 20.0
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
-        """Linear from deep to shallow; see `compresskv.budgets.pyramid`."""
+        """Linear from deep to shallow; see `compresskv.selection.budgets.pyramid`."""
         return budgets.pyramid(budget, num_layers, num_tokens, window_size=self.window_size, beta=self.beta)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compresskv.method import LayerInputs, Method
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
-from compresskv.scoring import mean_over_groups, pool, sum_over_window, window_attention
+from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
+from compresskv.selection.scores import mean_over_groups, pool, sum_over_window, window_attention
 
 
 @register

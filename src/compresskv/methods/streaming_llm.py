@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compresskv.method import LayerInputs, Method
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
-from compresskv.scoring import set_first
+from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
+from compresskv.selection.scores import set_first
 
 
 @register

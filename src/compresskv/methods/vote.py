@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compresskv.method import LayerInputs, Method, Observation
+from compresskv.methods.base import LayerInputs, Method, Observation
 from compresskv.methods.cake import strong_or_restless
+from compresskv.methods.ranges import Range, ranges
+from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile
-from compresskv.ranges import Range, ranges
-from compresskv.registry import register
-from compresskv.scoring import (
+from compresskv.selection.scores import (
     heads_window_attention,
     mean_over_groups,
     pool,

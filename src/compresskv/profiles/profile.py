@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compresskv.budgets import error_aware
 from compresskv.errors import ProfileError
-from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.models.fingerprint import Fingerprint
+from compresskv.selection.budgets import error_aware
 
 FORMAT = "compresskv-profile"
 VERSION = 1

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from compresskv.errors import ModelError, ProfileError, first_line
-from compresskv.profiles.fingerprint import Fingerprint
+from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile, combined, normalised
-from compresskv.quiet import quiet
+from compresskv.system.quiet import quiet
 
 _AVERAGE = "avg_score"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from compresskv.attention import routing
+from compresskv.attention.routing import routing
 from compresskv.errors import ProfileError
-from compresskv.paths import cache_dir, try_folder_of
-from compresskv.profiles.fingerprint import Fingerprint, fingerprint
+from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
+from compresskv.system.paths import cache_dir, try_folder_of
 
 _QUICK = ".quick.json"
 _SHIPPED = Path(__file__).parent / "shipped"

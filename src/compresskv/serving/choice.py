@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from compresskv.method import LayerInputs, Method, Observation
+from compresskv.methods.base import LayerInputs, Method, Observation
 from compresskv.serving.settings import Cut
 
 

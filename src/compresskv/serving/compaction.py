@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.method import LayerInputs, Method
+from compresskv.methods.base import LayerInputs, Method
 from compresskv.serving.choice import choose, observe
 from compresskv.serving.clock import Clock
 from compresskv.serving.counters import counters

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ModelError, ProfileError
-from compresskv.method import Method
+from compresskv.methods.base import Method
 from compresskv.serving.settings import Settings
 
 
@@ -17,7 +17,7 @@ def check_profile(settings: Settings, model_config: Any, download_dir: str | Non
     """
     if not settings.bare_method().needs_profile:
         return
-    from compresskv.profiles.checkpoint import is_complete
+    from compresskv.models.checkpoint import is_complete
     from compresskv.profiles.profile import read_profile
 
     if settings.profile is not None:
@@ -43,7 +43,7 @@ def with_profile(settings: Settings, model_config: Any, download_dir: str | None
     method = settings.bare_method()
     if not method.needs_profile:
         return method
-    from compresskv.profiles.checkpoint import checkpoint_fingerprint
+    from compresskv.models.checkpoint import checkpoint_fingerprint
     from compresskv.profiles.profile import Profile, read_profile
     from compresskv.profiles.store import profile_for
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.method import Observation
+from compresskv.methods.base import Observation
 
 
 class Ranks:

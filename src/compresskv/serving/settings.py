@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compresskv.budgets import check_budget, parse_budget
 from compresskv.errors import ConfigError
-from compresskv.method import Method
-from compresskv.registry import create, methods, parse_methods
+from compresskv.methods.base import Method
+from compresskv.methods.registry import create, methods, parse_methods
+from compresskv.selection.budgets import check_budget, parse_budget
 
 KEY = "compresskv"
 """Names us in vLLM's `additional_config`, and in a request's `extra_args` (`vllm_xargs` in the OpenAI API)."""

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from compresskv.calibration.needles import Haystack, Needle, read_haystack, read_needles, render
 from compresskv.errors import ConfigError, DataError, ProfileError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.key_values import draw_pair, hide_pair
 from compresskv.evaluation.metrics import contains, rouge_1_recall
 from compresskv.evaluation.task import Task, TaskSettings, register_task
-from compresskv.profiles import calibration
-from compresskv.profiles.calibration import Haystack, read_haystack, read_needles, render
 
 NEEDLES = Path(__file__).parent.parent / "needles.json"
 _NUM_NEEDLES = {"single": 1, "paraphrase": 1, "multi": 3}
@@ -35,7 +34,7 @@ _UUID_QUESTION = 'Each line above holds a key and its value. What is the value o
 
 
 @dataclass(frozen=True)
-class Fact(calibration.Needle):
+class Fact(Needle):
     """A needle with the words that a right answer must hold."""
 
     answer: str
@@ -85,7 +84,7 @@ class _Case:
 
 
 @register_task
-class Needle(Task):
+class NeedleTask(Task):
     """Retrieval from known places in texts of known lengths."""
 
     name = "needle"

@@ -1,0 +1,1 @@
+"""A model's attention, routed through the layers of our caches."""

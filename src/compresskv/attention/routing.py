@@ -1,0 +1,277 @@
+"""Our attention functions, and how they find the cache layer whose keys they are given.
+
+transformers calls `past_key_values.update(...)` and then, in the same thread, the attention function named in the
+model's config, but never tells that function about the cache. So a `RoutedLayer` notes itself when it is updated, and
+our attention function hands the call to it if the keys are the very tensor that the layer returned. This binds by
+identity: it holds for several caches of one model, for threads, and for models that mix layer kinds.
+"""
+
+import copy
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from compresskv.attention.prefill import causal_attention, is_faster
+from compresskv.errors import CacheStateError, ModelError
+from compresskv.models.shape import decoder_config
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+BASES = ("eager", "sdpa")
+"""The attention implementations that a model may have when it is given a compressed cache."""
+_PREFIX = "compresskv_"
+
+_updated = threading.local()  # .layer: the RoutedLayer that this thread updated last and that awaits its attention
+
+
+class RoutedLayer(DynamicLayer):
+    """A cache layer that sees the attention over its keys. Subclasses override `attend`."""
+
+    def __init__(self, layer_idx: int, model_config: PretrainedConfig) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer_idx = layer_idx
+        self._model_config = model_config
+        self._awaits_attention = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
+        """A copy bound to the same model: with a config of its own, it could be used outside `compressing`."""
+        memo[id(self._model_config)] = self._model_config
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, H_kv, T_new, D) and return all that are held.
+
+        Raises:
+            CacheStateError: used outside `compressing`.
+            ModelError: the model does not pass these keys to its attention function.
+        """
+        if not str(self._model_config._attn_implementation).startswith(_PREFIX):
+            raise CacheStateError("this cache works only inside the 'with compresskv.compressing(...)' that made it")
+        if self._awaits_attention:
+            raise ModelError(
+                f"layer {self.layer_idx}: this model's attention does not use the keys that the cache returns, "
+                "so its cache cannot be compressed"
+            )
+        keys, values = self._append(key_states, value_states)
+        self._awaits_attention = True
+        _updated.layer = self
+        return keys, values
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            old_keys, old_values = self.stored()
+            self.keys = torch.cat([old_keys, key_states], dim=-2)
+            self.values = torch.cat([old_values, value_states], dim=-2)
+        else:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys, self.values = owned(key_states), owned(value_states)
+            self.is_initialized = True
+        return self.stored()
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run `attention(query, mask)` over this layer's keys and values.
+
+        Args:
+            attention: the model's own attention function, its module and other arguments bound.
+            query: (B, H_q, T_new, D), post-RoPE.
+            mask: (B, 1, T_new, columns) bool or additive float; None where nothing is masked but the future.
+            kwargs: the attention module, and what it gave to the attention function (scaling, softcap, ...).
+        """
+        return attention(query, *self.stored(), mask)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The keys and values held, (B, H_kv, stored, D) each.
+
+        Raises:
+            CacheStateError: nothing was stored yet.
+        """
+        if self.keys is None or self.values is None:
+            raise CacheStateError(f"layer {self.layer_idx} of the cache is empty")
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._awaits_attention = False
+
+
+def scaling_of(query: Tensor, scaling: float | None) -> float:
+    """The factor on dot products that a module gave to its attention function, or the usual D ** -0.5."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def owned(states: Tensor) -> Tensor:
+    """`states` itself, or a copy where it is a view that would keep a larger tensor alive (fused projections)."""
+    if states.untyped_storage().nbytes() > states.nelement() * states.element_size():
+        return states.clone(memory_format=torch.contiguous_format)
+    return states
+
+
+def _attention_forward(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function: the layer's `attend` where the keys are a RoutedLayer's, else the base function."""
+    function = _base_function(base, type(module))  # type: ignore[arg-type]  # torch's stubs hide type.__hash__
+    layer: RoutedLayer | None = getattr(_updated, "layer", None)
+    if layer is None or layer.keys is not key:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    _updated.layer = None
+    layer._awaits_attention = False
+
+    plain = base == "sdpa" and is_plain(module, **kwargs)
+    is_causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if plain and query.shape[2] == 1:
+            return grouped_attention(query, key, value, mask, kwargs.get("scaling")), None
+        if plain and mask is None and is_causal and is_faster(query, key):
+            return causal_attention(query, key, value, kwargs.get("scaling")), None
+        return function(module, query, key, value, mask, **kwargs)
+
+    return layer.attend(attention, query, attention_mask, module=module, **kwargs)
+
+
+def is_plain(
+    module: nn.Module,
+    *,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> bool:
+    """Whether nothing but the scaling changes the usual attention."""
+    return not (softcap or dropout or output_attentions or position_bias is not None or hasattr(module, "sinks"))
+
+
+def grouped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention of one new token to all that is held: the queries that read a KV head are its rows, so that keys are
+    read once and never repeated.
+
+    Args:
+        query: (B, H_kv * G, 1, D).
+        keys, values: (B, H_kv, n, D).
+        mask: (B, H_kv * G or 1, 1, n), bool or additive; None: all of n.
+        scaling: factor on the dot products; None: D ** -0.5.
+    Returns: (B, 1, H_kv * G, D).
+    """
+    batch_size, num_query_heads, _, head_dim = query.shape
+    grouped = query.reshape(batch_size, keys.shape[1], -1, head_dim)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], *grouped.shape[1:3], mask.shape[-1])
+    output = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return output.reshape(batch_size, 1, num_query_heads, values.shape[-1])
+
+
+@functools.cache
+def _base_function(base: str, module_type: type[nn.Module]) -> AttentionFunction:
+    """transformers' function for `base`; 'eager' is defined beside each model's attention module."""
+    if base != "eager":
+        return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+    try:
+        return sys.modules[module_type.__module__].eager_attention_forward  # type: ignore[no-any-return]
+    except AttributeError:
+        raise ModelError(f"{module_type.__name__} has no eager attention function: load the model with sdpa") from None
+
+
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """Let routed models build no attention masks in this thread: cache layers know what is masked."""
+    _masks.unwanted = True
+    try:
+        yield
+    finally:
+        _masks.unwanted = False
+
+
+_masks = threading.local()
+
+
+def _mask(base: str, *args: Any, **kwargs: Any) -> Any:
+    """transformers' mask for `base`, unless none is wanted."""
+    return None if getattr(_masks, "unwanted", False) else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+
+
+for _base in BASES:
+    AttentionInterface.register(_PREFIX + _base, functools.partial(_attention_forward, _base))
+    # Without a mask function under our own name, transformers would build no mask at all and ignore padding.
+    AttentionMaskInterface.register(_PREFIX + _base, functools.partial(_mask, _base))
+
+
+_lock = threading.Lock()
+_routed: dict[int, tuple[int, str]] = {}  # id(config) -> (contexts open on it, the implementation to restore)
+
+
+@contextmanager
+def routing(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model` use our attention functions; its own come back when the last open context on it ends.
+
+    Raises:
+        ModelError: the model, or its attention implementation, cannot be used with a compressed cache.
+    """
+    config = decoder_config(model)
+    with _lock:
+        count, original = _routed.get(id(config), (0, str(config._attn_implementation)))
+        if count == 0:
+            check_supported(model)
+            config._attn_implementation = _PREFIX + original
+        _routed[id(config)] = (count + 1, original)
+    try:
+        yield
+    finally:
+        with _lock:
+            count, original = _routed.pop(id(config))
+            if count > 1:
+                _routed[id(config)] = (count - 1, original)
+            else:
+                config._attn_implementation = original
+
+
+def base_implementation(model: PreTrainedModel) -> str:
+    """'eager' or 'sdpa', inside of `routing` and outside."""
+    return str(decoder_config(model)._attn_implementation).removeprefix(_PREFIX)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse what cannot work, before anything is computed.
+
+    Raises:
+        ModelError: one line that says what and, where there is a way out, what to do.
+    """
+    name, config = type(model).__name__, decoder_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model: only decoder-only models have a prompt cache to compress"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(f"{name} does not use transformers' attention interface, so its cache cannot be compressed")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ModelError(f"{name} shares KV caches between layers, which is not supported")
+    if config._attn_implementation not in BASES:
+        raise ModelError(
+            f"attn_implementation={config._attn_implementation!r} is not supported: "
+            "load the model with attn_implementation='sdpa'"
+        )

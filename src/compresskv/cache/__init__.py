@@ -1,0 +1,1 @@
+"""The KV cache that keeps only what a method chose."""

@@ -1,0 +1,209 @@
+"""The KV cache that keeps only what a method chose."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from compresskv.attention.routing import RoutedLayer, owned
+from compresskv.cache.eviction import Eviction
+from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
+from compresskv.errors import CacheStateError, ConfigError
+from compresskv.methods.base import Method
+from compresskv.models.shape import compressible_layers, decoder_config
+from compresskv.selection import budgets
+from compresskv.system.memory import storage_nbytes
+
+
+class RoutedCache(Cache):
+    """A cache whose full-attention layers see the attention over their keys; sliding windows hold their own tokens."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
+        stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if key_states.shape[-2] > 1:
+            own_window(self.layers[layer_idx])
+        return stored
+
+
+class CompressedCache(RoutedCache):
+    """The cache to pass as `past_key_values` inside `compressing`. One prompt at a time; `reset()` for the next.
+
+    Full-attention layers are compressed. Sliding-window and linear-attention layers keep transformers' own layers:
+    they are bounded already.
+    """
+
+    # transformers' assisted decoding and deferred stopping ask this before they rely on `crop`
+    is_croppable = False
+
+    layer_type: type[CompressedLayer] = CompressedLayer
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        budget: budgets.Budget,
+        *,
+        prompt_tokens: int | None = None,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Build an empty cache.
+
+        Args:
+            prompt_tokens: the prompt's length, where it is read in several forward passes; None: in the first one.
+            on_layer: called in prefill with (layers done, layers).
+        Raises:
+            ModelError: the model has no full-attention layer.
+            ConfigError: the budget cannot work.
+        """
+        eviction = Eviction(method, budget, len(compressible_layers(model)), prompt_tokens, on_layer)
+        make = functools.partial(self.layer_type, model=model, eviction=eviction)
+        super().__init__(layers=routed_layers(model, make))
+        self.method = method
+        self.num_compiled_steps = 0
+        """Tokens that were read by a compiled step."""
+        self.compile_s = 0.0
+        """Seconds spent on building or loading it."""
+        self.not_compiled: str | None = None
+        """Why steps are not compiled though that was asked for."""
+
+    def __bool__(self) -> bool:
+        """Whether anything was read.
+
+        For a prompt beyond its first context length, Phi-3's `generate` replaces a cache that is true and shorter than
+        that by a plain one: an empty cache that was true would never be used.
+        """
+        return self.get_seq_length() > 0
+
+    @torch.no_grad()
+    def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:
+        """Take over a prompt that was read with a full cache, and cut it; `full` stays as it is.
+
+        For plans, and for methods without an observation window (queries are not in a cache). One prompt, no padding.
+
+        Args:
+            full: transformers' own cache, such as `DynamicCache`.
+            num_prompt_tokens: how many of its tokens are the prompt; None: all. Later ones are kept.
+        Raises:
+            CacheStateError: this cache holds a prompt, or `full` does not hold one whole prompt of this model.
+            ConfigError: the method needs queries.
+            PlanError: the plan is of another prompt length.
+        """
+        num_tokens = full.get_seq_length()
+        num_prompt = num_tokens if num_prompt_tokens is None else num_prompt_tokens
+        if self.method.window_size or self.method.lookahead:
+            raise ConfigError(f"method {self.method.name!r} needs queries, which a cache does not hold: make a plan")
+        if self.get_seq_length() or not 0 < num_prompt <= num_tokens or not self._can_adopt(full):
+            raise CacheStateError(
+                f"cannot adopt {num_prompt} prompt tokens from a {type(full).__name__} of {num_tokens} tokens in "
+                f"{len(full.layers)} layers into a cache of {self.get_seq_length()} in {len(self.layers)}"
+            )
+        try:
+            for layer_idx, source in enumerate(full.layers):
+                self._adopt_layer(layer_idx, source, num_prompt, num_tokens)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _can_adopt(self, full: Cache) -> bool:
+        """Whether it has this model's layers, and in full-attention layers every token of one prompt."""
+        held = [
+            getattr(source, "keys", None)
+            for source, layer in zip(full.layers, self.layers, strict=False)
+            if isinstance(layer, CompressedLayer)
+        ]
+        whole = all(keys is not None and keys.shape[0] == 1 and keys.shape[2] >= full.get_seq_length() for keys in held)
+        return len(full.layers) == len(self.layers) and whole
+
+    def _adopt_layer(self, layer_idx: int, source: Any, num_prompt: int, num_tokens: int) -> None:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CompressedLayer):
+            prompt, later = slice(0, num_prompt), slice(num_prompt, num_tokens)  # a static cache has empty slots behind
+            layer.adopt_prompt(source.keys[:, :, prompt], source.values[:, :, prompt])
+            layer.finish_prompt(source.keys[:, :, :0], None, 1.0, None)
+            if num_tokens > num_prompt:
+                layer.adopt_generated(source.keys[:, :, later], source.values[:, :, later])
+        else:
+            self.layers[layer_idx] = copy.deepcopy(source)
+            own_window(self.layers[layer_idx])
+
+    def crop(self, max_length: int) -> None:
+        """Remove generated tokens from the end; see `CompressedLayer.crop`."""
+        for layer in self.compressed_layers:  # refuse before any layer is changed
+            layer.check_crop(max_length)
+        super().crop(max_length)
+
+    def activate_past_recording(self) -> None:
+        """Refuse: newer transformers call this before assisted decoding reads the prompt.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(f"a compressed cache cannot take drafts back out of its prompt. {NO_ASSISTANT}")
+
+    def reset(self) -> None:
+        """Forget everything; the next forward pass is a new prompt. Tokens and seconds go on being counted."""
+        self.not_compiled = None  # the next prompt may need another step
+        super().reset()  # type: ignore[no-untyped-call]
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # older transformers leave zeros that count as tokens
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
+    @property
+    def compressed_layers(self) -> list[CompressedLayer]:
+        """The full-attention layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages that keys and values hold now, in all layers."""
+        return layers_nbytes(self.layers)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that the cache held, or would have held, for the whole prompt before eviction."""
+        return self._other_nbytes + sum(layer.full_nbytes for layer in self.compressed_layers)
+
+    @property
+    def retained_nbytes(self) -> int:
+        """Bytes that the cache held right after eviction; where nothing was evicted yet, those that it holds now."""
+        return self._other_nbytes + sum(layer.retained_nbytes for layer in self.compressed_layers)
+
+    @property
+    def _other_nbytes(self) -> int:
+        """Bytes that the layers hold which are not compressed."""
+        return layers_nbytes([layer for layer in self.layers if not isinstance(layer, CompressedLayer)])
+
+
+def own_window(layer: Any) -> None:
+    """Free what a sliding-window layer has left behind its window.
+
+    It keeps a view of the whole prompt, which would stay in memory until the next token, and in copies of the layer.
+    """
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.keys, layer.values = (owned(states) for states in (layer.keys, layer.values) if states is not None)
+
+
+def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:
+    """One cache layer for each layer of the model, the full-attention ones made by `make(layer_idx, position)`."""
+    layers = list(DynamicCache(config=decoder_config(model)).layers)
+    for position, layer_idx in enumerate(compressible_layers(model)):
+        layers[layer_idx] = make(layer_idx, position)
+    return layers
+
+
+def layers_nbytes(layers: Sequence[Any]) -> int:
+    """Bytes of the storages behind the keys and values of cache layers."""
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        own = isinstance(layer, CompressedLayer)
+        tensors += layer.tensors if own else [getattr(layer, name, None) for name in ("keys", "values")]
+    return storage_nbytes(tensors)

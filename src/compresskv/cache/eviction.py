@@ -1,0 +1,183 @@
+"""What the layers of one cache decide together: budgets, the prompt's shape, and when each layer is cut."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compresskv.errors import ConfigError, PromptError
+from compresskv.methods.base import LayerInputs, Method, Observation
+from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.select import UNUSED
+
+
+class Retaining(Protocol):
+    """A cache layer as the eviction sees it."""
+
+    def retain(self, indices: Tensor, scores: Tensor) -> None:
+        """Keep the named prompt tokens and free all others. `scores` (B, H or 1, T) are what they were chosen by."""
+
+
+class Eviction:
+    """What the layers of one cache share: the method, the budget, and the prompt's shape once it is known."""
+
+    def __init__(
+        self,
+        method: Method,
+        budget: Budget,
+        num_layers: int,
+        prompt_tokens: int | None,
+        on_layer: Callable[[int, int], None] | None,
+    ) -> None:
+        self.method = method
+        self.budget = check_budget(budget)
+        if not isinstance(budget, (int, float)) and len(budget) != num_layers:
+            raise ConfigError(f"budget has {len(budget)} numbers, but the model has {num_layers} compressible layers")
+        if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
+            raise ConfigError(f"prompt_tokens={prompt_tokens!r} must be an int of at least 1")
+        self.num_layers = num_layers
+        self.prompt_tokens = prompt_tokens
+        self.on_layer = on_layer
+        self._head_budgets: dict[int, list[list[int]]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last prompt."""
+        self._row_lengths: list[int] | None = None
+        self._groups: list[_Group] = []
+        self._waiting: list[Retaining] = []
+
+    def end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs, num_ahead: int = 0) -> None:
+        """Cut the layer, now or, where the method decides for all layers together, when the last one has come.
+
+        Args:
+            num_ahead: how many of the last tokens are generated ones that the method looked ahead at. They are kept,
+                beside the budget.
+        """
+        if position == 0:  # caches that branched off before the end of the prompt share this
+            self.reset()
+        row_lengths = self._note_rows(inputs)
+        if min(row_lengths) == inputs.keys.shape[2]:
+            inputs = replace(inputs, valid=None)
+        if position == 0:
+            self._groups = self._grouped(row_lengths, num_ahead)
+        if not self._groups:
+            return
+        own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
+        own = [one.with_window(group.method.window_size) for one, group in zip(own, self._groups, strict=True)]
+        if self.method.decides_together:
+            self._waiting.append(layer)
+            for group, rows in zip(self._groups, own, strict=True):
+                group.observed.append(group.method.observe(rows))
+            if len(self._waiting) == self.num_layers:
+                self._decide()
+        else:
+            scores = [group.method.score(rows) for group, rows in zip(self._groups, own, strict=True)]
+            self._retain(layer, position, scores)
+
+    def _decide(self) -> None:
+        """Cut all layers that wait."""
+        shared = isinstance(self.budget, (int, float))  # what the caller gives for each layer is not shared out again
+        by_group = [group.decided(shared=shared) for group in self._groups]
+        waiting, self._waiting = self._waiting, []
+        for position, (layer, *scores) in enumerate(zip(waiting, *by_group, strict=True)):
+            self._retain(layer, position, scores)
+
+    def _retain(self, layer: Retaining, position: int, scores: list[Tensor]) -> None:
+        """Cut one layer by the scores of each group's rows."""
+        if all(group.keeps_all_of(position) for group in self._groups):
+            return
+        chosen = [group.selected(position, own) for group, own in zip(self._groups, scores, strict=True)]
+        rows = [group.rows for group in self._groups]
+        layer.retain(_one_batch(chosen, rows), _one_batch(scores, rows))
+
+    def _grouped(self, row_lengths: list[int], num_ahead: int) -> "list[_Group]":
+        """Rows whose budgets ask for the same window belong together; none where nothing is to be evicted."""
+        groups: dict[int, _Group] = {}
+        for row, length in enumerate(row_lengths):
+            budgets = self._budgets(length - num_ahead)
+            counts = [count for layer in budgets for count in layer]
+            window_size = self.method.window_at(sum(counts) // len(counts))
+            if window_size not in groups:
+                groups[window_size] = _Group(self.method.with_window(window_size + num_ahead))
+            group = groups[window_size]
+            group.rows.append(row)
+            group.lengths.append(length)
+            group.budgets.append([[count + num_ahead for count in layer] for layer in budgets])
+        return [] if all(group.keeps_all for group in groups.values()) else list(groups.values())
+
+    def _budgets(self, num_tokens: int) -> list[list[int]]:
+        """What each layer retains of a prompt of `num_tokens`: one number, or one for each KV head."""
+        if num_tokens not in self._head_budgets:
+            per_layer = self.method.resolve_budgets(self.budget, self.num_layers, num_tokens)
+            self._head_budgets[num_tokens] = per_layer
+        return self._head_budgets[num_tokens]
+
+    def _note_rows(self, inputs: LayerInputs) -> list[int]:
+        """The number of tokens in each row that are no padding: read from the device once a prompt.
+
+        Raises:
+            PromptError: a row's padding is not all at its left.
+        """
+        if self._row_lengths is None:
+            batch_size, _, num_tokens, _ = inputs.keys.shape
+            valid = inputs.valid
+            if valid is None:
+                self._row_lengths = [num_tokens] * batch_size
+            else:
+                lengths = valid.sum(dim=-1)
+                expected = torch.arange(num_tokens, device=valid.device) >= num_tokens - lengths[:, None]
+                if not torch.equal(valid, expected) or not bool(lengths.all()):
+                    raise PromptError("the attention mask has padding inside or right of a prompt: pad on the left")
+                self._row_lengths = lengths.tolist()
+        return self._row_lengths
+
+
+@dataclass
+class _Group:
+    """Rows of a batch that one method serves with one window."""
+
+    method: Method
+    rows: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each row that are no padding."""
+    budgets: list[list[list[int]]] = field(default_factory=list)
+    """(rows, L, 1 or H_kv)."""
+    observed: list[Observation] = field(default_factory=list)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no layer evicts anything."""
+        return all(map(self.keeps_all_of, range(len(self.budgets[0]))))
+
+    def keeps_all_of(self, position: int) -> bool:
+        """Whether one layer evicts nothing."""
+        counts = (min(budgets[position]) for budgets in self.budgets)
+        return all(count >= length for count, length in zip(counts, self.lengths, strict=True))
+
+    def decided(self, *, shared: bool) -> list[Tensor]:
+        """Scores of all layers, once all were observed; budgets that the prompt tells are shared out first."""
+        if shared:
+            means = [[budgets[position][0] for budgets in self.budgets] for position in range(len(self.observed))]
+            by_layer = self.method.share_budgets(self.observed, means, self.lengths)
+            self.budgets = [[[count] for count in row] for row in zip(*by_layer, strict=True)]
+        scores = self.method.score_layers(self.observed)
+        self.observed = []
+        return scores
+
+    def selected(self, position: int, scores: Tensor) -> Tensor:
+        """(rows, 1 or H_kv, R): the tokens that one layer keeps."""
+        return self.method.select(scores, [budgets[position] for budgets in self.budgets], self.lengths)
+
+
+def _one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:
+    """Rows (n, 1 or H, R) of several groups in their places; those that are shorter begin with `UNUSED`."""
+    if len(parts) == 1:
+        return parts[0]
+    num_heads, longest = (max(part.shape[dim] for part in parts) for dim in (1, 2))
+    batch = parts[0].new_full((sum(map(len, rows)), num_heads, longest), UNUSED)
+    for part, own in zip(parts, rows, strict=True):
+        batch[own, :, longest - part.shape[2] :] = part.expand(-1, num_heads, -1)
+    return batch

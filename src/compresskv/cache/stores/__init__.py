@@ -1,0 +1,1 @@
+"""How a layer's retained keys and values are held in memory."""

@@ -1,0 +1,1 @@
+"""How a model's profile is measured and checked."""

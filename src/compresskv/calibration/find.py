@@ -1,0 +1,109 @@
+"""Measure a model: retrieval scores of every head, then the eviction error of every layer.
+
+Both take the same documents, prefilled once for all their questions. Layer errors need the heads that the scores
+choose, so they come second, on a few documents that are read again.
+"""
+
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv.attention.routing import routing
+from compresskv.calibration.measure import Measurement, OnProgress, mean_scores
+from compresskv.calibration.settings import Settings
+from compresskv.errors import ConfigError, ModelError
+from compresskv.models.quantize import weights_dtype
+from compresskv.models.shape import compressible_layers, decoder_config
+from compresskv.profiles.profile import Profile, combined
+from compresskv.prompts.prompt import context_length
+from compresskv.version import __version__
+
+
+@dataclass
+class Outcome:
+    """A finished calibration."""
+
+    profile: Profile
+    runs: list[dict[str, Any]] = field(repr=False)
+
+
+def find_profile(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model_id: str,
+    log_folder: Path,
+    settings: Settings | None = None,
+    on_progress: OnProgress | None = None,
+) -> Outcome:
+    """Calibrate `model`.
+
+    Args:
+        log_folder: keeps each finished run, so that a killed calibration goes on where it stopped.
+        settings: None: the default ones, without the lengths above the model's context.
+        on_progress: called with (what is being done, the fraction done).
+    Raises:
+        ConfigError: lengths above the model's context.
+        ModelError: the model cannot be profiled: no GQA, NaN, an unsupported architecture.
+        ProfileError: the haystack is too short, or the model never retrieves a needle (`NothingRetrievedError`).
+    Source: CompressKV (arXiv 2508.02401), sections 3.1 and 3.3. Differs: needles share documents, and the text is
+    neither LongBench's nor any other benchmark's.
+    """
+    chosen = settings or Settings().fitted(context_length(model))
+    _check_model(model, chosen)
+    profiler = Measurement(model, tokenizer, log_folder, chosen, on_progress or _silent)
+    with routing(model):
+        runs = profiler.measure_heads()
+        semantic, traditional, num_runs = mean_scores(runs)
+        errors = profiler.measure_errors(semantic)
+    profile = Profile(
+        model_id=model_id,
+        fingerprint=profiler.fingerprint,
+        layer_indices=tuple(compressible_layers(model)),
+        semantic_scores=semantic,
+        traditional_scores=traditional,
+        num_runs=num_runs,
+        layer_errors_by_set=errors,
+        layer_errors=combined(errors),
+        provenance=_provenance(model, profiler, runs),
+    )
+    return Outcome(profile, runs)
+
+
+def _check_model(model: PreTrainedModel, settings: Settings) -> None:
+    config = decoder_config(model)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if num_kv_heads >= config.num_attention_heads:
+        raise ModelError(
+            f"{type(model).__name__} has no grouped-query attention ({num_kv_heads} KV heads for "
+            f"{config.num_attention_heads} query heads): semantic retrieval heads are defined for GQA; use 'snapkv'"
+        )
+    limit = context_length(model)
+    if limit is not None and max(settings.lengths) > limit:
+        raise ConfigError(f"--lengths {max(settings.lengths)} is above the model's context of {limit} tokens")
+
+
+def _provenance(model: PreTrainedModel, profiler: Measurement, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    succeeded = sum(run["succeeded"] for run in runs)
+    return {
+        "settings": asdict(profiler.settings),
+        "needles": [needle.id for needle in profiler.needles],
+        "decoding": "greedy, so no seed",
+        "runs_succeeded": succeeded,
+        "runs_failed": len(runs) - succeeded,
+        "dtype": weights_dtype(model),
+        "versions": {
+            "compresskv": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _silent(_message: str, _fraction: float) -> None:
+    pass

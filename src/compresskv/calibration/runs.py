@@ -1,0 +1,57 @@
+"""A log of finished runs, one JSON line each: what a killed calibration had finished, it need not measure again."""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from compresskv.errors import ProfileError
+from compresskv.system.jsonl_log import JsonlLog
+
+
+class RunLog:
+    """Results by key, kept in a file. Each is written as soon as it is known; none is kept twice."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the log and read what it holds. A damaged line is dropped: its run is measured again.
+
+        Raises:
+            ProfileError: the place cannot be read or written.
+        """
+        self._path = path
+        try:
+            self._log = JsonlLog(path, _keyed_result)
+        except OSError as error:
+            raise self._error(error) from error
+        self._results = dict(self._log.values)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: Hashable) -> Any:
+        return self._results[key]
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def add(self, key: tuple[str, ...], result: Any) -> None:
+        """Keep a finished run.
+
+        Raises:
+            ProfileError: the disk is full or the file cannot be written; earlier runs stay.
+        """
+        if key in self._results:
+            raise ValueError(f"run {key} is in the log already")
+        try:
+            self._log.append({"key": key, "result": result})
+        except OSError as error:
+            raise self._error(error) from error
+        self._results[key] = result
+
+    def _error(self, error: OSError) -> ProfileError:
+        return ProfileError(f"cannot keep finished runs in {str(self._path)!r}: {error.strerror}")
+
+
+def _keyed_result(row: Any) -> tuple[Hashable, Any]:
+    key = tuple(row["key"])
+    hash(key)  # TypeError where a part is a list: nobody wrote such a key
+    return key, row["result"]

@@ -1,0 +1,1 @@
+"""What was kept of a prompt, and a page that shows it."""

@@ -1,0 +1,268 @@
+"""Which prompt tokens each layer keeps, beside their texts: the data behind `compresskv explain`."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.layer import CompressedLayer
+from compresskv.compression import Compressing
+from compresskv.errors import ConfigError
+from compresskv.methods.base import Method
+from compresskv.models.decoding import decode, prefill
+from compresskv.prompts.offsets import token_range
+from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.select import UNUSED
+
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
+_LONGEST_GROUP = 12  # tokens; keeps text that really holds replacement characters from growing one endless group
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A prompt's tokens as text, and where its parts lie. Ranges are token positions."""
+
+    texts: tuple[str, ...]
+    """One for each token; together the whole prompt. A character made of several tokens stands at the first of them,
+    and the others are empty."""
+    special: tuple[bool, ...]
+    """The tokenizer's special tokens."""
+    document: slice
+    question: slice
+    evidence: tuple[slice, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "texts": list(self.texts),
+            "special": [position for position, special in enumerate(self.special) if special],
+            "document": _pair(self.document),
+            "question": _pair(self.question),
+            "evidence": [_pair(span) for span in self.evidence],
+        }
+
+
+@dataclass(frozen=True)
+class LayerRetention:
+    """What one full-attention layer keeps."""
+
+    layer_idx: int
+    """The layer's number in the model."""
+    num_kv_heads: int
+    counts: tuple[int, ...]
+    """For each prompt token, how many of the KV heads keep it."""
+
+    @property
+    def num_retained(self) -> float:
+        """Prompt tokens kept per KV head: a mean where KV heads differ."""
+        return sum(self.counts) / self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What every full-attention layer keeps of one prompt."""
+
+    layers: tuple[LayerRetention, ...]
+
+    @classmethod
+    def of(cls, cache: CompressedCache) -> "Retention":
+        """Read it from a cache after prefill; decoding does not change it.
+
+        Raises:
+            ValueError: nothing was read yet, or the cache holds a batch of several prompts.
+        """
+        return cls(tuple(_layer_retention(layer) for layer in cache.compressed_layers))
+
+    @property
+    def num_tokens(self) -> int:
+        """The prompt's length."""
+        return len(self.layers[0].counts)
+
+    @property
+    def fraction(self) -> float:
+        """Mean share of the prompt's tokens that is kept, over layers and KV heads."""
+        return self.fraction_of([slice(0, self.num_tokens)])
+
+    def fraction_of(self, spans: Sequence[slice]) -> float:
+        """The same, of the tokens in `spans` only."""
+        tokens = sorted({token for span in spans for token in range(span.start, span.stop)})
+        kept = (sum(layer.counts[token] for token in tokens) / layer.num_kv_heads for layer in self.layers)
+        return sum(kept) / (len(self.layers) * len(tokens))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one method kept of a prompt, and what it answered from that."""
+
+    method: str
+    budget: int | float | list[int]
+    retention: Retention
+    kv_nbytes_full: int
+    kv_nbytes: int
+    answer: str | None
+    """None where none was asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        layers = [
+            {"layer": layer.layer_idx, "num_kv_heads": layer.num_kv_heads, "retained": list(layer.counts)}
+            for layer in self.retention.layers
+        ]
+        return {
+            "method": self.method,
+            "budget": self.budget,
+            "retained_fraction": self.retention.fraction,
+            "kv_nbytes_full": self.kv_nbytes_full,
+            "kv_nbytes": self.kv_nbytes,
+            "answer": self.answer,
+            "layers": layers,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """One prompt, as one or several methods compressed it."""
+
+    model: str
+    document: str
+    """Where the document came from."""
+    question: str
+    num_truncated: int
+    """Document tokens cut out to make the prompt fit."""
+    prompt: PromptText
+    explanations: tuple[Explanation, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model,
+            "document": self.document,
+            "question": self.question,
+            "prompt_tokens": len(self.prompt.texts),
+            "truncated_tokens": self.num_truncated,
+            "prompt": self.prompt.to_dict(),
+            "methods": [explanation.to_dict() for explanation in self.explanations],
+        }
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    method: Method,
+    budget: Budget,
+    *,
+    max_new_tokens: int = 0,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Explanation:
+    """Read a prompt (1, T), note what each layer keeps, and answer where `max_new_tokens` is above 0.
+
+    Raises:
+        ConfigError, ModelError: as for `compressing`; or the method looks ahead.
+    """
+    check_budget(budget)
+    if method.lookahead:
+        raise ConfigError(f"lookahead={method.lookahead} cannot be explained: nothing is evicted before the answer")
+    with Compressing(model, method, budget, on_layer=on_prefill) as cache:
+        logits = prefill(model, input_ids.to(model.device), cache)
+        retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes
+        answer = None
+        if max_new_tokens > 0:
+            token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens)
+            answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+    shown = budget if isinstance(budget, (int, float)) else list(budget)
+    return Explanation(method.name, shown, retention, full_nbytes, kv_nbytes, answer)
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Sequence[int],
+    context: str,
+    question: str,
+    evidence: Sequence[str] = (),
+) -> PromptText:
+    """The texts of a prompt's tokens, and the places of its document, its question and every `evidence`.
+
+    Evidence is sought in the document only, and white space makes no difference. What was cut out of a document is not
+    found, and parts of the prompt that the tokenizer does not give back as they were count as document.
+    """
+    texts = token_texts(tokenizer, input_ids)
+    whole = "".join(texts)
+    beginning, asked = occurrences(whole, context.strip()[:40]), occurrences(whole, question)
+    start = beginning[0][0] if beginning else 0
+    end, asked_end = asked[-1] if asked and asked[-1][0] > start else (len(whole), len(whole))
+    found = [span for text in evidence for span in occurrences(whole[start:end], text)]
+    offsets = _offsets(texts)
+    special_ids = set(tokenizer.all_special_ids)
+    return PromptText(
+        texts,
+        tuple(token in special_ids for token in input_ids),
+        document=token_range(offsets, start, end),
+        question=token_range(offsets, end, asked_end),
+        evidence=tuple(token_range(offsets, start + a, start + b) for a, b in sorted(set(found))),
+    )
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> tuple[str, ...]:
+    """One text a token, as `PromptText.texts`."""
+    texts: list[str] = []
+    before: list[int] = []  # tokenizers decode a token differently at a text's beginning
+    group: list[int] = []
+    for token in input_ids:
+        group.append(token)
+        text = _decode(tokenizer, before + group)[len(_decode(tokenizer, before)) :]
+        if not text.endswith(_REPLACEMENT) or len(group) == _LONGEST_GROUP:
+            texts += [text] + [""] * (len(group) - 1)
+            before, group = group, []
+    if group:
+        text = _decode(tokenizer, before + group)[len(_decode(tokenizer, before)) :]
+        texts += [text] + [""] * (len(group) - 1)
+    return tuple(texts)
+
+
+def occurrences(text: str, wanted: str) -> list[tuple[int, int]]:
+    """(start, end) of every place in `text` that holds `wanted`, whatever the white space."""
+    characters = "".join(wanted.split())
+    pattern = r"\s*".join(map(re.escape, characters))
+    return [match.span() for match in re.finditer(pattern, text)] if characters else []
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    if not token_ids:
+        return ""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _offsets(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Characters of the joined texts that each token holds: all tokens of one character hold it."""
+
+    def walk() -> Iterator[tuple[int, int]]:
+        start = end = 0
+        for text in texts:
+            if text:
+                start, end = end, end + len(text)
+            yield start, end
+
+    return list(walk())
+
+
+def _layer_retention(layer: CompressedLayer) -> LayerRetention:
+    if layer.in_prefill or layer.keys is None:
+        raise ValueError("the cache has not read a whole prompt yet")
+    batch_size, num_kv_heads = layer.keys.shape[:2]
+    if batch_size != 1:
+        raise ValueError(f"the cache holds {batch_size} prompts; a retention is of one")
+    num_tokens = layer.num_prompt_tokens
+    if layer.positions is None:
+        return LayerRetention(layer.layer_idx, num_kv_heads, (num_kv_heads,) * num_tokens)
+    kept = layer.positions.expand(1, num_kv_heads, -1)
+    counts = kept[kept != UNUSED].bincount(minlength=num_tokens)
+    return LayerRetention(layer.layer_idx, num_kv_heads, tuple(counts.tolist()))
+
+
+def _pair(span: slice) -> list[int]:
+    return [span.start, span.stop]

@@ -1,0 +1,214 @@
+"""What a compression method is: scores for tokens, and budgets for layers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from compresskv.errors import ConfigError
+from compresskv.methods.ranges import Range, ranges
+from compresskv.selection import budgets
+from compresskv.selection.scores import window_moments
+from compresskv.selection.select import select, select_rows
+
+if TYPE_CHECKING:
+    from compresskv.profiles.profile import Profile
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a method may look at in one layer at the end of prefill. Tensors only: methods never see the model."""
+
+    layer_idx: int
+    """The layer's number in the model."""
+    query_window: Tensor
+    """(B, H_q, W, D), post-RoPE: the queries of the last W tokens, those looked ahead at included."""
+    keys: Tensor
+    """(B, H_kv, T, D), post-RoPE."""
+    values: Tensor
+    """(B, H_kv, T, D)."""
+    scaling: float
+    """Factor on the dot products of queries and keys."""
+    softcap: float | None = None
+    """Gemma 2's cap on attention logits."""
+    valid: Tensor | None = None
+    """(B, T) bool, False at padding; None where nothing is padded."""
+    first_head: int = 0
+    """The number in the model of the first query head given here: ranks of tensor parallelism hold some each."""
+
+    def of_rows(self, rows: list[int]) -> "LayerInputs":
+        """The same of some rows of the batch."""
+        query_window, keys, values = self.query_window[rows], self.keys[rows], self.values[rows]
+        valid = None if self.valid is None else self.valid[rows]
+        return replace(self, query_window=query_window, keys=keys, values=values, valid=valid)
+
+    def with_window(self, window_size: int) -> "LayerInputs":
+        """The same, observed by no more than the last `window_size` queries."""
+        if self.query_window.shape[2] <= window_size:
+            return self
+        return replace(self, query_window=self.query_window[:, :, self.query_window.shape[2] - window_size :])
+
+    @cached_property
+    def attention_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of attention over the window's queries, (B, H_q, T) each; 0 for the window's own tokens.
+
+        Kept, since budgets and scores may both need them: treat them as read-only.
+        """
+        return window_moments(
+            self.query_window, self.keys, scaling=self.scaling, softcap=self.softcap, valid=self.valid
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one layer tells the others, where a method `decides_together`. Small beside the layer's keys and values."""
+
+    layer_idx: int
+    """The layer's number in the model."""
+    valid: Tensor | None
+    """(B, T) bool, False at padding; None where nothing is padded."""
+    scores: Tensor | None = None
+    """(B, H_kv or 1, T) float32: the layer's own scores."""
+    vote: Tensor | None = None
+    """(B, 1, T) float32: the sum of the votes of the layer's heads; None where none of them votes."""
+    preference: Tensor | None = None
+    """(B,): how much of the budget the layer should have."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method. A subclass is one file: class attributes, options as fields, and `score`.
+
+    How a prompt is cut: `head_budgets` says how many tokens each layer keeps, `score` what each token is worth, and
+    `select` which are kept. Methods that need all layers for that set `decides_together`: `observe` says what each
+    layer tells the others, and `score_layers` and `share_budgets` decide from that.
+
+    The most recent `window_size` tokens are always kept; their scores are ignored. With `lookahead`, the cut waits for
+    as many decode steps, whose queries join the window: the method then sees a `window_size` and a budget that are
+    larger by that number.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    needs_profile: ClassVar[bool] = False
+    decides_together: ClassVar[bool] = False
+    """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
+    shares_positions: ClassVar[bool] = False
+    """Whether all layers and KV heads keep the same tokens, the one form that fits an engine with one block table for
+    all layers. Such a method scores by queries and keys alone."""
+
+    limits: ClassVar[Mapping[str, Range]] = ranges(
+        window_size=Range(0), lookahead=Range(0), kernel_size=Range(1, odd=True)
+    )
+    """What options may be. A subclass names what it adds or narrows; the rest is inherited."""
+
+    window_size: int = 0
+    lookahead: int = field(default=0, kw_only=True)
+    """Decode steps with the full cache before anything is evicted."""
+
+    def __post_init__(self) -> None:
+        """Validate the options where they are given.
+
+        Raises:
+            ConfigError: naming the option and its value.
+        """
+        limits: dict[str, Range] = {}
+        for kind in reversed(type(self).__mro__):
+            limits |= vars(kind).get("limits", {})
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError("must be an int", option=option.name, value=value)
+            if option.type is bool and not isinstance(value, bool):
+                raise ConfigError("must be true or false", option=option.name, value=value)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if option.type is float and not is_number:
+                raise ConfigError("must be a finite number", option=option.name, value=value)
+            limit = limits.get(option.name)
+            if limit is not None and (problem := limit.problem(value)) is not None:
+                raise ConfigError(problem, option=option.name, value=value)
+
+    @property
+    def label(self) -> str:
+        """The method's name, with the options that differ from its defaults: 'snapkv[window_size=32]'."""
+        changed = [
+            f"{option.name}={getattr(self, option.name)}"
+            for option in fields(self)
+            if option.name not in ("profile", "plan") and getattr(self, option.name) != option.default
+        ]
+        return f"{self.name}[{','.join(changed)}]" if changed else self.name
+
+    def with_profile(self, profile: "Profile") -> "Method":
+        """The same method with a model's measurements. Only methods with `needs_profile` take one.
+
+        Raises:
+            ConfigError: this is no such method.
+        """
+        raise ConfigError(f"method {self.name!r} takes no profile")
+
+    def window_at(self, budget: int) -> int:
+        """The observation window at a mean budget of `budget` tokens, at most `window_size`."""
+        return self.window_size
+
+    def with_window(self, window_size: int) -> "Method":
+        """The same method with another window."""
+        return self if window_size == self.window_size else replace(self, window_size=window_size)
+
+    def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
+        """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""
+        return budgets.uniform(budget, num_layers, num_tokens)
+
+    def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
+        """For each compressible layer, one number for all its KV heads, or one number for each of them."""
+        return [[count] for count in self.layer_budgets(budget, num_layers, num_tokens)]
+
+    def given_budgets(self, counts: Sequence[int], num_tokens: int) -> list[int]:
+        """Tokens to retain in each compressible layer where the caller gives one count a layer."""
+        return [min(count, num_tokens) for count in counts]
+
+    def resolve_budgets(self, budget: budgets.Budget, num_layers: int, num_tokens: int) -> list[list[int]]:
+        """`head_budgets` or `given_budgets`, as the caller's `budget` asks for."""
+        if isinstance(budget, (int, float)):
+            return self.head_budgets(budgets.resolve(budget, num_tokens), num_layers, num_tokens)
+        return [[count] for count in self.given_budgets(budget, num_tokens)]
+
+    def reads_layer(self, layer_idx: int) -> bool:
+        """Whether `observe` or `score` looks at this layer's queries and keys at all."""
+        return True
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """How much each prompt token is worth keeping.
+
+        Returns: (B, H_kv, T) float32, or (B, 1, T) where all KV heads of the layer share one choice.
+        """
+        raise NotImplementedError
+
+    def observe(self, inputs: LayerInputs) -> Observation:
+        """What the layer tells the others, for methods that `decides_together`: its scores, or what they need."""
+        return Observation(inputs.layer_idx, inputs.valid, scores=self.score(inputs))
+
+    def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
+        """Scores of all layers at once, (B, H_kv or 1, T) each, for methods that `decides_together`."""
+        return [layer.scores for layer in layers if layer.scores is not None]
+
+    def share_budgets(
+        self, layers: Sequence[Observation], budgets: list[list[int]], row_lengths: list[int]
+    ) -> list[list[int]]:
+        """Budgets that only the prompt tells, for methods that `decides_together`.
+
+        Args:
+            budgets: (L, B) tokens that each layer would retain of each row.
+        Returns: (L, B), each row with the same sum over layers.
+        """
+        return budgets
+
+    def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
+        """The tokens that one layer keeps; see `compresskv.selection.select.select_rows`."""
+        num_tokens = scores.shape[2]
+        if min(row_lengths) == num_tokens and all(counts == budgets[0][:1] for counts in budgets):
+            return select(scores, budgets[0][0], self.window_size)
+        return select_rows(scores, budgets, self.window_size, row_lengths)

@@ -1,0 +1,34 @@
+"""A method made ready for a model: its options set, its profile found."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compresskv.errors import ConfigError
+from compresskv.methods import registry
+from compresskv.methods.base import Method
+from compresskv.profiles.profile import Profile, read_profile
+from compresskv.profiles.store import resolve_profile
+
+
+def prepare_method(
+    model: PreTrainedModel, method: str | Method, profile: Profile | str | Path | None = None, **options: Any
+) -> Method:
+    """The method with its options and, where it needs one, the model's profile.
+
+    Raises:
+        ConfigError, ProfileError: as for `compressing`.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ConfigError(f"options {', '.join(options)} are given beside a Method: set them on the Method")
+        chosen = method
+    else:
+        chosen = registry.create(method, **options)
+    if chosen.needs_profile:
+        given = getattr(chosen, "profile", None)
+        chosen = chosen.with_profile(resolve_profile(model, given if profile is None else profile))
+    elif profile is not None:
+        chosen.with_profile(profile if isinstance(profile, Profile) else read_profile(profile))  # refuses
+    return chosen

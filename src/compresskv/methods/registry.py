@@ -1,0 +1,78 @@
+"""Methods by name."""
+
+import dataclasses
+import importlib
+import pkgutil
+import re
+from typing import Any, TypeVar
+
+import compresskv.methods as own
+from compresskv.errors import ConfigError
+from compresskv.methods.base import Method
+from compresskv.methods.options import parse_settings
+from compresskv.system.suggest import suggestion
+
+_METHODS: dict[str, type[Method]] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(method: _M) -> _M:
+    """Class decorator: make the method known by its `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if method.name in _METHODS:
+        raise ValueError(f"a method named {method.name!r} is registered already")
+    _METHODS[method.name] = method
+    return method
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every registered method by name, sorted."""
+    for module in pkgutil.iter_modules(own.__path__):
+        importlib.import_module(f"{own.__name__}.{module.name}")
+    return dict(sorted(_METHODS.items()))
+
+
+def create(name: str, /, **options: Any) -> Method:
+    """Build a method from its name and options.
+
+    Raises:
+        ConfigError: an unknown name or option, with the nearest known one; an option out of range.
+    """
+    known = methods()
+    if not isinstance(name, str) or name not in known:  # compressing(model, 256): a budget in its place
+        raise ConfigError(f"is unknown{suggestion(name, list(known))}", option="method", value=name)
+    fields = [field.name for field in dataclasses.fields(known[name])]
+    for option, value in options.items():
+        if option not in fields:
+            problem = f"is no option of method {name!r}{suggestion(option, fields)}"
+            raise ConfigError(problem, option=option, value=value)
+    return known[name](**options)
+
+
+def parse_methods(option: str, text: str) -> dict[str, Method]:
+    """'snapkv,snapkv[window_size=32,kernel_size=15]' as methods by label; a label tells what differs from defaults.
+
+    Args:
+        option: what the user typed them behind, for error messages.
+    Raises:
+        ConfigError: an unknown method or option, or brackets that do not close.
+    """
+    found: dict[str, Method] = {}
+    for spec in re.split(r",(?![^\[]*\])", text):
+        match = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*", spec)
+        if match is None:
+            raise ConfigError(f"{option} {spec.strip()!r} is not NAME or NAME[option=value,...]")
+        settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
+        try:
+            method = create(match[1], **parse_settings(option, settings))
+        except ConfigError as error:
+            if error.option is None:
+                raise
+            if error.option == "method":
+                raise ConfigError(f"{option} {match[1]!r} {error.problem}") from None
+            raise ConfigError(f"{option} {spec.strip()!r}: {error}") from None
+        found[method.label] = method
+    return found

@@ -1,0 +1,112 @@
+"""Which model a profile belongs to: architecture, shape, and a hash over sampled weights."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compresskv.errors import ModelError
+from compresskv.models.shape import decoder_config
+
+_NUM_TENSORS = 8
+_NUM_VALUES = 64
+_SMALLEST = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The identity of a model's weights. `weights` is None where only the shape is known (imported profiles)."""
+
+    architecture: str
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    weights: str | None = None
+
+    def __str__(self) -> str:
+        shape = f"{self.num_layers}x{self.num_query_heads}x{self.num_kv_heads}x{self.head_dim}x{self.vocab_size}"
+        return f"{self.architecture}-{shape}-{self.weights or 'any'}"
+
+    def matches(self, other: "Fingerprint") -> bool:
+        """Equal; an unknown `weights` on either side is not held against the other."""
+        if self.weights is None or other.weights is None:
+            return replace(self, weights=None) == replace(other, weights=None)
+        return self == other
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in a profile."""
+        return asdict(self)
+
+
+_REMEMBERED = "_compresskv_fingerprint"
+
+
+def remember(model: PreTrainedModel, own: Fingerprint) -> None:
+    """Let `fingerprint` say this of a model from now on, whose weights it can no longer read."""
+    setattr(model, _REMEMBERED, own)  # on the model itself, so that copies of it know it, too
+
+
+def fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """Identify a loaded model.
+
+    The hash takes 64 values of 8 weight matrices, as bfloat16 and with tiny values as 0, so that a checkpoint loaded in
+    float32 or bfloat16 is the same model. A float32 checkpoint that was cut to float16, or a quantised one, is not.
+
+    Raises:
+        ModelError: a sampled weight is NaN or infinite, or its data is not loaded.
+    """
+    remembered: Fingerprint | None = getattr(model, _REMEMBERED, None)
+    if remembered is not None:
+        return remembered
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
+    return of_shape(decoder_config(model), weights_digest(shapes, parameters.__getitem__))
+
+
+def of_shape(config: PretrainedConfig, weights: str | None) -> Fingerprint:
+    """The fingerprint of a decoder with this config, and with `weights` as their digest."""
+    num_query_heads = config.num_attention_heads
+    return Fingerprint(
+        architecture=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_query_heads=num_query_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_query_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
+        vocab_size=config.vocab_size,
+        weights=weights,
+    )
+
+
+@torch.no_grad()
+def weights_digest(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> str:
+    """16 hex digits that stand for a model's weights.
+
+    Args:
+        shapes: of every parameter by name, tied ones once.
+        read: gives the parameter of a name; called for the few that are sampled.
+    Raises:
+        ModelError: as for `fingerprint`.
+    """
+    matrices = sorted(name for name, shape in shapes.items() if len(shape) >= 2)
+    digest = hashlib.sha256()
+    for i in range(min(_NUM_TENSORS, len(matrices))):
+        name = matrices[i * len(matrices) // min(_NUM_TENSORS, len(matrices))]
+        weight = read(name)
+        if weight.is_meta:
+            raise ModelError(f"weight {name} is not loaded: a profile needs the whole model in memory")
+        step = math.ceil(weight.numel() / _NUM_VALUES)
+        # Rounded before tiny values are dropped: loading in bfloat16 rounds first, too.
+        values = weight.detach().reshape(-1)[::step].to(torch.bfloat16).cpu()
+        if not torch.isfinite(values).all():
+            raise ModelError(f"weight {name} holds NaN or infinity: the checkpoint is damaged")
+        values = torch.where(values.abs() < _SMALLEST, 0.0, values)
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

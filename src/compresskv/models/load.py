@@ -1,0 +1,223 @@
+"""Where a model comes from: the embedded default, a folder, a GGUF file, or a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compresskv import defaults
+from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
+from compresskv.models.download import Progress
+from compresskv.models.embedded import EMBEDDED, ensure_embedded, suggestion
+from compresskv.models.gguf import check_weights, load_gguf
+from compresskv.system.quiet import hush_torchao, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NO_TOKENIZER = "it comes without a tokenizer; add its tokenizer.json"
+
+
+def load(
+    spec: str = defaults.MODEL,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model ready to generate (eval mode, sdpa attention, gradients off) and its tokenizer.
+
+    Args:
+        spec: an embedded model's name, a folder, a `.gguf` file, or a hub id such as `org/name`.
+        dtype: `None` or "auto" is the checkpoint's own, and bfloat16 for a `.gguf` file; float32 in place of either on
+            a CPU that has no instructions for it, if memory holds it. "int8" stores the weights of the linear layers
+            in 8 bits (`quantize_int8`).
+        device: `None` is the first CUDA device where there is one, else the CPU.
+        on_progress: called with a message, and with the fraction done (0 to 1) where one is known.
+    Raises:
+        ConfigError: the dtype or the device cannot be used.
+        ModelError: the model is not found, damaged, not a decoder-only language model, or too large.
+    """
+    hush_torchao()
+    if quantized := dtype == "int8":
+        from compresskv.models.quantize import check_int8
+
+        check_int8()
+        dtype = None
+    wanted, place = torch_dtype(dtype), torch_device(device)
+    path = _locate(spec)
+    if path is None and spec in EMBEDDED:
+        path = ensure_embedded(spec, on_progress)
+    if on_progress is not None:
+        on_progress(f"loading {spec}", None)
+    model: Any
+    with _explained(spec):
+        if path is not None and path.is_file():
+            model, tokenizer = load_gguf(path, wanted, spec=spec)
+            model.to(place)
+        else:
+            model, tokenizer = _load_checkpoint(spec, path, wanted, place)
+    model.config._name_or_path = spec  # an embedded model's folder would mean nothing to its user
+    model.eval().requires_grad_(False)
+    if wanted is None:
+        from compresskv.models.dtype import use_quick_dtype
+
+        use_quick_dtype(model)
+    if quantized:
+        from compresskv.models.quantize import quantize_int8
+
+        quantize_int8(model)
+    return model, tokenizer
+
+
+def _locate(spec: str) -> Path | None:
+    """The folder or GGUF file that the spec names; `None` for an embedded name and for a hub id.
+
+    Raises:
+        ModelError: the spec can only be a path or an embedded name, and is neither.
+    """
+    if spec in EMBEDDED:
+        return None
+    if not spec.strip():
+        raise ModelError("--model: the value is empty; pass a name, a folder, a .gguf file or a hub id")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_file():
+        if not is_gguf:
+            raise ModelError(f"--model {spec}: a file must be a .gguf file; for safetensors pass their folder")
+        return path
+    looks_like_path = spec.startswith((".", "~")) or path.is_absolute() or spec.count("/") > 1 or "\\" in spec
+    if is_gguf or looks_like_path:
+        raise ModelError(f"--model {spec}: no such file or folder{suggestion(spec)}")
+    if "/" not in spec and suggestion(spec):
+        raise ModelError(f"--model {spec}: no such model, file or folder{suggestion(spec)}")
+    return None
+
+
+def _load_checkpoint(
+    spec: str, folder: Path | None, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a folder or, where that is `None`, from the hub."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    loader: Any = AutoModelForCausalLM
+    if folder is not None:
+        _check_folder(spec, folder)
+    name = spec if folder is None else str(folder)
+    # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
+    source: dict[str, Any] = {"local_files_only": folder is not None, "trust_remote_code": False}
+    with quiet(downloads=folder is None):
+        config = AutoConfig.from_pretrained(name, **source)
+        if getattr(config, "is_encoder_decoder", False):
+            kind = config.model_type
+            raise ModelError(f"--model {spec}: {kind} is an encoder-decoder model; pass a decoder-only one")
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some releases make one out of nothing
+            raise ModelError(f"--model {spec}: {_NO_TOKENIZER}")
+        model, report = loader.from_pretrained(
+            name,
+            **source,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation="sdpa",
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    check_weights(spec, report)
+    return model, tokenizer
+
+
+def _check_folder(spec: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        found = sorted(folder.glob("*.gguf"))
+        hint = f"for its GGUF file pass {found[0]}" if found else "pass a folder that a model was saved to"
+        raise ModelError(f"--model {spec}: this folder has no config.json; {hint}")
+
+
+def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a `--dtype` option; None for None and "auto".
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    import torch
+
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError("is no dtype; pass auto, bfloat16, float16, float32 or int8", option="dtype", value=dtype)
+    return found
+
+
+def torch_device(device: str | torch.device | None) -> torch.device:
+    """The device of a `--device` option; None is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except Exception as err:  # RuntimeError, AssertionError or another, by the device's backend
+        problem = f"cannot be used ({first_line(err)}); pass cpu or cuda"
+        raise ConfigError(problem, option="device", value=device) from err
+    return found
+
+
+@contextlib.contextmanager
+def _explained(spec: str) -> Iterator[None]:
+    """Turn whatever transformers, the hub or safetensors raise into a ModelError of one line."""
+    try:
+        yield
+    except CompressKVError:
+        raise
+    except Exception as err:
+        raise ModelError(f"--model {spec}: {_explanation(spec, err)}") from err
+
+
+def _explanation(spec: str, err: Exception) -> str:
+    """What went wrong and what to do, from the whole chain: transformers wraps the telling exception."""
+    chain: list[BaseException] = [err]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for kinds, meaning in _meanings(spec, err):
+        if any(isinstance(error, kinds) for error in chain):
+            return meaning
+    if "Unrecognized configuration class" in str(err):
+        return "not a language model that generates text; pass a decoder-only one"
+    if "Couldn't instantiate the backend tokenizer" in str(err):
+        return _NO_TOKENIZER
+    return f"it cannot be loaded ({first_line(err)})"
+
+
+def _meanings(spec: str, err: Exception) -> list[tuple[tuple[type[BaseException], ...], str]]:
+    """What each kind of exception means for the user; the first that fits counts, so the narrower come first."""
+    import torch
+    from huggingface_hub import errors as hub
+    from safetensors import SafetensorError
+
+    return [
+        ((hub.GatedRepoError,), "a gated hub model; accept its terms there, run `hf auth login`, and try again"),
+        (
+            (hub.RepositoryNotFoundError, hub.HFValidationError),
+            "no such folder, and no such model on the hub; "
+            f"check the spelling, or for a private model run `hf auth login`{suggestion(spec)}",
+        ),
+        (
+            (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError),
+            "no such folder, the hub cannot be reached, and its cache lacks the model; "
+            f"check the spelling and the network, or pass a folder{suggestion(spec)}",
+        ),
+        ((hub.HfHubHTTPError,), "the hub answered with an error; try again later, or pass a folder"),
+        ((SafetensorError,), f"its safetensors are damaged ({first_line(err)}); fetch it again"),
+        ((torch.OutOfMemoryError, MemoryError), "it does not fit into memory; pass a smaller model or dtype"),
+    ]

@@ -1,0 +1,1 @@
+"""Other libraries, run in environments of their own to be compared with."""

@@ -1,0 +1,1 @@
+"""Plans: what is kept of one prompt, decided beforehand."""

@@ -1,0 +1,110 @@
+"""Reading a prompt to decide what to keep of it, while its keys and values are freed layer by layer."""
+
+import math
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresskv import defaults
+from compresskv.attention.routing import routing
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.layer import CompressedLayer
+from compresskv.errors import ConfigError, PromptError
+from compresskv.methods.base import Method
+from compresskv.methods.prepare import prepare_method
+from compresskv.models.decoding import prefill
+from compresskv.models.fingerprint import fingerprint
+from compresskv.plans.plan import LayerPlan, Plan, prompt_digest
+from compresskv.profiles.profile import Profile
+from compresskv.selection.budgets import Budget
+from compresskv.selection.select import UNUSED
+
+
+class PlanningLayer(CompressedLayer):
+    """Gives the method what it asks for, frees its keys and values, and notes what it would keep."""
+
+    chosen_scores: Tensor | None = None
+    """(B, H, R): what each of `positions` was chosen by."""
+
+    def finish_prompt(self, *args: Any) -> None:
+        """End prefill and free everything."""
+        super().finish_prompt(*args)
+        self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())
+
+    def retain(self, indices: Tensor, scores: Tensor | None = None) -> None:
+        """Note the choice; what it names may be freed already."""
+        self.positions = indices
+        if scores is not None:
+            scores = scores.expand(-1, indices.shape[1], -1)
+            self.chosen_scores = scores.gather(-1, indices.clamp(min=0))
+
+
+class PlanningCache(CompressedCache):
+    """Holds one whole layer at a time, and in the end nothing but choices."""
+
+    layer_type = PlanningLayer
+
+
+def make_plan(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    method: str | Method = defaults.METHOD,
+    budget: Budget = defaults.BUDGET,
+    *,
+    profile: Profile | str | Path | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Read a prompt and decide what `compressing` with the same method would keep of it.
+
+    Keys and values are freed layer by layer, so memory stays that of one whole layer even for methods that decide for
+    all layers together. Reading the prompt again with the plan as method is the bounded way to use those: it costs a
+    second prefill.
+
+    Args:
+        token_ids: the prompt's.
+        method, budget, profile, options: as for `compressing`.
+        on_layer: called with (layers done, layers).
+    Raises:
+        ConfigError, ProfileError, ModelError: as for `compressing`; or the method looks ahead.
+        PromptError: there are no token ids, or they are a batch's.
+    """
+    if not len(token_ids) or not all(isinstance(token, int) for token in token_ids):
+        raise PromptError("token_ids must be the integers of one prompt: pass input_ids[0].tolist()")
+    chosen = prepare_method(model, method, profile, **options)
+    if chosen.lookahead:
+        raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
+    with routing(model):
+        cache = PlanningCache(model, chosen, budget, on_layer=on_layer)
+        prefill(model, torch.tensor([list(token_ids)], device=model.device), cache)
+    own = getattr(chosen, "profile", None)
+    return Plan(
+        model=str(fingerprint(model)),
+        num_prompt_tokens=len(token_ids),
+        prompt_sha256=prompt_digest(token_ids),
+        method=chosen.label,
+        budget=budget if isinstance(budget, (int, float)) else tuple(budget),
+        profile=None if own is None else own.digest,
+        layers=tuple(_layer_plan(layer, chosen.window_size) for layer in cache.compressed_layers),
+        versions={name: version(name) for name in ("compresskv", "torch", "transformers")},
+    )
+
+
+def _layer_plan(layer: CompressedLayer, window_size: int) -> LayerPlan:
+    assert isinstance(layer, PlanningLayer)
+    num_tokens = layer.num_prompt_tokens
+    if layer.positions is None or layer.chosen_scores is None:
+        return LayerPlan(layer.layer_idx, (tuple(range(num_tokens)),), ((None,) * num_tokens,))
+    scores = layer.chosen_scores.masked_fill(layer.positions >= num_tokens - window_size, torch.inf)
+    heads = zip(layer.positions[0].tolist(), scores[0].tolist(), strict=True)
+    chosen = [[pair for pair in zip(*head, strict=True) if pair[0] != UNUSED] for head in heads]
+    return LayerPlan(
+        layer.layer_idx,
+        tuple(tuple(position for position, _ in head) for head in chosen),
+        tuple(tuple(score if math.isfinite(score) else None for _, score in head) for head in chosen),
+    )

@@ -1,0 +1,297 @@
+"""The plan: which prompt tokens every layer and KV head keeps, written down before anything is evicted."""
+
+import hashlib
+import json
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresskv.errors import ConfigError, PlanError
+from compresskv.methods.base import LayerInputs, Method
+from compresskv.models.fingerprint import fingerprint
+from compresskv.models.shape import compressible_layers
+from compresskv.selection.budgets import Budget, check_budget
+
+FORMAT = "compresskv-plan"
+VERSION = 1
+
+Positions = tuple[int, ...]
+Scores = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one full-attention layer keeps."""
+
+    layer_idx: int
+    """The layer's number in the model."""
+    positions: tuple[Positions, ...]
+    """For each KV head, or once for all of them, the prompt tokens kept, ascending."""
+    scores: tuple[Scores, ...]
+    """What each was chosen by; None where it is kept whatever its score (recent tokens, sinks, a budget for all)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of one prompt, and how that was chosen. Made by `make_plan`.
+
+    Give it to `compressing` in place of a method: the prompt is then cut layer by layer while it is read, so that
+    prefill never holds more than one whole layer. Or cut a full cache by it after the fact: `CompressedCache.adopt`.
+    """
+
+    model: str
+    """Architecture, shape and weights, as in profiles."""
+    num_prompt_tokens: int
+    prompt_sha256: str
+    """Stands for the prompt's token ids; see `prompt_digest`."""
+    method: str
+    """Name and the options that differ from its defaults."""
+    budget: int | float | tuple[int, ...]
+    profile: str | None
+    """Digest of the method's profile."""
+    layers: tuple[LayerPlan, ...]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what is about to be kept.
+
+        Raises:
+            PlanError: a layer without positions, or positions that are not ascending prompt tokens.
+        """
+        _check(self.num_prompt_tokens > 0 and bool(self.layers), "it has no tokens or no layers")
+        indices = [-1, *(layer.layer_idx for layer in self.layers)]
+        _check(all(a < b for a, b in pairwise(indices)), "its layers are not ascending numbers of layers")
+        for layer in self.layers:
+            where = f"layer {layer.layer_idx}"
+            _check(bool(layer.positions) and all(layer.positions), f"{where} keeps nothing")
+            _check(
+                [len(kept) for kept in layer.positions] == [len(scores) for scores in layer.scores],
+                f"{where} has not one score for each position",
+            )
+            known = [score for scores in layer.scores for score in scores if score is not None]
+            _check(all(map(math.isfinite, known)), f"{where} has a score that is not finite")
+            for kept in layer.positions:
+                ascending = all(a < b for a, b in pairwise(kept))
+                _check(
+                    ascending and kept[0] >= 0 and kept[-1] < self.num_prompt_tokens,
+                    f"{where} keeps positions that are not ascending tokens of a prompt of {self.num_prompt_tokens}",
+                )
+
+    @cached_property
+    def shared_positions(self) -> Positions | None:
+        """The one list that every layer and KV head keeps; None where they differ.
+
+        The only form that an engine with one block table for all layers can apply without kernels of its own.
+        """
+        lists = {kept for layer in self.layers for kept in layer.positions}
+        return lists.pop() if len(lists) == 1 else None
+
+    @property
+    def mean_retained(self) -> float:
+        """Prompt tokens kept, mean over layers and KV heads."""
+        means = (sum(map(len, layer.positions)) / len(layer.positions) for layer in self.layers)
+        return sum(means) / len(self.layers)
+
+    def check_model(self, layer_indices: Sequence[int], num_kv_heads: int) -> None:
+        """Refuse a model whose layers or heads are not those of the plan.
+
+        Args:
+            layer_indices: numbers of the model's full-attention layers.
+        Raises:
+            PlanError: other layers, or a list for another number of KV heads.
+        """
+        _check([layer.layer_idx for layer in self.layers] == list(layer_indices), "the plan is for other layers")
+        for layer in self.layers:
+            _check(
+                len(layer.positions) in (1, num_kv_heads),
+                f"the plan has {len(layer.positions)} lists for the {num_kv_heads} KV heads of layer {layer.layer_idx}",
+            )
+
+    def as_method(self, model: PreTrainedModel) -> "Planned":
+        """The method that keeps what this plan says.
+
+        Raises:
+            PlanError: the plan is of another model.
+        """
+        own = fingerprint(model)
+        if self.model != str(own):
+            raise PlanError(f"the plan belongs to another model: it is for {self.model}, this is {own}")
+        self.check_model(compressible_layers(model), own.num_kv_heads)
+        return Planned(plan=self)
+
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Refuse another prompt than the plan's.
+
+        Raises:
+            PlanError: another number of tokens, or other tokens.
+        """
+        if len(token_ids) != self.num_prompt_tokens:
+            raise PlanError(f"the plan is for a prompt of {self.num_prompt_tokens} tokens, not {len(token_ids)}")
+        if prompt_digest(token_ids) != self.prompt_sha256:
+            raise PlanError("the plan is for another prompt of the same length")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: one list where all layers share it."""
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "prompt": {"num_tokens": self.num_prompt_tokens, "sha256": self.prompt_sha256},
+            "method": self.method,
+            "budget": list(self.budget) if isinstance(self.budget, tuple) else self.budget,
+            "profile": self.profile,
+            "versions": self.versions,
+            "layers": [layer.layer_idx for layer in self.layers],
+        }
+        first = self.layers[0]
+        if len(first.positions) == 1 and all(
+            (one.positions, one.scores) == (first.positions, first.scores) for one in self.layers
+        ):
+            return data | {"positions": list(first.positions[0]), "scores": list(first.scores[0])}
+        return data | {
+            "positions": [[list(kept) for kept in layer.positions] for layer in self.layers],
+            "scores": [[list(scores) for scores in layer.scores] for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Plan":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: a field is missing, of the wrong kind, or holds what cannot be.
+        """
+        _check(isinstance(data, dict) and data.get("format") == FORMAT, f"its format is not {FORMAT!r}")
+        version = data.get("version")
+        _check(version is not True and version == VERSION, f"its version is {version!r}, this release reads {VERSION}")
+        try:
+            positions, scores = data["positions"], data["scores"]
+            indices = [_integer(layer_idx) for layer_idx in data["layers"]]
+            if positions and not isinstance(positions[0], list):
+                positions, scores = [[positions]] * len(indices), [[scores]] * len(indices)
+            return cls(
+                model=_text(data["model"]),
+                num_prompt_tokens=_integer(data["prompt"]["num_tokens"]),
+                prompt_sha256=_text(data["prompt"]["sha256"]),
+                method=_text(data["method"]),
+                budget=_budget(data["budget"]),
+                profile=None if data["profile"] is None else _text(data["profile"]),
+                layers=tuple(
+                    LayerPlan(
+                        layer_idx,
+                        tuple(tuple(map(_integer, kept)) for kept in own_positions),
+                        tuple(tuple(None if one is None else float(one) for one in row) for row in own_scores),
+                    )
+                    for layer_idx, own_positions, own_scores in zip(indices, positions, scores, strict=True)
+                ),
+                versions=dict(data["versions"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"field missing or of the wrong kind: {error}") from error
+
+    def write(self, path: str | Path) -> None:
+        """Save as JSON.
+
+        Raises:
+            PlanError: the place cannot be written.
+        """
+        try:
+            Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write the plan to {str(path)!r}: {error.strerror}") from error
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Load and check a plan.
+
+    Raises:
+        PlanError: no such file, no JSON, or no valid plan; the message names the file.
+    """
+    try:
+        return Plan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise PlanError(f"plan {str(path)!r}: {error.strerror}") from error
+    except PlanError as error:
+        raise PlanError(f"plan {str(path)!r}: {error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, not text
+        raise PlanError(f"plan {str(path)!r} is not JSON: {error}") from error
+
+
+def prompt_digest(token_ids: Sequence[int]) -> str:
+    """16 hex digits that stand for token ids."""
+    return hashlib.sha256(repr([int(token) for token in token_ids]).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Planned(Method):
+    """Keeps what a plan names. It needs no queries and no profile, and brings its own budgets."""
+
+    name = "plan"
+    summary = "what a plan names"
+    source = "this project"
+
+    plan: Plan | None = None
+
+    @property
+    def _layers(self) -> tuple[LayerPlan, ...]:
+        assert self.plan is not None
+        return self.plan.layers
+
+    def resolve_budgets(self, budget: Budget, num_layers: int, num_tokens: int) -> list[list[int]]:
+        """As many as the plan names, whatever `budget` is.
+
+        Raises:
+            PlanError: the prompt has another length, or the model other layers.
+        """
+        assert self.plan is not None
+        if num_tokens != self.plan.num_prompt_tokens:
+            raise PlanError(f"the plan is for a prompt of {self.plan.num_prompt_tokens} tokens, not {num_tokens}")
+        if num_layers != len(self._layers):
+            raise PlanError(f"the plan is for {len(self._layers)} full-attention layers, the model has {num_layers}")
+        return [[len(kept) for kept in layer.positions] for layer in self._layers]
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, 1 or H_kv, T): 1 for what is kept, else 0."""
+        (own,) = (layer for layer in self._layers if layer.layer_idx == inputs.layer_idx)
+        batch_size, _, num_tokens, _ = inputs.keys.shape
+        scores = torch.zeros(batch_size, len(own.positions), num_tokens, device=inputs.keys.device)
+        starts = [0] * batch_size if inputs.valid is None else inputs.valid.int().argmax(dim=-1).tolist()
+        for row, start in enumerate(starts):
+            for head, kept in enumerate(own.positions):
+                scores[row, head, [start + position for position in kept]] = 1
+        return scores
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is not an integer")
+    return operator.index(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _budget(value: Any) -> int | float | tuple[int, ...]:
+    try:
+        check_budget(value)
+    except ConfigError as error:
+        raise TypeError(str(error)) from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise PlanError(what)

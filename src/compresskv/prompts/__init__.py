@@ -1,0 +1,1 @@
+"""Prompts out of documents and questions, and where each part's tokens lie."""

@@ -1,0 +1,1 @@
+"""Scores, budgets and the tokens they choose: tensors and integers only."""
