@@ -13,7 +13,7 @@ from compresskv.methods import registry
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.profiles.profile import Profile, normalised
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 VOCAB_SIZE = 128
 PAD = 0
@@ -132,7 +132,7 @@ def kept_tokens(layer: CompressedLayer) -> list[list[list[int]]]:
     if layer.positions is None:
         return [[list(range(layer.num_prompt_tokens))] * num_heads] * num_rows
     rows = layer.positions.expand(num_rows, num_heads, -1).tolist()
-    return [[[token for token in head if token != UNUSED] for head in row] for row in rows]
+    return [[[token for token in head if token != EMPTY_SLOT] for head in row] for row in rows]
 
 
 def kept_counts(cache: CompressedCache) -> Tensor:

@@ -11,7 +11,7 @@ import tiny
 from compresskv import CompressedCache
 from compresskv.cache.layer import CompressedLayer
 from compresskv.selection.budgets import Budget
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 # One row as long as the batch, one shorter than its budget and the window.
 LENGTHS = [110, 57, 30, 20, 6]
@@ -60,7 +60,7 @@ def test_no_padding_is_kept_and_unused_slots_come_first(method: str, budget: Bud
     for layer in cache.compressed_layers:
         if layer.positions is None:
             continue
-        used = layer.positions != UNUSED
+        used = layer.positions != EMPTY_SLOT
         rows, heads, slots = used.nonzero(as_tuple=True)
         assert mask[rows, layer.positions[rows, heads, slots]].all(), "a padding token is retained"
         assert used.all(dim=-1).any(), "no more slots than the head that keeps the most needs"

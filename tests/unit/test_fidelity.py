@@ -17,7 +17,7 @@ from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference, teacher_forced
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.decoding import decode
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 NUM_PROMPT, NUM_NEW = 90, 12
 PROMPT = tiny.random_tokens(NUM_PROMPT)
@@ -181,7 +181,7 @@ class TestEvidenceRecall:
         assert evidence_recall(cache_with([[[0, 4, 5], [4, 5, 6], [1, 2, 3]]]), [slice(4, 6)]) == pytest.approx(2 / 3)
 
     def test_heads_that_keep_different_numbers_have_empty_slots_that_are_no_token(self) -> None:
-        ragged = [[[UNUSED, UNUSED, 0], [0, 1, 2]]]
+        ragged = [[[EMPTY_SLOT, EMPTY_SLOT, 0], [0, 1, 2]]]
         assert evidence_recall(cache_with(ragged), [slice(0, 2)]) == 0.75
         assert evidence_recall(cache_with(ragged), [slice(89, 90)]) == 0.0  # -1 is not the last token
 

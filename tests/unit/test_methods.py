@@ -23,7 +23,7 @@ from compresskv.methods.snapkv import SnapKV
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.selection import budgets
-from compresskv.selection.select import UNUSED, select, select_rows
+from compresskv.selection.select import EMPTY_SLOT, select, select_rows
 
 LAYER_INDICES = (1, 3, 4)
 
@@ -364,7 +364,7 @@ class TestAdaKV:
         indices = method.select(scores, [[budget] for budget in budgets], lengths)
         for row, (budget, length) in enumerate(zip(budgets, lengths, strict=True)):
             start = num_tokens - length
-            kept = [[token - start for token in head if token != UNUSED] for head in indices[row].tolist()]
+            kept = [[token - start for token in head if token != EMPTY_SLOT] for head in indices[row].tolist()]
             assert kept == naive_adakv(scores[row, :, start:].tolist(), budget, window_size, guaranteed)
             assert sum(map(len, kept)) == min(budget, length) * num_heads
 
@@ -372,7 +372,7 @@ class TestAdaKV:
         scores = torch.zeros(1, 2, 60)
         scores[0, 0] = torch.linspace(2, 1, 60)
         indices = AdaKV().select(scores, [[28]], [60])
-        assert (indices != UNUSED).sum(dim=-1).tolist() == [[8 + 4 + 32, 8 + 4]]
+        assert (indices != EMPTY_SLOT).sum(dim=-1).tolist() == [[8 + 4 + 32, 8 + 4]]
 
     @settings(deadline=None, max_examples=20)
     @given(inputs())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compresskv.cache.stores.dense import ROOM
 from compresskv.cache.stores.ragged import RaggedStore
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 NUM_TOKENS = 12
 # two rows, two heads; the first head holds 3 slots, the second 5
@@ -36,7 +36,7 @@ def test_each_head_holds_its_own_tokens_and_no_slot_more_than_its_fullest_row() 
         for row in range(2):
             slots = INDICES[row, head, 5 - ragged.keys[head].shape[2] :]
             assert torch.equal(ragged.positions[head][row, 0], slots)
-            used = slots != UNUSED
+            used = slots != EMPTY_SLOT
             kept = slots[used] + 1000.0 * row + 100 * head
             assert torch.equal(ragged.keys[head][row, 0, used, 0], kept)
             assert torch.equal(ragged.values[head][row, 0, used, 0], kept + 0.5)
@@ -55,7 +55,9 @@ def test_no_head_keeps_the_prompt_or_another_head_alive() -> None:
     [
         pytest.param(INDICES, True, id="heads_differ"),
         pytest.param(INDICES[:, 1:], False, id="one_choice_for_all_heads"),
-        pytest.param(torch.tensor([[[UNUSED, 1], [0, 1]], [[0, 1], [UNUSED, 1]]]), False, id="rows_even_it_out"),
+        pytest.param(
+            torch.tensor([[[EMPTY_SLOT, 1], [0, 1]], [[0, 1], [EMPTY_SLOT, 1]]]), False, id="rows_even_it_out"
+        ),
         pytest.param(torch.tensor([[[0, 1], [2, 3]]]), False, id="as_many_but_others"),
     ],
 )

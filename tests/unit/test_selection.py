@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compresskv.selection.select import UNUSED, select, select_rows
+from compresskv.selection.select import EMPTY_SLOT, select, select_rows
 
 # Few distinct values, so that ties are common.
 few = st.sampled_from([-math.inf, -1.0, 0.0, 0.25, 0.5, 2.0, math.inf, math.nan])
@@ -73,7 +73,7 @@ def test_select_rows_equals_select_on_each_row_alone(scores: Tensor, window_size
     for row, (length, num_kept) in enumerate(zip(lengths, kept, strict=True)):
         start = num_tokens - length
         num_unused = max(kept) - num_kept
-        assert bool((indices[row, :, :num_unused] == UNUSED).all())
+        assert bool((indices[row, :, :num_unused] == EMPTY_SLOT).all())
         alone = select(scores[row : row + 1, :, start:], budgets[row], window_size)[0] + start
         assert indices[row, :, num_unused:].tolist() == alone.tolist()
 
@@ -97,7 +97,7 @@ def test_select_rows_equals_select_on_each_head_alone(
             own = scores[row, head if num_heads > 1 else 0, num_tokens - length :].tolist()
             expected = [num_tokens - length + token for token in naive_select(own, budgets[row][head], window_size)]
             kept = indices[row, head].tolist()
-            assert kept == [UNUSED] * (len(kept) - len(expected)) + expected
+            assert kept == [EMPTY_SLOT] * (len(kept) - len(expected)) + expected
             longest = max(longest, len(expected))
     assert indices.shape[2] == longest
 
@@ -133,4 +133,4 @@ def test_the_result_can_be_written_to() -> None:
 def test_rows_with_one_index_set_per_layer() -> None:
     scores = torch.tensor([[[9.0, 9.0, 1.0, 5.0, 0.0]], [[1.0, 5.0, 2.0, 3.0, 0.0]]])
     indices = select_rows(scores, [[2], [3]], 1, [3, 5])
-    assert indices.tolist() == [[[UNUSED, 3, 4]], [[1, 3, 4]]]
+    assert indices.tolist() == [[[EMPTY_SLOT, 3, 4]], [[1, 3, 4]]]

@@ -16,11 +16,11 @@ from compresskv.errors import ConfigError, ProfileError
 from compresskv.methods import registry
 from compresskv.methods.base import LayerInputs, Method
 from compresskv.methods.snapkv import SnapKV
-from compresskv.methods.vote import Vote, count_votes, narrowed
+from compresskv.methods.vote import Vote, count_votes, window_for_budget
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 LAYER_INDICES = (1, 3, 4)
 WINDOW = 4
@@ -113,7 +113,7 @@ def keep(method: Method, layers: list[LayerInputs], budget: Budget) -> Kept:
             kept.append([[row.nonzero().flatten().tolist()] * num_kv_heads for row in valid])
         else:
             rows = layer.indices.expand(-1, num_kv_heads, -1).tolist()
-            kept.append([[[token for token in head if token != UNUSED] for head in row] for row in rows])
+            kept.append([[[token for token in head if token != EMPTY_SLOT] for head in row] for row in rows])
     return kept
 
 
@@ -333,11 +333,11 @@ def test_options_at_the_edge_are_taken() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 5000))
 def test_a_narrowed_window_leaves_half_of_the_budget_and_no_large_budget_is_narrowed(window: int, budget: int) -> None:
-    narrow = narrowed(window, budget)
+    narrow = window_for_budget(window, budget)
     assert 1 <= narrow <= window
     assert narrow <= max(1, budget // 2)
     assert narrow == window or budget < 4 * window
-    assert narrow <= narrowed(window, budget + 1)
+    assert narrow <= window_for_budget(window, budget + 1)
 
 
 @pytest.mark.parametrize("name", ["vote", "blend"])

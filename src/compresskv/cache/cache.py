@@ -29,7 +29,7 @@ class RoutedCache(Cache):
         """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
         stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if key_states.shape[-2] > 1:
-            own_window(self.layers[layer_idx])
+            trim_sliding_window(self.layers[layer_idx])
         return stored
 
 
@@ -127,12 +127,12 @@ class CompressedCache(RoutedCache):
         if isinstance(layer, CompressedLayer):
             prompt, later = slice(0, num_prompt), slice(num_prompt, num_tokens)  # a static cache has empty slots behind
             layer.adopt_prompt(source.keys[:, :, prompt], source.values[:, :, prompt])
-            layer.finish_prompt(source.keys[:, :, :0], None, 1.0, None)
+            layer.end_prefill(source.keys[:, :, :0], None, 1.0, None)
             if num_tokens > num_prompt:
                 layer.adopt_generated(source.keys[:, :, later], source.values[:, :, later])
         else:
             self.layers[layer_idx] = copy.deepcopy(source)
-            own_window(self.layers[layer_idx])
+            trim_sliding_window(self.layers[layer_idx])
 
     def crop(self, max_length: int) -> None:
         """Remove generated tokens from the end; see `CompressedLayer.crop`."""
@@ -183,7 +183,7 @@ class CompressedCache(RoutedCache):
         return layers_nbytes([layer for layer in self.layers if not isinstance(layer, CompressedLayer)])
 
 
-def own_window(layer: Any) -> None:
+def trim_sliding_window(layer: Any) -> None:
     """Free what a sliding-window layer has left behind its window.
 
     It keeps a view of the whole prompt, which would stay in memory until the next token, and in copies of the layer.

@@ -10,7 +10,7 @@ from torch import Tensor
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import LayerInputs, Method, Observation
 from compresskv.selection.budgets import Budget, check_budget
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 
 class Retaining(Protocol):
@@ -173,11 +173,11 @@ class _Group:
 
 
 def _one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:
-    """Rows (n, 1 or H, R) of several groups in their places; those that are shorter begin with `UNUSED`."""
+    """Rows (n, 1 or H, R) of several groups in their places; those that are shorter begin with `EMPTY_SLOT`."""
     if len(parts) == 1:
         return parts[0]
     num_heads, longest = (max(part.shape[dim] for part in parts) for dim in (1, 2))
-    batch = parts[0].new_full((sum(map(len, rows)), num_heads, longest), UNUSED)
+    batch = parts[0].new_full((sum(map(len, rows)), num_heads, longest), EMPTY_SLOT)
     for part, own in zip(parts, rows, strict=True):
         batch[own, :, longest - part.shape[2] :] = part.expand(-1, num_heads, -1)
     return batch

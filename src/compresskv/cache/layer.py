@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from compresskv.attention.routing import AttentionFunction, RoutedLayer, scaling_of
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.masks import causal_mask, retained_mask, valid_keys
-from compresskv.cache.stores.dense import GrowingStates
+from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.ragged import RaggedStore, gather_tokens
 from compresskv.errors import CacheStateError
 from compresskv.methods.base import LayerInputs
 from compresskv.models.shape import decoder_config
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 from compresskv.system.memory import storage_nbytes
 
 NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
@@ -47,7 +47,7 @@ class CompressedLayer(RoutedLayer):
         self.positions: Tensor | None = None
         self.ragged: RaggedStore | None = None
         self._has_unused = False
-        self._growing: GrowingStates | None = None
+        self._growing: DenseStore | None = None
         self._query_window: Tensor | None = None
         self._prompt_end: int | None = self._eviction.prompt_tokens
 
@@ -59,9 +59,9 @@ class CompressedLayer(RoutedLayer):
         return self.stored()[0].shape[-2] if self.is_initialized else 0
 
     @property
-    def has_unused(self) -> bool:
+    def has_empty_slots(self) -> bool:
         """Whether some slots must be masked, since rows retain different numbers."""
-        return self._has_unused if self.ragged is None else self.ragged.has_unused
+        return self._has_unused if self.ragged is None else self.ragged.has_empty_slots
 
     @property
     def mean_retained(self) -> float:
@@ -70,7 +70,7 @@ class CompressedLayer(RoutedLayer):
             return min(self.seen_tokens, self._prompt_end or self.seen_tokens)
         if self.positions is None:
             return self.num_prompt_tokens - self.num_ahead
-        return float((self.positions != UNUSED).sum(dim=-1).float().mean()) - self.num_ahead
+        return float((self.positions != EMPTY_SLOT).sum(dim=-1).float().mean()) - self.num_ahead
 
     @property
     def full_nbytes(self) -> int:
@@ -113,11 +113,11 @@ class CompressedLayer(RoutedLayer):
         self.keys, self.values = key_states, value_states  # what tells the attention function that it is this layer's
         return self.stored()
 
-    def _own_growing(self) -> GrowingStates:
+    def _own_growing(self) -> DenseStore:
         """Tensors of this layer's own, to append to in place."""
         keys, values = self.stored()
         if self._growing is None or not self._growing.holds(keys):
-            self._growing = GrowingStates(keys, values)
+            self._growing = DenseStore(keys, values)
         return self._growing
 
     def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
@@ -141,11 +141,11 @@ class CompressedLayer(RoutedLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Exact attention over what is stored; the end of prefill evicts."""
         if self.ragged is not None:
-            mask_for = functools.partial(self._retained_mask, query, mask, has_unused=self.ragged.has_unused)
+            mask_for = functools.partial(self._retained_mask, query, mask, has_empty_slots=self.ragged.has_empty_slots)
             self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())  # its heads hold them
             return self.ragged.attend(attention, kwargs["module"], query, mask_for)
         if not self.in_prefill:
-            cut = self._retained_mask(query, mask, self.positions, self.has_unused)
+            cut = self._retained_mask(query, mask, self.positions, self.has_empty_slots)
             return attention(query, *self.stored(), cut)
         output = attention(query, *self.stored(), mask)
         self._observe(query, mask, **kwargs)
@@ -171,7 +171,7 @@ class CompressedLayer(RoutedLayer):
         window = query[:, :, max(0, query.shape[2] - eviction.method.window_size - ahead) :]
         if self.seen_tokens >= self._prompt_end + eviction.method.lookahead:
             self._query_window = None
-            self.finish_prompt(window, valid_keys(mask), scaling_of(query, scaling), softcap, ahead)
+            self.end_prefill(window, valid_keys(mask), scaling_of(query, scaling), softcap, ahead)
         else:
             self._query_window = window.clone()  # a view would keep the whole chunk's queries alive
         if eviction.on_layer is not None and self.seen_tokens <= self._prompt_end:
@@ -186,7 +186,7 @@ class CompressedLayer(RoutedLayer):
         return copied
 
     def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
-        """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `finish_prompt` comes next."""
+        """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `end_prefill` comes next."""
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self.is_initialized = keys, values, True
         self.seen_tokens = keys.shape[2]
@@ -199,7 +199,7 @@ class CompressedLayer(RoutedLayer):
         else:
             self._append(keys, values)
 
-    def finish_prompt(
+    def end_prefill(
         self,
         query_window: Tensor,
         valid: Tensor | None,
@@ -223,12 +223,12 @@ class CompressedLayer(RoutedLayer):
         """Keep the named prompt tokens and free the memory of all others.
 
         Args:
-            indices: (B, H, R) int64, ascending, H being 1 or the number of KV heads; `UNUSED` marks empty slots.
+            indices: (B, H, R) int64, ascending, H being 1 or the number of KV heads; `EMPTY_SLOT` marks empty slots.
             scores: what they were chosen by; not kept.
         """
         keys, values = self.stored()
         self.positions = indices
-        self._has_unused = bool((indices == UNUSED).any())
+        self._has_unused = bool((indices == EMPTY_SLOT).any())
         if self._has_unused and RaggedStore.fits(indices):  # without unused slots, all heads keep as many
             self.ragged = RaggedStore(keys, values, indices)
             self.keys, self.values = (states[:, :, :0].clone() for states in (keys, values))
@@ -237,11 +237,11 @@ class CompressedLayer(RoutedLayer):
         self._retained_nbytes = storage_nbytes(self.tensors)
 
     def _retained_mask(
-        self, query: Tensor, mask: Tensor | None, positions: Tensor | None, has_unused: bool
+        self, query: Tensor, mask: Tensor | None, positions: Tensor | None, has_empty_slots: bool
     ) -> Tensor | None:
         """The mask for what is stored; `positions` are the prompt tokens stored, None all."""
         num_new = query.shape[2]
-        if positions is None or (mask is None and num_new == 1 and not has_unused):
+        if positions is None or (mask is None and num_new == 1 and not has_empty_slots):
             return mask
         if mask is None:
             mask = causal_mask(num_new, self.seen_tokens, query.device)

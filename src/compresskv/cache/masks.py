@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 
 def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor:
@@ -20,14 +20,14 @@ def retained_mask(mask: Tensor, positions: Tensor, num_prompt: int, num_query_he
 
     Args:
         mask: (B or 1, 1, T_new, seen), bool or additive.
-        positions: (B, 1 or H_kv, R), prompt tokens, or `UNUSED`.
+        positions: (B, 1 or H_kv, R), prompt tokens, or `EMPTY_SLOT`.
     Returns: (B, 1 or H_q, T_new, stored).
     """
     num_heads, num_new = positions.shape[1], mask.shape[2]
     index = positions.clamp(min=0)[:, :, None].expand(-1, -1, num_new, -1)
     old = mask[..., :num_prompt].expand(len(positions), num_heads, -1, -1).gather(-1, index)
     blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    old = old.masked_fill((positions == UNUSED)[:, :, None], blocked)
+    old = old.masked_fill((positions == EMPTY_SLOT)[:, :, None], blocked)
     new = mask[..., num_prompt:].expand(*old.shape[:3], -1)
     cut = torch.cat([old, new], dim=-1)
     return cut if num_heads == 1 else cut.repeat_interleave(num_query_heads // num_heads, dim=1)

@@ -153,7 +153,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
 
     def _is_ready(self, layer: Any) -> bool:
         """Whether a layer holds one row, in the model's dtype, after its prompt."""
-        if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_unused):
+        if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_empty_slots):
             return False
         keys = layer.keys
         least = 2 if isinstance(layer, DynamicSlidingWindowLayer) else 0  # what the program was traced with

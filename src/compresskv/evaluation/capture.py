@@ -84,7 +84,7 @@ class CapturedPrompt:
                 queries = source.query_window
                 assert queries is not None
                 window = queries[:, :, max(0, queries.shape[2] - method.window_size - num_ahead) :]
-                layer.finish_prompt(window, None, source.scaling, source.softcap, num_ahead)
+                layer.end_prefill(window, None, source.scaling, source.softcap, num_ahead)
             else:
                 cache.layers[layer_idx] = source
         return cache

@@ -16,7 +16,7 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, prefill
 from compresskv.prompts.offsets import token_range
 from compresskv.selection.budgets import Budget, check_budget
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
 _LONGEST_GROUP = 12  # tokens; keeps text that really holds replacement characters from growing one endless group
@@ -260,7 +260,7 @@ def _layer_retention(layer: CompressedLayer) -> LayerRetention:
     if layer.positions is None:
         return LayerRetention(layer.layer_idx, num_kv_heads, (num_kv_heads,) * num_tokens)
     kept = layer.positions.expand(1, num_kv_heads, -1)
-    counts = kept[kept != UNUSED].bincount(minlength=num_tokens)
+    counts = kept[kept != EMPTY_SLOT].bincount(minlength=num_tokens)
     return LayerRetention(layer.layer_idx, num_kv_heads, tuple(counts.tolist()))
 
 

@@ -10,7 +10,7 @@ from compresskv.methods.base import LayerInputs, Observation
 from compresskv.methods.cake import CAKE
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.methods.vote import count_votes, layer_vote, narrowed
+from compresskv.methods.vote import count_votes, layer_vote, window_for_budget
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection.scores import set_first, without_padding
 from compresskv.selection.select import select_across_heads
@@ -25,7 +25,7 @@ class Blend(CAKE):
     over the layer's KV heads. The vote (see `Vote`) sums to 1; in a KV head it is weighted by `vote_weight` times the
     best semantic retrieval score among the query heads that read it, divided by the model's best. Layers share by
     CAKE's preferences, the KV heads of a layer by AdaKV's rule. The `num_sinks` first tokens are always kept. Small
-    budgets narrow the window (`narrowed`).
+    budgets narrow the window (`window_for_budget`).
 
     Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491) and AdaKV
     (2407.11550). docs/evaluation.md tells what each contributes.
@@ -61,8 +61,8 @@ class Blend(CAKE):
         return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
 
     def window_at(self, budget: int) -> int:
-        """See `narrowed`."""
-        return narrowed(self.window_size, budget) if self.narrow else self.window_size
+        """See `window_for_budget`."""
+        return window_for_budget(self.window_size, budget) if self.narrow else self.window_size
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """CAKE's observation, with the votes of the layer's heads; local scores are scaled to a mean sum of 1."""

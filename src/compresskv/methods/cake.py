@@ -43,7 +43,7 @@ class CAKE(SnapKV):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
-        return pool(mean_over_groups(strong_or_restless(inputs, self.gamma), inputs.keys.shape[1]), self.kernel_size)
+        return pool(mean_over_groups(mean_plus_variance(inputs, self.gamma), inputs.keys.shape[1]), self.kernel_size)
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """Scores and preference."""
@@ -76,7 +76,7 @@ class CAKE(SnapKV):
         return entropy.clamp(min=0) ** (1 / self.tau1) * restless ** (1 / self.tau2)
 
 
-def strong_or_restless(inputs: LayerInputs, gamma: float = GAMMA) -> Tensor:
+def mean_plus_variance(inputs: LayerInputs, gamma: float = GAMMA) -> Tensor:
     """(B, H_q, T): mean attention from the window plus `gamma` times its variance over the window's queries."""
     mean, variance = inputs.attention_moments
     return mean + gamma * variance

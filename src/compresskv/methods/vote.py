@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compresskv.methods.base import LayerInputs, Method, Observation
-from compresskv.methods.cake import strong_or_restless
+from compresskv.methods.cake import mean_plus_variance
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile
@@ -30,7 +30,7 @@ class Vote(Method):
     vote, `local_weight` adds what all heads attend to, so that tokens which no retrieval head reads (lists, code, what
     a summary needs) are not starved: the square roots of CAKE's scores, so that a token counts by how many heads want
     it more than by how much one does; each head's normalised to sum 1, their mean over layers and heads too. The
-    `num_sinks` first tokens are always kept. Small budgets narrow the window (`narrowed`).
+    `num_sinks` first tokens are always kept. Small budgets narrow the window (`window_for_budget`).
     """
 
     name = "vote"
@@ -58,8 +58,8 @@ class Vote(Method):
         return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
 
     def window_at(self, budget: int) -> int:
-        """See `narrowed`."""
-        return narrowed(self.window_size, budget) if self.narrow else self.window_size
+        """See `window_for_budget`."""
+        return window_for_budget(self.window_size, budget) if self.narrow else self.window_size
 
     def reads_layer(self, layer_idx: int) -> bool:
         """All layers where local attention counts, else those of the retrieval heads."""
@@ -75,7 +75,7 @@ class Vote(Method):
 
     def _wanted(self, inputs: LayerInputs) -> Tensor:
         """(B, 1, T)."""
-        local = mean_over_groups(strong_or_restless(inputs), inputs.keys.shape[1])
+        local = mean_over_groups(mean_plus_variance(inputs), inputs.keys.shape[1])
         local = set_first(without_padding(local, inputs.valid), self.num_sinks, 0, inputs.valid)
         return normalised(local).sqrt_().mean(dim=1, keepdim=True)
 
@@ -88,7 +88,7 @@ class Vote(Method):
         return [set_first(scores, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
 
 
-def narrowed(window_size: int, budget: int) -> int:
+def window_for_budget(window_size: int, budget: int) -> int:
     """The observation window at small budgets: at most half of the budget, and a quarter of it and 8 tokens.
 
     The window's own tokens are kept, so a wide one leaves nothing to choose: at 48 tokens, 20 of them observe.

@@ -22,7 +22,7 @@ from compresskv.models.fingerprint import fingerprint
 from compresskv.plans.plan import LayerPlan, Plan, prompt_digest
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 
 class PlanningLayer(CompressedLayer):
@@ -31,9 +31,9 @@ class PlanningLayer(CompressedLayer):
     chosen_scores: Tensor | None = None
     """(B, H, R): what each of `positions` was chosen by."""
 
-    def finish_prompt(self, *args: Any) -> None:
+    def end_prefill(self, *args: Any) -> None:
         """End prefill and free everything."""
-        super().finish_prompt(*args)
+        super().end_prefill(*args)
         self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())
 
     def retain(self, indices: Tensor, scores: Tensor | None = None) -> None:
@@ -102,7 +102,7 @@ def _layer_plan(layer: CompressedLayer, window_size: int) -> LayerPlan:
         return LayerPlan(layer.layer_idx, (tuple(range(num_tokens)),), ((None,) * num_tokens,))
     scores = layer.chosen_scores.masked_fill(layer.positions >= num_tokens - window_size, torch.inf)
     heads = zip(layer.positions[0].tolist(), scores[0].tolist(), strict=True)
-    chosen = [[pair for pair in zip(*head, strict=True) if pair[0] != UNUSED] for head in heads]
+    chosen = [[pair for pair in zip(*head, strict=True) if pair[0] != EMPTY_SLOT] for head in heads]
     return LayerPlan(
         layer.layer_idx,
         tuple(tuple(position for position, _ in head) for head in chosen),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-UNUSED = -1
+EMPTY_SLOT = -1
 """Index of a slot that holds no token: rows of a padded batch may retain fewer tokens than the longest row."""
 
 
@@ -54,14 +54,14 @@ def select_rows(scores: Tensor, budgets: list[list[int]], window_size: int, row_
             number in every row, H stays as it is, else scores of one head serve them all.
         row_lengths: B numbers of tokens that are not padding: each row chooses among its own.
     Returns: (B, H or H_kv, R) int64 with R the largest number kept anywhere; ascending; what keeps fewer begins with
-        `UNUSED`.
+        `EMPTY_SLOT`.
     """
     if row_lengths == [scores.shape[2]] and len(set(budgets[0])) == 1 and len(budgets[0]) in (1, scores.shape[1]):
         return select(scores, budgets[0][0], window_size)  # the usual case, with fewer copies
     num_heads, num_tokens = max(scores.shape[1], *(len(counts) for counts in budgets)), scores.shape[2]
     scores = scores.expand(-1, num_heads, -1)
     longest = max(min(max(counts), length) for counts, length in zip(budgets, row_lengths, strict=True))
-    indices = scores.new_full((len(budgets), num_heads, longest), UNUSED, dtype=torch.long)
+    indices = scores.new_full((len(budgets), num_heads, longest), EMPTY_SLOT, dtype=torch.long)
     for row, (counts, length) in enumerate(zip(budgets, row_lengths, strict=True)):
         start = num_tokens - length
         together = len(set(counts)) == 1

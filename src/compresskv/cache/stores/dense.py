@@ -56,7 +56,7 @@ class Growing:
         return self._held
 
 
-class GrowingStates:
+class DenseStore:
     """Keys and values of one layer, whose KV heads hold equal numbers of tokens."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:

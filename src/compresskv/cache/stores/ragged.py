@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.stores.dense import ROOM, may_write, room_for_tokens
 from compresskv.errors import ModelError
-from compresskv.selection.select import UNUSED
+from compresskv.selection.select import EMPTY_SLOT
 
 
 class RaggedStore:
@@ -22,11 +22,11 @@ class RaggedStore:
 
         Args:
             keys, values: (B, H_kv, T, D), the whole prompt's.
-            indices: (B, H_kv, R) int64, ascending; heads that retain fewer begin with `UNUSED` slots.
+            indices: (B, H_kv, R) int64, ascending; heads that retain fewer begin with `EMPTY_SLOT`.
         """
         counts = _counts(indices)
         self.positions = [indices[:, head : head + 1, indices.shape[2] - count :] for head, count in enumerate(counts)]
-        self.has_unused = any(bool((positions == UNUSED).any()) for positions in self.positions)
+        self.has_empty_slots = any(bool((positions == EMPTY_SLOT).any()) for positions in self.positions)
         """Whether rows of a head retain different numbers, so that some slots must be masked."""
         parts = [
             [gather_tokens(kept, states[:, head : head + 1])[0][:, 0] for head, kept in enumerate(self.positions)]
@@ -162,5 +162,5 @@ def gather_tokens(indices: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 def _counts(indices: Tensor) -> list[int]:
     """Tokens that each KV head retains, the most of any row."""
-    counts: list[int] = (indices != UNUSED).sum(dim=-1).amax(dim=0).tolist()
+    counts: list[int] = (indices != EMPTY_SLOT).sum(dim=-1).amax(dim=0).tolist()
     return counts
