@@ -96,13 +96,23 @@ class TestKept:
 
 
 class TestKilled:
-    @pytest.mark.parametrize("num_lost", [1, 2, 10, 300])
+    @pytest.mark.parametrize("num_lost", [2, 3, 10, 300])
     def test_a_last_record_that_was_cut_short_is_made_again(self, folder: Path, num_lost: int) -> None:
         log_of(folder, A, B)
         path = folder / "records.jsonl"
         path.write_bytes(path.read_bytes()[:-num_lost])
-        assert read_run(folder)[1] == [A]
+        with pytest.warns(UserWarning, match=r"records\.jsonl: its last line was cut short and is left out"):
+            assert read_run(folder)[1] == [A]
         log_of(folder, B, C)
+        assert read_run(folder)[1] == [A, B, C]
+
+    def test_a_last_record_without_its_line_end_is_whole(self, folder: Path) -> None:
+        """An editor may have taken it."""
+        log_of(folder, A, B)
+        path = folder / "records.jsonl"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert read_run(folder)[1] == [A, B]
+        log_of(folder, C)
         assert read_run(folder)[1] == [A, B, C]
 
     @given(st.data())
@@ -115,21 +125,39 @@ class TestKilled:
         whole = path.read_bytes()
         size = data.draw(st.integers(0, len(whole)))
         path.write_bytes(whole[:size])
-        kept = whole[:size].count(b"\n")
+        kept = (whole[:size] + b"\n" if whole[size : size + 1] == b"\n" else whole[:size]).count(b"\n")
         with RecordLog(folder, CONFIGURATION) as log:
             assert log.records() == [A, B, C][:kept]
             for record in [A, B, C][kept:]:
                 log.add(record)
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == (whole if kept < 3 else whole[:size])  # nothing added, nothing changed
 
     @pytest.mark.parametrize("damage", [b"\0\0\0", b"\xff\xfe", b"{}", b"[1]", b"", b"[" * 100_000, b'{"task": "ne'])
     def test_a_damaged_line_costs_its_own_record_only(self, folder: Path, damage: bytes) -> None:
         log_of(folder, A)
         path = folder / "records.jsonl"
-        path.write_bytes(path.read_bytes() + damage + b"\n")
-        log_of(folder, B)
+        damaged = path.read_bytes() + damage + b"\n"
+        path.write_bytes(damaged)
+        records_in(folder)
+        assert path.read_bytes() == damaged  # to look at it changes nothing
+        if damage:
+            with pytest.warns(UserWarning, match=r"1 line of '.*' cannot be read: '.*unreadable-1.jsonl' keeps"):
+                log_of(folder, B)
+            assert (folder / "records.unreadable-1.jsonl").read_bytes() == damaged
+        else:
+            log_of(folder, B)
         assert records_in(folder) == [A, B]
         assert read_run(folder)[1] == [A, B]  # a report of the resumed run does not stumble over it
+
+    def test_backups_do_not_replace_one_another(self, folder: Path) -> None:
+        log_of(folder, A)
+        path = folder / "records.jsonl"
+        for number, record in enumerate([B, C], start=1):
+            path.write_bytes(path.read_bytes() + b"[1]\n{}\n")
+            with pytest.warns(UserWarning, match="2 lines of"):
+                log_of(folder, record)
+            assert (folder / f"records.unreadable-{number}.jsonl").is_file()
+        assert read_run(folder)[1] == [A, B, C]
 
 
 class TestWhoseRun:

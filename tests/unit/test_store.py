@@ -1,6 +1,6 @@
 """Where profiles are looked for, in which order, and what happens to damaged ones."""
 
-import json
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -237,10 +237,10 @@ class TestWrite:
         path = default_path(own)
         write_profile(make_profile(own, "old"), path)
 
-        def full(data: object, file: object, **options: object) -> None:
+        def full(_: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(json, "dump", full)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(ProfileError, match="No space left on device"):
             write_profile(make_profile(own, "new"), path)
         assert list(path.parent.iterdir()) == [path]

@@ -14,6 +14,7 @@ from compresskv.bench.subject import Subject
 from compresskv.errors import ConfigError
 from compresskv.models.embedded import EMBEDDED
 from compresskv.peers.process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python, run_peers
+from compresskv.system.files import write_text
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class BenchRequest:
 
     def write(self, path: Path) -> None:
         """Store it as JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> "BenchRequest":

@@ -17,7 +17,7 @@ from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
 from compresskv.errors import ConfigError, ModelError, first_line
-from compresskv.system.jsonl_log import write_whole
+from compresskv.system.files import write_text
 
 Progress = Callable[[str, float], None]
 
@@ -137,6 +137,6 @@ def write_result(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
+        write_text(path, text)
     except OSError as err:
         raise ConfigError(f"--output {str(path)!r} cannot be written: {err.strerror}") from err

@@ -12,7 +12,7 @@ class RunLog:
     """Results by key, kept in a file. Each is written as soon as it is known; none is kept twice."""
 
     def __init__(self, path: Path) -> None:
-        """Open the log and read what it holds. A damaged line is dropped: its run is measured again.
+        """Read what the log holds; nothing is written before `add`. A damaged line's run is measured again.
 
         Raises:
             ProfileError: the place cannot be read or written.

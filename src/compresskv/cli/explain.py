@@ -147,9 +147,10 @@ def _shown_name(document: str) -> str:
 
 def _write(page: Path, report: "Report") -> None:
     from compresskv.explain.page import retention_page
+    from compresskv.system.files import write_text
 
     try:
-        page.write_text(retention_page(report), encoding="utf-8")
+        write_text(page, retention_page(report))
     except OSError as error:
         raise ConfigError(f"--html {str(page)!r}: {error.strerror}") from error
     out.print(str(page.resolve()))

@@ -24,6 +24,7 @@ from compresskv.attention.routing import base_implementation, routing
 from compresskv.compiled.step import RAGGED, Step, StepInputs
 from compresskv.errors import first_line
 from compresskv.models.shape import decoder_config
+from compresskv.system.files import write_text
 from compresskv.system.locking import locked
 from compresskv.system.paths import cache_dir
 from compresskv.system.processor import instruction_sets, processor_name
@@ -204,7 +205,7 @@ def _build(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None
         package = Package(temporary, model, kinds)
         facts = Facts(compile_s=compiled - start, load_s=_IMPORTS_S + time.perf_counter() - compiled)
         _check(package, model, kinds)
-        (temporary / _FACTS).write_text(json.dumps(asdict(facts)))
+        write_text(temporary / _FACTS, json.dumps(asdict(facts)))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temporary.replace(folder)
     finally:

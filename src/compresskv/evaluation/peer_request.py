@@ -9,6 +9,7 @@ from compresskv.errors import ConfigError, DataError, first_line
 from compresskv.evaluation.records import SETTINGS, config_name
 from compresskv.peers.press_names import check_presses, method_name
 from compresskv.selection.budgets import check_budget
+from compresskv.system.files import write_text
 
 BUDGET_UNITS = ("tokens", "bytes")
 
@@ -70,7 +71,7 @@ class PeerRequest:
 
     def write(self, path: Path) -> None:
         """Store it as JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> "PeerRequest":

@@ -1,6 +1,7 @@
 """Records: one JSONL row for each case and configuration, in a folder of their run."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from filelock import FileLock, Timeout
 
 from compresskv.errors import DataError
-from compresskv.system.jsonl_log import JsonlLog, parse_line, whole_lines, write_whole
+from compresskv.system.files import write_text
+from compresskv.system.jsonl_log import JsonlLog, parse_line, split_lines
 
 _CONFIGURATION = "run.json"
 _RECORDS = "records.jsonl"
@@ -117,7 +119,9 @@ class RecordLog:
     """
 
     def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
-        """Open a run, or make it. A record that a kill cut short is dropped, and so is a damaged one.
+        """Open a run, or make it. A record that a kill cut short is left out, and so is a damaged one.
+
+        The file that holds damaged records is kept under another name, with a warning, before `add` writes to it.
 
         Args:
             folder: Holds run.json and records.jsonl.
@@ -202,7 +206,7 @@ class RecordLog:
         if not path.exists():
             if records.exists() and records.stat().st_size:
                 raise DataError(f"{str(records)!r} has no {_CONFIGURATION} beside it: give another --output")
-            write_whole(path, (json.dumps(configuration, indent=1) + "\n").encode())
+            write_text(path, json.dumps(configuration, indent=1) + "\n")
             return
         difference = _difference(_read_configuration(path), configuration)
         if difference is not None:
@@ -217,7 +221,7 @@ class RecordLog:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """A run's configuration and its records; a last line that a kill cut short is left out.
+    """A run's configuration and its records; a last line that a kill cut short is left out, with a warning.
 
     Raises:
         DataError: the folder holds no run, or a malformed one; the message names file and line.
@@ -225,13 +229,16 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     path = folder / _RECORDS
     try:
         configuration = _read_configuration(folder / _CONFIGURATION)
-        lines = whole_lines(path.read_bytes())
+        lines, torn = split_lines(path.read_bytes() if path.exists() else b"")  # nothing was measured yet
     except OSError as error:
         raise DataError(f"{str(folder)!r} holds no run: cannot read {error.filename!r}: {error.strerror}") from error
+    if torn:
+        warnings.warn(f"{path}: its last line was cut short and is left out", stacklevel=2)
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(Record.from_dict(parse_line(line)))
+            if line.strip():
+                records.append(Record.from_dict(parse_line(line)))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
     return configuration, records

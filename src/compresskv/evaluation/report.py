@@ -8,7 +8,7 @@ from typing import Any
 from compresskv.errors import DataError
 from compresskv.evaluation.figures import draw
 from compresskv.evaluation.summary import Row, Table
-from compresskv.system.jsonl_log import write_whole
+from compresskv.system.files import write_text
 
 _HOW_TO_READ = """\
 Scores are per cent of what the benchmark can give, with a 95 % interval (bootstrap over cases: too narrow where there
@@ -89,7 +89,7 @@ def write_pages(data: dict[str, Any], output: Path) -> Path:
         lines += ["", *_section(section, {title: path.relative_to(output) for title, path in drawn.items()})]
     path = output / "report.md"
     try:
-        write_whole(path, ("\n".join(lines) + "\n").encode())
+        write_text(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {str(path)!r}: {error.strerror}") from error
     return path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from compresskv.errors import ModelError
 from compresskv.models.download import Progress, cache_problem, fetched_gguf
+from compresskv.system.files import write_text
 from compresskv.system.paths import cache_dir
 
 CONVERSION_FORMAT = 1  # raise it when _convert writes something else: every cache then makes the model again
@@ -164,7 +165,7 @@ def _convert(model: EmbeddedModel, gguf_file: Path, folder: Path, report: Progre
         tokenizer.save_pretrained(folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     manifest = {**asdict(model), "format": CONVERSION_FORMAT, "files": sizes}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for path in folder.iterdir():  # else a power cut could leave the final name on files without contents
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -20,6 +20,7 @@ from compresskv.methods.base import LayerInputs, Method
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.selection.budgets import Budget, check_budget
+from compresskv.system.files import write_text
 
 FORMAT = "compresskv-plan"
 VERSION = 1
@@ -206,7 +207,7 @@ class Plan:
             PlanError: the place cannot be written.
         """
         try:
-            Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(self.to_dict()) + "\n")
         except OSError as error:
             raise PlanError(f"cannot write the plan to {str(path)!r}: {error.strerror}") from error
 

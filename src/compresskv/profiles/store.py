@@ -1,7 +1,6 @@
 """Where profiles lie: an explicit file, the user's cache, those shipped with the package."""
 
 import json
-import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from compresskv.attention.routing import routing
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
+from compresskv.system.files import write_text
 from compresskv.system.paths import cache_dir, try_folder_of
 
 _QUICK = ".quick.json"
@@ -121,14 +121,6 @@ def write_profile(profile: Profile, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                json.dump(profile.to_dict(), file, indent=1)
-                file.write("\n")
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_text(path, json.dumps(profile.to_dict(), indent=1) + "\n")
     except OSError as error:
         raise ProfileError(f"cannot write the profile to {str(path)!r}: {error.strerror}") from error

@@ -1,9 +1,11 @@
 """Making and writing a figure. It needs matplotlib (`pip install compresskv[plot]`)."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compresskv.errors import ConfigError
+from compresskv.system.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +32,8 @@ def save_figure(figure: Any, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:].lower() or None, dpi=150)
+        write_whole(path, drawn.getvalue())
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
         raise ConfigError(f"cannot write the figure {str(path)!r}: {error}") from error

@@ -1,0 +1,56 @@
+"""The one way a file is written: whole, aside, and then renamed, so that nothing that was there before is ever lost."""
+
+import os
+import stat
+import uuid
+from pathlib import Path
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write atomically: a reader sees the old file or the new one, even after a full disk or a power cut.
+
+    What is no file (a device, a pipe) is written to as it is; a link is followed, and an existing file's permissions
+    are kept.
+
+    Raises:
+        OSError: the place cannot be written; what was there is there still.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        Path(path).write_bytes(data)  # renaming would put a file in the place of /dev/null
+        return
+    path = Path(os.path.realpath(path))
+    mode = _mode_of(path)
+    temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
+    try:
+        with temporary.open("xb") as file:
+            if mode is not None:
+                temporary.chmod(mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_whole` of text, as UTF-8.
+
+    Raises:
+        OSError: as for `write_whole`.
+    """
+    write_whole(path, text.encode())
+
+
+def _mode_of(path: Path) -> int | None:
+    """Permissions of an existing file; None where there is none.
+
+    Raises:
+        PermissionError: it is protected against writing, which a rename would pass over.
+    """
+    if not path.exists():
+        return None
+    if not os.access(path, os.W_OK):
+        raise PermissionError(13, os.strerror(13), str(path))
+    return stat.S_IMODE(path.stat().st_mode)
