@@ -1,5 +1,7 @@
 """The errors CompressKV raises on purpose. Each message is one line that names the option and its value."""
 
+from pathlib import PurePath
+
 
 class CompressKVError(Exception):
     """Base of every error that CompressKV raises on purpose."""
@@ -8,13 +10,22 @@ class CompressKVError(Exception):
         """Say what is wrong.
 
         Args:
-            problem: where `option` is given, what follows its name and value: 'must be at least 1'.
+            problem: where `option` is given, what follows its name and value: 'must be at least 1', ': no such file'.
+                Other parameters in it are written as in Python, truncate='middle': the command line shows them, too,
+                as they are typed there.
             option: the parameter at fault, by its name in Python; the command line shows it as it is typed there.
+            value: what it was given; None names the parameter alone.
         """
-        super().__init__(problem if option is None else f"{option}={value!r} {problem}")
+        shown = repr(str(value) if isinstance(value, PurePath) else value)
+        super().__init__(problem if option is None else told(f"{option}={shown}", problem))
         self.problem = problem
         self.option = option
         self.value = value
+
+
+def told(what: str, problem: str) -> str:
+    """A named value and what is wrong with it, as one text."""
+    return f"{what}{problem}" if problem.startswith(":") else f"{what} {problem}"
 
 
 class ConfigError(CompressKVError, ValueError):

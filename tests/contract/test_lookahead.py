@@ -152,5 +152,5 @@ def test_refusals() -> None:
         compresskv.compressing(tiny.tiny_model("llama"), "snapkv", lookahead=-1)
     with pytest.raises(ConfigError, match=r"'snapkv\[lookahead=2\]' looks ahead"):
         configurations(
-            tiny.tiny_model("llama"), parse_methods("--methods", "snapkv[lookahead=2]"), (64,), ("aware", "agnostic")
+            tiny.tiny_model("llama"), parse_methods("methods", "snapkv[lookahead=2]"), (64,), ("aware", "agnostic")
         )

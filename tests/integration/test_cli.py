@@ -393,9 +393,9 @@ class TestBadInput:
             (["--compare", "snapkv,strem"], ["--compare 'strem' is unknown"]),
             (
                 ["--method", "snapkv", "--set", "windowsize=8"],
-                ["--set windowsize=8 is no option", "did you mean 'window_size'"],
+                ["--set 'windowsize=8' is no option", "did you mean 'window_size'"],
             ),
-            (["--method", "snapkv", "--set", "window_size=0"], ["--set window_size=0 must"]),
+            (["--method", "snapkv", "--set", "window_size=0"], ["--set 'window_size=0' must"]),
             (["--method", "snapkv", "--set", "window_size=1.5"], ["window_size=1.5"]),
             (["--method", "snapkv[kernel_size=4]"], ["--method 'snapkv[kernel_size=4]': kernel_size=4"]),
             (["--set", "profile=3"], ["profile"]),
@@ -423,7 +423,7 @@ class TestBadInput:
 
     def test_a_prompt_above_the_context_is_refused_with_both_numbers(self, call: Callable[..., Result]) -> None:
         result = call("ask", "long.txt", QUESTION, "--model", "model", "--method", "full")
-        assert_refused(result, str(planted.CONTEXT_LENGTH - 128), "--truncate middle")
+        assert_refused(result, str(planted.CONTEXT_LENGTH - 128), "--truncate 'middle'")
         (needed,) = re.findall(r"prompt has (\d+) tokens", result.err)
         assert int(needed) > planted.CONTEXT_LENGTH
 
@@ -467,7 +467,7 @@ class TestBadModels:
         assert_refused(self.ask(call, model), "--model", model)
 
     def test_a_name_on_two_lines_is_told_on_one(self, call: Callable[..., Result]) -> None:
-        assert_refused(self.ask(call, "./no\nsuch"), "--model ./no such")
+        assert_refused(self.ask(call, "./no\nsuch"), r"--model './no\nsuch'")
 
     @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 100, b"text " * 100])
     def test_damaged_gguf_files(self, call: Callable[..., Result], tmp_path: Path, content: bytes) -> None:

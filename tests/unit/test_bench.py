@@ -59,11 +59,11 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"lengths": ()}, "--lengths"),
-            ({"lengths": (128, 0)}, "--lengths 0"),
+            ({"lengths": ()}, "lengths="),
+            ({"lengths": (128, 0)}, "lengths=0"),
             ({"budgets": (0,)}, "budget=0"),
-            ({"repeats": 0}, "--repeats 0"),
-            ({"new_tokens": 1}, "--new-tokens 1"),
+            ({"repeats": 0}, "repeats=0"),
+            ({"new_tokens": 1}, "new_tokens=1"),
         ],
     )
     def test_what_cannot_work_is_named(self, changes: dict[str, Any], words: str) -> None:
@@ -78,14 +78,14 @@ class TestPlan:
         assert "512 tokens are cut to 501" in change
 
     def test_longer_than_the_context(self) -> None:
-        with pytest.raises(ConfigError, match="--lengths 1024 does not fit into the model's context of 512"):
+        with pytest.raises(ConfigError, match="lengths=1024 does not fit into the model's context of 512"):
             plan(lengths=(100, 1024)).fitted(512, strict=True)
         assert plan(lengths=(100, 1024)).fitted(512, strict=False).lengths == (100,)
         assert plan(lengths=(1024,)).fitted(None, strict=True).lengths == (1024,)
 
     @pytest.mark.parametrize("strict", [True, False])
     def test_an_answer_longer_than_the_context(self, strict: bool) -> None:
-        with pytest.raises(ConfigError, match="--new-tokens 512 leaves no room in the model's context of 512 tokens"):
+        with pytest.raises(ConfigError, match="new_tokens=512 leaves no room in the model's context of 512 tokens"):
             replace(plan(lengths=(100,)), new_tokens=512).fitted(512, strict=strict)
 
     @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ class TestPlan:
         assert parse_bench_budgets(text) == (budgets, has_full)
 
     def test_no_budget_at_all(self) -> None:
-        with pytest.raises(ConfigError, match="--budgets"):
+        with pytest.raises(ConfigError, match="budgets="):
             parse_bench_budgets(",")
 
     def test_within_budget(self) -> None:
@@ -276,7 +276,7 @@ class TestGeometry:
         assert len(first.model.layers) == 2
 
     def test_an_unknown_name_gets_a_suggestion(self) -> None:
-        with pytest.raises(ConfigError, match="--random 'lama-8b' is unknown: did you mean 'llama-8b'"):
+        with pytest.raises(ConfigError, match="random='lama-8b' is unknown: did you mean 'llama-8b'"):
             find_geometry("lama-8b")
 
     def test_layers_are_cut_to_what_memory_holds(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +287,7 @@ class TestGeometry:
         built = random_model("tiny", None, 100, torch.float32, CPU)
         assert built.model.config.num_hidden_layers == 2
         assert built.note == "layers of random tiny: 2 instead of 4"
-        with pytest.raises(ConfigError, match=r"--random tiny with 3 layers .* does not fit"):
+        with pytest.raises(ConfigError, match=r"random='tiny' with 3 layers .* does not fit"):
             random_model("tiny", 3, 100, torch.float32, CPU)
 
     def test_the_profile_serves_every_method(self) -> None:
@@ -329,7 +329,7 @@ class TestRun:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
         monkeypatch.setattr(run, "run_rounds", exhaust)
-        with pytest.raises(ModelError, match="--lengths 96: the caches do not fit into memory"):
+        with pytest.raises(ModelError, match="lengths=96: the caches do not fit into memory"):
             bench.run(our_stages(bench.plan, {}), lambda message, fraction: None)
 
     def test_progress_never_goes_back(self, bench: Bench) -> None:

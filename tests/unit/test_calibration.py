@@ -118,7 +118,7 @@ class TestNeedles:
 
     @pytest.mark.parametrize("name", ["missing.json", "."])
     def test_a_missing_file_and_a_folder_are_told(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(ProfileError, match="--needles"):
+        with pytest.raises(ProfileError, match="needles="):
             read_needles(tmp_path / name)
 
 
@@ -153,7 +153,7 @@ class TestHaystackText:
         (tmp_path / "binary.txt").write_bytes(b"\x80\x81\x82")
         (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
         (tmp_path / "folder").mkdir()
-        with pytest.raises(ProfileError, match=f"^--haystack.*{name}") as caught:
+        with pytest.raises(ProfileError, match=f"^haystack=.*{name}") as caught:
             read_haystack([tmp_path / name])
         assert "\n" not in str(caught.value)
 

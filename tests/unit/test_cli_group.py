@@ -1,6 +1,7 @@
 """Errors name options as they were typed. The commands here are made up."""
 
 import pickle
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -20,6 +21,8 @@ app.add_typer(inner, name="inner")
 def run(
     document: str,
     budgets: str = "",
+    truncate: str = "",
+    settings: Annotated[str, typer.Option("--set")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 3,
 ) -> None:
     """Raise what the test wants."""
@@ -57,6 +60,19 @@ NO_BUDGET = ConfigError("is not a number", option="budget", value="abc")
             ConfigError("must be odd", option="kernel_size", value=4), "kernel_size=4 must be odd", id="no option"
         ),
         pytest.param(ConfigError("nothing named"), "nothing named", id="without an option"),
+        pytest.param(
+            ConfigError("is odd", option="settings", value="n=1"), "--set 'n=1' is odd", id="typed by another name"
+        ),
+        pytest.param(
+            ConfigError(": no such file", option="document", value=Path("x")), "document 'x': no such file", id="a path"
+        ),
+        pytest.param(ConfigError("holds 0", option="budgets", value=(1, 0)), "--budgets 1,0 holds 0", id="a list"),
+        pytest.param(ConfigError(": a number is needed", option="budgets"), "--budgets: a number is needed", id="none"),
+        pytest.param(
+            ConfigError("is long: cut it with truncate='middle' (or budget=3%), window_size=4"),
+            "is long: cut it with --truncate 'middle' (or --budgets 3%), window_size=4",
+            id="advice that names other options",
+        ),
     ],
 )
 def test_an_error_names_what_was_typed(error: CompressKVError, message: str, command: list[str]) -> None:

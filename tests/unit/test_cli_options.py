@@ -25,41 +25,41 @@ class TestNumbers:
         ],
     )
     def test_lists(self, text: str, numbers: tuple[int, ...]) -> None:
-        assert parse_numbers("--lengths", text, int) == numbers
+        assert parse_numbers("lengths", text, int) == numbers
 
     def test_depths_may_have_a_fraction(self) -> None:
-        assert parse_numbers("--depths", "12.5,50", float) == (12.5, 50.0)
+        assert parse_numbers("depths", "12.5,50", float) == (12.5, 50.0)
 
     def test_an_option_that_is_not_given_stays_away(self) -> None:
-        assert parse_numbers("--lengths", None, int) is None
+        assert parse_numbers("lengths", None, int) is None
 
     @pytest.mark.parametrize("text", ["", ",", "abc", "1024;2048", "1024 2048", "1e3", "10.5", "1024,x", "0x10"])
     def test_what_is_no_list_of_numbers_is_told_with_option_and_value(self, text: str) -> None:
-        with pytest.raises(ConfigError, match=r"^--lengths ") as caught:
-            parse_numbers("--lengths", text, int)
+        with pytest.raises(ConfigError, match=r"^lengths=") as caught:
+            parse_numbers("lengths", text, int)
         assert repr(text) in str(caught.value)
 
 
 class TestSettings:
     def test_numbers_of_both_kinds_and_both_spellings_of_a_name(self) -> None:
-        assert parse_settings("--set", ["window_size=32", "beta=2.5", "kernel-size=7"]) == {
+        assert parse_settings("settings", ["window_size=32", "beta=2.5", "kernel-size=7"]) == {
             "window_size": 32,
             "beta": 2.5,
             "kernel_size": 7,
         }
 
     def test_the_last_of_two_counts(self) -> None:
-        assert parse_settings("--set", ["beta=1", "beta=2"]) == {"beta": 2}
+        assert parse_settings("settings", ["beta=1", "beta=2"]) == {"beta": 2}
 
     @pytest.mark.parametrize("text", ["window_size", "window_size=", "=3", "=", ""])
     def test_what_is_no_name_and_value(self, text: str) -> None:
         with pytest.raises(ConfigError, match="NAME=VALUE"):
-            parse_settings("--set", [text])
+            parse_settings("settings", [text])
 
     @pytest.mark.parametrize("text", ["window_size=many", "a=b=3", "beta=1,5"])
     def test_values_that_are_no_numbers(self, text: str) -> None:
         with pytest.raises(ConfigError, match="is not a number"):
-            parse_settings("--set", [text])
+            parse_settings("settings", [text])
 
 
 class TestDocument:

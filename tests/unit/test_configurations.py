@@ -17,7 +17,7 @@ METHODS = [name for name in registry.methods() if name != "vote"]
 
 class TestMethods:
     def test_every_method_goes_by_its_name(self) -> None:
-        methods = parse_methods("--methods", ",".join(METHODS))
+        methods = parse_methods("methods", ",".join(METHODS))
         assert list(methods) == METHODS
         assert [method.name for method in methods.values()] == METHODS
         assert all(method == registry.create(name) for name, method in methods.items())
@@ -35,18 +35,18 @@ class TestMethods:
         ],
     )
     def test_commas_in_brackets_belong_to_the_method(self, text: str) -> None:
-        methods = parse_methods("--methods", text)
+        methods = parse_methods("methods", text)
         assert list(methods) == ["snapkv", "snapkv[window_size=32,kernel_size=15]", "knorm"]
         assert [getattr(method, "window_size", None) for method in methods.values()] == [8, 32, 0]
 
     @pytest.mark.parametrize("text", ["snapkv,adakv[window_size=16,kernel_size=7],knorm", "full,streaming_llm"])
     def test_a_label_is_what_would_make_the_same_method_again(self, text: str) -> None:
-        methods = parse_methods("--methods", text)
-        assert parse_methods("--methods", ",".join(methods)) == methods
+        methods = parse_methods("methods", text)
+        assert parse_methods("methods", ",".join(methods)) == methods
         assert [method.label for method in methods.values()] == list(methods)
 
     def test_options_that_are_no_whole_numbers(self) -> None:
-        (name,) = parse_methods("--methods", "pyramidkv[beta=10.5]")
+        (name,) = parse_methods("methods", "pyramidkv[beta=10.5]")
         assert name == "pyramidkv[beta=10.5]"
 
     @pytest.mark.parametrize(
@@ -60,25 +60,25 @@ class TestMethods:
             ("snapkv[window_size=8][kernel_size=5]", "is not NAME"),
             ("snapkv[window_size=32,knorm", "is not NAME"),
             ("[window_size=32]", "is not NAME"),
-            ("", "--methods '' is not NAME"),
-            ("snapkv,,knorm", "--methods '' is not NAME"),
-            ("snapvk", "--methods 'snapvk' is unknown: did you mean 'snapkv'?"),
-            ("full,banana", "--methods 'banana' is unknown: choose from "),
+            ("", "methods='' is not NAME"),
+            ("snapkv,,knorm", "methods='' is not NAME"),
+            ("snapvk", "methods='snapvk' is unknown: did you mean 'snapkv'?"),
+            ("full,banana", "methods='banana' is unknown: choose from "),
             ("SNAPKV", "did you mean 'snapkv'?"),
             ("snapkv[windowsize=8]", "windowsize=8 is no option of method 'snapkv': did you mean 'window_size'?"),
             ("full[kernel_size=8]", "kernel_size=8 is no option of method 'full'"),
-            ("snapkv[window_size]", "--methods 'window_size' is not NAME=VALUE"),
+            ("snapkv[window_size]", "methods='window_size' is not NAME=VALUE"),
             ("snapkv[window_size=]", "is not NAME=VALUE"),
             ("snapkv[=3]", "is not NAME=VALUE"),
             ("snapkv[window_size=x]", "'x' is not a number"),
             ("snapkv[window_size=0]", "window_size=0"),
             ("snapkv[window_size=1.5]", "window_size=1.5"),
-            ("compresskv[profile=3]", "--profile FILE"),
+            ("compresskv[profile=3]", "profile=FILE"),
         ],
     )
     def test_what_is_wrong_is_told_in_one_line(self, text: str, told: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(told)) as caught:
-            parse_methods("--methods", text)
+            parse_methods("methods", text)
         assert "\n" not in str(caught.value)
 
     def test_a_profile_does_not_show_in_a_label(self) -> None:
@@ -112,27 +112,27 @@ class TestBudgets:
 
 class TestNames:
     def test_each_once_in_order(self) -> None:
-        assert parse_names("--settings", " agnostic, aware,agnostic,", SETTINGS) == ("agnostic", "aware")
+        assert parse_names("settings", " agnostic, aware,agnostic,", SETTINGS) == ("agnostic", "aware")
 
     @pytest.mark.parametrize(
         ("text", "told"),
         [
-            ("awear", "--settings 'awear' is unknown: did you mean 'aware'?"),
-            ("both", "--settings 'both' is unknown: choose from aware, agnostic"),
-            ("", "--settings '' names nothing: choose from aware, agnostic"),
+            ("awear", "settings='awear' is unknown: did you mean 'aware'?"),
+            ("both", "settings='both' is unknown: choose from aware, agnostic"),
+            ("", "settings='' names nothing: choose from aware, agnostic"),
             (" , ", "names nothing"),
         ],
     )
     def test_unknown_ones_get_a_suggestion(self, text: str, told: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(told)):
-            parse_names("--settings", text, SETTINGS)
+            parse_names("settings", text, SETTINGS)
 
 
 class TestConfigurations:
     def names(self, methods: str, budgets: str, settings: tuple[str, ...] = ("aware",)) -> list[str]:
         model = tiny.tiny_model("llama")
         found = configurations(
-            model, parse_methods("--methods", methods), parse_budgets(budgets), settings, tiny.random_profile(model)
+            model, parse_methods("methods", methods), parse_budgets(budgets), settings, tiny.random_profile(model)
         )
         return [configuration.name for configuration in found]
 
@@ -158,7 +158,7 @@ class TestConfigurations:
     def test_methods_that_need_a_profile_get_the_models(self) -> None:
         model = tiny.tiny_model("llama")
         profile = tiny.random_profile(model)
-        _, ours, other = configurations(model, parse_methods("--methods", "compresskv,snapkv"), [64], profile=profile)
+        _, ours, other = configurations(model, parse_methods("methods", "compresskv,snapkv"), [64], profile=profile)
         assert ours.method == registry.create("compresskv").with_profile(profile)
         assert other.method == registry.create("snapkv")
         assert ours.name == "compresskv @ 64"
@@ -168,6 +168,6 @@ class TestConfigurations:
     ) -> None:
         monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
         model = tiny.tiny_model("llama")
-        assert len(configurations(model, parse_methods("--methods", "snapkv"), [64])) == 2
+        assert len(configurations(model, parse_methods("methods", "snapkv"), [64])) == 2
         with pytest.raises(ProfileError, match="no profile"):
-            configurations(model, parse_methods("--methods", "snapkv,compresskv"), [64])
+            configurations(model, parse_methods("methods", "snapkv,compresskv"), [64])

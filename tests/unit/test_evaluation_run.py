@@ -40,7 +40,7 @@ class Toy(Task):
 
     def examples(self, settings: TaskSettings) -> list[Example]:
         if settings.data is not None and not settings.data.is_dir():
-            raise DataError(f"--data {settings.data}: no such folder")
+            raise DataError(": no such folder", option="data", value=str(settings.data))
         cases = [self._example("short", topic, 12) for topic in planted.TOPICS[: settings.limit or 2]]
         cases.append(self._example("long", "amber", 90))
         chosen = self.chosen_subsets(settings)
@@ -82,7 +82,7 @@ def run(
     settings: Sequence[str] = ("aware",),
     folder: str = FOLDER,
 ) -> Counts:
-    chosen = configurations(planted.model(), parse_methods("--methods", methods), parse_budgets(budgets), settings)
+    chosen = configurations(planted.model(), parse_methods("methods", methods), parse_budgets(budgets), settings)
     with opened(plan, folder) as evaluation:
         evaluation.run(chosen, silent)
         return evaluation.counts
@@ -131,7 +131,7 @@ class TestRun:
     def test_progress_goes_from_nothing_to_all(self) -> None:
         told: list[float] = []
         with opened() as evaluation:
-            chosen = configurations(planted.model(), parse_methods("--methods", METHODS), [30])
+            chosen = configurations(planted.model(), parse_methods("methods", METHODS), [30])
             evaluation.run(chosen, lambda _, fraction: told.append(fraction))
         assert told == sorted(told)
         assert (told[0], told[-1]) == (0, 1)
@@ -242,19 +242,19 @@ class TestAnotherPlan:
     @pytest.mark.parametrize(
         ("changes", "told"),
         [
-            ({"limit": 1}, "limit=null, not 1"),
-            ({"rows": (1, None, 2)}, "rows=[null, null, null], not [1, null, 2]"),
+            ({"limit": 1}, "limit=none, not 1"),
+            ({"rows": (1, None, 2)}, "rows=::, not 1::2"),
             ({"seed": 3}, "seed=0, not 3"),
-            ({"lengths": (64,)}, "lengths=[1024, 2048, 4096], not [64]"),
+            ({"lengths": (64,)}, "lengths=1024,2048,4096, not 64"),
             ({"depths": (50.0,)}, "depths="),
-            ({"subsets": ("long",)}, 'subsets=[], not ["long"]'),
-            ({"tasks": ("toy", "needle"), "subsets": ("long",)}, 'tasks=["toy"], not ["toy", "needle"]'),
+            ({"subsets": ("long",)}, "subsets=none, not long"),
+            ({"tasks": ("toy", "needle"), "subsets": ("long",)}, "tasks=toy, not toy,needle"),
             ({"too_long": "skip"}, 'too_long="cut", not "skip"'),
-            ({"max_prompt_tokens": 500}, "max_prompt_tokens=null, not 500"),
-            ({"max_new_tokens": 3}, "max_new_tokens=null, not 3"),
+            ({"max_prompt_tokens": 500}, "max_prompt_tokens=none, not 500"),
+            ({"max_new_tokens": 3}, "max_new_tokens=none, not 3"),
             ({"answers": False}, "answers=true, not false"),
-            ({"data": Path()}, 'data=null, not ""'),
-            ({"haystack": (Path("a.txt"),)}, 'haystack=[], not ["a.txt"]'),
+            ({"data": Path()}, 'data=none, not ""'),
+            ({"haystack": (Path("a.txt"),)}, "haystack=none, not a.txt"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -266,7 +266,7 @@ class TestAnotherPlan:
         with pytest.raises(DataError, match=re.escape(told)) as caught:
             run(toy(**changes))
         assert "\n" not in str(caught.value)
-        assert "give another --output" in str(caught.value)
+        assert "give another folder" in str(caught.value)
         assert records() == before
         assert run(methods="full").records == 0  # the folder was let go
 
@@ -283,8 +283,8 @@ class TestAnotherPlan:
             case = evaluation.cases[0]
             changed = replace(case, prompt=replace(case.prompt, input_ids=[*case.prompt.input_ids, 3]))
             evaluation.cases[0] = changed
-            with pytest.raises(DataError, match=r"was another prompt .* another --output"):
-                evaluation.run(configurations(planted.model(), parse_methods("--methods", "full,knorm"), [40]), silent)
+            with pytest.raises(DataError, match=r"was another prompt .* another output folder"):
+                evaluation.run(configurations(planted.model(), parse_methods("methods", "full,knorm"), [40]), silent)
 
     def test_another_model_is_refused(self) -> None:
         run(methods="full")
@@ -349,11 +349,11 @@ class TestPlan:
         ("options", "told"),
         [
             ({"tasks": ("needel",)}, "unknown task 'needel': did you mean 'needle'?"),
-            ({"subsets": ("shrot",)}, "--subsets 'shrot' is unknown: did you mean 'short'?"),
-            ({"subsets": ("short", "uuid")}, "--subsets 'uuid' is unknown: choose from short, long"),
-            ({"too_long": "ship"}, "--too-long 'ship' is unknown: choose from cut, skip"),
-            ({"max_prompt_tokens": 0}, "--max-prompt-tokens 0 must be at least 1"),
-            ({"max_new_tokens": -1}, "--max-new-tokens -1 must be at least 1"),
+            ({"subsets": ("shrot",)}, "subsets='shrot' is unknown: did you mean 'short'?"),
+            ({"subsets": ("short", "uuid")}, "subsets='uuid' is unknown: choose from short, long"),
+            ({"too_long": "ship"}, "too_long='ship' is unknown: choose from cut, skip"),
+            ({"max_prompt_tokens": 0}, "max_prompt_tokens=0 must be at least 1"),
+            ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 1"),
         ],
     )
     def test_what_cannot_work_is_refused_before_a_model_is_loaded(self, options: dict[str, Any], told: str) -> None:
@@ -363,7 +363,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("text", ["x", "1:x", "1.5:", "::0", "1:2:3:4", "1,2"])
     def test_what_is_no_slice_is_refused_in_one_line(self, text: str) -> None:
-        with pytest.raises(ConfigError, match=re.escape(f"--rows {text!r}")) as caught:
+        with pytest.raises(ConfigError, match=re.escape(f"rows={text!r}")) as caught:
             parse_rows(text)
         assert "\n" not in str(caught.value)
 
@@ -421,7 +421,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Peers:
 
 def run_with_peers(asked: PeerRequest) -> Counts:
     with opened() as evaluation:
-        evaluation.run(configurations(planted.model(), parse_methods("--methods", "full"), [30]), silent)
+        evaluation.run(configurations(planted.model(), parse_methods("methods", "full"), [30]), silent)
         evaluation.run_peers(Path("python"), asked, silent)
         return evaluation.counts
 

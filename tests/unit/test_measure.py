@@ -629,12 +629,12 @@ class TestRefusals:
 class TestSettings:
     @pytest.mark.parametrize("lengths", [(), (255,), (1024, 0), (-5,), (1024, 512, 1024)])
     def test_lengths_that_cannot_be(self, lengths: tuple[int, ...]) -> None:
-        with pytest.raises(ConfigError, match="--lengths"):
+        with pytest.raises(ConfigError, match="lengths="):
             Settings(lengths=lengths)
 
     @pytest.mark.parametrize("depths", [(), (-1,), (50, 100.5), (float("nan"),), (10, float("nan")), (float("inf"),)])
     def test_depths_that_cannot_be(self, depths: tuple[float, ...]) -> None:
-        with pytest.raises(ConfigError, match="--depths"):
+        with pytest.raises(ConfigError, match="depths="):
             Settings(depths=depths)
 
     @pytest.mark.parametrize("name", ["max_new_tokens", "error_documents", "num_rotations"])
@@ -667,5 +667,5 @@ class TestSettings:
         assert fitted == Settings(lengths=lengths, depths=(5,))
 
     def test_a_context_too_short_for_any_length_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="--lengths 128"):
+        with pytest.raises(ConfigError, match="lengths="):
             Settings().fitted(128)

@@ -131,7 +131,7 @@ def test_a_folder_without_config_is_named(tmp_path) -> None:
 def test_a_config_that_is_not_json_is_told(folder) -> None:
     (folder / "config.json").write_text("{")
 
-    assert error_of(str(folder)).startswith(f"--model {folder}: it cannot be loaded (")
+    assert error_of(str(folder)).startswith(f"model='{folder}': it cannot be loaded (")
 
 
 def test_an_unknown_architecture_is_told(folder) -> None:
@@ -199,15 +199,15 @@ def test_code_inside_a_checkpoint_is_not_run(folder) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("/no/such/folder", "--model /no/such/folder: no such file or folder"),
-        ("./nothing", "--model ./nothing: no such file or folder"),
-        ("~/no such/model", "--model ~/no such/model: no such file or folder"),
-        ("nothing.gguf", "--model nothing.gguf: no such file or folder"),
-        ("models/nothing.GGUF", "--model models/nothing.GGUF: no such file or folder"),
+        ("/no/such/folder", "model='/no/such/folder': no such file or folder"),
+        ("./nothing", "model='./nothing': no such file or folder"),
+        ("~/no such/model", "model='~/no such/model': no such file or folder"),
+        ("nothing.gguf", "model='nothing.gguf': no such file or folder"),
+        ("models/nothing.GGUF", "model='models/nothing.GGUF': no such file or folder"),
         ("smolm2-135m", "did you mean 'smollm2-135m'?"),
         ("SmolLM2-135M", "did you mean 'smollm2-135m'?"),
-        ("", "--model: the value is empty"),
-        ("  ", "--model: the value is empty"),
+        ("", " is empty; pass a name"),
+        ("  ", " is empty; pass a name"),
         (__file__, "a file must be a .gguf file"),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_spec_that_names_nothing_is_told(spec, expected) -> None:
 
 
 def test_an_unknown_embedded_name_is_told() -> None:
-    with pytest.raises(ModelError, match=r"^--model smollm: no embedded model .* 'smollm2-135m'\?$"):
+    with pytest.raises(ModelError, match=r"^model='smollm': no embedded model .* 'smollm2-135m'\?$"):
         is_cached("smollm")
 
 
@@ -240,7 +240,7 @@ def test_offline_without_a_cached_copy_is_told(monkeypatch, tmp_path) -> None:
 
     message = error_of("org/SmolLM2-135M-Instruct")
 
-    assert message.startswith("--model org/SmolLM2-135M-Instruct: no such folder, the hub cannot be reached")
+    assert message.startswith("model='org/SmolLM2-135M-Instruct': no such folder, the hub cannot be reached")
     assert message.endswith("did you mean 'smollm2-135m'?")
 
 
@@ -279,7 +279,7 @@ def load_from_hub(endpoint: str, cache: Path, *specs: str) -> list[str]:
 def test_an_unreachable_hub_is_told_in_one_line(tmp_path) -> None:
     (line,) = load_from_hub("http://127.0.0.1:9", tmp_path, "org/model")
 
-    assert line.startswith("--model org/model: no such folder, the hub cannot be reached")
+    assert line.startswith("model='org/model': no such folder, the hub cannot be reached")
 
 
 @pytest.fixture
@@ -337,9 +337,9 @@ def test_a_hub_id_is_downloaded_and_the_hubs_refusals_are_told(hub, tmp_path) ->
     loaded, unknown, gated, broken = load_from_hub(hub, tmp_path, "org/tiny", "org/nothing", "org/gated", "org/broken")
 
     assert loaded == "LlamaForCausalLM [3, 4]"
-    assert unknown.startswith("--model org/nothing: no such folder, and no such model on the hub; check the spelling")
-    assert gated.startswith("--model org/gated: a gated hub model; accept its terms there, run `hf auth login`")
-    assert broken.startswith("--model org/broken: no such folder, the hub cannot be reached")
+    assert unknown.startswith("model='org/nothing': no such folder, and no such model on the hub; check the spelling")
+    assert gated.startswith("model='org/gated': a gated hub model; accept its terms there, run `hf auth login`")
+    assert broken.startswith("model='org/broken': no such folder, the hub cannot be reached")
 
 
 # --- a GGUF file ---
@@ -430,7 +430,7 @@ def test_a_damaged_gguf_file_is_told(tiny_gguf, tmp_path, damage) -> None:
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damaged[damage])
 
-    assert error_of(str(path)).startswith(f"--model {path}: this GGUF file cannot be loaded (")
+    assert error_of(str(path)).startswith(f"model='{path}': this GGUF file cannot be loaded (")
 
 
 # --- the embedded model ---
@@ -485,7 +485,7 @@ def fetch_error() -> str:
     with pytest.raises(ModelError) as caught:
         ensure_embedded("tiny")
     message = str(caught.value)
-    assert message.startswith("--model tiny: ")
+    assert message.startswith("model='tiny': ")
     assert "\n" not in message
     return message
 
@@ -565,8 +565,8 @@ def test_a_failing_pip_is_told_with_its_last_error(tiny, index, cache) -> None:
     index.mkdir()
 
     assert fetch_error() == (
-        "--model tiny: it could not be downloaded (No matching distribution found for tinyllm==0.1); "
-        "connect to the network once, or pass --model FOLDER"
+        "model='tiny': it could not be downloaded (No matching distribution found for tinyllm==0.1); "
+        "connect to the network once, or pass a folder"
     )
     assert leftovers(cache) == []
 
@@ -665,7 +665,7 @@ def test_a_disk_that_fills_up_is_told(tiny, tiny_gguf, index, cache, stage) -> N
 
     assert seen[-1] == f"{stage} tiny"
     assert left == []
-    assert str(caught.value).startswith(f"--model tiny: 0 MB are needed in {cache} and ")
+    assert str(caught.value).startswith(f"model='tiny': 0 MB are needed in {cache} and ")
     assert "COMPRESSKV_CACHE" in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -220,24 +220,24 @@ class TestCases:
 class TestRefusals:
     @pytest.mark.parametrize("subset", SUBSETS)
     def test_a_length_without_room_is_refused_by_name(self, haystack: Path, subset: str) -> None:
-        with pytest.raises(ConfigError, match=rf"^--lengths 60 .*{subset}") as caught:
+        with pytest.raises(ConfigError, match=rf"^lengths=60 .*{subset}") as caught:
             cases(haystack, subsets=(subset,), lengths=(60,))
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("depth", [-1.0, 100.5, float("nan")])
     def test_a_depth_that_is_no_percentage_is_refused(self, haystack: Path, depth: float) -> None:
-        with pytest.raises(ConfigError, match=f"^--depths {depth:g} "):
+        with pytest.raises(ConfigError, match=f"^depths={depth} "):
             cases(haystack, depths=(depth,))
 
     def test_a_short_haystack_is_refused(self, tmp_path: Path) -> None:
         short = planted.write_haystack(tmp_path / "short.txt", 20)
-        with pytest.raises(DataError, match=r"fewer than the longest length 900: .*--haystack .*--lengths"):
+        with pytest.raises(DataError, match=r"fewer than the longest length 900: .*haystack .*lengths"):
             cases(short)
 
     def test_a_missing_haystack_is_refused_and_not_looked_for_where_nothing_is_hidden_in_it(
         self, tmp_path: Path
     ) -> None:
-        with pytest.raises(DataError, match=r"^--haystack .*missing\.txt"):
+        with pytest.raises(DataError, match=r"^haystack=.*missing\.txt"):
             cases(tmp_path / "missing.txt")
         assert cases(tmp_path / "missing.txt", subsets=("uuid",))
 

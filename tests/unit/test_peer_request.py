@@ -33,7 +33,7 @@ def test_every_press_is_known_by_its_name() -> None:
 def test_an_unknown_press_is_refused_where_the_request_is_made(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         PeerRequest("m", (), ("SnapKVPress", name), (30,))
-    assert str(caught.value).startswith(f"--peers {name!r} is unknown: ")
+    assert str(caught.value).startswith(f"peers={name!r} is unknown: ")
     caught.match(hint)
 
 
@@ -42,7 +42,7 @@ def test_a_request_that_cannot_work_is_refused_where_it_is_made() -> None:
         PeerRequest("m", (), (), budgets=(0,))
     with pytest.raises(ConfigError, match="setting='blind' is unknown"):
         PeerRequest("m", (), (), (), settings=("blind",))
-    with pytest.raises(ConfigError, match=r"^--peer-budget 'kb' is unknown: choose from tokens, bytes$"):
+    with pytest.raises(ConfigError, match=r"^peer_budget='kb' is unknown: choose from tokens, bytes$"):
         PeerRequest("m", (), (), (), peer_budget="kb")
 
 
@@ -52,7 +52,7 @@ def test_a_request_that_cannot_work_is_refused_where_it_is_made() -> None:
 def test_a_malformed_request_names_its_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "request.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"request\.json: not a request for peers"):
+    with pytest.raises(DataError, match=r"request\.json' is no request for peers"):
         PeerRequest.read(path)
 
 

@@ -107,7 +107,7 @@ class TestErrors:
         assert f"truncate={truncate!r}" in str(caught.value)
 
     def test_never_names_both_numbers(self) -> None:
-        with pytest.raises(PromptError, match=r"prompt has 58 tokens.* for 57 .*--truncate middle") as caught:
+        with pytest.raises(PromptError, match=r"prompt has 58 tokens.* for 57 .*truncate='middle'") as caught:
             build_prompt(byte_tokenizer(), "x" * 50, "why?", max_tokens=57)
         assert "\n" not in str(caught.value)
 

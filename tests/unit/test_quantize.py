@@ -47,5 +47,5 @@ def test_a_compiled_step_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path_fa
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(compresskv.ConfigError, match=r"--dtype int8 needs torchao: pip install 'compresskv\[int8\]'"):
+    with pytest.raises(compresskv.ConfigError, match=r"dtype='int8' needs torchao: pip install 'compresskv\[int8\]'"):
         load("no-such-model", dtype="int8")

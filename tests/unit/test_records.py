@@ -164,12 +164,13 @@ class TestWhoseRun:
     @pytest.mark.parametrize(
         ("changes", "told"),
         [
-            ({"lengths": [2048]}, "lengths=[1024], not [2048]"),
-            ({"limit": 5}, "limit=null, not 5"),
-            ({"seed": 1}, "seed=null, not 1"),
+            ({"lengths": [2048]}, "lengths=1024, not 2048"),
+            ({"limit": 5}, "limit=none, not 5"),
+            ({"seed": 1}, "seed=none, not 1"),
             ({"versions": {"torch": "2.6.0"}}, 'versions.torch="2.13.0", not "2.6.0"'),
-            ({"lengths": [1024.0]}, "lengths=[1024], not [1024.0]"),
-            ({"versions": None}, 'versions={"torch": "2.13.0"}, not null'),
+            ({"lengths": [1024.0]}, "lengths=1024, not 1024.0"),
+            ({"versions": None}, 'versions={"torch": "2.13.0"}, not none'),
+            ({"rows": [1, None, 2]}, "rows=none, not 1::2"),
         ],
     )
     def test_another_configuration_is_refused_with_its_option(
@@ -178,7 +179,7 @@ class TestWhoseRun:
         log_of(folder, A)
         with pytest.raises(DataError) as caught:
             RecordLog(folder, {**CONFIGURATION, **changes})
-        assert str(caught.value) == f"'{folder}' was made with {told}: give another --output"
+        assert str(caught.value) == f"output='{folder}' was made with {told}: give another folder"
         assert records_in(folder) == [A]
 
     def test_the_same_configuration_may_come_in_another_shape(self, folder: Path) -> None:
@@ -204,7 +205,7 @@ class TestWhoseRun:
     def test_records_without_their_configuration_are_not_taken_over(self, folder: Path) -> None:
         log_of(folder, A)
         (folder / "run.json").unlink()
-        with pytest.raises(DataError, match=r"no run\.json beside it"):
+        with pytest.raises(DataError, match=r"records\.jsonl but no run\.json"):
             RecordLog(folder, CONFIGURATION)
 
     def test_an_unwritable_place_is_told_in_one_line(self, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def case(question_seed: int = 0, num_new: int = NUM_NEW, suffix_start: int = NUM
 def all_of(
     model: PreTrainedModel, settings: Sequence[str] = SETTINGS[:1], budgets: Sequence[int | float] = BUDGETS
 ) -> list[Configuration]:
-    methods = parse_methods("--methods", ",".join(METHODS))
+    methods = parse_methods("methods", ",".join(METHODS))
     return configurations(model, methods, budgets, settings, tiny.random_profile(model))
 
 
@@ -127,7 +127,7 @@ class TestAware:
         self, method: str, num_ahead: int, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         model, one = tiny.tiny_model("llama"), case()
-        methods = parse_methods("--methods", f"{method}[lookahead={num_ahead}]")
+        methods = parse_methods("methods", f"{method}[lookahead={num_ahead}]")
         chosen = configurations(model, methods, BUDGETS[:1], profile=tiny.random_profile(model))
         full, record = Runner(model, tokenizer).run(one, chosen)
         with compresskv.compressing(model, chosen[1].method, BUDGETS[0]) as cache:
@@ -140,7 +140,7 @@ class TestAware:
 
     def test_an_answer_shorter_than_the_look_ahead_is_the_full_caches(self, tokenizer: PreTrainedTokenizerBase) -> None:
         model = tiny.tiny_model("llama")
-        chosen = configurations(model, parse_methods("--methods", f"snapkv[lookahead={NUM_NEW}]"), BUDGETS[:1])
+        chosen = configurations(model, parse_methods("methods", f"snapkv[lookahead={NUM_NEW}]"), BUDGETS[:1])
         full, record = Runner(model, tokenizer).run(case(), chosen)
         assert record.token_ids == full.token_ids
         assert record.kv_nbytes == record.kv_nbytes_full
@@ -323,7 +323,7 @@ class TestAgnostic:
 
 def test_a_run_without_evicting_methods_is_the_full_cache_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     model = tiny.tiny_model("llama")
-    chosen = configurations(model, parse_methods("--methods", "full"), BUDGETS)
+    chosen = configurations(model, parse_methods("methods", "full"), BUDGETS)
     with passes(model) as seen:
         (record,) = Runner(model, tokenizer).run(case(), chosen)
     assert record.config == "full"

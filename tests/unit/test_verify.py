@@ -229,7 +229,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("counts", [(), (0,), (-1, 2), (5, 13)])
     def test_counts_that_cannot_be_masked(self, settings: VerifySettings, counts: tuple[int, ...]) -> None:
-        self.refused(ConfigError, "--counts .* 12 heads", replace(settings, counts=counts))
+        self.refused(ConfigError, "counts=.* 12 heads", replace(settings, counts=counts))
 
     def test_an_imported_profile(self, settings: VerifySettings) -> None:
         """Its ranks within each layer do not say which heads are the model's best."""
@@ -239,7 +239,7 @@ class TestRefusals:
         assert "\n" not in str(caught.value)
 
     def test_a_length_above_the_context(self, settings: VerifySettings) -> None:
-        self.refused(ConfigError, "--length 2049 .* 2048 tokens", replace(settings, length=2049))
+        self.refused(ConfigError, "length=2049 .* 2048 tokens", replace(settings, length=2049))
 
     def test_a_haystack_that_is_too_short(self, settings: VerifySettings, tmp_path: Path) -> None:
         short = planted.write_haystack(tmp_path / "short.txt", 20)

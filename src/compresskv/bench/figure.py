@@ -24,7 +24,7 @@ def check_drawable(path: Path) -> None:
     """
     known = new_figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
-        raise ConfigError(f"--plot {str(path)!r}: no such format; end the name with .png, .svg or .pdf")
+        raise ConfigError(": no such format; end the name with .png, .svg or .pdf", option="plot", value=str(path))
 
 
 def draw_run(result: dict[str, Any], path: Path) -> None:

@@ -62,7 +62,7 @@ def find_geometry(name: str) -> Geometry:
         ConfigError: unknown.
     """
     if name not in GEOMETRIES:
-        raise ConfigError(f"--random {name!r} is unknown{suggestion(name, list(GEOMETRIES))}")
+        raise ConfigError(f"is unknown{suggestion(name, list(GEOMETRIES))}", option="random", value=name)
     return GEOMETRIES[name]
 
 
@@ -89,14 +89,15 @@ def random_model(
     """
     geometry = find_geometry(name)
     if num_layers is not None and num_layers < 1:
-        raise ConfigError(f"--layers {num_layers} must be at least 1")
+        raise ConfigError("must be at least 1", option="layers", value=num_layers)
     wanted = num_layers or geometry.num_hidden_layers
     most = _layers_that_fit(geometry, max_tokens, dtype, device)
     if most < (1 if num_layers is None else wanted):
-        raise ConfigError(
-            f"--random {name} with {wanted} layers and caches of {max_tokens} tokens does not fit into half of the "
-            f"available memory, which holds {most}: choose shorter --lengths, a smaller geometry or fewer --layers"
+        problem = (
+            f"with {wanted} layers and caches of {max_tokens} tokens does not fit into half of the available memory, "
+            f"which holds {most}: choose shorter prompts, a smaller geometry or fewer layers"
         )
+        raise ConfigError(problem, option="random", value=name)
     built = min(wanted, most)
     config = geometry.config(built, max_tokens)
     model = _build(config, dtype, device)

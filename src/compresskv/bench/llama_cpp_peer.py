@@ -26,7 +26,7 @@ def measure(request: BenchRequest, write: Write) -> None:
     import numpy as np
 
     if request.device != "cpu":
-        raise ConfigError(f"--peers llama.cpp is measured on CPUs only, and the model is on {request.device}")
+        raise ConfigError(f"llama.cpp is measured on CPUs only, and the model is on {request.device}")
     path = model_path(request, ensure_gguf)
     try:
         model = llama_cpp.Llama(
@@ -38,7 +38,7 @@ def measure(request: BenchRequest, write: Write) -> None:
             verbose=False,
         )
     except ValueError as error:
-        raise ConfigError(f"--peers llama.cpp cannot load {path!r}: {error}") from error
+        raise ConfigError(f"llama.cpp cannot load {path!r}: {error}") from error
 
     def generate(token_ids: list[int], num_new: int) -> Iterator[int]:
         model.reset()

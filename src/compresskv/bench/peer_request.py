@@ -78,9 +78,9 @@ def find_peer(name: str, model: str, *, random: bool) -> Path:
     """
     peer = PEERS[name]
     if random and not peer.takes_random:
-        raise ConfigError(f"--peers {name} and --random {model!r} exclude each other: {name} needs a real model")
+        raise ConfigError(f"needs a real model, not random={model!r}", option="peers", value=name)
     if not random and model not in EMBEDDED and not model.endswith(peer.reads):
-        raise ConfigError(f"--peers {name} reads {peer.reads} files, and --model {model!r} is none")
+        raise ConfigError(f"reads {peer.reads} files, and model={model!r} is none", option="peers", value=name)
     return peers_python(environment=peer.environment)
 
 

@@ -40,19 +40,21 @@ class Plan:
             ConfigError: naming the option and its value.
         """
         if not self.lengths:
-            raise ConfigError("--lengths names no number: give prompt lengths in tokens, such as 1024,4096")
+            problem = "names no number: give prompt lengths in tokens, such as 1024,4096"
+            raise ConfigError(problem, option="lengths", value=self.lengths)
         for length in self.lengths:
             if length < 1:
-                raise ConfigError(f"--lengths {length} must be at least 1 token")
+                raise ConfigError("must be at least 1 token", option="lengths", value=length)
         for budget in self.budgets:
             check_budget(budget)
         if self.repeats < 1:
-            raise ConfigError(f"--repeats {self.repeats} must be at least 1")
+            raise ConfigError("must be at least 1", option="repeats", value=self.repeats)
         for way in self.decode or ("",):
             if way not in (EAGER, COMPILED, INT8):
-                raise ConfigError(f"--decode {way!r} must be among {EAGER}, {COMPILED}, {INT8}")
+                raise ConfigError(f"must be among {EAGER}, {COMPILED}, {INT8}", option="decode", value=way)
         if self.new_tokens < 2:
-            raise ConfigError(f"--new-tokens {self.new_tokens} must be at least 2: the first is part of the prefill")
+            problem = "must be at least 2: the first is part of the prefill"
+            raise ConfigError(problem, option="new_tokens", value=self.new_tokens)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -76,15 +78,15 @@ class Plan:
             return self
         room = context - self.new_tokens
         if room < 1:
-            raise ConfigError(
-                f"--new-tokens {self.new_tokens} leaves no room in the model's context of {context} tokens"
-            )
+            problem = f"leaves no room in the model's context of {context} tokens"
+            raise ConfigError(problem, option="new_tokens", value=self.new_tokens)
         too_long = [length for length in self.lengths if length > context]
         if (too_long and strict) or len(too_long) == len(self.lengths):
-            raise ConfigError(
-                f"--lengths {too_long[0]} does not fit into the model's context of {context} "
-                "tokens: choose a shorter one, or a geometry of the same size with --random"
+            problem = (
+                f"does not fit into the model's context of {context} tokens: choose a shorter one, or a geometry of "
+                "the same size with random weights"
             )
+            raise ConfigError(problem, option="lengths", value=too_long[0])
         return replace(self, lengths=tuple(min(length, room) for length in self.lengths if length <= context))
 
     def changes(self, fitted: "Plan") -> list[str]:

@@ -125,7 +125,8 @@ def _memory_explained(length: int) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as err:
         if isinstance(err, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(err):
-            raise ModelError(f"--lengths {length}: the caches do not fit into memory ({first_line(err)})") from err
+            problem = f": the caches do not fit into memory ({first_line(err)})"
+            raise ModelError(problem, option="lengths", value=length) from err
         raise
 
 
@@ -139,4 +140,4 @@ def write_result(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as err:
-        raise ConfigError(f"--output {str(path)!r} cannot be written: {err.strerror}") from err
+        raise ConfigError(f"cannot be written: {err.strerror}", option="output", value=str(path)) from err

@@ -84,7 +84,8 @@ def _check_model(model: PreTrainedModel, settings: Settings) -> None:
         )
     limit = context_length(model)
     if limit is not None and max(settings.lengths) > limit:
-        raise ConfigError(f"--lengths {max(settings.lengths)} is above the model's context of {limit} tokens")
+        problem = f"is above the model's context of {limit} tokens"
+        raise ConfigError(problem, option="lengths", value=max(settings.lengths))
 
 
 def _provenance(model: PreTrainedModel, profiler: Measurement, runs: list[dict[str, Any]]) -> dict[str, Any]:

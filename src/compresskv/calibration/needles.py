@@ -77,14 +77,16 @@ def read_needles(path: Path = DEFAULT_NEEDLES) -> list[Needle]:
         fields = ("id", "kind", "needle", "question")
         needles = [Needle(*(row[field].strip() for field in fields)) for row in data["needles"]]
     except OSError as error:
-        raise ProfileError(f"--needles {str(path)!r}: {error.strerror}") from error
+        raise ProfileError(f": {error.strerror}", option="needles", value=str(path)) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ProfileError(f"--needles {str(path)!r} is no list of needles: {error!r}") from error
+        problem = 'is no {"needles": [{"id", "kind", "needle", "question"}, ...]} with texts'
+        raise ProfileError(problem, option="needles", value=str(path)) from error
     if not needles or len({needle.id for needle in needles}) != len(needles):
-        raise ProfileError(f"--needles {str(path)!r} holds no needle, or one id twice")
+        raise ProfileError("holds no needle, or one id twice", option="needles", value=str(path))
     for needle in needles:
         if not (needle.question and needle.news):
-            raise ProfileError(f"--needles {str(path)!r}: {needle.id!r} has no question, or one that gives it all away")
+            problem = f": {needle.id!r} has no question, or one that gives it all away"
+            raise ProfileError(problem, option="needles", value=str(path))
     return needles
 
 
@@ -117,7 +119,7 @@ def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
     # Text without ends of sentences, such as code or Chinese, is cut by length.
     sentences = [part for piece in pieces for part in textwrap.wrap(piece, _LONGEST_SENTENCE)]
     if not sentences:
-        raise ProfileError(f"--haystack {', '.join(map(str, paths))} holds no text")
+        raise ProfileError("holds no text", option="haystack", value=[str(path) for path in paths])
     return sentences
 
 
@@ -125,9 +127,10 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ProfileError(f"--haystack {str(file)!r}: {error.strerror}") from error
+        raise ProfileError(f": {error.strerror}", option="haystack", value=str(file)) from error
     except UnicodeDecodeError as error:
-        raise ProfileError(f"--haystack {str(file)!r} is not UTF-8 text: byte {error.start} cannot be read") from error
+        problem = f"is not UTF-8 text: byte {error.start} cannot be read"
+        raise ProfileError(problem, option="haystack", value=str(file)) from error
 
 
 class Haystack:
@@ -160,7 +163,7 @@ class Haystack:
         if self.num_tokens < length:
             raise ProfileError(
                 f"the haystack has {self.num_tokens} tokens, fewer than the longest length {length}: "
-                "give more text with --haystack or a smaller --lengths"
+                "give a longer haystack or smaller lengths"
             )
         placed = _placed(rotation, depths, needles)
         encoded = self._tokenizer([f" {needle.needle}" for _, needle in placed], add_special_tokens=False)
@@ -168,7 +171,7 @@ class Haystack:
         if wanted < _NEAR:
             raise ConfigError(
                 f"a length of {length} tokens leaves no room for text beside {len(placed)} needles, the question and "
-                "the answer: choose a longer one or fewer --depths"
+                "the answer: choose a longer one or fewer depths"
             )
         # 7919 is prime: successive rotations start far apart, at ever new places
         start = rotation * 7919 % len(self._sentences)

@@ -1,6 +1,5 @@
 """What a calibration reads and how long it may answer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,15 +32,16 @@ class Settings:
             ConfigError: naming the option and its value.
         """
         if not self.lengths or min(self.lengths) < 256:
-            raise ConfigError(f"--lengths {_listed(self.lengths)} must be whole numbers of at least 256 tokens")
+            problem = "must be whole numbers of at least 256 tokens"
+            raise ConfigError(problem, option="lengths", value=self.lengths)
         if len(set(self.lengths)) != len(self.lengths):
-            raise ConfigError(f"--lengths {_listed(self.lengths)} names a length twice")
+            raise ConfigError("names a length twice", option="lengths", value=self.lengths)
         for name in ("max_new_tokens", "error_documents", "num_rotations"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+                raise ConfigError("must be at least 1", option=name, value=value)
         if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):  # NaN, too, fails this
-            raise ConfigError(f"--depths {_listed(self.depths)} must lie between 0 and 100 percent")
+            raise ConfigError("must lie between 0 and 100 percent", option="depths", value=self.depths)
 
     @classmethod
     def quick(cls, **changes: Any) -> "Settings":
@@ -53,7 +53,3 @@ class Settings:
         if context_length is None or max(self.lengths) <= context_length:
             return self
         return replace(self, lengths=tuple(n for n in self.lengths if n <= context_length) or (context_length,))
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    return ",".join(map(str, numbers))

@@ -97,7 +97,8 @@ def verify_profile(
     settings = settings or VerifySettings()
     limit = context_length(model)
     if limit is not None and settings.length > limit:
-        raise ConfigError(f"--length {settings.length} is above the model's context of {limit} tokens")
+        problem = f"is above the model's context of {limit} tokens"
+        raise ConfigError(problem, option="length", value=settings.length)
     groups = list(_groups(profile, settings))
     path = Path(settings.needles) if settings.needles else DEFAULT_NEEDLES
     _, needles = split_needles(read_needles(path))
@@ -129,8 +130,8 @@ def _groups(profile: Profile, settings: VerifySettings) -> Iterator[tuple[str, i
     semantic = profile.semantic_heads
     traditional = None if profile.traditional_scores is None else profile.ranked_heads(profile.traditional_scores)
     if not settings.counts or not all(1 <= count <= len(semantic) for count in settings.counts):
-        listed = ",".join(map(str, settings.counts))
-        raise ConfigError(f"--counts {listed} must lie between 1 and the model's {len(semantic)} heads")
+        problem = f"must lie between 1 and the model's {len(semantic)} heads"
+        raise ConfigError(problem, option="counts", value=settings.counts)
     draw = random.Random(settings.seed)
     yield "none", 0, []
     for count in settings.counts:

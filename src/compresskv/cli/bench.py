@@ -119,7 +119,7 @@ def _plan(
     from compresskv.bench.plan import DEFAULT_LENGTHS, Plan, parse_bench_budgets
     from compresskv.methods.registry import parse_methods
 
-    given = parse_numbers("--lengths", lengths, int)
+    given = parse_numbers("lengths", lengths, int)
     counts, has_full = parse_bench_budgets(budgets)
     plan = Plan(
         lengths=DEFAULT_LENGTHS if given is None else tuple(dict.fromkeys(given)),
@@ -132,11 +132,12 @@ def _plan(
     if "int8" in plan.decode:
         from compresskv.models.quantize import check_int8
 
-        check_int8("--decode")
-    chosen = parse_methods("--methods", methods)
+        check_int8("decode")
+    chosen = parse_methods("methods", methods)
     for label, method in chosen.items():
         if method.lookahead:
-            raise ConfigError(f"--methods {label!r} looks ahead: its cost falls into decoding and is not measured")
+            problem = "looks ahead: its cost falls into decoding and is not measured"
+            raise ConfigError(problem, option="methods", value=label)
     return plan, chosen
 
 
@@ -150,21 +151,22 @@ def _check_choices(
 ) -> None:
     """Refuse options that contradict each other, before anything heavy is done."""
     if dtype == "int8" and (random is not None or "int8" in ways):
-        raise ConfigError("--dtype int8 measures a real model whose weights are quantised already: use --decode int8")
+        problem = "measures a real model whose weights are quantised already: use decode=int8"
+        raise ConfigError(problem, option="dtype", value=dtype)
     if random is None:
         if layers is not None:
-            raise ConfigError(f"--layers {layers} needs --random GEOMETRY: a real model has its own layers")
+            raise ConfigError("needs random=GEOMETRY: a real model has its own layers", option="layers", value=layers)
         return
-    for option, value in (("--model", model), ("--profile", profile)):
+    for option, value in (("model", model), ("profile", profile)):
         if value is not None:
-            raise ConfigError(f"{option} {str(value)!r} and --random {random!r} exclude each other")
+            raise ConfigError(f"and random={random!r} exclude each other", option=option, value=value)
     from compresskv.bench.geometry import find_geometry
 
     find_geometry(random)
 
 
 def _check_outputs(plot: Path | None, output: Path | None) -> None:
-    for option, path in (("--plot", plot), ("--output", output)):
+    for option, path in (("plot", plot), ("output", output)):
         if path is not None:
             check_writable(option, path)
     if plot is not None:
@@ -180,7 +182,7 @@ def _pythons_of_peers(peers: str, model: str, *, random: bool) -> dict[str, Path
     from compresskv.bench.peer_request import PEERS, find_peer
     from compresskv.evaluation.configurations import parse_names
 
-    names = parse_names("--peers", peers, tuple(PEERS))
+    names = parse_names("peers", peers, tuple(PEERS))
     return {name: find_peer(name, model, random=random) for name in names}
 
 

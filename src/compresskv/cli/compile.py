@@ -49,7 +49,7 @@ def compile_step(
         building = Building(bar)
         trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, _BUDGET, building)
     if trial.compiled_ms is None:
-        raise ModelError(f"--model {model}: {trial.not_compiled}")
+        raise ModelError(f": {trial.not_compiled}", option="model", value=model)
     if as_json:
         out.print_json(json.dumps({"model": model, "method": chosen.label, "built": building.begun, **asdict(trial)}))
     else:

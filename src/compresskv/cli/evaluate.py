@@ -85,12 +85,12 @@ def evaluate(
     from compresskv.methods.registry import parse_methods
 
     plan = Plan(
-        tasks=parse_names("--tasks", tasks, list(known_tasks())),
+        tasks=parse_names("tasks", tasks, list(known_tasks())),
         subsets=_split(subsets),
         data=data,
         haystack=tuple(haystack or ()),
-        lengths=parse_numbers("--lengths", lengths, int) or (),
-        depths=parse_numbers("--depths", depths, float) or (),
+        lengths=parse_numbers("lengths", lengths, int) or (),
+        depths=parse_numbers("depths", depths, float) or (),
         limit=limit,
         rows=parse_rows(rows),
         seed=seed,
@@ -99,8 +99,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         answers=answers,
     )
-    chosen_methods, chosen_budgets = parse_methods("--methods", methods), parse_budgets(budgets)
-    chosen_settings = parse_names("--settings", settings, SETTINGS)
+    chosen_methods, chosen_budgets = parse_methods("methods", methods), parse_budgets(budgets)
+    chosen_settings = parse_names("settings", settings, SETTINGS)
     request = PeerRequest(model, (), _split(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
     python = _python_of_peers() if peers else None
     with Bar() as bar:

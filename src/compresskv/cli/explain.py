@@ -171,7 +171,7 @@ def _check_evidence(context: str, evidence: list[str]) -> None:
 
     for text in evidence:
         if not occurrences(context, text):
-            raise PromptError(f"--evidence {' '.join(text.split())!r} does not occur in the document")
+            raise PromptError("does not occur in the document", option="evidence", value=" ".join(text.split()))
 
 
 def _at_least_0(max_new_tokens: int) -> int:

@@ -1,10 +1,15 @@
 """Groups of commands whose errors name options as they are typed."""
 
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import typer.core
 
-from compresskv.errors import CompressKVError
+from compresskv.errors import CompressKVError, told
+
+_SETTING = re.compile(r"\b([a-z_]+)=('[^']*'|[^\s,:;()]+)")
 
 
 class Group(typer.core.TyperGroup):
@@ -20,17 +25,40 @@ class Group(typer.core.TyperGroup):
             return super().invoke(ctx)
         except CompressKVError as error:
             command = self.commands.get(str(ctx.invoked_subcommand))
-            if error.option is None or command is None:
+            if command is None or hasattr(command, "commands"):  # a group below has said it already
                 raise
-            raise type(error)(_as_typed(error, command)) from error
+            message = _as_typed(error, {parameter.name: parameter for parameter in command.params})
+            if message == str(error):
+                raise
+            raise type(error)(message) from error
 
 
-def _as_typed(error: CompressKVError, command: Any) -> str:
+def _as_typed(error: CompressKVError, parameters: Mapping[str, Any]) -> str:
     """The error in the command's own words; in Python's where the command has no such parameter."""
-    parameters = {parameter.name: parameter for parameter in command.params}
-    for name in (error.option, f"{error.option}s"):  # --budgets takes several of what is one `budget` each
-        if name in parameters:
-            is_option = parameters[name].param_type_name == "option"
-            shown = max(parameters[name].opts, key=len) if is_option else error.option
-            return f"{shown} {error.value!r} {error.problem}"
-    return str(error)
+
+    def retyped(match: re.Match[str]) -> str:
+        name = _typed(parameters, match[1])
+        return match[0] if name is None else f"{name} {match[2]}"
+
+    problem = _SETTING.sub(retyped, error.problem)
+    if error.option is None:
+        return problem
+    name = _typed(parameters, error.option) or error.option
+    if name == error.option and name not in parameters:
+        return str(error)
+    return told(name if error.value is None else f"{name} {_shown(error.value)}", problem)
+
+
+def _typed(parameters: Mapping[str, Any], name: str) -> str | None:
+    """A parameter of Python as the command's user types it; None where the command has none."""
+    for parameter in (parameters.get(name), parameters.get(f"{name}s")):  # --budgets takes several of what is one each
+        if parameter is not None:
+            return max(parameter.opts, key=len) if parameter.param_type_name == "option" else name
+    return None
+
+
+def _shown(value: object) -> str:
+    """As it was typed, with quotes around what is text."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "''"
+    return repr(str(value) if isinstance(value, PurePath) else value)

@@ -59,21 +59,26 @@ def create_methods(method: str, compare: str, settings: list[str] | None) -> "li
     """
     from compresskv.methods import registry
 
-    options = parse_settings("--set", settings or [])
-    if "[" in method:
+    options = parse_settings("settings", settings or [])
+    if "[" in method or "," in method:
         if options:
-            raise ConfigError(f"--method {method!r} has options already: leave out --set")
-        chosen = registry.parse_methods("--method", method)
+            raise ConfigError("has options already: leave out --set", option="method", value=method)
+        chosen = registry.parse_methods("method", method)
+        if len(chosen) > 1:
+            others = ",".join(list(chosen)[1:])
+            problem = f"names {len(chosen)} methods: give one, and the others as compare={others}"
+            raise ConfigError(problem, option="method", value=method)
     else:
         try:
             one = registry.create(method, **options)
         except ConfigError as error:
             if error.option not in options:
                 raise
-            raise ConfigError(f"--set {error}") from None
+            setting = f"{error.option}={options[error.option]}"
+            raise ConfigError(error.problem, option="settings", value=setting) from None
         chosen = {one.label: one}
-    others = registry.parse_methods("--compare", compare) if compare.strip() else {}
-    return list((chosen | {label: one for label, one in others.items() if label not in chosen}).values())
+    compared = registry.parse_methods("compare", compare) if compare.strip() else {}
+    return list((chosen | {label: one for label, one in compared.items() if label not in chosen}).values())
 
 
 def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tuple[N, ...] | None:
@@ -87,9 +92,9 @@ def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tu
     try:
         numbers = tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ConfigError(f"{option} {text!r} is not a list of numbers separated by commas") from None
+        raise ConfigError("is not a list of numbers separated by commas", option=option, value=text) from None
     if not numbers:
-        raise ConfigError(f"{option} {text!r} names no number")
+        raise ConfigError("names no number", option=option, value=text)
     return numbers
 
 
@@ -102,11 +107,11 @@ def check_writable(option: str, path: Path) -> None:
     from compresskv.system.paths import try_folder_of
 
     if path.is_dir():
-        raise ConfigError(f"{option} {str(path)!r} is a folder: give a file")
+        raise ConfigError("is a folder: give a file", option=option, value=path)
     try:
         try_folder_of(path)
     except OSError as error:
-        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"cannot be written: {error.strerror}", option=option, value=path) from error
 
 
 def check_folder(option: str, path: Path | None) -> None:
@@ -120,4 +125,4 @@ def check_folder(option: str, path: Path | None) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{option} {str(path)!r} cannot be a folder: {error.strerror}") from error
+        raise ConfigError(f"cannot be a folder: {error.strerror}", option=option, value=path) from error

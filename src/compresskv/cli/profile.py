@@ -79,8 +79,8 @@ def find(
     from compresskv.calibration.settings import Settings
 
     given: dict[str, Any] = {
-        "lengths": parse_numbers("--lengths", lengths, int),
-        "depths": parse_numbers("--depths", depths, float),
+        "lengths": parse_numbers("lengths", lengths, int),
+        "depths": parse_numbers("depths", depths, float),
         "haystack": tuple(map(str, haystack or [])) or None,
         "needles": None if needles is None else str(needles),
     }
@@ -94,7 +94,7 @@ def find(
     from compresskv.prompts.prompt import context_length
 
     if output is not None:
-        check_writable("--output", output)
+        check_writable("output", output)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         path = output or store.default_path(fingerprint(loaded), quick=quick)
@@ -124,7 +124,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print a profile's heads and layer budgets; with --plot also as figures."""
-    check_folder("--plot", plot)
+    check_folder("plot", plot)
     loaded = _find_file(profile)
     tokens = loaded.layer_budgets(budget)
     if as_json:
@@ -151,7 +151,7 @@ def import_(
 ) -> None:
     """Make a profile from the files published with CompressKV."""
     if output is not None:
-        check_writable("--output", output)
+        check_writable("output", output)
     from compresskv.profiles import store
     from compresskv.profiles.published import import_published
 
@@ -177,13 +177,13 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Mask the profile's heads and see whether the model still finds needles."""
-    check_folder("--plot", plot)
+    check_folder("plot", plot)
     from compresskv.calibration.verify import VerifySettings, to_rows, verify_profile
     from compresskv.models.load import load
     from compresskv.profiles.store import resolve_profile
 
     settings = VerifySettings(
-        counts=parse_numbers("--counts", counts, int) or (),
+        counts=parse_numbers("counts", counts, int) or (),
         length=length,
         num_documents=documents,
         seed=seed,

@@ -20,15 +20,17 @@ FULL = "full"
 def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     """'a,b' as names, each once.
 
+    Args:
+        option: the parameter they are given as, for error messages.
     Raises:
         ConfigError: one is unknown, or there is none.
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
         if name not in known:
-            raise ConfigError(f"{option} {name!r} is unknown{suggestion(name, known)}")
+            raise ConfigError(f"is unknown{suggestion(name, known)}", option=option, value=name)
     if not names:
-        raise ConfigError(f"{option} {text!r} names nothing: choose from {', '.join(known)}")
+        raise ConfigError(f"names nothing: choose from {', '.join(known)}", option=option, value=text)
     return names
 
 
@@ -41,7 +43,7 @@ def parse_budgets(text: str) -> tuple[int | float, ...]:
     parsed = [parse_budget(part) for part in text.split(",") if part.strip()]
     budgets = tuple({repr(budget): budget for budget in parsed}.values())  # 1 token and 100 % are equal as numbers
     if not budgets:
-        raise ConfigError(f"--budgets {text!r} names no budget: give counts (128) or shares (3%)")
+        raise ConfigError("names no budget: give counts (128) or shares (3%)", option="budgets", value=text)
     return budgets
 
 
@@ -65,7 +67,8 @@ def configurations(
     }
     for name, method in prepared.items():
         if method.lookahead and "agnostic" in settings:
-            raise ConfigError(f"--methods {name!r} looks ahead, which in the setting 'agnostic' is at the question")
+            problem = "looks ahead, which in the setting 'agnostic' is at the question"
+            raise ConfigError(problem, option="methods", value=name)
     full = Configuration(FULL, registry.create(FULL), None)
     return [full] + [
         Configuration(name, method, budget, setting)

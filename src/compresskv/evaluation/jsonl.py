@@ -77,9 +77,9 @@ def task_folder(task: str, settings: TaskSettings, needs: str) -> Path:
         DataError: no folder was given, or there is none of that name.
     """
     if settings.data is None:
-        raise DataError(f"task {task!r} needs --data FOLDER with {needs}")
+        raise DataError(f": task {task!r} needs a folder with {needs}", option="data")
     if not settings.data.is_dir():
-        raise DataError(f"--data {settings.data}: no such folder; task {task!r} needs {needs}")
+        raise DataError(f": no such folder; task {task!r} needs {needs}", option="data", value=str(settings.data))
     inner = settings.data / task
     return inner if inner.is_dir() else settings.data
 

@@ -52,9 +52,10 @@ class PeerRequest:
             check_budget(budget)
         for setting in self.settings:
             if setting not in SETTINGS:
-                raise ConfigError(f"setting={setting!r} is unknown: choose from {', '.join(SETTINGS)}")
+                raise ConfigError(f"is unknown: choose from {', '.join(SETTINGS)}", option="setting", value=setting)
         if self.peer_budget not in BUDGET_UNITS:
-            raise ConfigError(f"--peer-budget {self.peer_budget!r} is unknown: choose from {', '.join(BUDGET_UNITS)}")
+            problem = f"is unknown: choose from {', '.join(BUDGET_UNITS)}"
+            raise ConfigError(problem, option="peer_budget", value=self.peer_budget)
 
     def configs(self) -> dict[str, tuple[str, str, int | float]]:
         """(setting, press, budget) of every configuration, by the name that its records have."""
@@ -88,7 +89,7 @@ class PeerRequest:
         except ConfigError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
-            raise DataError(f"--request {path}: not a request for peers ({first_line(err)})") from err
+            raise DataError(f"is no request for peers ({first_line(err)})", option="request", value=str(path)) from err
 
 
 def _with_tuples(raw: dict[str, Any]) -> dict[str, Any]:

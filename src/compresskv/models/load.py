@@ -82,20 +82,20 @@ def _locate(spec: str) -> Path | None:
     if spec in EMBEDDED:
         return None
     if not spec.strip():
-        raise ModelError("--model: the value is empty; pass a name, a folder, a .gguf file or a hub id")
+        raise ModelError("is empty; pass a name, a folder, a .gguf file or a hub id", option="model", value=spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file():
         if not is_gguf:
-            raise ModelError(f"--model {spec}: a file must be a .gguf file; for safetensors pass their folder")
+            raise _error(spec, "a file must be a .gguf file; for safetensors pass their folder")
         return path
     looks_like_path = spec.startswith((".", "~")) or path.is_absolute() or spec.count("/") > 1 or "\\" in spec
     if is_gguf or looks_like_path:
-        raise ModelError(f"--model {spec}: no such file or folder{suggestion(spec)}")
+        raise _error(spec, f"no such file or folder{suggestion(spec)}")
     if "/" not in spec and suggestion(spec):
-        raise ModelError(f"--model {spec}: no such model, file or folder{suggestion(spec)}")
+        raise _error(spec, f"no such model, file or folder{suggestion(spec)}")
     return None
 
 
@@ -115,10 +115,10 @@ def _load_checkpoint(
         config = AutoConfig.from_pretrained(name, **source)
         if getattr(config, "is_encoder_decoder", False):
             kind = config.model_type
-            raise ModelError(f"--model {spec}: {kind} is an encoder-decoder model; pass a decoder-only one")
+            raise _error(spec, f"{kind} is an encoder-decoder model; pass a decoder-only one")
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some releases make one out of nothing
-            raise ModelError(f"--model {spec}: {_NO_TOKENIZER}")
+            raise _error(spec, _NO_TOKENIZER)
         model, report = loader.from_pretrained(
             name,
             **source,
@@ -135,11 +135,11 @@ def _check_folder(spec: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         found = sorted(folder.glob("*.gguf"))
         hint = f"for its GGUF file pass {found[0]}" if found else "pass a folder that a model was saved to"
-        raise ModelError(f"--model {spec}: this folder has no config.json; {hint}")
+        raise _error(spec, f"this folder has no config.json; {hint}")
 
 
 def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype of a `--dtype` option; None for None and "auto".
+    """The dtype that `load` is asked for; None for None and "auto".
 
     Raises:
         ConfigError: no such dtype.
@@ -155,7 +155,7 @@ def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def torch_device(device: str | torch.device | None) -> torch.device:
-    """The device of a `--device` option; None is the first CUDA device where there is one, else the CPU.
+    """The device that `load` is asked for; None is the first CUDA device where there is one, else the CPU.
 
     Raises:
         ConfigError: it cannot be used.
@@ -173,6 +173,10 @@ def torch_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
+def _error(spec: str, problem: str) -> ModelError:
+    return ModelError(f": {problem}", option="model", value=spec)
+
+
 @contextlib.contextmanager
 def _explained(spec: str) -> Iterator[None]:
     """Turn whatever transformers, the hub or safetensors raise into a ModelError of one line."""
@@ -181,7 +185,7 @@ def _explained(spec: str) -> Iterator[None]:
     except CompressKVError:
         raise
     except Exception as err:
-        raise ModelError(f"--model {spec}: {_explanation(spec, err)}") from err
+        raise _error(spec, _explanation(spec, err)) from err
 
 
 def _explanation(spec: str, err: Exception) -> str:

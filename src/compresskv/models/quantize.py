@@ -11,8 +11,11 @@ from compresskv.models.fingerprint import fingerprint, remember
 INT8 = "int8"
 
 
-def check_int8(option: str = "--dtype") -> None:
+def check_int8(option: str = "dtype") -> None:
     """Find out whether weights can be quantised, before a model is loaded.
+
+    Args:
+        option: the parameter that asks for it, for the error message.
 
     Raises:
         ConfigError: torchao is not installed.
@@ -28,7 +31,7 @@ def quantize_int8(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: torchao is not installed.
     """
-    quantize, config, unwrap = _torchao("--dtype")
+    quantize, config, unwrap = _torchao("dtype")
     own = fingerprint(model)
     quantize(model, config)
     unwrap(model)  # plain tensors, which a compiled step can be given
@@ -48,5 +51,5 @@ def _torchao(option: str) -> tuple[Any, Any, Any]:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
         from torchao.utils import unwrap_tensor_subclass
     except ImportError:
-        raise ConfigError(f"{option} int8 needs torchao: pip install 'compresskv[int8]'") from None
+        raise ConfigError("needs torchao: pip install 'compresskv[int8]'", option=option, value=INT8) from None
     return quantize_, Int8WeightOnlyConfig(set_inductor_config=False), unwrap_tensor_subclass

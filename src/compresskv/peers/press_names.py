@@ -28,7 +28,7 @@ def check_presses(names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in PRESSES:
-            raise ConfigError(f"--peers {name!r} is unknown{suggestion(name, PRESSES)}")
+            raise ConfigError(f"is unknown{suggestion(name, PRESSES)}", option="peers", value=name)
 
 
 def method_name(press: str) -> str:

@@ -55,10 +55,11 @@ def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
     by_set = {name: normalised(row) for name, row in errors.items()}
     geometry = _geometry(model_id)
     if (len(rankings), num_heads) != (geometry.num_layers, geometry.num_query_heads):
-        raise ProfileError(
-            f"--heads {str(heads)!r} ranks {num_heads} heads in {len(rankings)} layers, but --model {model_id!r} has "
+        problem = (
+            f"ranks {num_heads} heads in {len(rankings)} layers, but model={model_id!r} has "
             f"{geometry.num_query_heads} in {geometry.num_layers}"
         )
+        raise ProfileError(problem, option="heads", value=str(heads))
     return Profile(
         model_id=model_id,
         fingerprint=Fingerprint(
@@ -90,29 +91,32 @@ def _scores_of_ranks(ranking: list[int]) -> tuple[float, ...]:
 
 
 def _read_rankings(path: Path) -> list[list[int]]:
-    data = _read_json("--heads", path)
+    data = _read_json("heads", path)
     try:
         rankings = [[int(head) for head in data[str(layer)]] for layer in range(len(data))]
     except (KeyError, TypeError, ValueError) as error:
-        raise ProfileError(f"--heads {str(path)!r}: no ranked list for each layer from 0 on ({error!r})") from error
+        raise ProfileError("holds no ranked list for each layer from 0 on", option="heads", value=str(path)) from error
     num_heads = len(rankings[0])
     for layer, ranking in enumerate(rankings):
         if sorted(ranking) != list(range(num_heads)):
-            raise ProfileError(f"--heads {str(path)!r}: layer {layer} does not rank each of {num_heads} heads once")
+            problem = f": layer {layer} does not rank each of {num_heads} heads once"
+            raise ProfileError(problem, option="heads", value=str(path))
     return rankings
 
 
 def _read_errors(path: Path, num_layers: int) -> dict[str, list[float]]:
-    data = _read_json("--layers", path)
+    data = _read_json("layers", path)
     try:
         errors = {str(name): [float(error) for error in row] for name, row in data.items()}
     except (TypeError, ValueError, OverflowError) as error:
-        raise ProfileError(f"--layers {str(path)!r}: not a list of numbers for each data set ({error})") from error
+        raise ProfileError("holds no list of numbers for each data set", option="layers", value=str(path)) from error
     for name, row in errors.items():
         if len(row) != num_layers:
-            raise ProfileError(f"--layers {str(path)!r}: {name} has {len(row)} layers, the heads have {num_layers}")
+            problem = f": {name} has {len(row)} layers, the heads have {num_layers}"
+            raise ProfileError(problem, option="layers", value=str(path))
         if not all(math.isfinite(error) and error >= 0 for error in row):
-            raise ProfileError(f"--layers {str(path)!r}: {name} holds a number that is negative, NaN or infinite")
+            problem = f": {name} holds a number that is negative, NaN or infinite"
+            raise ProfileError(problem, option="layers", value=str(path))
     return errors
 
 
@@ -120,11 +124,11 @@ def _read_json(option: str, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ProfileError(f"{option} {str(path)!r}: {error.strerror}") from error
+        raise ProfileError(f": {error.strerror}", option=option, value=str(path)) from error
     except ValueError as error:
-        raise ProfileError(f"{option} {str(path)!r} is not JSON: {error}") from error
+        raise ProfileError(f"is not JSON: {error}", option=option, value=str(path)) from error
     if not isinstance(data, dict) or not data:
-        raise ProfileError(f"{option} {str(path)!r} holds no table")
+        raise ProfileError("holds no table", option=option, value=str(path))
     return data
 
 
@@ -137,7 +141,8 @@ def _geometry(model_id: str) -> _Geometry:
             # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
             config = AutoConfig.from_pretrained(model_id, trust_remote_code=False).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"--model {model_id!r}: cannot read its shape ({first_line(error)})") from error
+        problem = f": its shape cannot be read ({first_line(error)})"
+        raise ModelError(problem, option="model", value=model_id) from error
     return _Geometry(
         num_layers=config.num_hidden_layers,
         num_query_heads=config.num_attention_heads,

@@ -68,7 +68,7 @@ def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path |
         return imported
     raise ProfileError(
         f"no profile of this model ({own}): make one with 'compresskv profile {model_id}', "
-        "give one with --profile FILE, or choose a method that needs none, such as 'snapkv'"
+        "give one as profile=FILE, or choose a method that needs none, such as 'snapkv'"
     )
 
 

@@ -50,7 +50,7 @@ def build_prompt(
     if truncate == "never":
         raise PromptError(
             f"the prompt has {num_tokens} tokens, but the model's context leaves room for {max_tokens} before the "
-            "answer: shorten the document or cut its middle with --truncate middle"
+            "answer: shorten the document or cut its middle with truncate='middle'"
         )
     return _cut_middle(tokenizer, context, question, max_tokens)
 

@@ -125,7 +125,7 @@ class NeedleTask(Task):
 def _grid(settings: TaskSettings, subsets: tuple[str, ...]) -> list[_Case]:
     for depth in settings.depths:
         if not 0 <= depth <= 100:
-            raise ConfigError(f"--depths {depth:g} is no percentage: choose from 0 to 100")
+            raise ConfigError("is no percentage: choose from 0 to 100", option="depths", value=depth)
     return [
         _Case(settings.seed, subset, length, depth, number)
         for subset in dict.fromkeys(subsets)
@@ -152,10 +152,11 @@ class _Hider:
         try:
             return self._pair(case) if case.subset == "uuid" else self._sentences(case)
         except ConfigError as error:
-            raise ConfigError(
-                f"--lengths {case.length} leaves no room for text beside what is hidden in it, the question and the "
-                f"answer of needle/{case.subset}: choose a longer one"
-            ) from error
+            problem = (
+                "leaves no room for text beside what is hidden in it, the question and the answer of "
+                f"needle/{case.subset}: choose a longer one"
+            )
+            raise ConfigError(problem, option="lengths", value=case.length) from error
 
     def _sentences(self, case: _Case) -> Example:
         facts = case.facts(self._facts)
