@@ -1,28 +1,26 @@
 """Our attention functions, and how they find the cache layer whose keys they are given.
 
 transformers calls `past_key_values.update(...)` and then, in the same thread, the attention function named in the
-model's config, but never tells that function about the cache. So a `RoutedLayer` notes itself when it is updated, and
+model's config, but never tells that function about the cache. So a `Routed` layer notes itself when it is updated, and
 our attention function hands the call to it if the keys are the very tensor that the layer returned. This binds by
 identity: it holds for several caches of one model, for threads, and for models that mix layer kinds.
 """
 
-import copy
 import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compresskv.attention.prefill import causal_attention, is_faster
-from compresskv.errors import CacheStateError, ModelError
+from compresskv.errors import ModelError
 from compresskv.models.shape import decoder_config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -31,54 +29,16 @@ BASES = ("eager", "sdpa")
 """The attention implementations that a model may have when it is given a compressed cache."""
 _PREFIX = "compresskv_"
 
-_updated = threading.local()  # .layer: the RoutedLayer that this thread updated last and that awaits its attention
+_updated = threading.local()  # .layer: the Routed that this thread updated last and that awaits its attention
 
 
-class RoutedLayer(DynamicLayer):
-    """A cache layer that sees the attention over its keys. Subclasses override `attend`."""
+class Routed(Protocol):
+    """A cache layer as routing sees it: it is given the attention over its keys."""
 
-    def __init__(self, layer_idx: int, model_config: PretrainedConfig) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.layer_idx = layer_idx
-        self._model_config = model_config
-        self._awaits_attention = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
-        """A copy bound to the same model: with a config of its own, it could be used outside `compressing`."""
-        memo[id(self._model_config)] = self._model_config
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H_kv, T_new, D) and return all that are held.
-
-        Raises:
-            CacheStateError: used outside `compressing`.
-            ModelError: the model does not pass these keys to its attention function.
-        """
-        if not str(self._model_config._attn_implementation).startswith(_PREFIX):
-            raise CacheStateError("this cache works only inside the 'with compresskv.compressing(...)' that made it")
-        if self._awaits_attention:
-            raise ModelError(
-                f"layer {self.layer_idx}: this model's attention does not use the keys that the cache returns, "
-                "so its cache cannot be compressed"
-            )
-        keys, values = self._append(key_states, value_states)
-        self._awaits_attention = True
-        _updated.layer = self
-        return keys, values
-
-    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        if self.is_initialized:
-            old_keys, old_values = self.stored()
-            self.keys = torch.cat([old_keys, key_states], dim=-2)
-            self.values = torch.cat([old_values, value_states], dim=-2)
-        else:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys, self.values = owned(key_states), owned(value_states)
-            self.is_initialized = True
-        return self.stored()
+    keys: Tensor | None
+    """The very tensor that its last update returned, and that the model is to attend to."""
+    awaits_attention: bool
+    """Whether what was stored last has not been attended to."""
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
@@ -91,35 +51,22 @@ class RoutedLayer(DynamicLayer):
             mask: (B, 1, T_new, columns) bool or additive float; None where nothing is masked but the future.
             kwargs: the attention module, and what it gave to the attention function (scaling, softcap, ...).
         """
-        return attention(query, *self.stored(), mask)
 
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """The keys and values held, (B, H_kv, stored, D) each.
 
-        Raises:
-            CacheStateError: nothing was stored yet.
-        """
-        if self.keys is None or self.values is None:
-            raise CacheStateError(f"layer {self.layer_idx} of the cache is empty")
-        return self.keys, self.values
+def await_attention(layer: Routed) -> None:
+    """Hand this thread's next attention over the layer's keys to the layer."""
+    layer.awaits_attention = True
+    _updated.layer = layer
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.keys = self.values = None
-        self.is_initialized = False
-        self._awaits_attention = False
+
+def is_routed(config: PretrainedConfig) -> bool:
+    """Whether the model with this config uses our attention functions now."""
+    return str(config._attn_implementation).startswith(_PREFIX)
 
 
 def scaling_of(query: Tensor, scaling: float | None) -> float:
     """The factor on dot products that a module gave to its attention function, or the usual D ** -0.5."""
     return query.shape[-1] ** -0.5 if scaling is None else scaling
-
-
-def owned(states: Tensor) -> Tensor:
-    """`states` itself, or a copy where it is a view that would keep a larger tensor alive (fused projections)."""
-    if states.untyped_storage().nbytes() > states.nelement() * states.element_size():
-        return states.clone(memory_format=torch.contiguous_format)
-    return states
 
 
 def _attention_forward(
@@ -131,13 +78,13 @@ def _attention_forward(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered function: the layer's `attend` where the keys are a RoutedLayer's, else the base function."""
+    """The registered function: the layer's `attend` where the keys are a routed layer's, else the base function."""
     function = _base_function(base, type(module))  # type: ignore[arg-type]  # torch's stubs hide type.__hash__
-    layer: RoutedLayer | None = getattr(_updated, "layer", None)
+    layer: Routed | None = getattr(_updated, "layer", None)
     if layer is None or layer.keys is not key:
         return function(module, query, key, value, attention_mask, **kwargs)
     _updated.layer = None
-    layer._awaits_attention = False
+    layer.awaits_attention = False
 
     plain = base == "sdpa" and is_plain(module, **kwargs)
     is_causal = kwargs.get("is_causal", getattr(module, "is_causal", True))

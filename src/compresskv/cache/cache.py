@@ -8,29 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention.routing import RoutedLayer, owned
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
+from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_window
 from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
-from compresskv.models.shape import compressible_layers, decoder_config
+from compresskv.models.shape import compressible_layers
 from compresskv.selection import budgets
 from compresskv.system.memory import storage_nbytes
-
-
-class RoutedCache(Cache):
-    """A cache whose full-attention layers see the attention over their keys; sliding windows hold their own tokens."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
-        stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if key_states.shape[-2] > 1:
-            trim_sliding_window(self.layers[layer_idx])
-        return stored
 
 
 class CompressedCache(RoutedCache):
@@ -181,23 +168,6 @@ class CompressedCache(RoutedCache):
     def _other_nbytes(self) -> int:
         """Bytes that the layers hold which are not compressed."""
         return layers_nbytes([layer for layer in self.layers if not isinstance(layer, CompressedLayer)])
-
-
-def trim_sliding_window(layer: Any) -> None:
-    """Free what a sliding-window layer has left behind its window.
-
-    It keeps a view of the whole prompt, which would stay in memory until the next token, and in copies of the layer.
-    """
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.keys, layer.values = (owned(states) for states in (layer.keys, layer.values) if states is not None)
-
-
-def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:
-    """One cache layer for each layer of the model, the full-attention ones made by `make(layer_idx, position)`."""
-    layers = list(DynamicCache(config=decoder_config(model)).layers)
-    for position, layer_idx in enumerate(compressible_layers(model)):
-        layers[layer_idx] = make(layer_idx, position)
-    return layers
 
 
 def layers_nbytes(layers: Sequence[Any]) -> int:

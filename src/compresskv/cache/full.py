@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention.routing import RoutedLayer
-from compresskv.cache.cache import RoutedCache, routed_layers
+from compresskv.cache.routed import RoutedCache, RoutedLayer, routed_layers
 
 C = TypeVar("C", bound=Cache)
 

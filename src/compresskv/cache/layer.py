@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction, RoutedLayer, scaling_of
+from compresskv.attention.routing import AttentionFunction, scaling_of
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.masks import causal_mask, retained_mask, valid_keys
+from compresskv.cache.routed import RoutedLayer
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.ragged import RaggedStore, gather_tokens
 from compresskv.errors import CacheStateError

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention.routing import AttentionFunction, RoutedLayer, is_plain, without_masks
+from compresskv.attention.routing import AttentionFunction, is_plain, without_masks
+from compresskv.cache.routed import RoutedLayer
 from compresskv.errors import ModelError
 from compresskv.models.shape import decoder_config
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction, RoutedLayer, scaling_of
+from compresskv.attention.routing import AttentionFunction, scaling_of
 from compresskv.cache.cache import CompressedCache, layers_nbytes
 from compresskv.cache.full import FullCache
+from compresskv.cache.routed import RoutedLayer
 from compresskv.methods.base import Method
 from compresskv.models.decoding import prefill
 from compresskv.models.shape import decoder_config

@@ -1,0 +1,119 @@
+"""Caches whose full-attention layers see the attention over their keys."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from compresskv.attention.routing import AttentionFunction, await_attention, is_routed
+from compresskv.errors import CacheStateError, ModelError
+from compresskv.models.shape import compressible_layers, decoder_config
+
+
+class RoutedLayer(DynamicLayer):
+    """A cache layer that sees the attention over its keys. Subclasses override `attend`."""
+
+    def __init__(self, layer_idx: int, model_config: PretrainedConfig) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer_idx = layer_idx
+        self._model_config = model_config
+        self.awaits_attention = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
+        """A copy bound to the same model: with a config of its own, it could be used outside `compressing`."""
+        memo[id(self._model_config)] = self._model_config
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, H_kv, T_new, D) and return all that are held.
+
+        Raises:
+            CacheStateError: used outside `compressing`.
+            ModelError: the model does not pass these keys to its attention function.
+        """
+        if not is_routed(self._model_config):
+            raise CacheStateError("this cache works only inside the 'with compresskv.compressing(...)' that made it")
+        if self.awaits_attention:
+            raise ModelError(
+                f"layer {self.layer_idx}: this model's attention does not use the keys that the cache returns, "
+                "so its cache cannot be compressed"
+            )
+        keys, values = self._append(key_states, value_states)
+        await_attention(self)
+        return keys, values
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            old_keys, old_values = self.stored()
+            self.keys = torch.cat([old_keys, key_states], dim=-2)
+            self.values = torch.cat([old_values, value_states], dim=-2)
+        else:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys, self.values = owned(key_states), owned(value_states)
+            self.is_initialized = True
+        return self.stored()
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run `attention(query, mask)` over this layer's keys and values; see `Routed.attend`."""
+        return attention(query, *self.stored(), mask)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The keys and values held, (B, H_kv, stored, D) each.
+
+        Raises:
+            CacheStateError: nothing was stored yet.
+        """
+        if self.keys is None or self.values is None:
+            raise CacheStateError(f"layer {self.layer_idx} of the cache is empty")
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.awaits_attention = False
+
+
+class RoutedCache(Cache):
+    """A cache whose full-attention layers see the attention over their keys; sliding windows hold their own tokens."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
+        stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if key_states.shape[-2] > 1:
+            trim_sliding_window(self.layers[layer_idx])
+        return stored
+
+
+def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:
+    """One cache layer for each layer of the model, the full-attention ones made by `make(layer_idx, position)`."""
+    layers = list(DynamicCache(config=decoder_config(model)).layers)
+    for position, layer_idx in enumerate(compressible_layers(model)):
+        layers[layer_idx] = make(layer_idx, position)
+    return layers
+
+
+def trim_sliding_window(layer: Any) -> None:
+    """Free what a sliding-window layer has left behind its window.
+
+    It keeps a view of the whole prompt, which would stay in memory until the next token, and in copies of the layer.
+    """
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.keys, layer.values = (owned(states) for states in (layer.keys, layer.values) if states is not None)
+
+
+def owned(states: Tensor) -> Tensor:
+    """`states` itself, or a copy where it is a view that would keep a larger tensor alive (fused projections)."""
+    if states.untyped_storage().nbytes() > states.nelement() * states.element_size():
+        return states.clone(memory_format=torch.contiguous_format)
+    return states
