@@ -1,13 +1,15 @@
-"""Shared by all tests: one thread a process, and models that every test must leave as it found them."""
+"""Shared by all tests: one thread a process, models that each test must leave as it found them, fewer combinations."""
 
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import tiny
+from pairs import covering_pairs
 
 torch.set_num_threads(1)
 if sys.version_info < (3, 12):  # else setuptools replaces distutils, and tests that compile depend on those before them
@@ -19,3 +21,32 @@ def _models_keep_their_attention() -> Iterator[None]:
     yield
     for model, attn_implementation in tiny.shared_models():
         assert model.config._attn_implementation == attn_implementation
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="Run contract tests of three parameters and more with every combination, not with every pair of values.",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all-combinations"):
+        return
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if "contract" in item.path.parts and len(_parameters(item)) > 2:
+            tests[item.nodeid.partition("[")[0]].append(item)
+    left_out: set[pytest.Item] = set()
+    for cases in tests.values():
+        kept = covering_pairs([_parameters(item) for item in cases])
+        left_out |= set(cases) - {cases[number] for number in kept}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _parameters(item: pytest.Item) -> tuple[tuple[str, str], ...]:
+    """Each parameter's name and value, as text: some values cannot be hashed."""
+    callspec = getattr(item, "callspec", None)
+    return () if callspec is None else tuple((name, repr(value)) for name, value in sorted(callspec.params.items()))
