@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +15,14 @@ from compresskv.calibration.needles import (
     Haystack,
     Needle,
     encode_questions,
+    encode_request,
     question_tokens,
     read_haystack,
     read_needles,
-    render,
     split_needles,
 )
 from compresskv.errors import ConfigError, ModelError, ProfileError
+from compresskv.prompts.prompt import build_prompt
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"
 TOKENIZERS = {
@@ -166,7 +166,7 @@ class TestDocuments:
         reserved = ANSWER + question_tokens(tokenizer, NEEDLES)
         for rotation in range(25):
             document = haystack.document(length, rotation, DEPTHS, NEEDLES, reserved)
-            prompts = [count(tokenizer, render(tokenizer, f"{document.text}\n\n{q}")) for q, _ in document.questions]
+            prompts = [len(encode_request(tokenizer, document.text, q).input_ids) for q, _ in document.questions]
             assert length - 60 < max(prompts) + ANSWER <= length
 
     def test_a_sentence_longer_than_the_document_does_not_make_it_longer(
@@ -179,7 +179,7 @@ class TestDocuments:
         reserved = ANSWER + question_tokens(tokenizer, NEEDLES)
         for rotation in range(10):
             document = haystack.document(400, rotation, DEPTHS, NEEDLES, reserved)
-            prompts = [count(tokenizer, render(tokenizer, f"{document.text}\n\n{q}")) for q, _ in document.questions]
+            prompts = [len(encode_request(tokenizer, document.text, q).input_ids) for q, _ in document.questions]
             assert 340 < max(prompts) + ANSWER <= 400
 
     def test_each_needle_stands_at_its_depth_within_a_sentence(
@@ -246,8 +246,8 @@ class TestQuestions:
         text, questions, prefix, encoded = self.encode(tokenizer)
         assert len(encoded) == len(questions) == 4
         for (question, _), one in zip(questions, encoded, strict=True):
-            prompt = render(tokenizer, f"{text}\n\n{question}")
-            assert prefix + one.suffix == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            prompt = build_prompt(tokenizer, text, question).input_ids[0].tolist()
+            assert prefix + one.suffix == prompt  # what `ask` gives the model
 
     def test_the_prefix_holds_almost_all_of_the_document(self, tokenizer: PreTrainedTokenizerBase) -> None:
         text, _, prefix, encoded = self.encode(tokenizer)
@@ -278,11 +278,14 @@ class TestQuestions:
         assert len(only.suffix) == 32
         assert len(prefix) > 300
 
-    def test_without_a_template_the_prompt_begins_with_the_begin_token(self) -> None:
-        assert render(TOKENIZERS["bytes"], "text") == "<begin>text\n"
-
     def test_a_tokenizer_that_knows_no_offsets_is_refused(self) -> None:
-        slow: Any = SimpleNamespace(is_fast=False)
+        class Slow:
+            is_fast = False
+
+            def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+                return {"input_ids": list(text.encode())}
+
+        slow: Any = Slow()
         document = Haystack(planted.tokenizer(), planted.haystack_sentences()).document(500, 0, DEPTHS, NEEDLES)
         with pytest.raises(ModelError, match="fast tokenizer"):
             encode_questions(slow, document, document.questions)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +23,15 @@ from compresskv.cache.full import FullCache
 from compresskv.calibration import measure
 from compresskv.calibration.find import Outcome, find_profile
 from compresskv.calibration.measure import Measurement, NothingRetrievedError, mean_scores, rouge_1_recall
-from compresskv.calibration.needles import SUMMARY, encode_questions, render
+from compresskv.calibration.needles import SUMMARY, encode_questions
 from compresskv.calibration.recording import SpanLayer
+from compresskv.calibration.runs import measuring_alone
 from compresskv.calibration.settings import Settings
 from compresskv.errors import CompressKVError, ConfigError, ModelError, ProfileError
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.profiles.profile import Rows
+from compresskv.prompts.template import apply_chat_template
 
 Planted = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -191,7 +194,7 @@ class TestScoresAreThoseOfAnIndependentComputation:
         for _, document in list(measurement.documents())[:3]:
             for question, needle in document.questions:
                 run = next(checked)
-                text = render(tokenizer, f"{document.text}\n\n{question}")
+                text, _ = apply_chat_template(tokenizer, f"{document.text}\n\n{question}")
                 prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
                 ids = tokenizer(needle, add_special_tokens=False)["input_ids"]
                 (start,) = (i for i in range(len(prompt)) if prompt[i : i + len(ids)] == ids)
@@ -383,7 +386,7 @@ class TestLayerErrors:
         for document in (plan[0][1], plan[6][1]):  # the first of each length
             questions = [("needle", question) for question, _ in document.questions]
             for name, question in [*questions, ("summary", SUMMARY)]:
-                text = render(tokenizer, f"{document.text}\n\n{question}")
+                text, _ = apply_chat_template(tokenizer, f"{document.text}\n\n{question}")
                 prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
                 tokens = greedy(model, prompt, 12, tokenizer.eos_token_id)
                 sums[name] += torch.tensor(expected_errors(model, prompt, tokens, heads))
@@ -514,7 +517,7 @@ class TestGoingOn:
         assert again.profile == outcome.profile
         assert again.runs == outcome.runs
         assert len(answered) == 12 + 3  # the 12 runs, and layer errors with both questions and the summary
-        (log,) = tmp_path.iterdir()
+        (log,) = tmp_path.glob("*.jsonl")
         keys = [tuple(json.loads(line)["key"]) for line in log.read_text(encoding="utf-8").splitlines()]
         assert len(keys) == len(set(keys)) == 12 + 1
 
@@ -530,7 +533,7 @@ class TestGoingOn:
         self, settings: Settings, outcome: Outcome, tmp_path: Path, answered: list[int]
     ) -> None:
         self.find(settings, tmp_path)
-        (log,) = tmp_path.iterdir()
+        (log,) = tmp_path.glob("*.jsonl")
         lines = log.read_bytes().splitlines(keepends=True)
         log.write_bytes(b"".join(lines[:7]) + lines[7][:40])
         answered.clear()
@@ -543,9 +546,36 @@ class TestGoingOn:
         ids=lambda change: next(iter(change)),
     )
     def test_other_settings_are_another_log(self, settings: Settings, tmp_path: Path, change: dict[str, Any]) -> None:
-        new_measurement(planted.model(), settings, tmp_path)
-        new_measurement(planted.model(), dataclasses.replace(settings, **change), tmp_path)
-        assert len(list(tmp_path.iterdir())) == 2
+        one = new_measurement(planted.model(), settings, tmp_path)
+        other = new_measurement(planted.model(), dataclasses.replace(settings, **change), tmp_path)
+        assert one.log.path != other.log.path
+        assert not list(tmp_path.iterdir())  # nothing was measured yet
+
+    def test_a_second_process_waits_and_measures_nothing_again(self, settings: Settings, tmp_path: Path) -> None:
+        model, told, outcomes = planted.model(), list[str](), list[Outcome]()
+        first = find_profile(model, planted.tokenizer(), "tiny", tmp_path, settings)
+        (log,) = tmp_path.glob("*.jsonl")
+        whole = log.read_bytes()
+        log.write_bytes(whole[: len(whole) // 2])  # as far as the first process has come
+        waiting = threading.Event()
+
+        def note(message: str, _: float) -> None:
+            told.append(message)
+            waiting.set()
+
+        def second() -> None:
+            outcomes.append(find_profile(model, planted.tokenizer(), "tiny", tmp_path, settings, note))
+
+        with measuring_alone(tmp_path, str(first.profile.fingerprint), lambda *_: None):
+            thread = threading.Thread(target=second)
+            thread.start()
+            assert waiting.wait(60)
+            assert log.read_bytes() == whole[: len(whole) // 2]  # what is being written is left alone
+            log.write_bytes(whole)
+        thread.join(120)
+        assert told[0] == "waiting for another process that profiles this model"
+        assert outcomes[0].profile == first.profile
+        assert log.read_bytes() == whole
 
     def test_other_text_needles_weights_template_or_dtype_are_another_log(
         self, settings: Settings, files: dict[str, Any], noisy: Planted, tmp_path: Path
@@ -556,9 +586,11 @@ class TestGoingOn:
         own = dataclasses.replace(settings, haystack=(str(haystack),), needles=str(needles))
         model, (other, tokenizer) = planted.model(), planted.build()
 
+        logs = set[Path]()
+
         def logs_after(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-            Measurement(model, tokenizer, folder, own, lambda *_: None)
-            return len(list(folder.iterdir()))
+            logs.add(Measurement(model, tokenizer, folder, own, lambda *_: None).log.path)
+            return len(logs)
 
         assert logs_after(model, planted.tokenizer()) == 1
         assert logs_after(other, tokenizer) == 1
@@ -618,8 +650,7 @@ class TestRefusals:
         self.refused(
             ProfileError, r"has \d+ tokens, fewer than the longest length 1500", tmp_path, planted.model(), long
         )
-        (log,) = tmp_path.glob("*.jsonl")
-        assert not log.read_text(encoding="utf-8")
+        assert not list(tmp_path.glob("*.jsonl"))
 
     def test_more_needles_than_a_length_has_room_for(self, files: dict[str, Any], tmp_path: Path) -> None:
         full = Settings(lengths=(256,), max_new_tokens=200, **files)

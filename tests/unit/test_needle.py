@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import planted
-from compresskv.calibration.needles import read_haystack, read_needles, render, words
+from compresskv.calibration.needles import read_haystack, read_needles, words
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.metrics import contains
 from compresskv.evaluation.task import TaskSettings, create_task
 from compresskv.evaluation.tasks.needle import Fact, NeedleTask, read_facts
+from compresskv.prompts.template import encode_message
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"
 TOKENIZERS = {
@@ -130,7 +131,7 @@ class TestCases:
     ) -> None:
         line = count(TOKENIZERS[tokenizer], f'"{"0" * 36}": "{"0" * 36}"\n')
         for example in cases(haystack, tokenizer):
-            length = count(TOKENIZERS[tokenizer], render(TOKENIZERS[tokenizer], example.prompt))
+            length = len(encode_message(TOKENIZERS[tokenizer], example.prompt).input_ids)
             length += example.max_new_tokens
             slack = max(80, 2 * line) if example.task == "needle/uuid" else 80
             assert example.meta["length"] - slack < length <= example.meta["length"]

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
 from compresskv.calibration.measure import Measurement, OnProgress, mean_scores
+from compresskv.calibration.runs import measuring_alone
 from compresskv.calibration.settings import Settings
 from compresskv.errors import ConfigError, ModelError
+from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.profiles.profile import Profile, combined
@@ -55,8 +57,9 @@ def find_profile(
     """
     chosen = settings or Settings().fitted(context_length(model))
     _check_model(model, chosen)
-    profiler = Measurement(model, tokenizer, log_folder, chosen, on_progress or _silent)
-    with routing(model):
+    report = on_progress or _silent
+    with measuring_alone(log_folder, str(fingerprint(model)), report), routing(model):
+        profiler = Measurement(model, tokenizer, log_folder, chosen, report)
         runs = profiler.measure_heads()
         semantic, traditional, num_runs = mean_scores(runs)
         errors = profiler.measure_errors(semantic)

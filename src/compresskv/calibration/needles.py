@@ -11,11 +11,11 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.errors import ConfigError, ModelError, ProfileError
+from compresskv.errors import ConfigError, ProfileError
+from compresskv.prompts.template import Message, encode_message
 
 DEFAULT_NEEDLES = Path(__file__).parent / "needles.json"
 _QUESTION = "{question} Answer in one sentence."
@@ -207,9 +207,20 @@ def _placed(rotation: int, depths: Sequence[float], needles: list[Needle]) -> tu
 def question_tokens(tokenizer: PreTrainedTokenizerBase, needles: list[Needle]) -> int:
     """Tokens of a prompt beside its document: the chat template's and the longest question's."""
     questions = [*(_QUESTION.format(question=needle.question) for needle in needles), SUMMARY]
-    prompts = [render(tokenizer, f".\n\n{question}") for question in questions]
-    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)
-    return max(len(ids) for ids in encoded["input_ids"])
+    return max(len(encode_request(tokenizer, ".", question).input_ids) for question in questions)
+
+
+def encode_request(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> Message:
+    """A text and a question on it, as `compresskv ask` puts them to the model.
+
+    Raises:
+        PromptError: the chat template or the tokenizer loses either.
+    """
+    content = f"{text}\n\n{question}"
+    message = encode_message(tokenizer, content, plain_end="\n")
+    message.check_holds("document", 0, len(text))
+    message.check_holds("question", len(content) - len(question), len(content))
+    return message
 
 
 def encode_questions(
@@ -222,37 +233,20 @@ def encode_questions(
     Returns: (the longest prefix that all the prompts share, one `Question` each).
     Raises:
         ModelError: the tokenizer cannot tell which characters a token stands for.
+        PromptError: as for `encode_request`.
     """
-    if not tokenizer.is_fast:
-        raise ModelError("profiling needs a fast tokenizer, one that knows where in the text each token stands")
     prompts: list[tuple[list[int], slice]] = []
     for question, needle in questions:
-        text = render(tokenizer, f"{document.text}\n\n{question}")
-        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        prompts.append((encoded["input_ids"], _token_span(text, needle, encoded["offset_mapping"])))
+        message = encode_request(tokenizer, document.text, question)
+        start = document.text.index(needle)
+        span = message.tokens_of(start, start + len(needle)) if needle else slice(0, 0)
+        prompts.append((message.input_ids, span))
     longest_prefix = min(len(ids) for ids, _ in prompts) - _MIN_SUFFIX
     prefix_length = 0
     while prefix_length < longest_prefix and len({ids[prefix_length] for ids, _ in prompts}) == 1:
         prefix_length += 1
     prefix = prompts[0][0][:prefix_length]
     return prefix, [Question(ids[prefix_length:], span) for ids, span in prompts]
-
-
-def render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    """The content as a user's message in the chat template, or as it is where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return f"{tokenizer.bos_token or ''}{content}\n"
-    message = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-
-
-def _token_span(text: str, needle: str, offsets: list[tuple[int, int]]) -> slice:
-    if not needle:
-        return slice(0, 0)
-    start = text.index(needle)
-    end = start + len(needle)
-    inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
-    return slice(inside[0], inside[-1] + 1)
 
 
 def words(text: str) -> list[str]:

@@ -1,15 +1,41 @@
 """A log of finished runs, one JSON line each: what a killed calibration had finished, it need not measure again."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ProfileError
 from compresskv.system.jsonl_log import JsonlLog
+from compresskv.system.locking import locked
+
+
+@contextmanager
+def measuring_alone(folder: Path, model: str, report: Callable[[str, float], None]) -> Iterator[None]:
+    """Let one process at a time measure a model; the others wait, and find its runs when it is done.
+
+    Args:
+        folder: where the logs are; it is made.
+        model: its fingerprint.
+        report: told why nothing happens.
+    Raises:
+        ProfileError: the folder cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            waiting = "waiting for another process that profiles this model"
+            held.enter_context(locked(folder / f"{model}.lock", waiting, lambda message, _: report(message, 0.0)))
+        except OSError as error:
+            raise ProfileError(f"cannot keep finished runs in {str(folder)!r}: {error.strerror}") from error
+        yield
 
 
 class RunLog:
-    """Results by key, kept in a file. Each is written as soon as it is known; none is kept twice."""
+    """Results by key, kept in a file. Each is written as soon as it is known; none is kept twice.
+
+    Who adds to it holds `measuring_alone` from opening it on.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read what the log holds; nothing is written before `add`. A damaged line's run is measured again.
@@ -17,7 +43,7 @@ class RunLog:
         Raises:
             ProfileError: the place cannot be read or written.
         """
-        self._path = path
+        self.path = path
         try:
             self._log = JsonlLog(path, _keyed_result)
         except OSError as error:
@@ -48,7 +74,7 @@ class RunLog:
         self._results[key] = result
 
     def _error(self, error: OSError) -> ProfileError:
-        return ProfileError(f"cannot keep finished runs in {str(self._path)!r}: {error.strerror}")
+        return ProfileError(f"cannot keep finished runs in {str(self.path)!r}: {error.strerror}")
 
 
 def _keyed_result(row: Any) -> tuple[Hashable, Any]:

@@ -8,9 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from compresskv.errors import PromptError
 from compresskv.evaluation.example import Example
 from compresskv.plans.plan import prompt_digest
-from compresskv.prompts.offsets import token_range
-
-_STAND_IN = "\x1a"  # what no template contains
+from compresskv.prompts.template import encode_message
 
 
 @dataclass(frozen=True)
@@ -38,50 +36,37 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_tokens: int
     of its end are kept.
 
     Raises:
-        PromptError: not even two tokens of the prompt fit.
+        PromptError: not even two tokens of the prompt fit, or the chat template loses some of it.
     """
-    template = _template(tokenizer) if example.chat else None
-    head, tail = template or ("", "")
-    spans = _spans(example)
-    encoded = _tokens(tokenizer, head + example.prompt + tail, special=template is None)
-    num_tokens, cut = len(encoded["input_ids"]), 0
-    while max_tokens is not None and len(encoded["input_ids"]) > max_tokens:
+    text, spans = example.prompt, _spans(example)
+    message = encode_message(tokenizer, text, chat=example.chat)
+    num_tokens, cut = len(message.input_ids), 0
+    while max_tokens is not None and len(message.input_ids) > max_tokens:
         # Tokens at the seam can merge into more than there were, so one cut is not always enough.
-        cut += len(encoded["input_ids"]) - max_tokens
+        cut += len(message.input_ids) - max_tokens
         shorter = _without_middle(tokenizer, example, cut)
         if shorter is None:
             raise PromptError(f"{example.task} {example.id}: no room for a prompt in {max_tokens} tokens")
         text, spans = shorter
-        encoded = _tokens(tokenizer, head + text + tail, special=template is None)
-    *evidence, (start, end) = [(a + len(head), b + len(head)) for a, b in spans]
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    ranges = (token_range(offsets, *span) for span in evidence if span[0] < span[1])
-    suffix = token_range(offsets, start, end).start if start < end else len(offsets)
+        message = encode_message(tokenizer, text, chat=example.chat)
+    *evidence, (start, end) = spans
+    if text[:start].strip():
+        message.check_holds("document", 0, start)
+    if text[start:end].strip():
+        message.check_holds("question", start, end)
+    ranges = (message.tokens_of(*span) for span in evidence if span[0] < span[1])
+    suffix = message.tokens_of(start, end).start if start < end else len(message.input_ids)
     return EncodedPrompt(
-        input_ids=encoded["input_ids"],
-        num_truncated=num_tokens - len(offsets),
+        input_ids=message.input_ids,
+        num_truncated=num_tokens - len(message.input_ids),
         evidence=tuple(ranges),
-        suffix_start=min(suffix, token_range(offsets, end, end).start),
+        suffix_start=min(suffix, message.tokens_of(end, end).start),
     )
 
 
 def _spans(example: Example) -> list[tuple[int, int]]:
     """Characters of the evidence and, last, of the suffix."""
     return [*example.evidence, (len(example.prefix) + len(example.context), len(example.prompt))]
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """What the chat template puts before and after a user's text; None where there is no template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    message = [{"role": "user", "content": _STAND_IN}]
-    text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-    head, _, tail = text.partition(_STAND_IN)
-    return head, tail
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> Any:
-    return tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
 
 
 def _without_middle(
@@ -91,7 +76,8 @@ def _without_middle(
 
     None where fewer than two tokens are left.
     """
-    offsets: list[tuple[int, int]] = _tokens(tokenizer, example.prompt, special=False)["offset_mapping"]
+    encoded: Any = tokenizer(example.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     half = (len(offsets) - num_cut) // 2
     if half < 1:
         return None

@@ -1,7 +1,7 @@
 """Which prompt tokens each layer keeps, beside their texts: the data behind `compresskv explain`."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, prefill
-from compresskv.prompts.offsets import token_range
+from compresskv.prompts.offsets import offsets_of, token_range
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -196,7 +196,7 @@ def prompt_text(
     start = beginning[0][0] if beginning else 0
     end, asked_end = asked[-1] if asked and asked[-1][0] > start else (len(whole), len(whole))
     found = [span for text in evidence for span in occurrences(whole[start:end], text)]
-    offsets = _offsets(texts)
+    offsets = offsets_of(texts)
     special_ids = set(tokenizer.all_special_ids)
     return PromptText(
         texts,
@@ -235,19 +235,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     if not token_ids:
         return ""
     return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _offsets(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Characters of the joined texts that each token holds: all tokens of one character hold it."""
-
-    def walk() -> Iterator[tuple[int, int]]:
-        start = end = 0
-        for text in texts:
-            if text:
-                start, end = end, end + len(text)
-            yield start, end
-
-    return list(walk())
 
 
 def _layer_retention(layer: CompressedLayer) -> LayerRetention:

@@ -1,7 +1,6 @@
 """A document and a question become the token ids that a model reads."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError, PromptError
 from compresskv.models.shape import decoder_config
+from compresskv.prompts.template import encode_message
 
 TRUNCATIONS = ("never", "middle")
 
@@ -39,8 +39,8 @@ def build_prompt(
             LongBench (arXiv 2308.14508) does. The question is never cut.
     Raises:
         ConfigError: an unknown `truncate`.
-        PromptError: an empty document or question, one that is not text, or a prompt that does not fit (both numbers
-            are named).
+        PromptError: an empty document or question, one that is not text, a chat template that loses either, or a
+            prompt that does not fit (both numbers are named).
     """
     check_request(context, question, truncate)
     input_ids = _encode(tokenizer, context, question)
@@ -91,14 +91,12 @@ def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int | None:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> Tensor:
-    content = f"{context.strip()}\n\n{question.strip()}"
-    if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": content}]
-        text: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    else:
-        ids = tokenizer(f"{content}\n", verbose=False)["input_ids"]
-    return torch.tensor([ids], dtype=torch.long)
+    document, asked = context.strip(), question.strip()
+    content = f"{document}\n\n{asked}"
+    message = encode_message(tokenizer, content, plain_end="\n")
+    message.check_holds("document", 0, len(document))
+    message.check_holds("question", len(content) - len(asked), len(content))
+    return torch.tensor([message.input_ids], dtype=torch.long)
 
 
 def _cut_middle(tokenizer: PreTrainedTokenizerBase, context: str, question: str, max_tokens: int) -> Prompt:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from compresskv.calibration.needles import Haystack, Needle, read_haystack, read_needles, render
+from compresskv.calibration.needles import Haystack, Needle, read_haystack, read_needles
 from compresskv.errors import ConfigError, DataError, ProfileError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.key_values import draw_pair, hide_pair
 from compresskv.evaluation.metrics import contains, rouge_1_recall
 from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.prompts.template import encode_message
 
 NEEDLES = Path(__file__).parent.parent / "needles.json"
 _NUM_NEEDLES = {"single": 1, "paraphrase": 1, "multi": 3}
@@ -184,9 +185,8 @@ class _Hider:
 
     def _reserved(self, case: _Case, question: str) -> int:
         """Tokens of the chat template, of what follows the document, and of the answer."""
-        prompt = render(self._tokenizer, f".{_BREAK}{question}")
-        encoded = self._tokenizer(prompt, add_special_tokens=False, verbose=False)
-        return len(encoded["input_ids"]) + _MAX_NEW_TOKENS[case.subset]
+        message = encode_message(self._tokenizer, f".{_BREAK}{question}")
+        return len(message.input_ids) + _MAX_NEW_TOKENS[case.subset]
 
 
 def _example(case: _Case, text: str, question: str, hidden: list[tuple[str, str]], kind: str) -> Example:
