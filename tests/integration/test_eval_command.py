@@ -178,7 +178,7 @@ class TestBadInput:
         ("args", "words"),
         [
             (["--tasks", "needel"], ["--tasks 'needel'", "did you mean 'needle'"]),
-            (["--tasks", ""], ["--tasks ''", "choose from babilong, longbench, needle"]),
+            (["--tasks", ""], ["--tasks ''", "choose from babilong, longbench, needle, ruler"]),
             (["--subsets", "singel"], ["--subsets 'singel'", "did you mean 'single'"]),
             (["--methods", "full,snapvk"], ["--methods 'snapvk'", "did you mean 'snapkv'"]),
             (

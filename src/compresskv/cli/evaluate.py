@@ -30,7 +30,7 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the run's records; made if missing.", metavar="RUN")
     ],
-    tasks: Annotated[str, typer.Option(help="needle, longbench, babilong; several with commas.")] = "needle",
+    tasks: Annotated[str, typer.Option(help="needle, ruler, longbench, babilong; several with commas.")] = "needle",
     methods: Annotated[
         str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHODS")
     ] = "full,streaming_llm,snapkv,pyramidkv,cake,adakv,headkv,knorm,compresskv,vote,blend",
