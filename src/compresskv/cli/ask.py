@@ -25,6 +25,7 @@ from compresskv.cli.options import (
     TruncateOption,
     create_methods,
 )
+from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, Building, err, megabytes, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError, PromptError
@@ -66,6 +67,7 @@ def ask(
     The answer goes to standard output, what it cost to standard error.
     """
     check_mode(compile)
+    check_outputs({"save_plan": save_plan}, {"document": document, "profile": profile, "model": model})
     context = read_document(document)
     from compresskv.selection.budgets import parse_budget
 

@@ -8,6 +8,7 @@ import typer
 
 from compresskv.cli.bench_table import print_result
 from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ProfileOption, check_writable, parse_numbers
+from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ConfigError
 
@@ -87,6 +88,7 @@ def bench(
     """
     plan, chosen = _plan(lengths, budgets, methods, decode, repeats, new_tokens)
     _check_choices(model, random, layers, profile, dtype, plan.decode)
+    check_outputs({"plot": plot, "output": output}, {"profile": profile, "model": model})
     _check_outputs(plot, output)
     peer_pythons = _pythons_of_peers(peers, random or model or _MODEL, random=random is not None)
     with Bar() as bar:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, parse_numbers
+from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, out
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def evaluate(
     from compresskv.evaluation.task import tasks as known_tasks
     from compresskv.methods.registry import parse_methods
 
+    records = [output / name for name in ("run.json", "records.jsonl")]
+    check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
     plan = Plan(
         tasks=parse_names("tasks", tasks, list(known_tasks())),
         subsets=_split(subsets),

@@ -20,6 +20,7 @@ from compresskv.cli.options import (
     TruncateOption,
     create_methods,
 )
+from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import ConfigError, PromptError
 
@@ -71,7 +72,8 @@ def explain(
         raise ConfigError(f"--html {str(html)!r}: with --json no page is written; leave one of them out")
     page = _DEFAULT_PAGE if html is None else html
     if not as_json:
-        _check_page(page, document)
+        check_outputs({"html": page}, {"document": document, "profile": profile, "model": model})
+        _check_page(page)
     context = read_document(document)
     marked = evidence or []
     from compresskv.selection.budgets import parse_budget
@@ -156,14 +158,12 @@ def _write(page: Path, report: "Report") -> None:
     out.print(str(page.resolve()))
 
 
-def _check_page(page: Path, document: str) -> None:
-    """Refuse, before a model is loaded, a page that cannot be written or would replace the document."""
+def _check_page(page: Path) -> None:
+    """Refuse, before a model is loaded, a page that cannot be written."""
     if page.is_dir():
         raise ConfigError(f"--html {str(page)!r} is a folder: name a file in it")
     if not page.absolute().parent.is_dir():
         raise ConfigError(f"--html {str(page)!r}: there is no folder {str(page.absolute().parent)!r}")
-    if document != "-" and page.resolve() == Path(document).resolve():
-        raise ConfigError(f"--html {str(page)!r} would replace the document")
 
 
 def _check_evidence(context: str, evidence: list[str]) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from compresskv.cli.group import Group
 from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, check_folder, check_writable, parse_numbers
+from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ProfileError
 
@@ -78,6 +79,7 @@ def find(
     """
     from compresskv.calibration.settings import Settings
 
+    check_outputs({"output": output}, {"model": model, "haystack": haystack, "needles": needles})
     given: dict[str, Any] = {
         "lengths": parse_numbers("lengths", lengths, int),
         "depths": parse_numbers("depths", depths, float),
@@ -124,6 +126,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print a profile's heads and layer budgets; with --plot also as figures."""
+    figures = {"plot": None if plot is None else [plot / name for name in ("head_scores.png", "layer_budgets.png")]}
+    check_outputs(figures, {"profile": profile})
     check_folder("plot", plot)
     loaded = _find_file(profile)
     tokens = loaded.layer_budgets(budget)
@@ -150,6 +154,7 @@ def import_(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
 ) -> None:
     """Make a profile from the files published with CompressKV."""
+    check_outputs({"output": output}, {"heads": heads, "layers": layers, "model": model})
     if output is not None:
         check_writable("output", output)
     from compresskv.profiles import store
@@ -177,6 +182,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Mask the profile's heads and see whether the model still finds needles."""
+    inputs = {"model": model, "profile": profile, "haystack": haystack, "needles": needles}
+    check_outputs({"plot": None if plot is None else plot / "verify.png"}, inputs)
     check_folder("plot", plot)
     from compresskv.calibration.verify import VerifySettings, to_rows, verify_profile
     from compresskv.models.load import load

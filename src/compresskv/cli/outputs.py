@@ -1,0 +1,82 @@
+"""What a command writes must not be what it reads."""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeAlias
+
+from compresskv.errors import ConfigError
+
+Given: TypeAlias = "str | Path | Sequence[str | Path] | None"
+
+_MODEL_SUFFIXES = {".json", ".jinja", ".safetensors", ".bin", ".gguf", ".model", ".pt", ".pth", ".py", ".txt"}
+
+
+def check_outputs(outputs: Mapping[str, Path | Sequence[Path] | None], inputs: Mapping[str, Given]) -> None:
+    """Refuse, before anything is read, a file to write that is one to be read, or two to write that are one.
+
+    Links, other spellings of a path, and the file that standard input comes from count as the file itself. A folder
+    stands for what is read from it.
+
+    Args:
+        outputs: option -> the file or files that it names, or None.
+        inputs: parameter -> file, folder or several, '-' for standard input; what is no path of a file is passed over.
+    Raises:
+        ConfigError: naming the option.
+    """
+    read = [(name, status) for name, given in inputs.items() for status in _statuses(name, given)]
+    written: dict[str, str] = {}
+    for option, given in outputs.items():
+        for path in _several(given):
+            with suppress(OSError):
+                status = path.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue  # /dev/null may be written and read by all
+                for name, other in read:
+                    if os.path.samestat(status, other):
+                        problem = f"would replace the {name} itself: name another file"
+                        raise ConfigError(problem, option=option, value=str(path))
+            place = os.path.realpath(path)
+            if written.setdefault(place, option) != option:
+                problem = f"is the file of {written[place]}={str(path)!r}, too: name another one"
+                raise ConfigError(problem, option=option, value=str(path))
+
+
+def _statuses(name: str, given: Given) -> Iterator[os.stat_result]:
+    for path in _several(given):
+        with suppress(OSError, ValueError, AttributeError):  # AttributeError: standard input is closed
+            if str(path) == "-":
+                yield os.fstat(sys.stdin.fileno())
+            elif path.is_dir():
+                yield from (file.stat() for file in _read_from(name, path))
+            else:
+                yield path.stat()
+
+
+def _several(given: Given) -> list[Path]:
+    if given is None:
+        return []
+    return [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given]
+
+
+def _read_from(name: str, folder: Path) -> Iterator[Path]:
+    """The files of a folder that a command reads: a model's own, texts of a haystack."""
+    if name == "model":
+        files = (path for path in folder.iterdir() if path.suffix in _MODEL_SUFFIXES and path.is_file())
+        yield from (path for path in files if not _is_ours(path))
+    else:
+        yield from (path for path in folder.rglob("*.txt") if path.is_file())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether CompressKV wrote it, into the model's folder: it may be written again."""
+    if path.suffix != ".json":
+        return False
+    try:
+        return str(json.loads(path.read_bytes())["format"]).startswith("compresskv")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
