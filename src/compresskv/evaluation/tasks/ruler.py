@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.calibration.needles import render
 from compresskv.errors import ConfigError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.metrics import contains
 from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.prompts.template import encode_message
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _TEXT = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -98,8 +98,7 @@ def _example(tokenizer: PreTrainedTokenizerBase, seed: int, subset: str, length:
 
     def num_tokens(num_noise: int) -> int:
         text = "\n".join([*chain.lines, *[_NOISE] * num_noise])
-        prompt = render(tokenizer, prefix + text + chain.question)
-        return len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) + _MAX_NEW_TOKENS
+        return len(encode_message(tokenizer, prefix + text + chain.question).input_ids) + _MAX_NEW_TOKENS
 
     base = num_tokens(0)
     each = max(1, num_tokens(1) - base)
