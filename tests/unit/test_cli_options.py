@@ -1,17 +1,14 @@
 """How the command line's text becomes values, and how it reads a document. Nothing here loads a model."""
 
-import io
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from compresskv.cli import main
-from compresskv.cli.ask import read_document
 from compresskv.cli.options import parse_numbers
 from compresskv.cli.terminal import Bar, megabytes
-from compresskv.errors import ConfigError, PromptError
+from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
 
 
@@ -60,51 +57,6 @@ class TestSettings:
     def test_values_that_are_no_numbers(self, text: str) -> None:
         with pytest.raises(ConfigError, match="is not a number"):
             parse_settings("settings", [text])
-
-
-class TestDocument:
-    def test_a_file_is_read_as_it_is(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_bytes("naïve\r\n text\n".encode())
-        assert read_document(str(tmp_path / "a.txt")) == "naïve\r\n text\n"
-
-    def test_a_byte_order_mark_is_not_text(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
-        assert read_document(str(tmp_path / "a.txt")) == "text"
-
-    def test_standard_input(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"piped text")))
-        assert read_document("-") == "piped text"
-
-    def test_closed_standard_input(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "stdin", None)
-        with pytest.raises(PromptError, match="standard input is closed"):
-            read_document("-")
-
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            ("missing.txt", "No such file"),
-            ("folder", "Is a directory"),
-            ("empty.txt", "is empty"),
-            ("blank.txt", "is empty"),
-            ("binary.txt", "is binary"),
-            ("latin.txt", "byte 2 cannot be read"),
-            ("a" * 300, "File name too long"),
-        ],
-    )
-    def test_what_cannot_be_read_is_told_by_name(self, tmp_path: Path, name: str, message: str) -> None:
-        (tmp_path / "folder").mkdir()
-        for file, content in {
-            "empty.txt": b"",
-            "blank.txt": b" \n\t\n",
-            "binary.txt": b"PK\x03\x04\0\0text",
-            "latin.txt": "naïve".encode("latin-1"),
-        }.items():
-            (tmp_path / file).write_bytes(content)
-        with pytest.raises(PromptError, match=message) as caught:
-            read_document(str(tmp_path / name))
-        assert name in str(caught.value)
-        assert "\n" not in str(caught.value)
 
 
 class TestTerminal:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.errors import ConfigError, ProfileError
+from compresskv.errors import ConfigError, ProfileError, PromptError
+from compresskv.prompts.document import read_text
 from compresskv.prompts.template import Message, encode_message
 
 DEFAULT_NEEDLES = Path(__file__).parent / "needles.json"
@@ -125,12 +126,9 @@ def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ProfileError(f": {error.strerror}", option="haystack", value=str(file)) from error
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 text: byte {error.start} cannot be read"
-        raise ProfileError(problem, option="haystack", value=str(file)) from error
+        return read_text(file)
+    except PromptError as error:
+        raise ProfileError(error.problem, option="haystack", value=str(file)) from error
 
 
 class Haystack:

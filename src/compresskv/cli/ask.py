@@ -28,7 +28,8 @@ from compresskv.cli.options import (
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, Building, err, megabytes, out
 from compresskv.compiled.modes import check_mode
-from compresskv.errors import ConfigError, PromptError
+from compresskv.errors import ConfigError
+from compresskv.prompts.document import read_document
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -141,30 +142,6 @@ def _with_command(
         command += ["--dtype", dtype]
     reason = reason.replace("'compresskv compile'", f"`{shlex.join(command)}`")
     return replace(generation, stats=replace(generation.stats, not_compiled=reason))
-
-
-def read_document(document: str) -> str:
-    """The text of a file, or of standard input for '-'.
-
-    Raises:
-        PromptError: missing, a folder, empty, or not text; the message names it.
-    """
-    if document == "-" and sys.stdin is None:
-        raise PromptError("document '-': standard input is closed")
-    try:
-        data = sys.stdin.buffer.read() if document == "-" else Path(document).read_bytes()
-    except OSError as error:
-        raise PromptError(f"document {document!r}: {error.strerror}") from error
-    name = "standard input" if document == "-" else repr(document)
-    if b"\0" in data:
-        raise PromptError(f"document {name} is binary: give a text file")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"document {name} is not UTF-8 text: byte {error.start} cannot be read") from error
-    if not text.strip():
-        raise PromptError(f"document {name} is empty")
-    return text
 
 
 def _show_layers(bar: Bar, name: str, done: int, layers: int) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compresskv.cli.ask import read_document
 from compresskv.cli.options import (
     BudgetOption,
     DeviceOption,
@@ -23,6 +22,7 @@ from compresskv.cli.options import (
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import ConfigError, PromptError
+from compresskv.prompts.document import read_document
 
 if TYPE_CHECKING:
     from compresskv.explain.retention import Explanation, Report
