@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -571,8 +572,32 @@ def test_a_failing_pip_is_told_with_its_last_error(tiny, index, cache) -> None:
     assert leftovers(cache) == []
 
 
-def test_an_environment_without_pip_is_told(tiny, cache, monkeypatch) -> None:
+def test_an_environment_without_pip_uses_the_one_that_comes_with_python(tiny, index, cache, tmp_path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    packages = tmp_path / "packages"  # all that this environment has, but for pip
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(("pip", "_")) and path.suffix != ".pth":
+            (packages / path.name).symlink_to(path)
+    program = (
+        "import importlib.util, sys\n"
+        "from compresskv.models.embedded import EMBEDDED, EmbeddedModel, ensure_gguf\n"
+        "assert importlib.util.find_spec('pip') is None\n"
+        f"EMBEDDED['tiny'] = {tiny!r}\n"
+        "print(ensure_gguf('tiny'))\n"
+    )
+    source = Path(embedded.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{packages}"}
+    done = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sha256(Path(done.stdout.strip()).read_bytes()).hexdigest() == tiny.sha256
+    assert leftovers(cache) == [Path(done.stdout.strip()).name]
+
+
+def test_a_python_without_any_pip_is_told(tiny, cache, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: None)
 
     assert "needs pip" in fetch_error()
     assert leftovers(cache) == []

