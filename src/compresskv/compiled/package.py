@@ -25,7 +25,7 @@ from compresskv.compiled.step import RAGGED, Step, StepInputs
 from compresskv.errors import first_line
 from compresskv.models.shape import decoder_config
 from compresskv.system.files import write_text
-from compresskv.system.locking import locked
+from compresskv.system.locking import held_if_free, locked
 from compresskv.system.paths import cache_dir
 from compresskv.system.processor import instruction_sets, processor_name
 from compresskv.version import __version__
@@ -185,6 +185,7 @@ def _reason(error: Exception) -> str:
 
 def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, report: Progress) -> Package:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder.parent)
     with locked(folder.with_suffix(".lock"), "waiting for another process that compiles the same step", report):
         if built_facts(model, kinds) is not None:  # by another process, unless it is damaged
             with contextlib.suppress(NotCompilableError):
@@ -192,6 +193,15 @@ def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, r
         report("compiling the decode step, once for this model", None)
         _build(model, kinds, folder)
     return Package(folder, model, kinds)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed builds left, of any step: a running one holds its step's lock."""
+    for left in parent.glob(".*.*"):
+        folder = parent / left.name[1:].rpartition(".")[0]
+        with held_if_free(folder.with_suffix(".lock")) as held:
+            if held:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _build(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None:
