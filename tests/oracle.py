@@ -2,6 +2,7 @@
 
 Nothing here uses the package's attention, cache or mask code. A forward pass reads the whole sequence; queries behind
 the prompt cannot see what was evicted from their layer and KV head, queries of the prompt see everything before them.
+The same holds for what was evicted later, from all that was read until then.
 """
 
 import functools
@@ -18,9 +19,9 @@ import tiny
 from compresskv import CompressedCache
 
 Evictions = dict[int, Tensor]
-"""layer of the model -> (B, 1 or H_kv, T) bool: the prompt tokens that were evicted from it."""
+"""layer of the model -> (B, 1 or H_kv, T) bool: which of the first T tokens were evicted from it once T were read."""
 
-_evictions: Evictions = {}
+_evictions: list[Evictions] = []
 
 
 def evictions(cache: CompressedCache) -> Evictions:
@@ -29,8 +30,9 @@ def evictions(cache: CompressedCache) -> Evictions:
     for layer in cache.compressed_layers:
         if layer.positions is not None:
             num_rows, num_heads, _ = layer.positions.shape
+            num_tokens = layer.seen_tokens if layer.store is None else layer.store.held.floor
             # One column more, for the index -1 of unused slots.
-            kept = torch.zeros(num_rows, num_heads, layer.num_prompt_tokens + 1, dtype=torch.bool)
+            kept = torch.zeros(num_rows, num_heads, num_tokens + 1, dtype=torch.bool)
             evicted[layer.layer_idx] = ~kept.scatter_(-1, layer.positions % kept.shape[-1], True)[..., :-1]
     return evicted
 
@@ -44,19 +46,21 @@ def oracle_model(family: str) -> PreTrainedModel:
 
 
 @contextmanager
-def evicted(evictions: Evictions) -> Iterator[None]:
-    """Mask out `evictions` in every oracle model."""
-    _evictions.update(evictions)
+def evicted(*evictions: Evictions) -> Iterator[None]:
+    """Mask out `evictions` in every oracle model, those that came later behind the others."""
+    _evictions.extend(evictions)
     try:
         yield
     finally:
         _evictions.clear()
 
 
-def oracle_logits(family: str, sequence: Tensor, evictions: Evictions, attention_mask: Tensor | None = None) -> Tensor:
+def oracle_logits(
+    family: str, sequence: Tensor, evictions: Evictions, attention_mask: Tensor | None = None, *later: Evictions
+) -> Tensor:
     """(B, T_all, vocab) of one forward pass over prompt and continuation."""
     mask = torch.ones_like(sequence) if attention_mask is None else attention_mask
-    with evicted(evictions), torch.no_grad():
+    with evicted(evictions, *later), torch.no_grad():
         output = oracle_model(family)(
             input_ids=sequence, attention_mask=mask, position_ids=tiny.position_ids(mask), use_cache=False
         )
@@ -79,13 +83,12 @@ def _oracle_attention(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits + attention_mask
-    blocked = _evictions.get(module.layer_idx)
-    if blocked is not None:
-        num_prompt = blocked.shape[-1]
+    for gone in (one[module.layer_idx] for one in _evictions if module.layer_idx in one):
+        num_seen = gone.shape[-1]
         # Beams and returned sequences repeat the rows of the batch.
-        blocked = blocked.repeat_interleave(len(query) // len(blocked), dim=0)
+        blocked = gone.repeat_interleave(len(query) // len(gone), dim=0)
         blocked = blocked.repeat_interleave(num_query_heads // blocked.shape[1], dim=1)
-        logits[:, :, num_prompt:, :num_prompt].masked_fill_(blocked[:, :, None], -torch.inf)
+        logits[:, :, num_seen:, :num_seen].masked_fill_(blocked[:, :, None], -torch.inf)
     return (logits.softmax(dim=-1) @ value).transpose(1, 2), None
 
 

@@ -51,7 +51,7 @@ def assert_equal_caches(cut: CompressedCache, expected: CompressedCache) -> None
         assert (layer.positions is None) == (other.positions is None)
         if other.positions is not None:
             assert torch.equal(layer.positions, other.positions)
-        assert (layer.ragged is None) == (other.ragged is None)
+        assert type(layer.store) is type(other.store)
     assert cut.get_seq_length() == expected.get_seq_length()
     assert cut.nbytes == expected.nbytes
     assert cut.full_nbytes == expected.full_nbytes

@@ -9,6 +9,10 @@ from torch import Tensor
 
 import compresskv
 import tiny
+from compresskv import CacheStateError
+from compresskv.cache.stores import retain
+from compresskv.cache.stores.base import Store
+from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.methods.base import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 from compresskv.models.shape import compressible_layers
@@ -16,6 +20,7 @@ from compresskv.selection.budgets import Budget
 from compresskv.selection.scores import window_attention
 from compresskv.selection.select import select_rows
 from oracle import Evictions, evictions, oracle_logits
+from reference_store import ReferenceStore
 
 NUM_PROMPT = 96
 # one-token decoding, a second question of 7 tokens, decoding again
@@ -119,7 +124,7 @@ def test_unused_slots_are_masked_where_nothing_is_padded(
     with compresskv.compressing(model, method, 24) as cache:
         logits = tiny.read(model, cache, sequence, STEPS)
     assert (tiny.kept_counts(cache) == torch.tensor(counts)).all()
-    assert all((layer.ragged is not None) == ragged for layer in cache.compressed_layers)
+    assert all(isinstance(layer.store, RaggedStore) == ragged for layer in cache.compressed_layers)
     assert_exact(family, logits[:, NUM_PROMPT - 1 :], evictions(cache), sequence)
 
 
@@ -132,6 +137,49 @@ def test_adakv_and_headkv_are_tested_with_heads_that_differ() -> None:
         counts = tiny.kept_counts(cache)
         assert (counts[..., 0] != counts[..., 1]).any()
         assert (counts[:, 0] != counts[:, 1]).any() == (method == "adakv")
+
+
+# What a layer's store is must make no difference: here every cut is held by one that was not made for it.
+@pytest.mark.parametrize("store", [RaggedStore, ReferenceStore])
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "compresskv"])
+@pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_logits_are_exact_in_every_store(
+    family: str, attn_implementation: str, method: str, store: type[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retain, "STORES", [store])
+    prompt, prompt_mask = tiny.left_padded([tiny.random_tokens(length, seed=length) for length in (NUM_PROMPT, 50)])
+    more = tiny.random_tokens(sum(STEPS) - NUM_PROMPT, batch_size=2)
+    sequence, mask = torch.cat([prompt, more], dim=1), torch.cat([prompt_mask, torch.ones_like(more)], dim=1)
+    logits, evicted = run(family, attn_implementation, method, 24, sequence, mask)
+    assert evicted
+    assert_exact(family, logits, evicted, sequence, mask)
+
+
+@pytest.mark.parametrize("store", [None, RaggedStore, ReferenceStore])
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_was_kept_can_be_evicted_later(
+    family: str, method: str, store: type[Store] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store is not None:
+        monkeypatch.setattr(retain, "STORES", [store])
+    model, sequence, phases = tiny.tiny_model(family), tiny.random_tokens(sum(STEPS), batch_size=2), []
+    logits = []
+    with compresskv.compressing(model, method, 24, **tiny.options_for(model, method)) as cache:
+        for steps in (STEPS[:4], STEPS[4:7], STEPS[7:]):
+            logits.append(tiny.read(model, cache, sequence, steps))
+            phases.append(evictions(cache))
+            before = cache.nbytes
+            for layer in cache.compressed_layers:
+                assert layer.store is not None
+                layer.retain(layer.store.positions[..., 1::2])
+            assert store is ReferenceStore or cache.nbytes < before
+    assert all(phases[1:])
+    expected = oracle_logits(family, sequence, phases[0], None, *phases[1:])
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=0)
+    with pytest.raises(CacheStateError, match="some of its first"):
+        cache.crop(-1)
 
 
 # Beside padding, only this tells whether a column of the mask belongs to the token that is kept there.

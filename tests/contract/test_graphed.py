@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import compresskv
 import tiny
-from compresskv.cache.stores.dense import ROOM
+from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding
 from compresskv.compiled.graph import GraphedStep
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compresskv.cache.stores.dense import ROOM
+from compresskv.cache.stores.base import ROOM
+from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.ragged import RaggedStore
+from compresskv.cache.stores.retain import retained
 from compresskv.selection.select import EMPTY_SLOT
 
 NUM_TOKENS = 12
@@ -22,24 +24,30 @@ def states(offset: float = 0.0, num_tokens: int = NUM_TOKENS) -> Tensor:
 
 
 def store() -> RaggedStore:
-    return RaggedStore(states(), states(0.5), INDICES)
+    source = DenseStore(states(), states(0.5))
+    return RaggedStore.gathered(source, *source.held.choose(INDICES))
+
+
+def keys(store: RaggedStore) -> list[Tensor]:
+    return [keys for keys, _ in store.heads()]
 
 
 def contents(store: RaggedStore) -> list[list[list[float]]]:
-    return [tensor.flatten(1).tolist() for held in (store.keys, store.values, store.positions) for tensor in held]
+    values = [values for _, values in store.heads()]
+    return [tensor.flatten(1).tolist() for tensor in (*keys(store), *values, *store.positions.split(1, dim=1))]
 
 
 def test_each_head_holds_its_own_tokens_and_no_slot_more_than_its_fullest_row() -> None:
     ragged = store()
-    assert [keys.shape for keys in ragged.keys] == [(2, 1, 3, 1), (2, 1, 5, 1)]
+    assert [own.shape for own in keys(ragged)] == [(2, 1, 3, 1), (2, 1, 5, 1)]
     for head in range(2):
         for row in range(2):
-            slots = INDICES[row, head, 5 - ragged.keys[head].shape[2] :]
-            assert torch.equal(ragged.positions[head][row, 0], slots)
+            slots = INDICES[row, head, 5 - keys(ragged)[head].shape[2] :]
+            assert torch.equal(ragged.positions[row, head, 5 - len(slots) :], slots)
             used = slots != EMPTY_SLOT
             kept = slots[used] + 1000.0 * row + 100 * head
-            assert torch.equal(ragged.keys[head][row, 0, used, 0], kept)
-            assert torch.equal(ragged.values[head][row, 0, used, 0], kept + 0.5)
+            assert torch.equal(keys(ragged)[head][row, 0, used, 0], kept)
+            assert torch.equal(ragged.heads()[head][1][row, 0, used, 0], kept + 0.5)
 
 
 def test_no_head_keeps_the_prompt_or_another_head_alive() -> None:
@@ -58,20 +66,20 @@ def test_no_head_keeps_the_prompt_or_another_head_alive() -> None:
         pytest.param(
             torch.tensor([[[EMPTY_SLOT, 1], [0, 1]], [[0, 1], [EMPTY_SLOT, 1]]]), False, id="rows_even_it_out"
         ),
-        pytest.param(torch.tensor([[[0, 1], [2, 3]]]), False, id="as_many_but_others"),
+        pytest.param(torch.tensor([[[0, 1], [2, 3]]] * 2), False, id="as_many_but_others"),
     ],
 )
 def test_only_heads_that_need_different_room_are_stored_apart(indices: Tensor, fits: bool) -> None:
-    assert RaggedStore.fits(indices) == fits
+    assert isinstance(retained(DenseStore(states(), states()), indices), RaggedStore) == fits
 
 
 def test_new_tokens_go_to_the_end_of_every_head() -> None:
     ragged, new = store(), states(20.0, 2)
     ragged.append(new, new + 0.5)
     for head, count in enumerate((3, 5)):
-        assert ragged.keys[head].shape[2] == count + 2
-        assert torch.equal(ragged.keys[head][:, 0, count:], new[:, head])
-        assert torch.equal(ragged.values[head][:, 0, count:], new[:, head] + 0.5)
+        assert keys(ragged)[head].shape[2] == count + 2
+        assert torch.equal(keys(ragged)[head][:, 0, count:], new[:, head])
+        assert torch.equal(ragged.heads()[head][1][:, 0, count:], new[:, head] + 0.5)
 
 
 def test_tokens_one_by_one_are_those_at_once_and_few_of_them_copy_anything() -> None:

@@ -16,7 +16,7 @@ from compresskv.selection.select import EMPTY_SLOT
 class Retaining(Protocol):
     """A cache layer as the eviction sees it."""
 
-    def retain(self, indices: Tensor, scores: Tensor) -> None:
+    def retain(self, tokens: Tensor, scores: Tensor) -> None:
         """Keep the named prompt tokens and free all others. `scores` (B, H or 1, T) are what they were chosen by."""
 
 

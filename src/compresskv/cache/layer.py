@@ -1,7 +1,6 @@
 """One compressed layer: `seen_tokens` drives positions, `num_retained` what is stored."""
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +10,15 @@ from transformers import PreTrainedModel
 
 from compresskv.attention.routing import AttentionFunction, scaling_of
 from compresskv.cache.eviction import Eviction
-from compresskv.cache.masks import causal_mask, retained_mask, valid_keys
-from compresskv.cache.routed import RoutedLayer
+from compresskv.cache.masks import valid_keys
+from compresskv.cache.routed import RoutedLayer, owned
+from compresskv.cache.stores.base import ROOM, Slots, Store
 from compresskv.cache.stores.dense import DenseStore
-from compresskv.cache.stores.ragged import RaggedStore, gather_tokens
+from compresskv.cache.stores.retain import retained
 from compresskv.errors import CacheStateError
 from compresskv.methods.base import LayerInputs
 from compresskv.models.shape import decoder_config
 from compresskv.selection.select import EMPTY_SLOT
-from compresskv.system.memory import storage_nbytes
 
 NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
 
@@ -27,9 +26,8 @@ NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or gener
 class CompressedLayer(RoutedLayer):
     """One full-attention layer. It stores all of the prompt, attends over it exactly, then evicts and frees the rest.
 
-    After eviction, `keys` holds the R retained prompt tokens and every token since; `positions` (B, H, R) tells which
-    prompt tokens they are, H being 1 where all KV heads retain the same. Where KV heads retain different numbers,
-    `ragged` holds each head's own tensors, and `keys` the newest tokens only.
+    Its `store` holds them, and knows the position of each. `keys` and `values` are what the model is given: all that is
+    stored, or no more than the newest tokens, as the store likes.
     """
 
     def __init__(self, layer_idx: int, position: int, model: PreTrainedModel, eviction: Eviction) -> None:
@@ -45,50 +43,57 @@ class CompressedLayer(RoutedLayer):
         self.num_ahead = 0
         self._full_nbytes = 0
         self._retained_nbytes = 0
-        self.positions: Tensor | None = None
-        self.ragged: RaggedStore | None = None
-        self._has_unused = False
-        self._growing: DenseStore | None = None
+        self.store: Store | None = None
         self._query_window: Tensor | None = None
         self._prompt_end: int | None = self._eviction.prompt_tokens
 
     @property
     def num_retained(self) -> float:
         """Tokens stored per KV head, the generated ones included: a mean where KV heads differ."""
-        if self.ragged is not None:
-            return sum(self.ragged.counts) / len(self.ragged.counts)
-        return self.stored()[0].shape[-2] if self.is_initialized else 0
+        return 0 if self.store is None else sum(self.store.counts) / self.store.num_heads
 
     @property
     def has_empty_slots(self) -> bool:
         """Whether some slots must be masked, since rows retain different numbers."""
-        return self._has_unused if self.ragged is None else self.ragged.has_empty_slots
+        return self.store is not None and self.store.held.has_empty_slots
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(B, 1 or H_kv, R) int64: the tokens that the last `retain` chose, or `EMPTY_SLOT`; None: all are kept."""
+        return None if self.store is None else self.store.held.chosen
 
     @property
     def mean_retained(self) -> float:
         """Prompt tokens kept, without those looked ahead at: a mean over rows and KV heads."""
         if self.in_prefill:
             return min(self.seen_tokens, self._prompt_end or self.seen_tokens)
+        num_prompt = self.num_prompt_tokens - self.num_ahead
         if self.positions is None:
-            return self.num_prompt_tokens - self.num_ahead
-        return float((self.positions != EMPTY_SLOT).sum(dim=-1).float().mean()) - self.num_ahead
+            return num_prompt
+        kept = (self.positions != EMPTY_SLOT) & (self.positions < num_prompt)
+        return float(kept.sum(dim=-1).float().mean())
 
     @property
     def full_nbytes(self) -> int:
         """Bytes of the prompt's keys and values before eviction."""
         if self.in_prefill and self.seen_tokens:
-            return int(storage_nbytes(self.tensors) * self.mean_retained / self.seen_tokens)
+            return int(self.nbytes * self.mean_retained / self.seen_tokens)
         return self._full_nbytes
 
     @property
     def retained_nbytes(self) -> int:
         """Bytes of what was held right after eviction; before that, of what is held now."""
-        return storage_nbytes(self.tensors) if self.in_prefill else self._retained_nbytes
+        return self.nbytes if self.in_prefill else self._retained_nbytes
 
     @property
-    def tensors(self) -> list[Tensor | None]:
+    def nbytes(self) -> int:
+        """Bytes of the storages that keys and values hold now."""
+        return 0 if self.store is None else self.store.nbytes
+
+    @property
+    def tensors(self) -> list[Tensor]:
         """All tensors that hold keys and values."""
-        return [self.keys, self.values] if self.ragged is None else list(self.ragged.tensors)
+        return [] if self.store is None else self.store.tensors
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: what positions and attention masks are counted by."""
@@ -105,51 +110,47 @@ class CompressedLayer(RoutedLayer):
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self.seen_tokens += key_states.shape[-2]
-        if self.ragged is None:
-            if self.in_prefill:
-                return super()._append(key_states, value_states)
-            self.keys, self.values = self._own_growing().append(key_states, value_states)
-            return self.keys, self.values
-        self.ragged.append(key_states, value_states)
-        self.keys, self.values = key_states, value_states  # what tells the attention function that it is this layer's
-        return self.stored()
+        if self.store is None:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.store = DenseStore(owned(key_states), owned(value_states))
+            self.keys, self.values = self.store.states
+        else:
+            room = 0 if self.in_prefill else ROOM
+            self.keys, self.values = self.store.append(key_states, value_states, room)
+        return self.keys, self.values
 
-    def _own_growing(self) -> DenseStore:
-        """Tensors of this layer's own, to append to in place."""
-        keys, values = self.stored()
-        if self._growing is None or not self._growing.holds(keys):
-            self._growing = DenseStore(keys, values)
-        return self._growing
+    def _held(self) -> Store:
+        """The store.
 
-    def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
-        """Room for one more token of one row, for code that writes it by itself and then calls `advance`.
-
-        Returns: keys and values, and in them where each KV head's part begins and where its new token goes: for
-            (1, H_kv, n, D) tensors, counted in the flattened (H_kv * n, D); for ragged (1, N, D) ones, in N.
+        Raises:
+            CacheStateError: nothing was stored yet.
         """
-        return (self._own_growing() if self.ragged is None else self.ragged).reserve_token()
+        if self.store is None:
+            raise CacheStateError(f"layer {self.layer_idx} of the cache is empty")
+        return self.store
+
+    def _show_states(self) -> None:
+        """Let `keys` and `values` be what the store shows, which it may have made anew."""
+        self.keys, self.values = self._held().states
+
+    def reserve(self) -> Slots:
+        """Room for one more token of one row, for code that writes it by itself and then calls `advance`."""
+        return self._held().reserve()
 
     def advance(self) -> None:
-        """Count the token that was written into what `reserve_token` gave."""
+        """Count the token that was written into what `reserve` gave."""
         self.seen_tokens += 1
-        if self.ragged is None:
-            self.keys, self.values = self._own_growing().advance()
-        else:
-            self.ragged.advance(1)
+        self._held().advance()
+        self._show_states()
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Exact attention over what is stored; the end of prefill evicts."""
-        if self.ragged is not None:
-            mask_for = functools.partial(self._retained_mask, query, mask, has_empty_slots=self.ragged.has_empty_slots)
-            self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())  # its heads hold them
-            return self.ragged.attend(attention, kwargs["module"], query, mask_for)
-        if not self.in_prefill:
-            cut = self._retained_mask(query, mask, self.positions, self.has_empty_slots)
-            return attention(query, *self.stored(), cut)
-        output = attention(query, *self.stored(), mask)
-        self._observe(query, mask, **kwargs)
+        output = self._held().attend(attention, kwargs["module"], query, mask)
+        self._show_states()
+        if self.in_prefill:
+            self._observe(query, mask, **kwargs)
         return output
 
     @torch.no_grad()
@@ -182,23 +183,19 @@ class CompressedLayer(RoutedLayer):
         """A layer that goes on from here alone; tensors are shared, since nothing that either sees is ever changed."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
-        copied._growing = None
-        copied.ragged = copy.copy(self.ragged)
+        copied.store = copy.copy(self.store)
         return copied
 
     def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
         """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `end_prefill` comes next."""
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.seen_tokens = keys.shape[2]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.store, self.seen_tokens = DenseStore(keys, values), keys.shape[2]
+        self._show_states()
 
     def adopt_generated(self, keys: Tensor, values: Tensor) -> None:
         """Take keys and values (B, H_kv, T_new, D) of tokens that came after an adopted prompt."""
-        if self.ragged is not None:
-            self.seen_tokens += keys.shape[2]
-            self.ragged.append(keys, values)
-        else:
-            self._append(keys, values)
+        self._append(keys, values)
+        self._show_states()
 
     def end_prefill(
         self,
@@ -213,40 +210,25 @@ class CompressedLayer(RoutedLayer):
         Args:
             num_ahead: how many of the last tokens are generated ones that the method looked ahead at.
         """
-        keys, values = self.stored()
         self.in_prefill, self.num_prompt_tokens, self.num_ahead = False, self.seen_tokens, num_ahead
-        self._retained_nbytes = storage_nbytes([keys, values])
+        self._retained_nbytes = self.nbytes
         self._full_nbytes = self._retained_nbytes * (self.seen_tokens - num_ahead) // self.seen_tokens
-        inputs = LayerInputs(self.layer_idx, query_window, keys, values, scaling, softcap, valid)
+        inputs = LayerInputs(self.layer_idx, query_window, *self._held().states, scaling, softcap, valid)
         self._eviction.end_of_prompt(self, self._position, inputs, num_ahead)
 
-    def retain(self, indices: Tensor, scores: Tensor | None = None) -> None:
-        """Keep the named prompt tokens and free the memory of all others.
+    def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
+        """Keep the named tokens and free the memory of all others; of what is kept, more may be evicted later.
 
         Args:
-            indices: (B, H, R) int64, ascending, H being 1 or the number of KV heads; `EMPTY_SLOT` marks empty slots.
+            tokens: (B, H, R) int64, ascending positions of tokens that are stored, H being 1 or the number of KV heads;
+                `EMPTY_SLOT` begins what keeps fewer.
             scores: what they were chosen by; not kept.
+        Raises:
+            CacheStateError: a token is not stored.
         """
-        keys, values = self.stored()
-        self.positions = indices
-        self._has_unused = bool((indices == EMPTY_SLOT).any())
-        if self._has_unused and RaggedStore.fits(indices):  # without unused slots, all heads keep as many
-            self.ragged = RaggedStore(keys, values, indices)
-            self.keys, self.values = (states[:, :, :0].clone() for states in (keys, values))
-        else:
-            self.keys, self.values = gather_tokens(indices, keys, values)
-        self._retained_nbytes = storage_nbytes(self.tensors)
-
-    def _retained_mask(
-        self, query: Tensor, mask: Tensor | None, positions: Tensor | None, has_empty_slots: bool
-    ) -> Tensor | None:
-        """The mask for what is stored; `positions` are the prompt tokens stored, None all."""
-        num_new = query.shape[2]
-        if positions is None or (mask is None and num_new == 1 and not has_empty_slots):
-            return mask
-        if mask is None:
-            mask = causal_mask(num_new, self.seen_tokens, query.device)
-        return retained_mask(mask, positions, self.num_prompt_tokens, query.shape[1])
+        self.store = retained(self._held(), tokens)
+        self._show_states()
+        self._retained_nbytes = self.nbytes
 
     def check_crop(self, max_length: int) -> int:
         """The length that `crop` would leave.
@@ -262,6 +244,9 @@ class CompressedLayer(RoutedLayer):
                 f"cannot crop a compressed cache of {self.seen_tokens} tokens to {length}: its prompt"
                 f"{' and look-ahead have' if self.num_ahead else ' has'} {self.num_prompt_tokens}. {NO_ASSISTANT}"
             )
+        floor = 0 if self.store is None else self.store.held.floor
+        if length < floor:
+            raise CacheStateError(f"cannot crop a cache to {length} tokens: some of its first {floor} were evicted")
         return length
 
     def crop(self, max_length: int) -> None:
@@ -271,18 +256,16 @@ class CompressedLayer(RoutedLayer):
             max_length: negative, the number of tokens to remove (as transformers 5.23 means it); or the length to
                 keep, as seen tokens (as 5.2 does).
         Raises:
-            CacheStateError: nothing was generated since the prompt, or it would cut into the prompt.
+            CacheStateError: nothing was generated since the prompt, or it would cut into the prompt, or into tokens
+                of which some were evicted.
         """
         length = self.check_crop(max_length)
         if removed := self.seen_tokens - length:
             self.seen_tokens = length
-            self._growing = None
+            self._held().crop(removed)
+            self._show_states()
             if self._query_window is not None:  # while looking ahead
                 self._query_window = self._query_window[:, :, :-removed]
-            if self.ragged is not None:
-                self.ragged.crop(removed)
-            else:
-                self.keys, self.values = (states[..., :-removed, :] for states in self.stored())
 
     def reset(self) -> None:
         """Forget everything; the next forward pass is a new prompt."""
@@ -303,12 +286,8 @@ class CompressedLayer(RoutedLayer):
         self._map_rows(lambda rows: rows[indices.to(rows.device)])
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self._growing = None
-            self.keys, self.values = map(function, self.stored())
-            if self.ragged is not None:
-                self.ragged.map_rows(function)
-            if self.positions is not None:
-                self.positions = function(self.positions)
+        if self.store is not None:
+            self.store.map_rows(function)
+            self._show_states()
             if self._query_window is not None:  # while looking ahead
                 self._query_window = function(self._query_window)

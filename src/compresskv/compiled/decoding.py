@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
+from compresskv.cache.stores.base import PACKED
 from compresskv.compiled.graph import GraphedStep
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
 from compresskv.compiled.package import NotCompilableError, Package, Progress, built_facts, load_package
@@ -234,7 +235,10 @@ def _kinds(cache: CompressedCache) -> tuple[str, ...]:
     Raises:
         NotCompilableError: one is of none.
     """
-    full = RAGGED if any(layer.ragged is not None for layer in cache.compressed_layers) else EVEN
+    layouts = [layer.store.layout for layer in cache.compressed_layers if layer.store is not None]
+    if None in layouts:
+        raise NotCompilableError("it cannot write into what holds the cache's keys and values")
+    full = RAGGED if PACKED in layouts else EVEN
     kinds = []
     for layer in cache.layers:
         if isinstance(layer, CompressedLayer):
@@ -255,7 +259,8 @@ def _gather_inputs(cache: CompressedCache, token: Tensor, position: Tensor, kind
         if kind == SLIDING:
             held, own_starts, own_ends = [layer.keys.contiguous(), layer.values.contiguous()], unused, unused
         else:
-            held, own_starts, own_ends = layer.reserve_token()
+            slots = layer.reserve()
+            held, own_starts, own_ends = [slots.keys, slots.values], slots.starts, slots.ends
             if kind == RAGGED:
                 held = [states.view(1, -1, states.shape[-1]) for states in held]
         keys.append(held[0])

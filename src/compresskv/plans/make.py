@@ -28,20 +28,22 @@ from compresskv.selection.select import EMPTY_SLOT
 class PlanningLayer(CompressedLayer):
     """Gives the method what it asks for, frees its keys and values, and notes what it would keep."""
 
+    chosen: Tensor | None = None
+    """(B, H, R): what it would keep; None: all."""
     chosen_scores: Tensor | None = None
-    """(B, H, R): what each of `positions` was chosen by."""
+    """(B, H, R): what each of them was chosen by."""
 
     def end_prefill(self, *args: Any) -> None:
         """End prefill and free everything."""
         super().end_prefill(*args)
-        self.keys, self.values = (states[:, :, :0].clone() for states in self.stored())
+        self.keys = self.values = self.store = None
 
-    def retain(self, indices: Tensor, scores: Tensor | None = None) -> None:
+    def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """Note the choice; what it names may be freed already."""
-        self.positions = indices
+        self.chosen = tokens
         if scores is not None:
-            scores = scores.expand(-1, indices.shape[1], -1)
-            self.chosen_scores = scores.gather(-1, indices.clamp(min=0))
+            scores = scores.expand(-1, tokens.shape[1], -1)
+            self.chosen_scores = scores.gather(-1, tokens.clamp(min=0))
 
 
 class PlanningCache(CompressedCache):
@@ -98,10 +100,10 @@ def make_plan(
 def _layer_plan(layer: CompressedLayer, window_size: int) -> LayerPlan:
     assert isinstance(layer, PlanningLayer)
     num_tokens = layer.num_prompt_tokens
-    if layer.positions is None or layer.chosen_scores is None:
+    if layer.chosen is None or layer.chosen_scores is None:
         return LayerPlan(layer.layer_idx, (tuple(range(num_tokens)),), ((None,) * num_tokens,))
-    scores = layer.chosen_scores.masked_fill(layer.positions >= num_tokens - window_size, torch.inf)
-    heads = zip(layer.positions[0].tolist(), scores[0].tolist(), strict=True)
+    scores = layer.chosen_scores.masked_fill(layer.chosen >= num_tokens - window_size, torch.inf)
+    heads = zip(layer.chosen[0].tolist(), scores[0].tolist(), strict=True)
     chosen = [[pair for pair in zip(*head, strict=True) if pair[0] != EMPTY_SLOT] for head in heads]
     return LayerPlan(
         layer.layer_idx,

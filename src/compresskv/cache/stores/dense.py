@@ -1,95 +1,102 @@
-"""Tensors that grow along tokens: room for more is taken at once, so that a new token costs no copy of the old ones."""
+"""Keys and values of one layer whose KV heads hold equal numbers of tokens: one tensor of each."""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import ClassVar
 
-ROOM = 32
-"""Tokens that a tensor gets room for when it is full: a copy of what it holds every so many tokens."""
-_CUDA_ROOM = 256
+from torch import Tensor, nn
 
-
-def room_for_tokens(device: torch.device) -> int:
-    """Room for single tokens that a compiled step adds: on a GPU each new tensor costs a new recording of the step."""
-    return _CUDA_ROOM if device.type == "cuda" else ROOM
+from compresskv.attention.routing import AttentionFunction
+from compresskv.cache.stores.base import EVEN, ROOM, Slots, Store, gather_tokens, room_for_tokens
+from compresskv.cache.stores.growing import Growing
+from compresskv.cache.stores.positions import Positions
 
 
-class Growing:
-    """Keys or values of one layer, (B, H, n, D), at the front of a tensor with room for more.
+class DenseStore(Store):
+    """(B, H_kv, n, D) keys and values."""
 
-    What was handed out is never changed: a branch that shares it may go on reading. So whoever shares or cuts what is
-    held must make a new `Growing` of it, whose first token copies.
-    """
+    layout: ClassVar[str | None] = EVEN
 
-    def __init__(self, held: Tensor) -> None:
-        self._held = held
-        self._storage: Tensor | None = None
+    def __init__(self, keys: Tensor, values: Tensor, held: Positions | None = None) -> None:
+        """Hold these; every token from the first on where `held` says nothing else."""
+        super().__init__(Positions(range(keys.shape[2])) if held is None else held)
+        self._keys, self._values = Growing(keys), Growing(values)
 
-    def append(self, states: Tensor) -> Tensor:
-        """Add (B, H, T_new, D) and return all that is held, a view."""
-        start, num_new = self._held.shape[2], states.shape[2]
-        self.reserve(num_new, states, ROOM)[:, :, start : start + num_new] = states
-        return self.advance(num_new)
+    @classmethod
+    def fits(cls, held: Positions) -> bool:
+        """Whether all heads need as many slots."""
+        return len(set(held.fullest)) == 1
 
-    def reserve(self, num_new: int, states: Tensor, room: int) -> Tensor:
-        """A tensor (B, H, n + room, D) that begins with what is held and has room for new tokens like `states`.
+    @classmethod
+    def gathered(cls, source: Store, held: Positions, slots: Tensor) -> "DenseStore":
+        """See `Store.gathered`."""
+        return cls(*source.take(slots), held)
 
-        Args:
-            room: tokens beside the new ones that a new tensor gets room for.
-        """
-        held = self._held.shape[2]
-        if self._storage is None or held + num_new > self._storage.shape[2] or not may_write(self._storage, states):
-            batch_size, num_heads, _, head_dim = self._held.shape
-            self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + room, head_dim)
-            self._storage[:, :, :held] = self._held
-            self._storage[:, :, held:] = 0  # a masked slot may be read, and what it holds must be a number
-        return self._storage
+    def take(self, slots: Tensor, head: int | None = None) -> tuple[Tensor, Tensor]:
+        """See `Store.take`."""
+        part = slice(None) if head is None else slice(head, head + 1)
+        keys, values = gather_tokens(slots, *(states[:, part] for states in self.states))
+        return keys, values
 
-    def advance(self, num_new: int) -> Tensor:
-        """Count tokens that were written into what `reserve` gave; all that is held then, a view."""
-        assert self._storage is not None
-        self._held = self._storage[:, :, : self._held.shape[2] + num_new]
-        return self._held
+    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+        """Store new tokens; all that is held then, views."""
+        self.held = self.held.appended(key_states.shape[2])
+        return self._keys.append(key_states, room), self._values.append(value_states, room)
+
+    def attend(
+        self, attention: AttentionFunction, module: nn.Module, query: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One call over all heads."""
+        return attention(query, *self.states, self.held.cut_mask(mask, query))
 
     @property
-    def held(self) -> Tensor:
-        """(B, H, n, D)."""
-        return self._held
+    def states(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, (B, H_kv, n, D)."""
+        return self._keys.held, self._values.held
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Both."""
+        return list(self.states)
 
-class DenseStore:
-    """Keys and values of one layer, whose KV heads hold equal numbers of tokens."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._growing = Growing(keys), Growing(values)
-
-    def holds(self, keys: Tensor) -> bool:
-        """Whether `keys` are what is held: it may have been cut or rearranged since."""
-        return self._growing[0].held is keys
-
-    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H_kv, T_new, D) and return all that is held, views."""
-        keys, values = self._growing
-        return keys.append(key_states), values.append(value_states)
-
-    def reserve_token(self) -> tuple[list[Tensor], list[int], list[int]]:
-        """Room for one more token, as in `CompressedLayer.reserve_token`."""
+    def reserve(self) -> Slots:
+        """See `Store.reserve`."""
         keys, values = (
-            growing.reserve(1, growing.held, room_for_tokens(growing.held.device)) for growing in self._growing
+            growing.reserve(1, growing.held, room_for_tokens(growing.held.device))
+            for growing in (self._keys, self._values)
         )
-        num_slots, held = keys.shape[2], self._growing[0].held.shape[2]
+        num_slots, held = keys.shape[2], self._keys.held.shape[2]
         starts = [head * num_slots for head in range(keys.shape[1])]
-        return [keys, values], starts, [start + held for start in starts]
+        return Slots(keys, values, starts, [start + held for start in starts])
 
-    def advance(self) -> tuple[Tensor, Tensor]:
-        """Count the token that was written into what `reserve_token` gave; all that is held then, views."""
-        keys, values = self._growing
-        return keys.advance(1), values.advance(1)
+    def advance(self) -> None:
+        """See `Store.advance`."""
+        self.held = self.held.appended(1)
+        self._keys.advance(1)
+        self._values.advance(1)
 
+    def crop(self, num_removed: int) -> None:
+        """Forget the last tokens. Their slots are not written again: a branch may still read them."""
+        self.held = self.held.appended(-num_removed)
+        self._hold(lambda states: states[:, :, : states.shape[2] - num_removed])
 
-def may_write(storage: Tensor, states: Tensor) -> bool:
-    """Whether `states` may be written into `storage` in place.
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply `function` to the rows of all that is held."""
+        self.held = self.held.of_rows(function)
+        self._hold(function)
 
-    Not where a backward pass may still need what `storage` held, nor into a tensor of an inference mode that has ended.
-    """
-    needs_grad = torch.is_grad_enabled() and (storage.requires_grad or states.requires_grad)
-    return not needs_grad and (torch.is_inference_mode_enabled() or not storage.is_inference())
+    def _hold(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._keys, self._values = (Growing(function(states)) for states in self.states)
+
+    def __copy__(self) -> "DenseStore":
+        """A store that goes on from here alone; tensors are shared until it appends."""
+        return DenseStore(*self.states, self.held)
+
+    def state(self) -> dict[str, Tensor]:
+        """With keys and values (B, H_kv, n, D)."""
+        keys, values = (states.contiguous() for states in self.states)
+        return {"keys": keys, "values": values, **super().state()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "DenseStore":
+        """See `Store.from_state`."""
+        return cls(state["keys"], state["values"], cls.positions_from_state(state))

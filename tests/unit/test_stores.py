@@ -1,0 +1,170 @@
+"""Every store does what the naive one does, whatever is asked of it in whatever order."""
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compresskv import CacheStateError
+from compresskv.cache.stores.base import EVEN, Store
+from compresskv.cache.stores.dense import DenseStore
+from compresskv.cache.stores.ragged import RaggedStore
+from compresskv.cache.stores.retain import STORES, retained
+from compresskv.selection.select import EMPTY_SLOT
+from reference_store import ReferenceStore
+
+NUM_PROMPT, NUM_HEADS, GROUPS, DIM = 14, 2, 3, 4
+MODULE = nn.Module()
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+    """Plain, by hand: (B, T, H_q, D)."""
+    keys, values = (states.repeat_interleave(query.shape[1] // keys.shape[1], dim=1) for states in (keys, values))
+    logits = query @ keys.transpose(2, 3)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return (logits.softmax(dim=-1) @ values).transpose(1, 2), None
+
+
+class Run:
+    """A store and the naive one, to which the same is done."""
+
+    def __init__(self, kind: type[Store], seed: int, batch_size: int = 2) -> None:
+        self.kind, self.random = kind, random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        whole = DenseStore(*self.states(NUM_PROMPT, batch_size))
+        self.reference = ReferenceStore.of(whole)
+        self.store: Store = whole
+        self.retain()
+
+    def states(self, num_tokens: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        shape = (batch_size, NUM_HEADS, num_tokens, DIM)
+        return torch.randn(shape, generator=self.generator), torch.randn(shape, generator=self.generator)
+
+    def retain(self) -> None:
+        """Some of what every head holds: of the dense store, as many in the fullest row of each head."""
+        shared = self.kind is DenseStore and self.random.random() < 0.5
+        chosen: list[list[list[int]]] = []
+        counts = [self.random.randint(2, 5) for _ in range(NUM_HEADS)]
+        for row, heads in enumerate(self.reference.entries):
+            held = [[entry[0] for entry in entries] for entries in heads]
+            if shared:
+                common = [token for token in held[0] if all(token in own for own in held)]
+                held = [common or held[0][-1:]]
+                if not common:
+                    return
+            chosen.append([])
+            for own, count in zip(held, counts, strict=False):
+                most = counts[0] if self.kind is DenseStore else count
+                keeps = most if row == 0 else self.random.randint(1, most)
+                chosen[-1].append(sorted(self.random.sample(own, min(keeps, len(own)))))
+        fullest = max(len(own) for heads in chosen for own in heads)
+        if self.kind is DenseStore and any(len(own) < fullest for own in chosen[0]):
+            return  # heads that differ are the ragged store's
+        tokens = torch.tensor([[[EMPTY_SLOT] * (fullest - len(own)) + own for own in heads] for heads in chosen])
+        held, slots = self.store.held.choose(tokens)
+        self.store = self.kind.gathered(self.store, held, slots)
+        self.reference = self.reference.retained(tokens)
+
+    def append(self) -> None:
+        new = self.states(self.random.choice([1, 1, 1, 3]), len(self.reference.entries))
+        for store in (self.store, self.reference):
+            store.append(*new)
+
+    def crop(self) -> None:
+        removed = self.random.randint(0, len(self.reference.held.later))
+        for store in (self.store, self.reference):
+            store.crop(removed)
+
+    def map_rows(self) -> None:
+        num_rows = len(self.reference.entries)
+        rows = [self.random.randrange(num_rows) for _ in range(self.random.randint(1, 3))]
+        for store in (self.store, self.reference):
+            store.map_rows(lambda tensor: tensor[rows])
+
+    def branch(self) -> None:
+        """Go on with a copy; what happens to the original afterwards must not reach it, nor the other way round."""
+        original, before = self.store, contents(self.store)
+        self.store = copy.copy(original)
+        self.append()
+        assert contents(original) == before
+        left = self.states(2, len(self.reference.entries))
+        original.append(*left)
+        original.crop(1)
+
+    def save(self) -> None:
+        self.store = type(self.store).from_state({name: value.clone() for name, value in self.store.state().items()})
+
+    def check(self) -> None:
+        assert contents(self.store) == contents(ReferenceStore.of(self.store)) == contents(self.reference)
+        assert self.store.held.num_seen == self.reference.held.num_seen
+        assert self.store.held.floor == self.reference.held.floor
+        num_new = len(self.reference.held.later) or 1
+        query = torch.randn(len(self.reference.entries), NUM_HEADS * GROUPS, num_new, DIM, generator=self.generator)
+        padding = torch.ones(len(query), 1, num_new, self.reference.held.num_seen, dtype=torch.bool)
+        padding = padding.tril(self.reference.held.num_seen - num_new)
+        if not len(self.reference.held.later):
+            return  # a query comes with its own key
+        padding[:, :, :, : self.random.choice([0, 3])] = False
+        for mask in (None, padding):
+            found = self.store.attend(attention, MODULE, query, mask)[0]
+            expected = self.reference.attend(attention, MODULE, query, mask)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def contents(store: Store) -> Any:
+    entries = store.entries if isinstance(store, ReferenceStore) else ReferenceStore.of(store).entries
+    return [
+        [[(position, key.tolist(), value.tolist()) for position, key, value in held] for held in heads]
+        for heads in entries
+    ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", STORES)
+def test_any_order_of_operations(kind: type[Store], seed: int) -> None:
+    run = Run(kind, seed)
+    run.check()
+    for _ in range(14):
+        getattr(run, run.random.choice(["append", "append", "crop", "map_rows", "branch", "save", "retain"]))()
+        run.check()
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_a_token_that_other_code_writes(kind: type[Store]) -> None:
+    run = Run(kind, seed=1, batch_size=1)
+    for _ in range(3):
+        keys, values = new = run.states(1, 1)
+        slots = run.store.reserve()
+        for held, states in zip((slots.keys, slots.values), (keys, values), strict=True):
+            held.view(-1, DIM)[slots.ends] = states[0, :, 0]
+        assert [end - start for start, end in zip(slots.starts, slots.ends, strict=True)] == run.store.counts
+        assert (slots.keys.ndim == 4) == (run.store.layout == EVEN)
+        run.store.advance()
+        run.reference.append(*new)
+        run.check()
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_what_was_evicted_or_never_read_cannot_be_retained(kind: type[Store]) -> None:
+    whole = DenseStore(*Run(kind, seed=2).states(NUM_PROMPT, 2))
+    with pytest.raises(CacheStateError, match="evicted before, or not read yet"):
+        retained(whole, torch.tensor([[[0, NUM_PROMPT]]] * 2))
+    cut = kind.gathered(whole, *whole.held.choose(torch.tensor([[[1, 4, 5], [1, 4, 9]]] * 2)))
+    for wrong in ([[0, 1], [1, 4]], [[1, 4], [4, 5]], [[4, NUM_PROMPT], [4, 9]]):
+        with pytest.raises(CacheStateError, match="evicted before, or not read yet"):
+            retained(cut, torch.tensor([wrong] * 2))
+    assert retained(cut, torch.tensor([[[4]]] * 2)).positions.tolist() == [[[4]]] * 2
+
+
+def test_the_store_that_wastes_nothing_is_taken() -> None:
+    whole = DenseStore(*Run(DenseStore, seed=3).states(NUM_PROMPT, 1))
+    ragged = retained(whole, torch.tensor([[[EMPTY_SLOT, EMPTY_SLOT, 3], [0, 3, 4]]]))
+    assert type(ragged) is RaggedStore
+    even = retained(ragged, torch.tensor([[[3], [4]]]))
+    assert type(even) is DenseStore
+    slots = 2 * NUM_HEADS * DIM * torch.float32.itemsize
+    assert (whole.nbytes, ragged.nbytes, even.nbytes) == (NUM_PROMPT * slots, 2 * slots, slots)
