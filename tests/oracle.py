@@ -6,6 +6,7 @@ The same holds for what was evicted later, from all that was read until then.
 """
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.masking_utils import eager_mask
 
 import tiny
 from compresskv import CompressedCache
+from compresskv.models.shape import decoder_config
 
 Evictions = dict[int, Tensor]
 """layer of the model -> (B, 1 or H_kv, T) bool: which of the first T tokens were evicted from it once T were read."""
@@ -92,5 +94,35 @@ def _oracle_attention(
     return (logits.softmax(dim=-1) @ value).transpose(1, 2), None
 
 
+@contextmanager
+def masking(model: PreTrainedModel, evictions: Evictions) -> Iterator[None]:
+    """Let `model` itself be the reference, by its own eager attention, for passes without a cache."""
+    config = decoder_config(model)
+    own, config._attn_implementation = config._attn_implementation, "oracle_eager"
+    try:
+        with evicted(evictions):
+            yield
+    finally:
+        config._attn_implementation = own
+
+
+def _masked_eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention that a model's module defines beside itself, with its sinks and whatever else it has."""
+    sources = [sys.modules[kind.__module__] for kind in type(module).__mro__]
+    eager = next(source.eager_attention_forward for source in sources if hasattr(source, "eager_attention_forward"))
+    blocked = _evictions.get(getattr(module, "layer_idx", -1))
+    if blocked is not None:
+        num_prompt = blocked.shape[-1]
+        hidden = torch.zeros(len(query), query.shape[1], query.shape[2], key.shape[2])
+        blocked = blocked.repeat_interleave(query.shape[1] // blocked.shape[1], dim=1)
+        hidden[:, :, num_prompt:, :num_prompt].masked_fill_(blocked[:, :, None], -torch.inf)
+        attention_mask = hidden if attention_mask is None else attention_mask + hidden
+    return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+AttentionInterface.register("oracle_eager", _masked_eager_attention)
+AttentionMaskInterface.register("oracle_eager", eager_mask)
 AttentionInterface.register("oracle", _oracle_attention)
 AttentionMaskInterface.register("oracle", eager_mask)

@@ -84,12 +84,12 @@ def build_model(family: str, attn_implementation: str = "sdpa") -> PreTrainedMod
     model_type, changes = _FAMILIES[family]
     config = AutoConfig.for_model(model_type, **{**_SHAPE, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    _sharpen(model, seed=sum(map(ord, family)))
+    sharpen(model, seed=sum(map(ord, family)))
     return model.eval()
 
 
 @torch.no_grad()
-def _sharpen(model: PreTrainedModel, seed: int) -> None:
+def sharpen(model: PreTrainedModel, seed: int) -> None:
     """Seeded weights under which attention is peaked, so that evicting a token changes what comes out."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):

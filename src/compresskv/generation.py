@@ -149,6 +149,7 @@ def ask(
     compressed = Compressing(model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_prefill)
     with compressed as cache:
         logits = prefill(model, input_ids, cache)
+        cache.check_attended()  # where one layer alone is compressed, only its next token would tell
         _synchronize(model.device)
         prefill_s = time.perf_counter() - start
         first = int(logits.argmax())

@@ -20,14 +20,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compresskv.attention.prefill import causal_attention, is_faster
+from compresskv.attention.support import BASES, CANNOT, PREFIX, check_supported
 from compresskv.errors import ModelError
 from compresskv.models.shape import decoder_config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-
-BASES = ("eager", "sdpa")
-"""The attention implementations that a model may have when it is given a compressed cache."""
-_PREFIX = "compresskv_"
 
 _updated = threading.local()  # .layer: the Routed that this thread updated last and that awaits its attention
 
@@ -35,8 +32,12 @@ _updated = threading.local()  # .layer: the Routed that this thread updated last
 class Routed(Protocol):
     """A cache layer as routing sees it: it is given the attention over its keys."""
 
+    layer_idx: int
+    """The layer's number in the model."""
     keys: Tensor | None
     """The very tensor that its last update returned, and that the model is to attend to."""
+    values: Tensor | None
+    """The same of the values."""
     awaits_attention: bool
     """Whether what was stored last has not been attended to."""
 
@@ -61,7 +62,7 @@ def await_attention(layer: Routed) -> None:
 
 def is_routed(config: PretrainedConfig) -> bool:
     """Whether the model with this config uses our attention functions now."""
-    return str(config._attn_implementation).startswith(_PREFIX)
+    return str(config._attn_implementation).startswith(PREFIX)
 
 
 def scaling_of(query: Tensor, scaling: float | None) -> float:
@@ -83,6 +84,10 @@ def _attention_forward(
     layer: Routed | None = getattr(_updated, "layer", None)
     if layer is None or layer.keys is not key:
         return function(module, query, key, value, attention_mask, **kwargs)
+    if layer.values is not value:
+        raise ModelError(f"layer {layer.layer_idx}: this model changes values between cache and attention{CANNOT}")
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        raise ModelError(f"layer {layer.layer_idx}: this model masks each of its attention heads on its own{CANNOT}")
     _updated.layer = None
     layer.awaits_attention = False
 
@@ -109,7 +114,12 @@ def is_plain(
     **_: Any,
 ) -> bool:
     """Whether nothing but the scaling changes the usual attention."""
-    return not (softcap or dropout or output_attentions or position_bias is not None or hasattr(module, "sinks"))
+    return not (softcap or dropout or output_attentions or position_bias is not None or has_sinks(module))
+
+
+def has_sinks(module: nn.Module) -> bool:
+    """Whether the heads have learned attention sinks, which take a share of every query's attention."""
+    return getattr(module, "sinks", None) is not None
 
 
 def grouped_attention(
@@ -163,9 +173,9 @@ def _mask(base: str, *args: Any, **kwargs: Any) -> Any:
 
 
 for _base in BASES:
-    AttentionInterface.register(_PREFIX + _base, functools.partial(_attention_forward, _base))
+    AttentionInterface.register(PREFIX + _base, functools.partial(_attention_forward, _base))
     # Without a mask function under our own name, transformers would build no mask at all and ignore padding.
-    AttentionMaskInterface.register(_PREFIX + _base, functools.partial(_mask, _base))
+    AttentionMaskInterface.register(PREFIX + _base, functools.partial(_mask, _base))
 
 
 _lock = threading.Lock()
@@ -184,7 +194,7 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
         count, original = _routed.get(id(config), (0, str(config._attn_implementation)))
         if count == 0:
             check_supported(model)
-            config._attn_implementation = _PREFIX + original
+            config._attn_implementation = PREFIX + original
         _routed[id(config)] = (count + 1, original)
     try:
         yield
@@ -199,26 +209,4 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
 
 def base_implementation(model: PreTrainedModel) -> str:
     """'eager' or 'sdpa', inside of `routing` and outside."""
-    return str(decoder_config(model)._attn_implementation).removeprefix(_PREFIX)
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse what cannot work, before anything is computed.
-
-    Raises:
-        ModelError: one line that says what and, where there is a way out, what to do.
-    """
-    name, config = type(model).__name__, decoder_config(model)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder model: only decoder-only models have a prompt cache to compress"
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(f"{name} does not use transformers' attention interface, so its cache cannot be compressed")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ModelError(f"{name} shares KV caches between layers, which is not supported")
-    if config._attn_implementation not in BASES:
-        raise ModelError(
-            f"attn_implementation={config._attn_implementation!r} is not supported: "
-            "load the model with attn_implementation='sdpa'"
-        )
+    return str(decoder_config(model)._attn_implementation).removeprefix(PREFIX)

@@ -122,10 +122,17 @@ class CompressedCache(RoutedCache):
             trim_sliding_window(self.layers[layer_idx])
 
     def crop(self, max_length: int) -> None:
-        """Remove generated tokens from the end; see `CompressedLayer.crop`."""
-        for layer in self.compressed_layers:  # refuse before any layer is changed
-            layer.check_crop(max_length)
-        super().crop(max_length)
+        """Remove generated tokens from the end; see `CompressedLayer.crop`.
+
+        Raises:
+            CacheStateError: a layer cannot do that; none is changed then.
+        """
+        first = self.compressed_layers[0]
+        removed = first.seen_tokens - first.check_crop(max_length)
+        if removed:
+            for layer_idx, layer in enumerate(self.layers):
+                _check_crop(layer_idx, layer, removed)
+            super().crop(-removed)
 
     def activate_past_recording(self) -> None:
         """Refuse: newer transformers call this before assisted decoding reads the prompt.
@@ -168,6 +175,20 @@ class CompressedCache(RoutedCache):
     def _other_nbytes(self) -> int:
         """Bytes that the layers hold which are not compressed."""
         return layers_nbytes([layer for layer in self.layers if not isinstance(layer, CompressedLayer)])
+
+
+def _check_crop(layer_idx: int, layer: Any, removed: int) -> None:
+    """Raise CacheStateError unless the layer can take back so many tokens."""
+    if isinstance(layer, CompressedLayer):
+        layer.check_crop(-removed)
+        return
+    try:
+        copy.deepcopy(layer).crop(-removed)  # it holds a window or less
+    except Exception as error:  # transformers' layers raise several kinds
+        kind = type(layer).__name__
+        raise CacheStateError(
+            f"cannot crop this cache: layer {layer_idx} ({kind}) does not keep what it would need"
+        ) from error
 
 
 def layers_nbytes(layers: Sequence[Any]) -> int:

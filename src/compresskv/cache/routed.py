@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compresskv.attention.routing import AttentionFunction, await_attention, is_routed
+from compresskv.attention.support import CANNOT
 from compresskv.errors import CacheStateError, ModelError
 from compresskv.models.shape import compressible_layers, decoder_config
 
@@ -39,14 +40,17 @@ class RoutedLayer(DynamicLayer):
         """
         if not is_routed(self._model_config):
             raise CacheStateError("this cache works only inside the 'with compresskv.compressing(...)' that made it")
-        if self.awaits_attention:
-            raise ModelError(
-                f"layer {self.layer_idx}: this model's attention does not use the keys that the cache returns, "
-                "so its cache cannot be compressed"
-            )
+        self.check_attended()
         keys, values = self._append(key_states, value_states)
         await_attention(self)
         return keys, values
+
+    def check_attended(self) -> None:
+        """Raise ModelError if attention did not come by after the last update: it used other keys."""
+        if self.awaits_attention:
+            raise ModelError(
+                f"layer {self.layer_idx}: this model's attention does not use the keys that the cache returns{CANNOT}"
+            )
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self.is_initialized:
@@ -88,11 +92,22 @@ class RoutedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to."""
+        """Store a layer's new keys and values (B, H_kv, T_new, D) and return all that it attends to.
+
+        Raises:
+            ModelError: the attention before this did not use the keys that it was given.
+        """
+        self.check_attended(layer_idx)
         stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if key_states.shape[-2] > 1:
             trim_sliding_window(self.layers[layer_idx])
         return stored
+
+    def check_attended(self, layer_idx: int | None = None) -> None:
+        """Raise ModelError if the last layer that sees attention, before `layer_idx`, was updated and saw none."""
+        last = next((layer for layer in reversed(self.layers[:layer_idx]) if isinstance(layer, RoutedLayer)), None)
+        if last is not None:
+            last.check_attended()
 
 
 def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:

@@ -1,0 +1,131 @@
+"""What a model must be for its cache to be compressed: told by its config and its classes, before anything is run.
+
+A model class need not be known here by name. What counts is what its attention modules do: whether each full-attention
+layer has one, whether it looks its attention function up by the config's `_attn_implementation`, and whether it stores
+its keys in transformers' cache.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from compresskv.errors import ModelError
+from compresskv.models.shape import compressible_layers, decoder_config
+
+BASES = ("eager", "sdpa")
+"""The attention implementations that a model may have when it is given a compressed cache."""
+PREFIX = "compresskv_"
+"""Before a base's name: our function, which hands over to it."""
+
+CANNOT = ", so its cache cannot be compressed"
+"""The end of what is said of a model's attention."""
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""The table that a module must look its attention function up in."""
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse what cannot work, before anything is computed.
+
+    Raises:
+        ModelError: one line that says what and, where there is a way out, what to do.
+    """
+    name, config = type(model).__name__, decoder_config(model)
+    if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model: only decoder-only models have a prompt cache to compress"
+        )
+    if not _uses_default_cache(model):
+        raise ModelError(f"{name} uses a cache of its own, which cannot be compressed{_newer(config)}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ModelError(f"{name} shares KV caches between layers, which is not supported")
+    _check_modules(name, model)
+    implementation = str(config._attn_implementation).removeprefix(PREFIX)
+    if implementation not in BASES:
+        raise ModelError(
+            f"attn_implementation={implementation!r} is not supported: "
+            f"load the model with attn_implementation={best_implementation(type(model))!r}"
+        )
+
+
+def best_implementation(model_class: Any) -> str:
+    """'sdpa', or 'eager' where the class says that sdpa cannot compute its attention."""
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+
+
+def _uses_default_cache(model: PreTrainedModel) -> bool:
+    """Whether `generate` would give the model transformers' usual cache."""
+    asked = getattr(type(model), "_supports_default_dynamic_cache", None)
+    return asked is None or bool(asked())
+
+
+def _newer(config: Any) -> str:
+    """A way out, for models whose layers newer transformers keep in its usual cache."""
+    return ": newer transformers may have none" if getattr(config, "layer_types", None) else ""
+
+
+def _check_modules(name: str, model: PreTrainedModel) -> None:
+    """Raise ModelError unless each full-attention layer has one module that attends as we need it to."""
+    modules = attention_modules(model)
+    if not modules:
+        raise ModelError(f"{name} does not use transformers' attention interface{CANNOT}")
+    for layer_idx in compressible_layers(model):
+        own = modules.get(layer_idx, [])
+        if not own:
+            raise ModelError(
+                f"layer {layer_idx} of {name} has no attention that can be found, so it cannot be compressed"
+            )
+        if len(own) > 1:
+            raise ModelError(f"layer {layer_idx} of {name} has more than one attention, which cannot be told apart")
+        if not _is_self_attention(own[0]):
+            raise ModelError(f"layer {layer_idx} of {name} has cross-attention, whose cache cannot be compressed")
+        if is_encoder(model, own[0]):
+            raise ModelError(f"{name} reads in both directions: only decoders have a prompt cache to compress")
+        if hasattr(own[0], "expand_kv"):
+            raise ModelError(f"{name} keeps latent keys (multi-head latent attention), which cannot be compressed")
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
+    """The decoder's modules that attend by transformers' interface over keys in a cache, by the number of the layer."""
+    config = decoder_config(model)
+    found: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        if isinstance(layer_idx, int) and getattr(module, "config", None) is config and _attends(type(module)):  # type: ignore[arg-type]
+            found.setdefault(layer_idx, []).append(module)
+    return found
+
+
+@functools.cache
+def _attends(module_class: Any) -> bool:
+    """Whether a class calls transformers' attention functions, and `update` of a cache."""
+    names = {name for function in _functions(module_class) for name in function.__code__.co_names}
+    return _INTERFACE in names and "update" in names
+
+
+def _functions(module_class: Any) -> Iterator[Any]:
+    """The functions of a class and its bases, without torch's."""
+    for kind in module_class.__mro__:
+        if not kind.__module__.startswith("torch."):
+            for member in vars(kind).values():
+                function = inspect.unwrap(member) if callable(member) and not isinstance(member, type) else member
+                if inspect.isfunction(function):
+                    yield function
+
+
+def _is_self_attention(module: nn.Module) -> bool:
+    """Whether the module takes keys from what queries come from."""
+    return not any("cross" in name for name in inspect.signature(type(module).forward).parameters)
+
+
+def is_encoder(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether a token attends to those behind it: BERT and its like, unless their config makes decoders of them.
+
+    A model of images and text may read its prompt so (PaliGemma), and then writes as a decoder.
+    """
+    both_ways = getattr(module, "is_causal", True) is False and decoder_config(model) is model.config
+    return both_ways or getattr(module, "is_decoder", True) is False

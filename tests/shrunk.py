@@ -1,0 +1,163 @@
+"""Every decoder that transformers knows, shrunk until it can be built and run in a fraction of a second."""
+
+import re
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import tiny
+
+FIRST_SPECIAL = 100
+"""Ids from here on may stand for images: prompts have none of them."""
+
+# setting -> size; the last that fits counts, and a setting that is smaller already is left alone
+_SIZES: list[tuple[str, int]] = [
+    (r"(\w+_)?vocab_size(_\w+)?|n_vocab|vocab_offset|codebook_size|num_embeddings", tiny.VOCAB_SIZE),
+    (r"(num_)?(\w+_)?(hidden_|encoder_|decoder_)?layers|n_layers?|depth|num_blocks|resampler_depth", 4),
+    (r"num_layers_per_stack", 1),
+    (r"(\w+_)?attention_heads|n_heads?|num_heads|\w+_n_heads|resampler_heads|linear_num_(value_)?heads", 4),
+    (r"\w*num_key_value_heads|num_kv_heads|linear_num_key_heads|num_query_groups", 2),
+    (r"head_dim|\w+_head_dim|d_kv|d_head|kv_channels|attention_head_dim|resampler_dim_head|dim_head", 16),
+    (r"query_pre_attn_scalar", 16),
+    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r"\w+_lora_rank|laurel_rank|hc_lowrank|d_rel|gated_norm_rank|adapter_rank", 16),
+    (r"(\w+_)?hidden_size(_\w+)?|d_model|n_embd|dim|\w*embed_dim|width|lru_width|emb_dim|embedding_(size|dim)", 64),
+    (r"(\w+_)?(output|proj|projection|projector\w*|adapter\w*)_dim|word_embed_proj_dim|out_hidden_size", 64),
+    (r"(\w+_)?intermediate_size(_\w+)?|\w*ffn_dim|d_ff|dff|dim_ff|mlp_dim|d_inner|\w*ffn_hidden_size|n_inner", 64),
+    (r"feed_forward_size|share_expert_dim", 64),
+    (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|zero_expert_num", 8),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|topk_group|n_group|num_expert_group|n_shared_experts", 2),
+    (r"(\w+_)?sliding_window(_size)?|attention_chunk_size|local_attention|attention_window_size", 16),
+    (r"_?sliding_window_pattern|no_rope_layer_interval|global_attn_every_n_layers", 2),
+    (r"first_k_dense_replace|num_dense_layers", 1),
+    (r"mamba_d_state|state_size|ssm_state_size|linear_(key_|value_)?head_dim", 16),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
+    (r"mamba_d_head|mamba_headdim|mamba_head_dim|mamba_dt_rank|time_step_rank", 32),
+    (r"(mamba_)?chunk_size|index_topk|index_topk_blocks|index_block_size|index_head_dim", 16),
+    (r"max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length", 512),
+    (r"n_groups|mamba_n_groups", 2),
+    (r"encoder_hash_byte_group_vocab", 128),
+    (r"image_size|max_image_size|img_size", 32),
+]
+_FULL = {"layer_types": ["full_attention"] * 4}
+_DENSE = {"num_key_value_heads": 4}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+
+# what a type needs besides: its default config cannot be built, or is one whose layers all have a window
+_BESIDE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "mistral3": {"text_config": {"sliding_window": None}},
+    "idefics2": {"text_config": {"sliding_window": None}},
+    "dots3_note_text": _DENSE,
+    "dots3_note": {"text_config": _DENSE},
+    "glm5_next": {"text_config": _DENSE},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "dots1": {
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "zamba2": {
+        "layer_types": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "num_mem_blocks": 1,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX", "is_decoder": True},
+    "nemotron_h": {"layer_types": ["mamba", "moe", "attention", "moe"]},
+    "step3p7": {"text_config": {"sliding_window": 16}},
+    "zamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2, "attention_hidden_size": 128},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+}
+
+
+for _type in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"):
+    _BESIDE[_type] = {"text_config": _SECTIONS}
+
+_BESIDE["glm4v_moe"] = {
+    "text_config": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [2, 1, 1]}}
+}
+
+
+def types() -> dict[str, Any]:
+    """Model type -> transformers' class that builds it: causal language models, and those of images and text."""
+    causal = dict.fromkeys(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM)
+    return {
+        **dict.fromkeys(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
+        **causal,
+    }
+
+
+def build(model_type: str, attn_implementation: str | None = None, **changes: Any) -> PreTrainedModel:
+    """A model of this type with seeded random weights, in float32.
+
+    Args:
+        attn_implementation: None: sdpa, where the type has it.
+        changes: to its config, nested like it.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    settings = _merged(_merged(_shrunk(config_class()), _BESIDE.get(model_type, {})), changes)
+    model = types()[model_type].from_config(config_class(**settings), attn_implementation=attn_implementation)
+    tiny.sharpen(model, seed=sum(map(ord, model_type)))
+    return model.eval()
+
+
+def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
+    """The arguments that make a small config of this kind."""
+    changes: dict[str, Any] = {}
+    own = config.to_dict()
+    for name, value in own.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            changes[name] = _small(name, value)
+        if re.fullmatch(r"(pad|bos|eos|decoder_start|sep|cls)_token_id", name) and value is not None:
+            changes[name] = {"pad_token_id": tiny.PAD, "bos_token_id": 1}.get(name, 2)
+        elif re.fullmatch(r"\w+_token_(id|index)|\w+_index|\w+_token", name) and isinstance(value, int):
+            changes[name] = value if value < FIRST_SPECIAL else FIRST_SPECIAL + sum(map(ord, name)) % 28
+    if "qk_rope_head_dim" in changes:
+        changes["head_dim"] = changes["qk_rope_head_dim"]
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
+        changes["qk_head_dim"] = changes["qk_rope_head_dim"] + changes["qk_nope_head_dim"]
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(own.get(name), dict) and "mrope_section" in own[name]:
+            changes[name] = _small_sections(own[name], changes.get("head_dim") or 16)
+    for name in getattr(config, "sub_configs", None) or {}:
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig):
+            changes[name] = {"model_type": part.model_type, **_shrunk(part)}
+    return changes
+
+
+def _small(name: str, value: int) -> int:
+    fitting = [size for pattern, size in _SIZES if re.fullmatch(pattern, name)]
+    return min(value, fitting[-1]) if fitting else value
+
+
+def _small_sections(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Rotary settings whose parts for time, height and width fill a small head."""
+    half = int(head_dim * rope.get("partial_rotary_factor", 1)) // 2
+    rest = (half - half // 4) // 2
+    return {**rope, "mrope_section": [half - 2 * rest, rest, rest]}
+
+
+def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for name, value in changes.items():
+        merged[name] = _merged(merged.get(name, {}), value) if isinstance(value, dict) else value
+    return merged
