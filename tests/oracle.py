@@ -77,6 +77,7 @@ def _oracle_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     num_query_heads, num_kv_heads = query.shape[1], key.shape[1]
@@ -85,13 +86,24 @@ def _oracle_attention(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits + attention_mask
-    for gone in (one[module.layer_idx] for one in _evictions if module.layer_idx in one):
+    logits = logits + _hidden(module, query, key.shape[2])
+    if s_aux is not None:  # a learned logit of each head beside those of its keys
+        logits = torch.cat([logits, s_aux[None, :, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    return (logits.softmax(dim=-1)[..., : key.shape[2]] @ value).transpose(1, 2), None
+
+
+def _hidden(module: nn.Module, query: Tensor, num_keys: int) -> Tensor:
+    """(B, H_q, T, keys): minus infinity where a later query meets what was evicted, else zero."""
+    batch_size, num_query_heads, num_new, _ = query.shape
+    hidden = query.new_zeros(batch_size, num_query_heads, num_new, num_keys)
+    layer_idx = getattr(module, "layer_idx", None)
+    for gone in (one[layer_idx] for one in _evictions if layer_idx in one):
         num_seen = gone.shape[-1]
         # Beams and returned sequences repeat the rows of the batch.
-        blocked = gone.repeat_interleave(len(query) // len(gone), dim=0)
+        blocked = gone.repeat_interleave(batch_size // len(gone), dim=0)
         blocked = blocked.repeat_interleave(num_query_heads // blocked.shape[1], dim=1)
-        logits[:, :, num_seen:, :num_seen].masked_fill_(blocked[:, :, None], -torch.inf)
-    return (logits.softmax(dim=-1) @ value).transpose(1, 2), None
+        hidden[:, :, num_seen:, :num_seen].masked_fill_(blocked[:, :, None], -torch.inf)
+    return hidden
 
 
 @contextmanager
@@ -112,13 +124,8 @@ def _masked_eager_attention(
     """The attention that a model's module defines beside itself, with its sinks and whatever else it has."""
     sources = [sys.modules[kind.__module__] for kind in type(module).__mro__]
     eager = next(source.eager_attention_forward for source in sources if hasattr(source, "eager_attention_forward"))
-    blocked = _evictions.get(getattr(module, "layer_idx", -1))
-    if blocked is not None:
-        num_prompt = blocked.shape[-1]
-        hidden = torch.zeros(len(query), query.shape[1], query.shape[2], key.shape[2])
-        blocked = blocked.repeat_interleave(query.shape[1] // blocked.shape[1], dim=1)
-        hidden[:, :, num_prompt:, :num_prompt].masked_fill_(blocked[:, :, None], -torch.inf)
-        attention_mask = hidden if attention_mask is None else attention_mask + hidden
+    hidden = _hidden(module, query, key.shape[2])
+    attention_mask = hidden if attention_mask is None else attention_mask + hidden
     return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
 

@@ -39,6 +39,7 @@ _GEMMA = {
     "layer_types": _MIXED_LAYERS,
     "tie_word_embeddings": False,
 }
+_GPT_OSS = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
 _GPT2 = {"tie_word_embeddings": False, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 512}
 
 # family -> (transformers' model type, what differs from _SHAPE)
@@ -51,6 +52,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", _GEMMA),
     "llama_mha": ("llama", {"num_key_value_heads": 6}),
     "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0}),
+    "gpt_oss": ("gpt_oss", _GPT_OSS),
     "gpt2": ("gpt2", _GPT2),
     "mistral_sliding": ("mistral", {"sliding_window": 16}),
     "mamba": ("mamba", {"state_size": 4}),
@@ -96,6 +98,10 @@ def sharpen(model: PreTrainedModel, seed: int) -> None:
         if weight.ndim >= 2:
             std = 1.5 / math.sqrt(weight.shape[-1])
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        elif name.endswith("router.bias"):  # drawn anew at every call
+            weight.zero_()
+        elif "sinks" in name:
+            weight.copy_(torch.linspace(-1.0, 4.0, len(weight)))
         elif "q_norm" in name:
             weight.add_(1.0)
         elif "k_norm" in name:  # equal weights would make all keys' norms equal but for rounding

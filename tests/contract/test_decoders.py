@@ -14,6 +14,8 @@ WORKING = [
     "qwen3_next",  # linear attention
     "qwen3_5_text",
     "nemotron_h",  # state spaces, and layers without a cache
+    "gpt_oss",  # attention sinks
+    "granite_swa",
     "gpt_bigcode",  # one KV head
     "qwen3_vl",  # positions of images
 ]

@@ -26,7 +26,7 @@ NUM_PROMPT = 96
 # one-token decoding, a second question of 7 tokens, decoding again
 STEPS = [NUM_PROMPT, 1, 1, 1, 1, 7, 1, 1, 1]
 UNEQUAL = [NUM_PROMPT + 10, 9, 40, 24, 12, 30]  # the first layer keeps everything
-OTHER_MODELS = ["llama_mha eager", "llama_mha sdpa", "gemma2 eager", "gpt2 eager", "gpt2 sdpa"]
+OTHER_MODELS = ["llama_mha eager", "llama_mha sdpa", "gemma2 eager", "gpt2 eager", "gpt2 sdpa", "gpt_oss eager"]
 
 
 def run(
@@ -63,9 +63,9 @@ def test_logits_equal_the_full_cache_with_evicted_tokens_masked(
     assert_exact(family, logits, evicted, sequence)
 
 
-@pytest.mark.parametrize("method", ["snapkv", "compresskv"])
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "compresskv"])
 @pytest.mark.parametrize("model", OTHER_MODELS)
-def test_logits_are_exact_without_grouped_queries_with_softcap_and_with_learned_positions(
+def test_logits_are_exact_without_grouped_queries_and_with_softcap_sinks_and_learned_positions(
     model: str, method: str
 ) -> None:
     family, attn_implementation = model.split()
@@ -214,7 +214,12 @@ def test_methods_are_given_the_models_own_attention_of_the_window(model: str, st
     class Recording(SnapKV):
         def score(self, inputs: LayerInputs) -> Tensor:
             seen[inputs.layer_idx] = window_attention(
-                inputs.query_window, inputs.keys, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
+                inputs.query_window,
+                inputs.keys,
+                scaling=inputs.scaling,
+                softcap=inputs.softcap,
+                valid=inputs.valid,
+                sinks=inputs.sinks,
             )
             return super().score(inputs)
 

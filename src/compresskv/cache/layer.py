@@ -161,6 +161,7 @@ class CompressedLayer(RoutedLayer):
         *,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **_: Any,
     ) -> None:
         """Keep the window's queries; evict once the whole prompt, and what the method looks ahead at, has been read."""
@@ -173,7 +174,7 @@ class CompressedLayer(RoutedLayer):
         window = query[:, :, max(0, query.shape[2] - eviction.method.window_size - ahead) :]
         if self.seen_tokens >= self._prompt_end + eviction.method.lookahead:
             self._query_window = None
-            self.end_prefill(window, valid_keys(mask), scaling_of(query, scaling), softcap, ahead)
+            self.end_prefill(window, valid_keys(mask), scaling_of(query, scaling), softcap, ahead, s_aux)
         else:
             self._query_window = window.clone()  # a view would keep the whole chunk's queries alive
         if eviction.on_layer is not None and self.seen_tokens <= self._prompt_end:
@@ -204,6 +205,7 @@ class CompressedLayer(RoutedLayer):
         scaling: float,
         softcap: float | None,
         num_ahead: int = 0,
+        sinks: Tensor | None = None,
     ) -> None:
         """End prefill: what is stored is the whole prompt, and is cut as soon as the method can choose.
 
@@ -213,7 +215,7 @@ class CompressedLayer(RoutedLayer):
         self.in_prefill, self.num_prompt_tokens, self.num_ahead = False, self.seen_tokens, num_ahead
         self._retained_nbytes = self.nbytes
         self._full_nbytes = self._retained_nbytes * (self.seen_tokens - num_ahead) // self.seen_tokens
-        inputs = LayerInputs(self.layer_idx, query_window, *self._held().states, scaling, softcap, valid)
+        inputs = LayerInputs(self.layer_idx, query_window, *self._held().states, scaling, softcap, valid, sinks=sinks)
         self._eviction.end_of_prompt(self, self._position, inputs, num_ahead)
 
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:

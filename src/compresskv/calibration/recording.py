@@ -42,7 +42,8 @@ class SpanLayer(RoutedLayer):
         if self.span is not None:
             scaling = scaling_of(query, kwargs.get("scaling"))
             keys, _ = self.stored()
-            rows = window_attention(query[:, :, -1:], keys, scaling=scaling, softcap=kwargs.get("softcap"))[0, :, 0]
+            logits = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+            rows = window_attention(query[:, :, -1:], keys, **logits)[0, :, 0]
             self.mass.append(rows[:, self.span].sum(dim=-1))  # (H_q,)
             self.peaks.append(rows.argmax(dim=-1))
         return output, weights
@@ -109,7 +110,8 @@ class CutLayer(RoutedLayer):
         if self._kept is None:
             scaling = scaling_of(query, kwargs.get("scaling"))
             window = query[:, :, -self._window_size :]
-            inputs = LayerInputs(self.layer_idx, window, keys, values, scaling, kwargs.get("softcap"))
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            inputs = LayerInputs(self.layer_idx, window, keys, values, scaling, softcap, sinks=sinks)
             self._kept = select(self._score(inputs), self._budget, self._window_size)[0, 0]
         else:
             new = torch.arange(self.num_prompt_tokens, keys.shape[2], device=keys.device)

@@ -26,6 +26,7 @@ class WindowLayer(RoutedLayer):
         self.query_window: Tensor | None = None
         self.scaling = 1.0
         self.softcap: float | None = None
+        self.sinks: Tensor | None = None
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
@@ -35,6 +36,7 @@ class WindowLayer(RoutedLayer):
         # a view would keep the whole prompt's queries alive
         self.query_window = recent[:, :, max(0, recent.shape[2] - self._window_size) :].clone()
         self.scaling, self.softcap = scaling_of(query, kwargs.get("scaling")), kwargs.get("softcap")
+        self.sinks = kwargs.get("s_aux")
         return super().attend(attention, query, mask, **kwargs)
 
 
@@ -85,7 +87,7 @@ class CapturedPrompt:
                 queries = source.query_window
                 assert queries is not None
                 window = queries[:, :, max(0, queries.shape[2] - method.window_size - num_ahead) :]
-                layer.end_prefill(window, None, source.scaling, source.softcap, num_ahead)
+                layer.end_prefill(window, None, source.scaling, source.softcap, num_ahead, source.sinks)
             else:
                 cache.layers[layer_idx] = source
         return cache

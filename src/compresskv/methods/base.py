@@ -38,6 +38,8 @@ class LayerInputs:
     """(B, T) bool, False at padding; None where nothing is padded."""
     first_head: int = 0
     """The number in the model of the first query head given here: ranks of tensor parallelism hold some each."""
+    sinks: Tensor | None = None
+    """(H_q,), learned attention sinks: logits that take a share of every query's attention, as in gpt-oss."""
 
     def of_rows(self, rows: list[int]) -> "LayerInputs":
         """The same of some rows of the batch."""
@@ -58,7 +60,12 @@ class LayerInputs:
         Kept, since budgets and scores may both need them: treat them as read-only.
         """
         return window_moments(
-            self.query_window, self.keys, scaling=self.scaling, softcap=self.softcap, valid=self.valid
+            self.query_window,
+            self.keys,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            valid=self.valid,
+            sinks=self.sinks,
         )
 
 

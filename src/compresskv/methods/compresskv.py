@@ -54,6 +54,7 @@ class CompressKV(Method):
             scaling=inputs.scaling,
             softcap=inputs.softcap,
             valid=inputs.valid,
+            sinks=inputs.sinks,
         )
         return pool(sum_over_window(attention).mean(dim=1, keepdim=True), self.kernel_size)
 

@@ -35,6 +35,7 @@ class SnapKV(Method):
             scaling=inputs.scaling,
             softcap=inputs.softcap,
             valid=inputs.valid,
+            sinks=inputs.sinks,
         )
         # pooling last, of fewer heads: both are sums, whose order does not matter
         return pool(mean_over_groups(sum_over_window(attention), inputs.keys.shape[1]), self.kernel_size)

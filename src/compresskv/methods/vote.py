@@ -115,7 +115,13 @@ def layer_vote(
         attention = inputs.attention_moments[0][:, heads]
     else:
         window = heads_window_attention(
-            inputs.query_window, inputs.keys, heads, scaling=inputs.scaling, softcap=inputs.softcap, valid=inputs.valid
+            inputs.query_window,
+            inputs.keys,
+            heads,
+            scaling=inputs.scaling,
+            softcap=inputs.softcap,
+            valid=inputs.valid,
+            sinks=inputs.sinks,
         )
         attention = sum_over_window(window)
     pooled = pool(attention, kernel_size)

@@ -15,6 +15,7 @@ def window_attention(
     scaling: float,
     softcap: float | None = None,
     valid: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention from the observation window to every key.
 
@@ -27,7 +28,8 @@ def window_attention(
         scaling: factor on the dot products, usually D ** -0.5.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         valid: (B, T) bool, False at padding; None where nothing is padded.
-    Returns: (B, H_kv * G, W, T) float32; rows sum to 1; causal inside the window.
+        sinks: (H_kv * G,), learned logits that take a share of each row, as in gpt-oss; None where there are none.
+    Returns: (B, H_kv * G, W, T) float32; rows sum to 1, or less with sinks; causal inside the window.
     Raises:
         ValueError: T < W, or the query heads are no multiple of the KV heads.
     Source: SnapKV (arXiv 2404.14469), section 4. Differs: softmax in float32 whatever the model's dtype.
@@ -40,7 +42,7 @@ def window_attention(
     products = _products_by_head if keys.device.type == "cpu" else _products_at_once
     logits = products(grouped, keys, list(range(num_kv_heads)))
     logits = logits.view(batch_size, num_query_heads, window_size, -1)
-    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid)
+    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
 
 
 def _products_at_once(queries: Tensor, keys: Tensor, _kv_heads: list[int]) -> Tensor:
@@ -61,7 +63,9 @@ def _products_by_head(queries: Tensor, keys: Tensor, kv_heads: list[int]) -> Ten
     return logits
 
 
-def _attention_(logits: Tensor, *, scaling: float, softcap: float | None, valid: Tensor | None) -> Tensor:
+def _attention_(
+    logits: Tensor, *, scaling: float, softcap: float | None, valid: Tensor | None, sinks: Tensor | None
+) -> Tensor:
     """Dot products (B, H, W, T) become attention, in place.
 
     Raises:
@@ -78,7 +82,10 @@ def _attention_(logits: Tensor, *, scaling: float, softcap: float | None, valid:
     logits[..., -window_size:].masked_fill_(_future(window_size, logits.device), lowest)
     if valid is not None:
         logits.masked_fill_(~valid[:, None, None, :], lowest)
-    return _softmax_(logits)
+    if sinks is None:
+        return _softmax_(logits)
+    share = torch.sigmoid(logits.logsumexp(dim=-1, keepdim=True) - sinks.float()[:, None, None])
+    return _softmax_(logits).mul_(share)
 
 
 @functools.lru_cache(maxsize=8)
@@ -108,6 +115,7 @@ def heads_window_attention(
     scaling: float,
     softcap: float | None = None,
     valid: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Like `window_attention`, for some query heads only: nothing is computed or stored for the others.
 
@@ -126,7 +134,8 @@ def heads_window_attention(
             raise ValueError(f"there is no query head {head} among {num_query_heads}")
     queries = torch.stack([query_window[:, head] for head in head_indices], dim=1)  # an index would make a GPU wait
     logits = _products_by_head(queries, keys, [head // num_kv_groups for head in head_indices])
-    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid)
+    own = None if sinks is None else torch.stack([sinks[head] for head in head_indices])
+    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid, sinks=own)
 
 
 def sum_over_window(attention: Tensor) -> Tensor:
@@ -173,13 +182,14 @@ def window_moments(
     scaling: float,
     softcap: float | None = None,
     valid: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of attention over the window's queries; 0 for the window's own tokens.
 
     Args: as for `window_attention`.
     Returns: two of (B, H_q, T) float32.
     """
-    attention = window_attention(query_window, keys, scaling=scaling, softcap=softcap, valid=valid)
+    attention = window_attention(query_window, keys, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
     window_size = attention.shape[2]
     mean = attention.mean(dim=2)
     variance = attention.sub_(mean[:, :, None]).square_().mean(dim=2)

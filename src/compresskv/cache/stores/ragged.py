@@ -1,15 +1,16 @@
 """Keys and values of one layer whose KV heads hold different numbers of tokens: each head has a part of its own."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor, nn
 
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.routing import AttentionFunction, has_sinks
 from compresskv.cache.stores.base import PACKED, ROOM, Slots, Store, gather_tokens, may_write, room_for_tokens
 from compresskv.cache.stores.positions import Positions
-from compresskv.errors import ModelError
 
 
 class RaggedStore(Store):
@@ -147,20 +148,30 @@ class RaggedStore(Store):
 
     def attend(
         self, attention: AttentionFunction, module: nn.Module, query: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, None]:
-        """Attention of each KV head's query heads over what it holds, side by side.
-
-        Raises:
-            ModelError: the model's attention function has weights of its own for every head.
-        """
-        if hasattr(module, "sinks"):
-            raise ModelError("budgets that differ between KV heads do not work for models with learned attention sinks")
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of each KV head's query heads over what it holds, side by side."""
+        if has_sinks(module):
+            return self._attend_padded(attention, query, mask)
         groups, outputs = query.shape[1] // self.num_heads, []
         for head in range(self.num_heads):
             own = query[:, head * groups : (head + 1) * groups]
             keys, values = (self._head(packed, head) for packed in self.tensors)
             outputs.append(attention(own, keys, values, self.held.of_head(head).cut_mask(mask, own))[0])
         return torch.cat(outputs, dim=2), None
+
+    def _attend_padded(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of all heads at once, padded to the fullest for this call: for functions with weights a head."""
+        longest = max(self.counts)
+        keys, values = (
+            torch.cat(
+                [F.pad(self._head(packed, head), (0, 0, longest - count, 0)) for head, count in enumerate(self.counts)],
+                dim=1,
+            )
+            for packed in self.tensors
+        )
+        return attention(query, keys, values, replace(self.held, has_empty_slots=True).cut_mask(mask, query))
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to the rows of all that is held."""
