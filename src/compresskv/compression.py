@@ -1,6 +1,8 @@
 """The `compressing` context: any transformers model, three lines."""
 
 from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +25,7 @@ from compresskv.selection.budgets import Budget
 
 
 class Compressing(AbstractContextManager[CompressedCache]):
-    """What `compressing` returns. Each entry makes a new cache; entries may nest and repeat."""
+    """What `compressing` returns. Each entry makes a new cache; entries may nest and repeat, in several threads."""
 
     def __init__(
         self,
@@ -42,8 +44,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
         self._method = method
         self._budget = budget
         self._cache_options = cache_options
-        self._entered: list[ExitStack] = []
-        self._compiled: list[CompiledDecoding] = []
+        self._open: list[_Entry] = []
 
     def __enter__(self) -> CompressedCache:
         """Route the model's attention through ours and return an empty cache.
@@ -54,23 +55,43 @@ class Compressing(AbstractContextManager[CompressedCache]):
         with ExitStack() as stack:
             stack.enter_context(routing(self._model))
             cache = CompressedCache(self._model, self._method, self._budget, **self._cache_options)
+            compiled = None
             if self._compile != NEVER:
                 compiled = CompiledDecoding(self._model, cache, self._compile, self._on_progress)
-                self._compiled.append(stack.enter_context(compiled))
-                stack.callback(self._compiled.pop)
-            self._entered.append(stack.pop_all())
+                stack.enter_context(compiled)
+            entry = _Entry(stack.pop_all(), compiled)
+        self._open.append(entry)
+        _entered.set((*_entered.get(), entry))
         return cache
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Give the model its own attention back."""
-        self._entered.pop().close()
+        entry = self._last_entry()
+        self._open.remove(entry)
+        _entered.set(tuple(other for other in _entered.get() if other is not entry))
+        entry.stack.close()
+
+    def _last_entry(self) -> "_Entry":
+        """The last one of this thread and asyncio task that is open; of any, where it was entered in another."""
+        own = [entry for entry in _entered.get() if entry in self._open]
+        return (own or self._open)[-1]
 
     def prepare_decoding(self) -> None:
         """After the prompt, build or load the compiled step now rather than at the next token (`compile='always'`)."""
-        for compiled in self._compiled[-1:]:
+        if self._open and (compiled := self._last_entry().compiled) is not None:
             compiled.prepare()
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    stack: ExitStack
+    compiled: CompiledDecoding | None
+
+
+_entered: ContextVar[tuple[_Entry, ...]] = ContextVar("_entered", default=())
+"""What this thread, or asyncio task, has entered, of all `Compressing` objects."""
 
 
 def compressing(

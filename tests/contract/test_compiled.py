@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,14 @@ class UncompiledPackage:
     def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], *_: Any, **__: Any) -> None:
         self.kinds = kinds
         self._step = Step(model, kinds)
+        self._weights = package.weights_of(model)
 
     @torch.no_grad()
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
         return self._step(*inputs.as_args())
 
-    def fits(self, _: PreTrainedModel) -> bool:
-        return True
+    def fits(self, model: PreTrainedModel) -> bool:
+        return package.weights_of(model) == self._weights
 
 
 @pytest.fixture
@@ -335,6 +337,63 @@ def test_a_changed_model_is_noticed(change: str) -> None:
         tiny.generate(model, prompt, cache)
     assert cache.num_compiled_steps == 0
     assert (change == "hook") == ("hooks" in str(cache.not_compiled))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("change", ["hook", "weights"])
+def test_a_model_that_changed_between_prompts_is_noticed_on_the_same_cache(change: str) -> None:
+    model, prompt = tiny.build_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, prompt, cache)
+        made = decoding._loaded[model][decoding._kinds(cache)]
+        assert cache.num_compiled_steps == 9
+        cache.reset()
+        if change == "hook":
+            model.model.layers[0].register_forward_hook(lambda *_: None)
+        else:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, dims=0), requires_grad=False)
+        found = tiny.generate(model, prompt, cache)
+    assert cache.num_compiled_steps == (9 if change == "hook" else 18)
+    assert (decoding._loaded[model].popitem()[1] is made) == (change == "hook")
+    with context(model, "snapkv", "never") as cache:
+        assert found.tolist() == tiny.generate(model, prompt, cache).tolist()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_model_that_was_asked_for_its_attentions_is_compiled_all_the_same() -> None:
+    model, prompt = tiny.build_model("llama", "eager"), tiny.random_tokens(NUM_PROMPT)
+    before = package.package_folder(model, ("even",) * 4)
+    assert model(prompt, output_attentions=True, output_hidden_states=True).attentions is not None
+    assert any(module._forward_hooks for module in model.modules()), "otherwise this tests nothing"
+    with context(model, "snapkv", "always") as cache:
+        tiny.generate(model, prompt, cache)
+    assert (cache.num_compiled_steps, cache.not_compiled) == (9, None)
+    assert package.package_folder(model, ("even",) * 4) == before
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_threads_that_enter_one_context_leave_the_others_alone() -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    shared, entered, left = context(model, "snapkv", "always"), threading.Event(), threading.Event()
+    counts: list[int] = []
+
+    def generate() -> None:
+        with shared as cache:
+            entered.set()
+            assert left.wait(60)
+            tiny.generate(model, prompt, cache)
+            shared.prepare_decoding()
+            counts.append(cache.num_compiled_steps)
+
+    thread = threading.Thread(target=generate)
+    with shared as cache:
+        thread.start()
+        assert entered.wait(60)
+        tiny.generate(model, prompt, cache)
+        assert cache.num_compiled_steps == 9
+    left.set()
+    thread.join()
+    assert counts == [9]
 
 
 def test_tied_weights_make_another_package() -> None:

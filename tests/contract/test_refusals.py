@@ -102,6 +102,40 @@ def test_a_cache_whose_keys_the_model_does_not_attend_to_is_refused() -> None:
             layer.update(states, states)
 
 
+@pytest.mark.parametrize("where", ["between_layers", "before_attention", "before_the_last_attention"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_whose_reading_was_interrupted_says_so_and_is_good_after_reset(family: str, where: str) -> None:
+    model, prompt = tiny.build_model(family), tiny.random_tokens(30)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        if where == "between_layers":
+            handle = model.model.layers[2].mlp.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                tiny.generate(model, prompt, cache)
+            handle.remove()
+        else:
+            last = -1 if where == "before_the_last_attention" else 0
+            layer, update = cache.compressed_layers[last], cache.compressed_layers[last].update
+
+            def updated(*args: Any, **kwargs: Any) -> Any:
+                update(*args, **kwargs)
+                raise KeyboardInterrupt
+
+            layer.update = updated  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt):
+                tiny.read(model, cache, prompt, [30])
+            layer.update = update  # type: ignore[method-assign]
+        with refused(CacheStateError, r"interrupted.* reset\(\)"):
+            tiny.read(model, cache, torch.cat([prompt, prompt], dim=1), [1])
+        cache.reset()
+        tokens = tiny.generate(model, prompt, cache)
+    with compresskv.compressing(model, "snapkv", 12) as fresh:
+        assert tokens.tolist() == tiny.generate(model, prompt, fresh).tolist()
+
+
 def test_an_empty_layer_has_nothing_stored() -> None:
     with compresskv.compressing(tiny.tiny_model("llama"), "snapkv", 12) as cache:
         assert cache.compressed_layers[0].num_retained == 0

@@ -89,6 +89,10 @@ class RoutedLayer(DynamicLayer):
 class RoutedCache(Cache):
     """A cache whose full-attention layers see the attention over their keys; sliding windows hold their own tokens."""
 
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self._first_layer = next(index for index, layer in enumerate(layers) if isinstance(layer, DynamicLayer))
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -96,7 +100,10 @@ class RoutedCache(Cache):
 
         Raises:
             ModelError: the attention before this did not use the keys that it was given.
+            CacheStateError: the forward pass before this one was interrupted.
         """
+        if layer_idx == self._first_layer:
+            self._check_complete()
         self.check_attended(layer_idx)
         stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if key_states.shape[-2] > 1:
@@ -108,6 +115,22 @@ class RoutedCache(Cache):
         last = next((layer for layer in reversed(self.layers[:layer_idx]) if isinstance(layer, RoutedLayer)), None)
         if last is not None:
             last.check_attended()
+
+    def _check_complete(self) -> None:
+        """Refuse to read on where some layers have read more than others: the answer would be wrong, unnoticed.
+
+        Raises:
+            CacheStateError: a forward pass was interrupted, by the user or for lack of memory.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+        if len({layer.get_seq_length() for layer in layers}) > 1:
+            raise CacheStateError("a forward pass on this cache was interrupted: reset() it and read the prompt again")
+        for layer in layers:
+            if isinstance(layer, RoutedLayer) and layer.awaits_attention:
+                raise CacheStateError(
+                    f"layer {layer.layer_idx}: what it stored last was not attended to. If a forward pass was "
+                    "interrupted, reset() the cache; else the model uses other keys, and cannot be compressed"
+                )
 
 
 def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:

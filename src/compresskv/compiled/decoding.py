@@ -28,6 +28,8 @@ _STEP_ARGUMENTS = {
     "return_dict",
 }  # fmt: skip
 
+_CAPTURING = "transformers.utils.output_capturing"
+
 _RECORDING_S = 0.2
 """What recording a CUDA graph may take, about: 'auto' records once decoding has taken as long."""
 
@@ -42,6 +44,9 @@ class Program(Protocol):
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
         """As `Step.forward`."""
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether the model still has the tensors that this was made with: it may have been moved or converted."""
 
 
 _loaded: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, ...], Package]] = weakref.WeakKeyDictionary()
@@ -79,6 +84,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         self._on_progress = on_progress
         self._eager_s = 0.0
         self._program: Program | None = None
+        self._is_checked = False
+        """Whether nothing but steps was read since the program was found to fit the model."""
         self._load_s: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> "CompiledDecoding":
@@ -114,6 +121,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     def forward(self, eager: Callable[..., Any], **kwargs: Any) -> Any:
         """Read what `eager`, the model's own `forward`, would read on this cache."""
         if not self._is_step(**kwargs):
+            self._is_checked = False
             return eager(**kwargs)
         start = time.perf_counter()
         if (program := self._find_program()) is not None:
@@ -166,12 +174,19 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             start = time.perf_counter()
             try:
                 kinds = _kinds(self.cache)  # another prompt may need another
-                if self._program is None or self._program.kinds != kinds:
+                if not self._still_fits(kinds):
                     self._program = self._get_program(kinds)
+                self._is_checked = True
             except NotCompilableError as error:
                 self._program, self.cache.not_compiled = None, str(error)
             self.cache.compile_s += time.perf_counter() - start
         return self._program if self.cache.not_compiled is None else None
+
+    def _still_fits(self, kinds: tuple[str, ...]) -> bool:
+        """Whether the program is one for such layers and, since the last prompt, for the model as it is."""
+        if self._program is None or self._program.kinds != kinds:
+            return False
+        return self._is_checked or (not has_hooks(self._model) and self._program.fits(self._model))
 
     def _get_program(self, kinds: tuple[str, ...]) -> Program | None:
         """What runs a step; None: not yet.
@@ -182,7 +197,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         device = self._model.device
         if device.type not in ("cpu", "cuda"):
             raise NotCompilableError(f"compiled steps are made for CPUs and CUDA, and the model is on {device}")
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
+        if has_hooks(self._model):
             raise NotCompilableError("hooks are set on the model's modules, which it would not call")
         if device.type == "cpu":
             return self._get_package(kinds)
@@ -223,6 +238,20 @@ def _dispatch(contexts: list[CompiledDecoding], eager: Callable[..., Any], *args
     cache = kwargs.get("past_key_values")
     own = None if args or cache is None else next((one for one in contexts if one.cache is cache), None)
     return eager(*args, **kwargs) if own is None else own.forward(eager, **kwargs)
+
+
+def has_hooks(model: PreTrainedModel) -> bool:
+    """Whether calling one of its modules does more than the module itself says.
+
+    transformers leaves hooks behind for good when a model's attentions or hidden states are asked for once; without
+    being asked again they do nothing.
+    """
+    return any(
+        getattr(hook, "__module__", None) != _CAPTURING
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
 
 
 def _is_all_ones(mask: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import routing
-from compresskv.compiled.package import NotCompilableError
+from compresskv.compiled.package import NotCompilableError, weights_of
 from compresskv.compiled.step import SLIDING, Step, StepInputs
 from compresskv.errors import first_line
 
@@ -71,8 +71,9 @@ class GraphedStep:
         """
         if SLIDING in kinds:
             raise NotCompilableError("layers with a sliding window hold other tensors after each token")
-        self._weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
-        if len({weight.device for weight in self._weights}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
+        self._weights = weights_of(model)
+        self._kept = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
+        if len({weight.device for weight in self._kept}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
             raise NotCompilableError("the model lies on several devices")
         self.kinds = kinds
         self.record_s = 0.0
@@ -98,6 +99,10 @@ class GraphedStep:
             held.copy_(given)
         own.replay()
         return own.logits.clone(), []  # the next replay writes there again
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether the model's tensors lie where they lay."""
+        return weights_of(model) == self._weights
 
     @torch.no_grad()
     def _make_recording(self, inputs: StepInputs) -> _Recording:

@@ -42,6 +42,8 @@ _NOT_BUILT = (
     "'compresskv compile' does that"
 )
 _PROGRAM, _CONSTANTS, _FACTS = "step.pt2", "constants.pt", "facts.json"
+_HOOKS_INSTALLED = "_output_capturing_hooks_installed"
+"""transformers' note that it was asked for attentions or hidden states once, which changes nothing."""
 _IMPORTS_S = 1.0
 """What the first load of a process takes beside the file itself, about: whoever has just built one has paid it."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -71,7 +73,7 @@ class Package:
             NotCompilableError: the files are damaged.
         """
         self.kinds = kinds
-        self._weights = _weights(model)
+        self._weights = weights_of(model)
         try:
             self._program: Any = torch._inductor.aoti_load_package(str(folder / _PROGRAM))
             constants = torch.load(folder / _CONSTANTS, weights_only=True) | _tensors(model)
@@ -88,7 +90,7 @@ class Package:
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether the model still has the tensors that this was loaded with: it may have been moved or converted."""
-        return _weights(model) == self._weights
+        return weights_of(model) == self._weights
 
 
 def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
@@ -115,7 +117,11 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
 
 def _settings(module: nn.Module) -> list[tuple[str, str]]:
     """Numbers and switches that a module's code may read."""
-    return sorted((name, str(value)) for name, value in vars(module).items() if type(value) in (bool, int, float))
+    return sorted(
+        (name, str(value))
+        for name, value in vars(module).items()
+        if type(value) in (bool, int, float) and name != _HOOKS_INSTALLED
+    )
 
 
 def _layout(model: PreTrainedModel) -> list[Any]:
@@ -127,7 +133,7 @@ def _layout(model: PreTrainedModel) -> list[Any]:
     ]
 
 
-def _weights(model: PreTrainedModel) -> list[Any]:
+def weights_of(model: PreTrainedModel) -> list[Any]:
     """Where each tensor's numbers lie, and how."""
     return [
         (name, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
