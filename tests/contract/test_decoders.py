@@ -8,6 +8,7 @@ import decoders
 import shrunk
 
 WORKING = [
+    "gemma4_text",  # heads that differ between layers
     "llama4_text",  # chunked attention beside full
     "cohere2",  # a window in most layers
     "lfm2_moe",  # convolutions between attention layers

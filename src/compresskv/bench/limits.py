@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from compresskv.models.shape import decoder_config
+from compresskv.models.shape import decoder_config, heads_of
 from compresskv.system import memory
 from compresskv.system.clock import now
 
@@ -98,11 +98,11 @@ def prefill_flop(model: PreTrainedModel, num_tokens: int) -> int:
     outer = {id(module.weight): module.weight for module in (embedding, head) if module is not None}
     matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim >= 2 and id(weight) not in outer)
     logits = 0 if head is None else head.weight.numel()
-    config = decoder_config(model)
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    pairs = sum(_pairs(num_tokens, window) for window in _windows(model))
-    return int(2 * num_tokens * matrices + 2 * logits + 4 * num_heads * head_dim * pairs)
+    config, attention = decoder_config(model), 0
+    for layer_idx, window in _windows(model).items():
+        heads = heads_of(config, layer_idx)
+        attention += 4 * heads.num_query_heads * heads.head_dim * _pairs(num_tokens, window)
+    return int(2 * num_tokens * matrices + 2 * logits + attention)
 
 
 def _pairs(num_tokens: int, window: float) -> int:
@@ -110,9 +110,11 @@ def _pairs(num_tokens: int, window: float) -> int:
     return inner * (inner + 1) // 2 + (num_tokens - inner) * inner
 
 
-def _windows(model: PreTrainedModel) -> list[float]:
+def _windows(model: PreTrainedModel) -> dict[int, float]:
     """For each attention layer, how many tokens back a query sees."""
     layers = DynamicCache(config=decoder_config(model)).layers
-    return [
-        float(getattr(layer, "sliding_window", None) or math.inf) for layer in layers if isinstance(layer, DynamicLayer)
-    ]
+    return {
+        layer_idx: float(getattr(layer, "sliding_window", None) or math.inf)
+        for layer_idx, layer in enumerate(layers)
+        if isinstance(layer, DynamicLayer)
+    }

@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from compresskv.models.quantize import weights_dtype
-from compresskv.models.shape import decoder_config
+from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.system import memory
 from compresskv.system.processor import processor_name
 from compresskv.version import __version__
@@ -41,7 +41,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def describe(model: PreTrainedModel, name: str, *, random: bool) -> dict[str, Any]:
     """The model's name, dtype and geometry."""
     config = decoder_config(model)
-    num_heads = config.num_attention_heads
+    heads = heads_of(config, compressible_layers(model)[0])
     return {
         "name": name,
         "random_weights": random,
@@ -49,7 +49,7 @@ def describe(model: PreTrainedModel, name: str, *, random: bool) -> dict[str, An
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "weights_nbytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         "num_layers": config.num_hidden_layers,
-        "num_query_heads": num_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        "num_query_heads": heads.num_query_heads,
+        "num_kv_heads": heads.num_kv_heads,
+        "head_dim": heads.head_dim,
     }

@@ -42,8 +42,8 @@ class SpanLayer(RoutedLayer):
         if self.span is not None:
             scaling = scaling_of(query, kwargs.get("scaling"))
             keys, _ = self.stored()
-            logits = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
-            rows = window_attention(query[:, :, -1:], keys, **logits)[0, :, 0]
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            rows = window_attention(query[:, :, -1:], keys, scaling=scaling, softcap=softcap, sinks=sinks)[0, :, 0]
             self.mass.append(rows[:, self.span].sum(dim=-1))  # (H_q,)
             self.peaks.append(rows.argmax(dim=-1))
         return output, weights

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compresskv.cache.cache import CompressedCache
@@ -164,6 +164,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         """Whether a layer holds one row, in the model's dtype, after its prompt."""
         if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_empty_slots):
             return False
+        if not isinstance(layer, DynamicLayer):
+            return True  # of no kind that can be compiled: `_kinds` says so, once
         keys = layer.keys
         least = 2 if isinstance(layer, DynamicSlidingWindowLayer) else 0  # what the program was traced with
         return keys is not None and keys.shape[0] == 1 and keys.dtype == self._model.dtype and keys.shape[2] >= least
@@ -267,6 +269,8 @@ def _kinds(cache: CompressedCache) -> tuple[str, ...]:
     layouts = [layer.store.layout for layer in cache.compressed_layers if layer.store is not None]
     if None in layouts:
         raise NotCompilableError("it cannot write into what holds the cache's keys and values")
+    if len({layer.store.num_heads for layer in cache.compressed_layers if layer.store is not None}) > 1:
+        raise NotCompilableError("its layers have different numbers of KV heads")
     full = RAGGED if PACKED in layouts else EVEN
     kinds = []
     for layer in cache.layers:

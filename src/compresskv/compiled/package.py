@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from compresskv.attention.routing import base_implementation, routing
 from compresskv.compiled.step import RAGGED, Step, StepInputs
 from compresskv.errors import first_line
-from compresskv.models.shape import decoder_config
+from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.system.files import write_text
 from compresskv.system.locking import held_if_free, locked
 from compresskv.system.paths import cache_dir
@@ -275,16 +275,18 @@ def _compile(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> No
 def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs:
     """Small random inputs of different lengths, so that no two are taken to be equal."""
     config, device = decoder_config(model), model.device
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     generator = torch.Generator().manual_seed(0)
     held: tuple[list[Tensor], list[Tensor]] = [], []
     for layer_idx, kind in enumerate(kinds):
-        num_tokens = 2 * num_heads + 3 * layer_idx
-        shape = (1, num_tokens, head_dim) if kind == RAGGED else (1, num_heads, num_tokens, head_dim)
+        heads = heads_of(config, layer_idx)
+        num_tokens = 2 * heads.num_kv_heads + 3 * layer_idx
+        shape: tuple[int, ...] = (1, num_tokens, heads.head_dim)
+        if kind != RAGGED:
+            shape = (1, heads.num_kv_heads, *shape[1:])
         for states in held:
             # small, as real ones are beside the hidden state: large ones would magnify what rounding does
             states.append((0.1 * torch.randn(shape, generator=generator)).to(device, model.dtype))
+    num_heads = heads_of(config, compressible_layers(model)[0]).num_kv_heads
     starts = 2 * torch.arange(num_heads, device=device).expand(len(kinds), -1)
     token, position = (torch.full((1, 1), value, device=device) for value in (3, 1000))  # never one tensor for both
     return StepInputs(token, position, starts.clone(), starts + 1, *held)

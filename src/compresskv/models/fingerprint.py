@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compresskv.errors import ModelError
-from compresskv.models.shape import decoder_config
+from compresskv.models.shape import decoder_config, full_attention_layers, heads_of
 
 _NUM_TENSORS = 8
 _NUM_VALUES = 64
@@ -71,14 +71,17 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
 
 
 def of_shape(config: PretrainedConfig, weights: str | None) -> Fingerprint:
-    """The fingerprint of a decoder with this config, and with `weights` as their digest."""
-    num_query_heads = config.num_attention_heads
+    """The fingerprint of a decoder with this config, and with `weights` as their digest.
+
+    Where layers differ in their heads, it names those of the first full-attention layer: it is these that are scored.
+    """
+    heads = heads_of(config, next(iter(full_attention_layers(config)), 0))
     return Fingerprint(
         architecture=config.model_type,
         num_layers=config.num_hidden_layers,
-        num_query_heads=num_query_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_query_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
+        num_query_heads=heads.num_query_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
         vocab_size=config.vocab_size,
         weights=weights,
     )

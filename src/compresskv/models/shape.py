@@ -1,5 +1,7 @@
 """What a model's config says of its decoder: where it stands, and which of its layers attend to the whole prompt."""
 
+from dataclasses import dataclass
+
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -11,14 +13,40 @@ def decoder_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of one layer."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def heads_of(config: PretrainedConfig, layer_idx: int) -> Heads:
+    """Of one layer of a decoder with this config: they may differ between layers, as in Gemma 4."""
+    by_layer = getattr(config, "per_layer_config", None)  # transformers before 5.6 have none
+    own = config if by_layer is None else by_layer[layer_idx]
+    num_query_heads = own.num_attention_heads
+    return Heads(
+        num_query_heads,
+        getattr(own, "num_key_value_heads", None) or num_query_heads,
+        getattr(own, "head_dim", None) or own.hidden_size // num_query_heads,
+    )
+
+
+def full_attention_layers(config: PretrainedConfig) -> list[int]:
+    """The numbers of the layers that attend to the whole prompt, in a decoder with this config."""
+    layers = DynamicCache(config=config).layers
+    return [layer_idx for layer_idx, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
 def compressible_layers(model: PreTrainedModel) -> list[int]:
     """The numbers of the model's full-attention layers.
 
     Raises:
         ModelError: there is none.
     """
-    layers = DynamicCache(config=decoder_config(model)).layers
-    indices = [layer_idx for layer_idx, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    indices = full_attention_layers(decoder_config(model))
     if not indices:
         raise ModelError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress")
     return indices

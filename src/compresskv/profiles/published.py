@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from compresskv.errors import ModelError, ProfileError, first_line
-from compresskv.models.fingerprint import Fingerprint
+from compresskv.models.fingerprint import Fingerprint, of_shape
 from compresskv.profiles.profile import Profile, combined, normalised
 from compresskv.system.quiet import quiet
 
@@ -143,11 +143,12 @@ def _geometry(model_id: str) -> _Geometry:
     except (OSError, ValueError) as error:
         problem = f": its shape cannot be read ({first_line(error)})"
         raise ModelError(problem, option="model", value=model_id) from error
+    own = of_shape(config, None)
     return _Geometry(
-        num_layers=config.num_hidden_layers,
-        num_query_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_layers=own.num_layers,
+        num_query_heads=own.num_query_heads,
+        num_kv_heads=own.num_kv_heads,
+        head_dim=own.head_dim,
         vocab_size=config.vocab_size,
         architecture=config.model_type,
     )
