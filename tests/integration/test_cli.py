@@ -142,6 +142,10 @@ print(*sorted(set({self.HEAVY!r}) & set(sys.modules)), file=sys.stderr)
             ["profile", "find", "--help"],
             ["methods", "-h"],
             ["bench", "--help"],
+            ["methods"],
+            ["methods", "--json"],
+            ["models"],
+            ["profile", "show", "smollm2-135m"],
         ],
         ids=" ".join,
     )

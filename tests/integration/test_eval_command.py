@@ -143,7 +143,7 @@ class TestAddedLater:
 
     def test_another_option_is_refused_by_name(self, call: Callable[..., Result], tmp_path: Path) -> None:
         call(*QUICK, "-o", tmp_path)
-        assert_refused(call(*QUICK, "-o", tmp_path, "--seed", "1"), "seed=0, not 1", "give another --output")
+        assert_refused(call(*QUICK, "-o", tmp_path, "--seed", "1"), "seed=0, not 1", "give another folder")
         assert_refused(call(*QUICK, "-o", tmp_path, "--no-answers"), "answers=true, not false")
 
     def test_both_settings(self, call: Callable[..., Result], tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ class TestBadInput:
             (["--haystack", "missing.txt"], ["missing.txt"]),
             (["--peers", "SnapKVPress"], ["the peers' python .venv-peers/bin/python does not exist", "scripts/peers"]),
             (["--peer-budget", "words"], ["--peer-budget 'words' is unknown"]),
-            (["--model", "nowhere.gguf"], ["--model nowhere.gguf"]),
+            (["--model", "nowhere.gguf"], ["--model 'nowhere.gguf'"]),
             (["--profile", "missing.json", "--methods", "compresskv"], ["--profile 'missing.json'"]),
             (["--output", "file/run"], ["--output 'file/run' cannot keep records"]),
         ],

@@ -73,7 +73,7 @@ class TestMethods:
             ("snapkv[window_size=x]", "'x' is not a number"),
             ("snapkv[window_size=0]", "window_size=0"),
             ("snapkv[window_size=1.5]", "window_size=1.5"),
-            ("compresskv[profile=3]", "profile=FILE"),
+            ("compresskv[profile=3]", "profile=3 is no option of method 'compresskv'"),
         ],
     )
     def test_what_is_wrong_is_told_in_one_line(self, text: str, told: str) -> None:

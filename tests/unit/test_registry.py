@@ -1,6 +1,9 @@
 """Methods by name, with suggestions."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +99,81 @@ def test_a_name_is_registered_once(own_methods: dict[str, type[Method]]) -> None
     with pytest.raises(ValueError, match="'snapkv' is registered already"):
         registry.register(Another)
     assert own_methods["snapkv"] is SnapKV
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [("num_things", True, "must be an int"), ("factor", float("nan"), "finite"), ("is_odd", 1, "true or false")],
+)
+@pytest.mark.parametrize("future", [True, False], ids=["types as text", "types"])
+def test_options_are_checked_however_a_method_file_writes_its_types(
+    own_methods: dict[str, type[Method]], option: str, value: object, problem: str, *, future: bool
+) -> None:
+    source = """
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from compresskv import Method
+Count = int
+if TYPE_CHECKING or not FUTURE:
+    Shape = tuple
+@dataclass(frozen=True)
+class Other(Method):
+    name = "other"
+    summary = source = "a test's own"
+    num_things: Count = 1
+    factor: float = 1.0
+    is_odd: bool = False
+    shape: "Shape | None" = None
+""".replace("FUTURE", str(future))
+    module = type(sys)("a_method_file")
+    sys.modules[module.__name__] = module
+    exec(("from __future__ import annotations\n" if future else "") + source, vars(module))
+    registry.register(module.Other)
+    assert registry.create("other", num_things=3, shape=(1, 2)).label == "other[num_things=3]"
+    with pytest.raises(ConfigError, match=rf"^{option}=.* {problem}"):
+        registry.create("other", **{option: value})
+    del sys.modules[module.__name__]
+
+
+def test_what_is_no_number_is_no_option_to_type() -> None:
+    with pytest.raises(ConfigError, match=r"^profile=3 is no option of method 'blend': choose from window_size"):
+        registry.create("blend", profile=3)
+
+
+METHOD_FILE = """
+from dataclasses import dataclass
+import torch
+from compresskv import Method
+
+@dataclass(frozen=True)
+class Every(Method):
+    name = "every"
+    summary = "every n-th token"
+    source = "-"
+    step: int = 2
+
+    def score(self, inputs):
+        positions = torch.arange(inputs.keys.shape[2])
+        return (positions % self.step == 0).float().expand(len(inputs.keys), 1, -1)
+"""
+
+
+def test_methods_of_other_packages_are_found_by_their_entry_points(tmp_path: Path) -> None:
+    (tmp_path / "every_nth.py").write_text(METHOD_FILE, encoding="utf-8")
+    info = tmp_path / "every_nth-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: every-nth\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "[compresskv.methods]\nevery = every_nth:Every\nbroken = no_such_module\n", encoding="utf-8"
+    )
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from compresskv.methods import registry
+print(registry.create("every", step=3).label, *registry.parse_methods("methods", "every[step=4],full"))
+print("every" in registry.methods())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "every[step=3] every[step=4] full\nTrue\n"
+    assert done.stderr.count("cannot be loaded") == 1
+    assert "'broken' (no_such_module)" in done.stderr

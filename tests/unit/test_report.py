@@ -172,6 +172,13 @@ class TestPooled:
         names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
         assert names == {"tiny-bfloat16-score.png", "tiny-float32-score.png"}
 
+    def test_own_methods_are_among_those_of_the_runs(self, tmp_path: Path) -> None:
+        folder = run(tmp_path, *OURS, *SNAP)
+        with pytest.raises(ConfigError, match=r"^own='snapkw' is no method of these runs: did you mean 'snapkv'\?$"):
+            report_data([folder], ["snapkw"])
+        (section,) = report_data([folder], ["snapkv"])["models"]
+        assert {row["method"] for row in section["overall"]["rows"] if row["own"]} == {"snapkv"}
+
     def test_runs_without_records_are_told(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no records yet"):
             report_data([run(tmp_path / "a")])

@@ -12,8 +12,7 @@ from compresskv.cli.terminal import out
 
 def methods(as_json: JsonOption = False) -> None:
     """List the compression methods."""
-    from dataclasses import fields
-
+    from compresskv.methods.base import option_defaults
     from compresskv.methods.registry import methods as registered
 
     rows: list[dict[str, Any]] = [
@@ -22,7 +21,7 @@ def methods(as_json: JsonOption = False) -> None:
             "summary": method.summary,
             "source": method.source,
             "needs_profile": method.needs_profile,
-            "options": {field.name: field.default for field in fields(method) if field.name != "profile"},
+            "options": option_defaults(method),
         }
         for name, method in registered().items()
     ]

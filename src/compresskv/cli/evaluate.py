@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, parse_numbers
+from compresskv.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    ProfileOption,
+    parse_numbers,
+    split_names,
+)
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, out
 
@@ -33,8 +41,11 @@ def evaluate(
     ],
     tasks: Annotated[str, typer.Option(help="needle, ruler, longbench, babilong; several with commas.")] = "needle",
     methods: Annotated[
-        str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHODS")
-    ] = "full,streaming_llm,snapkv,pyramidkv,cake,adakv,headkv,knorm,compresskv,vote,blend",
+        str | None,
+        typer.Option(
+            help="See 'compresskv methods'; with options: snapkv[window_size=32]. Default: all.", metavar="METHODS"
+        ),
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Tokens per layer, or shares of the prompt.")] = "64,128,256",
     model: ModelOption = "smollm2-135m",
     data: Annotated[Path | None, typer.Option(help="Folder with benchmark files.", metavar="DIR")] = None,
@@ -83,13 +94,14 @@ def evaluate(
     from compresskv.evaluation.run import Evaluation, Plan, parse_rows
     from compresskv.evaluation.runner import SETTINGS
     from compresskv.evaluation.task import tasks as known_tasks
+    from compresskv.methods.registry import methods as registered
     from compresskv.methods.registry import parse_methods
 
     records = [output / name for name in ("run.json", "records.jsonl")]
     check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
     plan = Plan(
         tasks=parse_names("tasks", tasks, list(known_tasks())),
-        subsets=_split(subsets),
+        subsets=split_names(subsets),
         data=data,
         haystack=tuple(haystack or ()),
         lengths=parse_numbers("lengths", lengths, int) or (),
@@ -102,9 +114,9 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         answers=answers,
     )
-    chosen_methods, chosen_budgets = parse_methods("methods", methods), parse_budgets(budgets)
+    chosen_methods, chosen_budgets = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets)
     chosen_settings = parse_names("settings", settings, SETTINGS)
-    request = PeerRequest(model, (), _split(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
+    request = PeerRequest(model, (), split_names(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
     python = _python_of_peers() if peers else None
     with Bar() as bar:
         from compresskv.models.load import load
@@ -119,10 +131,6 @@ def evaluate(
             finally:  # on Ctrl-C, what was done is said too
                 bar.stop()
                 _finish(output, evaluation, len(prepared), as_json=as_json)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _python_of_peers() -> Path:

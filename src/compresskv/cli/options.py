@@ -98,6 +98,11 @@ def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tu
     return numbers
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """'a, b' as names."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def check_writable(option: str, path: Path) -> None:
     """Find out, before long work, whether a file can be written.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from compresskv.cli.options import JsonOption
+from compresskv.cli.options import JsonOption, split_names
 from compresskv.cli.terminal import err, out
 
 EPILOG = """\b
@@ -30,15 +30,18 @@ def report(
         typer.Option("--output", "-o", help="Folder for report.md and figures. Default: RUN; of several, ./report."),
     ] = None,
     own: Annotated[
-        str, typer.Option(help="Methods to compare with the best of the others.", metavar="NAME,NAME")
-    ] = "compresskv,vote,blend",
+        str | None,
+        typer.Option(
+            help="Methods to compare with the best of the others. Default: this project's.", metavar="NAME,NAME"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a report of benchmark runs: tables with intervals, and figures; print the overall table."""
     from compresskv.evaluation.report import write_pages
     from compresskv.evaluation.summary import report_data
 
-    data = report_data(runs, {name.strip() for name in own.split(",")})
+    data = report_data(runs, None if own is None else split_names(own))
     path = write_pages(data, output or (runs[0] if len(runs) == 1 else Path("report")))
     if as_json:
         out.print_json(json.dumps({"file": str(path), **data}))

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compresskv.errors import DataError
+from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.statistics import macro_interval, macro_paired_difference
-
-OWN = frozenset({"compresskv", "vote", "blend"})
-"""Methods that are compared with the best of the others."""
+from compresskv.methods.registry import methods
+from compresskv.system.suggest import suggestion
 
 _SAME_BYTES = 1.1
 """Whole chunks and lists for each KV head make small differences."""
@@ -32,15 +31,17 @@ _MEANS: dict[str, Callable[[Record], float | None]] = {
 }
 
 
-def report_data(folders: Sequence[Path], own: Iterable[str] = OWN) -> dict[str, Any]:
+def report_data(folders: Sequence[Path], own: Iterable[str] | None = None) -> dict[str, Any]:
     """Everything that a report says, JSON values only. Scores and shares are 0..1.
 
     The runs' records are pooled; of the same case and configuration in two runs, the later run counts. Models, and
     dtypes of a model, are kept apart. A mean over tasks weighs each task alike.
 
+    Args:
+        own: methods to compare with the best of the others; None: those that are `ours`.
     Raises:
         DataError: a folder holds no run, or a malformed one, or there is no record at all.
-        ConfigError: scipy is missing.
+        ConfigError: scipy is missing, or no record is of one of the `own` methods.
     """
     pooled: dict[tuple[str, str], dict[tuple[str, str, Case], Record]] = defaultdict(dict)
     for folder in folders:
@@ -50,8 +51,19 @@ def report_data(folders: Sequence[Path], own: Iterable[str] = OWN) -> dict[str, 
             pooled[model][record.task, record.config, case] = record
     if not pooled:
         raise DataError(f"no records yet in {', '.join(map(repr, map(str, folders)))}")
-    sections = [_section(*model, records, frozenset(own)) for model, records in sorted(pooled.items())]
+    compared = _own_methods(own, {record.method for records in pooled.values() for record in records.values()})
+    sections = [_section(*model, records, compared) for model, records in sorted(pooled.items())]
     return {"runs": [str(folder) for folder in folders], "models": sections}
+
+
+def _own_methods(own: Iterable[str] | None, known: set[str]) -> frozenset[str]:
+    names = {method.partition("[")[0] for method in known}
+    if own is None:
+        return frozenset(name for name, method in methods().items() if method.ours)
+    for name in own:
+        if name not in names | known:
+            raise ConfigError(f"is no method of these runs{suggestion(name, sorted(names))}", option="own", value=name)
+    return frozenset(own)
 
 
 def _section(

@@ -1,13 +1,17 @@
 """AdaKV: SnapKV's scores, with a layer's budget dealt to whichever KV heads hold the best tokens."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
 from compresskv.selection.select import select_across_heads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register

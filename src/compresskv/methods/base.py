@@ -1,12 +1,14 @@
 """What a compression method is: scores for tokens, and budgets for layers."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache, cached_property
+from types import MappingProxyType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from compresskv.errors import ConfigError
 from compresskv.methods.ranges import Range, ranges
@@ -15,6 +17,8 @@ from compresskv.selection.scores import window_moments
 from compresskv.selection.select import select, select_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compresskv.profiles.profile import Profile
 
 
@@ -41,13 +45,13 @@ class LayerInputs:
     sinks: Tensor | None = None
     """(H_q,), learned attention sinks: logits that take a share of every query's attention, as in gpt-oss."""
 
-    def of_rows(self, rows: list[int]) -> "LayerInputs":
+    def of_rows(self, rows: list[int]) -> LayerInputs:
         """The same of some rows of the batch."""
         query_window, keys, values = self.query_window[rows], self.keys[rows], self.values[rows]
         valid = None if self.valid is None else self.valid[rows]
         return replace(self, query_window=query_window, keys=keys, values=values, valid=valid)
 
-    def with_window(self, window_size: int) -> "LayerInputs":
+    def with_window(self, window_size: int) -> LayerInputs:
         """The same, observed by no more than the last `window_size` queries."""
         if self.query_window.shape[2] <= window_size:
             return self
@@ -108,6 +112,9 @@ class Method:
     """Whether all layers and KV heads keep the same tokens, the one form that fits an engine with one block table for
     all layers. Such a method scores by queries and keys alone."""
 
+    ours: ClassVar[bool] = False
+    """Whether reports compare it with the best of the others, as a method of this project's."""
+
     limits: ClassVar[Mapping[str, Range]] = ranges(
         window_size=Range(0), lookahead=Range(0), kernel_size=Range(1, odd=True)
     )
@@ -126,30 +133,30 @@ class Method:
         limits: dict[str, Range] = {}
         for kind in reversed(type(self).__mro__):
             limits |= vars(kind).get("limits", {})
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ConfigError("must be an int", option=option.name, value=value)
-            if option.type is bool and not isinstance(value, bool):
-                raise ConfigError("must be true or false", option=option.name, value=value)
+        for name, kind in option_types(type(self)).items():
+            value = getattr(self, name)
+            if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError("must be an int", option=name, value=value)
+            if kind is bool and not isinstance(value, bool):
+                raise ConfigError("must be true or false", option=name, value=value)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if option.type is float and not is_number:
-                raise ConfigError("must be a finite number", option=option.name, value=value)
-            limit = limits.get(option.name)
+            if kind is float and not is_number:
+                raise ConfigError("must be a finite number", option=name, value=value)
+            limit = limits.get(name)
             if limit is not None and (problem := limit.problem(value)) is not None:
-                raise ConfigError(problem, option=option.name, value=value)
+                raise ConfigError(problem, option=name, value=value)
 
     @property
     def label(self) -> str:
         """The method's name, with the options that differ from its defaults: 'snapkv[window_size=32]'."""
         changed = [
-            f"{option.name}={getattr(self, option.name)}"
-            for option in fields(self)
-            if option.name not in ("profile", "plan") and getattr(self, option.name) != option.default
+            f"{name}={getattr(self, name)}"
+            for name, default in option_defaults(type(self)).items()
+            if getattr(self, name) != default
         ]
         return f"{self.name}[{','.join(changed)}]" if changed else self.name
 
-    def with_profile(self, profile: "Profile") -> "Method":
+    def with_profile(self, profile: Profile) -> Method:
         """The same method with a model's measurements. Only methods with `needs_profile` take one.
 
         Raises:
@@ -161,7 +168,7 @@ class Method:
         """The observation window at a mean budget of `budget` tokens, at most `window_size`."""
         return self.window_size
 
-    def with_window(self, window_size: int) -> "Method":
+    def with_window(self, window_size: int) -> Method:
         """The same method with another window."""
         return self if window_size == self.window_size else replace(self, window_size=window_size)
 
@@ -219,3 +226,34 @@ class Method:
         if min(row_lengths) == num_tokens and all(counts == budgets[0][:1] for counts in budgets):
             return select(scores, budgets[0][0], self.window_size)
         return select_rows(scores, budgets, self.window_size, row_lengths)
+
+
+def option_types(method: type[Method]) -> Mapping[str, type]:
+    """int, float or bool for each option of a method: what can be typed. Other fields, such as a profile, are none.
+
+    Types are looked up where their class stands: files with `from __future__ import annotations` hold their text alone.
+    """
+    kind: Any = method  # a dataclass's own class is hashable, which type checkers doubt
+    return _option_types(kind)
+
+
+@cache
+def _option_types(method: Any) -> Mapping[str, type]:
+    found = {option.name: _resolved(method, option) for option in fields(method)}
+    return MappingProxyType({name: kind for name, kind in found.items() if kind in (int, float, bool)})
+
+
+def option_defaults(method: type[Method]) -> dict[str, int | float | bool]:
+    """The default of each option of a method."""
+    return {name: getattr(method, name) for name in option_types(method)}
+
+
+def _resolved(method: type[Method], option: Field[Any]) -> Any:
+    if not isinstance(option.type, str):
+        return option.type
+    owner = next(kind for kind in method.__mro__ if option.name in vars(kind).get("__annotations__", {}))
+    alone = SimpleNamespace(__annotations__={option.name: option.type})
+    try:
+        return get_type_hints(alone, globalns=vars(sys.modules[owner.__module__]))[option.name]
+    except NameError:  # imported for type checkers only: no number
+        return None

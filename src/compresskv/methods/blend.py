@@ -1,10 +1,10 @@
 """The blend: a vote of the model's retrieval heads where it will be read, and each head's own attention elsewhere."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Observation
 from compresskv.methods.cake import CAKE
@@ -14,6 +14,10 @@ from compresskv.methods.vote import count_votes, layer_vote, window_for_budget
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection.scores import set_first, without_padding
 from compresskv.selection.select import select_across_heads
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register
@@ -35,6 +39,7 @@ class Blend(CAKE):
     summary = "a vote of retrieval heads where it is read, local attention elsewhere"
     source = "this project"
     needs_profile = True
+    ours = True
     limits = ranges(
         vote_kernel_size=Range(1, odd=True),
         vote_weight=Range(0),
@@ -52,7 +57,7 @@ class Blend(CAKE):
     narrow: bool = True
     profile: Profile | None = None
 
-    def with_profile(self, profile: Profile) -> "Blend":
+    def with_profile(self, profile: Profile) -> Blend:
         """The method with a model's head scores.
 
         Raises:

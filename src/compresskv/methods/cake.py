@@ -1,10 +1,10 @@
 """CAKE: attention that is strong or restless over the window, and layer budgets from the prompt itself."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
@@ -12,6 +12,10 @@ from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
 from compresskv.selection import budgets as layer_budgets
 from compresskv.selection.scores import mean_over_groups, pool
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GAMMA = 200.0
 

@@ -1,8 +1,9 @@
 """CompressKV: the layer's semantic retrieval heads choose for all its heads, and layers share by eviction error."""
 
-from dataclasses import dataclass, replace
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from compresskv.errors import ProfileError
 from compresskv.methods.base import LayerInputs, Method
@@ -11,6 +12,9 @@ from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection import budgets
 from compresskv.selection.scores import heads_window_attention, pool, sum_over_window
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register
@@ -25,6 +29,7 @@ class CompressKV(Method):
     summary = "semantic retrieval heads choose; layers share by error"
     source = "arXiv 2508.02401"
     needs_profile = True
+    ours = True
     limits = ranges(window_size=Range(1, why="its queries choose"), heads_per_layer=Range(1))
 
     window_size: int = 8
@@ -32,7 +37,7 @@ class CompressKV(Method):
     heads_per_layer: int = 4
     profile: Profile | None = None
 
-    def with_profile(self, profile: Profile) -> "CompressKV":
+    def with_profile(self, profile: Profile) -> CompressKV:
         """The method with a model's head scores and layer errors."""
         return replace(self, profile=profile)
 

@@ -1,12 +1,16 @@
 """KNorm: keys with a small norm attract attention."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Method
 from compresskv.methods.registry import register
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register

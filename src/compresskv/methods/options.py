@@ -19,8 +19,6 @@ def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not (name and equals and text):
             raise ConfigError("is not NAME=VALUE, such as window_size=32", option=option, value=setting)
-        if name == "profile":
-            raise ConfigError("is no option: a profile is given as profile=FILE", option=option, value=setting)
         options[name.replace("-", "_")] = _value(option, setting, text)
     return options
 

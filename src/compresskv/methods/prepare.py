@@ -1,15 +1,18 @@
 """A method made ready for a model: its options set, its profile found."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from transformers import PreTrainedModel
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from compresskv.errors import ConfigError
 from compresskv.methods import registry
 from compresskv.methods.base import Method
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import resolve_profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def prepare_method(

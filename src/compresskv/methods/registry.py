@@ -1,16 +1,22 @@
-"""Methods by name."""
+"""Methods by name: this package's, those registered in this process, and those of other packages' entry points."""
 
 import dataclasses
 import importlib
+import importlib.metadata
 import pkgutil
 import re
+import warnings
+from functools import cache
 from typing import Any, TypeVar
 
 import compresskv.methods as own
-from compresskv.errors import ConfigError
-from compresskv.methods.base import Method
+from compresskv.errors import ConfigError, first_line
+from compresskv.methods.base import Method, option_types
 from compresskv.methods.options import parse_settings
 from compresskv.system.suggest import suggestion
+
+GROUP = "compresskv.methods"
+"""The entry points of packages with methods: each names a `Method` class, or a module that registers some."""
 
 _METHODS: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound=type[Method])
@@ -32,7 +38,21 @@ def methods() -> dict[str, type[Method]]:
     """Every registered method by name, sorted."""
     for module in pkgutil.iter_modules(own.__path__):
         importlib.import_module(f"{own.__name__}.{module.name}")
+    _load_entry_points()
     return dict(sorted(_METHODS.items()))
+
+
+@cache
+def _load_entry_points() -> None:
+    """Once a process. One that fails is told and left out: the other methods work without it."""
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            found = entry.load()
+            if isinstance(found, type) and issubclass(found, Method) and found not in _METHODS.values():
+                register(found)
+        except Exception as error:  # noqa: BLE001 - whatever another package does
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            warnings.warn(f"the method {entry.name!r} ({entry.value}) cannot be loaded: {problem}", stacklevel=2)
 
 
 def create(name: str, /, **options: Any) -> Method:
@@ -44,10 +64,11 @@ def create(name: str, /, **options: Any) -> Method:
     known = methods()
     if not isinstance(name, str) or name not in known:  # compressing(model, 256): a budget in its place
         raise ConfigError(f"is unknown{suggestion(name, list(known))}", option="method", value=name)
+    typed = list(option_types(known[name]))
     fields = [field.name for field in dataclasses.fields(known[name])]
     for option, value in options.items():
-        if option not in fields:
-            problem = f"is no option of method {name!r}{suggestion(option, fields)}"
+        if option not in (typed if isinstance(value, (int, float)) else fields):
+            problem = f"is no option of method {name!r}{suggestion(option, typed)}"
             raise ConfigError(problem, option=option, value=value)
     return known[name](**options)
 

@@ -1,13 +1,17 @@
 """SnapKV: each KV head keeps the tokens that its own query heads attend to from the end of the prompt."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Method
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.selection.scores import mean_over_groups, pool, sum_over_window, window_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register

@@ -1,14 +1,18 @@
 """StreamingLLM: attention sinks and the most recent tokens."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Method
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.selection.scores import set_first
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register

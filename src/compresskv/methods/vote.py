@@ -1,10 +1,10 @@
 """The vote: the model's best semantic retrieval heads, wherever they sit, choose once for all layers."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Method, Observation
 from compresskv.methods.cake import mean_plus_variance
@@ -19,6 +19,10 @@ from compresskv.selection.scores import (
     sum_over_window,
     without_padding,
 )
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register
@@ -37,6 +41,7 @@ class Vote(Method):
     summary = "the model's best retrieval heads choose one list for all layers"
     source = "this project"
     needs_profile = True
+    ours = True
     decides_together = True
     shares_positions = True
     limits = ranges(window_size=Range(1), num_heads=Range(1), num_sinks=Range(0), local_weight=Range(0))
@@ -49,7 +54,7 @@ class Vote(Method):
     narrow: bool = True
     profile: Profile | None = None
 
-    def with_profile(self, profile: Profile) -> "Vote":
+    def with_profile(self, profile: Profile) -> Vote:
         """The method with a model's head scores.
 
         Raises:

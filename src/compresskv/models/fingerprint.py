@@ -1,17 +1,20 @@
 """Which model a profile belongs to: architecture, shape, and a hash over sampled weights."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from compresskv.errors import ModelError
 from compresskv.models.shape import decoder_config, full_attention_layers, heads_of
+from compresskv.system.later import no_grad, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _NUM_TENSORS = 8
 _NUM_VALUES = 64
@@ -34,7 +37,7 @@ class Fingerprint:
         shape = f"{self.num_layers}x{self.num_query_heads}x{self.num_kv_heads}x{self.head_dim}x{self.vocab_size}"
         return f"{self.architecture}-{shape}-{self.weights or 'any'}"
 
-    def matches(self, other: "Fingerprint") -> bool:
+    def matches(self, other: Fingerprint) -> bool:
         """Equal; an unknown `weights` on either side is not held against the other."""
         if self.weights is None or other.weights is None:
             return replace(self, weights=None) == replace(other, weights=None)
@@ -87,7 +90,7 @@ def of_shape(config: PretrainedConfig, weights: str | None) -> Fingerprint:
     )
 
 
-@torch.no_grad()
+@no_grad
 def weights_digest(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> str:
     """16 hex digits that stand for a model's weights.
 

@@ -1,11 +1,14 @@
 """What a model's config says of its decoder: where it stands, and which of its layers attend to the whole prompt."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compresskv.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def decoder_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -36,6 +39,8 @@ def heads_of(config: PretrainedConfig, layer_idx: int) -> Heads:
 
 def full_attention_layers(config: PretrainedConfig) -> list[int]:
     """The numbers of the layers that attend to the whole prompt, in a decoder with this config."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
     layers = DynamicCache(config=config).layers
     return [layer_idx for layer_idx, layer in enumerate(layers) if type(layer) is DynamicLayer]
 

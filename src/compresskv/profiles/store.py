@@ -1,18 +1,21 @@
 """Where profiles lie: an explicit file, the user's cache, those shipped with the package."""
 
+from __future__ import annotations
+
 import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
-from compresskv.attention.routing import routing
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.system.files import write_text
 from compresskv.system.paths import cache_dir, try_folder_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _QUICK = ".quick.json"
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -29,6 +32,8 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
         ProfileError: none fits, the model's own is damaged, or the given one belongs to another model (both
             fingerprints are named).
     """
+    from compresskv.attention.routing import routing
+
     with routing(model):  # refuses what is not supported, but not what an open `compressing` uses already
         own = fingerprint(model)
     return profile_for(own, str(getattr(model.config, "_name_or_path", "") or "MODEL"), profile)

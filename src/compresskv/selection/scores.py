@@ -1,13 +1,17 @@
 """Pure tensor functions that turn window attention into token scores. No transformers types, no model state."""
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
-from torch import Tensor
+from compresskv.system.later import no_grad, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@torch.no_grad()
+@no_grad
 def window_attention(
     query_window: Tensor,
     keys: Tensor,
@@ -106,7 +110,7 @@ def _plain_softmax_(logits: Tensor) -> Tensor:
     return logits.div_(logits.sum(dim=-1, keepdim=True))
 
 
-@torch.no_grad()
+@no_grad
 def heads_window_attention(
     query_window: Tensor,
     keys: Tensor,
@@ -212,7 +216,7 @@ def pool(scores: Tensor, kernel_size: int) -> Tensor:
     """
     if kernel_size == 1:
         return scores
-    return F.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    return torch.nn.functional.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
 
 
 def _num_kv_groups(num_query_heads: int, num_kv_heads: int) -> int:

@@ -1,7 +1,13 @@
 """Scores and a budget become indices: which prompt tokens each KV head keeps."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMPTY_SLOT = -1
 """Index of a slot that holds no token: rows of a padded batch may retain fewer tokens than the longest row."""
