@@ -4,10 +4,10 @@ The public names are imported when they are first used, so that `compresskv --he
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from compresskv.version import __version__ as __version__
 
+TYPE_CHECKING = False  # typing's own takes longer to import than all else here, and Ctrl-C is not watched for yet
 if TYPE_CHECKING:
     from compresskv.cache.cache import CompressedCache
     from compresskv.compression import compressing
@@ -77,7 +77,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name from the module that defines it."""
     if name not in _HOME:
         raise AttributeError(f"module 'compresskv' has no attribute {name!r}")

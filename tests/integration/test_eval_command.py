@@ -143,8 +143,8 @@ class TestAddedLater:
 
     def test_another_option_is_refused_by_name(self, call: Callable[..., Result], tmp_path: Path) -> None:
         call(*QUICK, "-o", tmp_path)
-        assert_refused(call(*QUICK, "-o", tmp_path, "--seed", "1"), "seed=0, not 1", "give another folder")
-        assert_refused(call(*QUICK, "-o", tmp_path, "--no-answers"), "answers=true, not false")
+        assert_refused(call(*QUICK, "-o", tmp_path, "--seed", "1"), "--seed 0, not 1", "give another folder")
+        assert_refused(call(*QUICK, "-o", tmp_path, "--no-answers"), "--answers true, not false")
 
     def test_both_settings(self, call: Callable[..., Result], tmp_path: Path) -> None:
         call(*QUICK, "--budgets", "64", "--settings", "aware,agnostic", "--no-answers", "-o", tmp_path)

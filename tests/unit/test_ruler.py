@@ -64,5 +64,5 @@ def test_each_variable_that_is_named_counts() -> None:
 
 
 def test_a_length_without_room_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--lengths 700 leaves no room"):
+    with pytest.raises(ConfigError, match="lengths=700 leaves no room"):
         examples(lengths=(700,))

@@ -76,6 +76,19 @@ class VerifySettings:
     haystack: tuple[str, ...] = ()
     needles: str | None = None
 
+    def __post_init__(self) -> None:
+        """Validate what needs no model.
+
+        Raises:
+            ConfigError: naming the option and its value.
+        """
+        for option, value, least in (("length", self.length, 256), ("documents", self.num_documents, 1)):
+            if value < least:
+                raise ConfigError(f"must be at least {least}", option=option, value=value)
+        for count in self.counts or (0,):
+            if count < 1:
+                raise ConfigError("must be at least 1", option="counts", value=count)
+
 
 def verify_profile(
     model: PreTrainedModel,

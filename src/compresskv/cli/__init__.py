@@ -1,5 +1,35 @@
-"""The command line. Each command imports what it needs when it runs, so that `--help` is quick."""
+"""The command line. Each command imports what it needs when it runs, so that `--help` is quick.
 
-from compresskv.cli.app import main
+Nothing is imported here before `main` watches for Ctrl-C.
+"""
 
 __all__ = ["main"]
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
+    import sys
+
+    try:
+        from compresskv.cli.app import run
+
+        status = run()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    _let_go(interrupted=status == INTERRUPTED)
+    sys.exit(status)
+
+
+def _let_go(*, interrupted: bool) -> None:
+    """From here on Ctrl-C ends the process at once, without a traceback: also while Python cleans up."""
+    import atexit
+    import signal
+    import sys
+
+    if not interrupted:
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # main's caller may be no process of its own
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("compresskv: interrupted", file=sys.stderr)  # noqa: T201

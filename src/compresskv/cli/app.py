@@ -1,10 +1,14 @@
 """The `compresskv` command: its subcommands, and how its errors look."""
 
+import contextlib
+import errno
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from compresskv.cli import INTERRUPTED
 from compresskv.cli.ask import ask
 from compresskv.cli.bench import EPILOG as BENCH_EPILOG
 from compresskv.cli.bench import bench
@@ -22,6 +26,7 @@ from compresskv.cli.report import report
 from compresskv.cli.serve import CONTEXT as SERVE_CONTEXT
 from compresskv.cli.serve import EPILOG as SERVE_EPILOG
 from compresskv.cli.serve import serve
+from compresskv.cli.usage import UsageError, explained, is_help
 from compresskv.errors import CompressKVError
 from compresskv.system.quiet import hush_torchao
 from compresskv.version import __version__
@@ -86,15 +91,45 @@ app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT)(serve)
 app.add_typer(profile_app, name="profile")
 
 
-def main() -> None:
-    """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
+def run() -> int:
+    """Run the command that was typed: the exit code, 2 after one line on stderr for what is wrong."""
     hush_torchao()
+    if sys.stderr is None:  # closed: what is written there is lost, and no other file takes its number
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        return _refused("standard output is closed: send it to a file or to /dev/null")
+    status: Any = 0
     try:
-        app()
+        status = app(prog_name="compresskv", standalone_mode=False)
+        sys.stdout.flush()
     except CompressKVError as error:
-        print(f"compresskv: {' '.join(str(error).splitlines())}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == 130:
-            print("compresskv: interrupted", file=sys.stderr)  # noqa: T201
-        raise
+        status = _refused(str(error))
+    except UsageError as error:
+        status = _show_help(error) if is_help(error) else _refused(explained(error))
+    except typer.Abort:
+        status = INTERRUPTED
+    except OSError as error:
+        if error.filename is not None:  # a file's error is explained where the file is used
+            raise
+        status = _without_output(error)
+    return status if isinstance(status, int) else 0
+
+
+def _refused(message: str) -> int:
+    with contextlib.suppress(OSError):  # standard error may be full, too
+        print(f"compresskv: {' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
+    return 2
+
+
+def _show_help(error: Any) -> int:
+    error.show()
+    return 2
+
+
+def _without_output(error: OSError) -> int:
+    """Standard output cannot be written: a full disk, or a reader that went away, which is no error.
+
+    What it still holds is dropped, for Python would fail on it once more at its end.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1 if error.errno == errno.EPIPE else _refused(f"standard output cannot be written: {error.strerror}")

@@ -57,7 +57,7 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Prompt lengths of needle cases.")] = "1024,2048,4096",
     depths: Annotated[str, typer.Option(help="Where needles are hidden, per cent.")] = "0,25,50,75,100",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Cases of each subset; for needles, of each length and depth.")
+        int | None, typer.Option(help="Cases of each subset; for needles, of each length and depth.")
     ] = None,
     rows: Annotated[
         str, typer.Option(help="Which cases of each subset, as a slice: 1::2 is every second one.", metavar="SLICE")

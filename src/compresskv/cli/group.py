@@ -7,13 +7,27 @@ from typing import Any
 
 import typer.core
 
-from compresskv.errors import CompressKVError, told
+from compresskv.errors import CompressKVError, ConfigError, told
+from compresskv.system.suggest import suggestion
 
 _SETTING = re.compile(r"\b([a-z_]+)=('[^']*'|[^\s,:;()]+)")
 
 
 class Group(typer.core.TyperGroup):
     """Where the Python API says max_new_tokens=0, its commands say --max-new-tokens 0."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is meant.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            raise ConfigError(f"{args[0]!r} is no command of '{ctx.command_path}'{suggestion(args[0], self._shown())}")
+        return super().resolve_command(ctx, args)
+
+    def _shown(self) -> list[str]:
+        return [name for name, command in self.commands.items() if not command.hidden]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.

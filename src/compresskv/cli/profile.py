@@ -12,6 +12,7 @@ from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, check_
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ProfileError
+from compresskv.selection.budgets import check_budget
 
 if TYPE_CHECKING:
     from compresskv.profiles.profile import Profile
@@ -121,11 +122,12 @@ def find(
 @profile_app.command()
 def show(
     profile: FileArgument,
-    budget: Annotated[int, typer.Option(help="Mean tokens per layer for the layer budgets.", min=1)] = 256,
+    budget: Annotated[int, typer.Option(help="Mean tokens per layer for the layer budgets.")] = 256,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print a profile's heads and layer budgets; with --plot also as figures."""
+    check_budget(budget)
     figures = {"plot": None if plot is None else [plot / name for name in ("head_scores.png", "layer_budgets.png")]}
     check_outputs(figures, {"profile": profile})
     check_folder("plot", plot)
@@ -171,8 +173,8 @@ def verify(
     model: ModelArgument,
     profile: Annotated[Path | None, typer.Argument(help="Default: the model's own profile.")] = None,
     counts: Annotated[str, typer.Option(help="How many heads to mask.")] = "5,10,20,30",
-    length: Annotated[int, typer.Option(help="Prompt length in tokens.", min=256)] = 1024,
-    documents: Annotated[int, typer.Option(help="Documents to ask about, four needles each.", min=1)] = 6,
+    length: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 1024,
+    documents: Annotated[int, typer.Option(help="Documents to ask about, four needles each.")] = 6,
     haystack: HaystackOption = None,
     needles: NeedlesOption = None,
     seed: Annotated[int, typer.Option(help="Of the random heads.")] = 0,

@@ -61,7 +61,7 @@ class Plan:
         if self.too_long not in TOO_LONG:
             problem = f"is unknown: choose from {', '.join(TOO_LONG)}"
             raise ConfigError(problem, option="too_long", value=self.too_long)
-        for option in ("max_prompt_tokens", "max_new_tokens"):
+        for option in ("limit", "max_prompt_tokens", "max_new_tokens"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError("must be at least 1", option=option, value=value)

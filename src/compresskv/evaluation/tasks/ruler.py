@@ -106,7 +106,8 @@ def _example(tokenizer: PreTrainedTokenizerBase, seed: int, subset: str, length:
     while num_noise > 0 and num_tokens(num_noise) > length:  # lines next to each other may merge into other tokens
         num_noise -= 1
     if num_noise < 1:
-        raise ConfigError(f"--lengths {length} leaves no room for text beside what {subset} hides in it")
+        problem = f"leaves no room for text beside what {subset} hides in it"
+        raise ConfigError(problem, option="lengths", value=length)
     context = chain.hidden(draw, num_noise)
     starts = [len(prefix) + context.index(line) for line in chain.lines]
     return Example(

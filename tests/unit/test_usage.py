@@ -1,0 +1,169 @@
+"""Every refusal is one line in one style, whoever refuses: our checks, the parser of options, or the system."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from commands import Result, runner
+from compresskv.cli.app import app
+
+GROUP = typer.main.get_command(app)
+
+
+def commands(group: Any = GROUP, *path: str) -> Iterator[tuple[list[str], Any]]:
+    """The words of each command, and the command itself."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield [*path, name], command
+
+
+COMMANDS = list(commands())
+NUMBERS = (
+    *("--limit", "--seed", "--max-prompt-tokens", "--max-new-tokens", "--layers", "--repeats"),
+    *("--new-tokens", "--length", "--documents"),
+)
+NAMES = [" ".join(words) for words, _ in COMMANDS]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path / "cache"))
+    return runner(monkeypatch, capfd, columns=80)
+
+
+def refused(result: Result) -> str:
+    """The one line on standard error, without the program's name."""
+    assert (result.code, result.out) == (2, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith("compresskv: ")
+    return line.removeprefix("compresskv: ")
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=NAMES)
+class TestParser:
+    def test_an_unknown_option(self, call: Callable[..., Result], words: list[str], command: Any) -> None:
+        if words == ["serve"]:
+            pytest.skip("unknown options go to vLLM")
+        line = refused(call(*words, "--jason"))
+        assert line.startswith(f"--jason is no option of 'compresskv {' '.join(words)}'")
+        assert ("did you mean --json?" in line) == ("--json" in {opt for one in command.params for opt in one.opts})
+
+    def test_missing_arguments(self, call: Callable[..., Result], words: list[str], command: Any) -> None:
+        required = [one for one in command.params if one.required]
+        if not required:
+            pytest.skip("it needs none")
+        line = refused(call(*words))
+        name = required[0].opts[0] if required[0].param_type_name == "option" else required[0].name.upper()
+        assert line.startswith(f"{name} is missing: compresskv {' '.join(words)} ")
+
+    def test_whole_numbers(self, call: Callable[..., Result], words: list[str], command: Any) -> None:
+        for one in command.params:
+            option = max(one.opts, key=len)
+            if option in NUMBERS and words != ["profile", "import"]:  # whose --layers is a file
+                assert refused(call(*words, option, "many")) == f"{option} 'many' is no whole number"
+                assert refused(call(*words, f"{option}=1.5")) == f"{option} '1.5' is no whole number"
+
+    def test_an_option_without_its_value(self, call: Callable[..., Result], words: list[str], command: Any) -> None:
+        takes_value = [one for one in command.params if one.param_type_name == "option" and not one.is_flag]
+        for one in takes_value:
+            option = max(one.opts, key=len)
+            assert refused(call(*words, option)) == f"{option} needs a value"
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["aks", "a.txt", "b"], "'aks' is no command of 'compresskv': did you mean 'ask'?"),
+        (["--budgt"], "--budgt is no option of 'compresskv': see compresskv --help"),
+        (
+            ["ask", "a.txt", "who", "is"],
+            "'is' is too much, or belongs in quotes with what is before it: compresskv ask",
+        ),
+        (["eval", "-o", "run", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["profile", "show", "smollm2-135m", "--budget", "0"], "--budget 0 must be at least 1 token"),
+        (["profile", "verify", "smollm2-135m", "--length", "1"], "--length 1 must be at least 256"),
+        (["profile", "verify", "smollm2-135m", "--documents", "0"], "--documents 0 must be at least 1"),
+        (["profile", "verify", "smollm2-135m", "--counts", "5,0"], "--counts 0 must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_typed_wrongly(call: Callable[..., Result], args: list[str], line: str) -> None:
+    assert refused(call(*args)).startswith(line)
+
+
+def started(*args: str, **options: Any) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "compresskv", *args]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("args", [["methods"], ["methods", "--json"], ["--help"], ["ask", "--help"], ["--version"]])
+def test_a_full_standard_output_is_told_in_one_line(args: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = started(*args, stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert err == b"compresskv: standard output cannot be written: No space left on device\n"
+    assert process.returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors are inherited otherwise there")
+def test_a_closed_standard_output_is_told_in_one_line() -> None:
+    process = started("methods", preexec_fn=lambda: os.close(1))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (
+        2,
+        b"compresskv: standard output is closed: send it to a file or to /dev/null\n",
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors are inherited otherwise there")
+def test_a_closed_standard_error_changes_nothing_else() -> None:
+    command = f"{sys.executable} -m compresskv methods --json 2>&-"
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, timeout=60, check=True)
+    assert done.stdout.startswith(b"[")
+
+
+@pytest.mark.parametrize("module", ["typer", "rich.console", "compresskv.cli.app", "torch", "transformers"])
+def test_ctrl_c_while_modules_are_imported(module: str, tmp_path: Path) -> None:
+    """The interrupt comes when `module` is asked for."""
+    (tmp_path / "doc.txt").write_text("text", encoding="utf-8")
+    code = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["compresskv", "ask", "doc.txt", "What?", "--method", "full", "--model", "./nowhere"]
+from compresskv.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"compresskv: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is POSIX")
+def test_ctrl_c_at_any_instant_and_once_more_leaves_no_traceback() -> None:
+    for delay in (0.08, 0.12, 0.2):
+        process = started("methods", stdout=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        ours = re.sub(rb"(?s).*(?=File .*compresskv/cli)", b"", err)  # Python's own start is not ours to watch
+        assert b"compresskv/cli" not in ours
+        assert process.returncode in (0, 1, 130, -signal.SIGINT)
