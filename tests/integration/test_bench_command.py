@@ -113,7 +113,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--new-tokens", "1"], "--new-tokens 1"),
         (["--random", "llama-9b"], "--random 'llama-9b' is unknown: did you mean"),
         (["--layers", "0"], "--layers 0"),
-        (["--layers", "1000000000"], "--layers"),
+        (["--layers", "1000000000"], "with 1000000000 layers"),
         (["--model", "smollm2-135m"], "--model 'smollm2-135m' and --random 'tiny' exclude each other"),
         (["--profile", "p.json"], "--profile 'p.json' and --random 'tiny' exclude each other"),
         (["--plot", "figure.txt"], "--plot 'figure.txt'"),
@@ -121,7 +121,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--output", "."], "--output '.' is a folder"),
         (["--output", "/proc/run.json"], "--output '/proc/run.json' cannot be written"),
         (["--decode", "fast"], "--decode 'fast' must be among eager, compiled, int8"),
-        (["--peers", "llama.cpp"], "--peers llama.cpp and --random 'tiny' exclude each other"),
+        (["--peers", "llama.cpp"], "--peers 'llama.cpp' needs a real model, not --random 'tiny'"),
         (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
         (["--dtype", "float3"], "--dtype 'float3'"),
         (["--device", "tpu9"], "--device 'tpu9'"),
@@ -232,7 +232,7 @@ def test_an_engine_that_is_installed_here_needs_no_other_environment(monkeypatch
 def test_llama_cpp_reads_gguf_files_alone(call: Callable[..., Result]) -> None:
     result = call("bench", "--model", "org/name", "--peers", "llama.cpp")
     assert (result.code, result.out) == (2, "")
-    assert result.err == "compresskv: --peers llama.cpp reads .gguf files, and --model 'org/name' is none\n"
+    assert result.err == "compresskv: --peers 'llama.cpp' reads .gguf files, and --model 'org/name' is none\n"
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ class TestShowImportVerify:
             == f"{ANSWER}\n"
         )
 
-        assert_refused(call(*args, str(tmp_path)), "cannot read its shape")
+        assert_refused(call(*args, str(tmp_path)), "its shape cannot be read")
         heads.write_text('{"0": [0, 1, 2, 3]}', encoding="utf-8")
         assert_refused(call(*args, "model"), "layers.jsonl")
 
