@@ -47,7 +47,7 @@ class Eviction:
         """Forget the last prompt."""
         self._row_lengths: list[int] | None = None
         self._groups: list[_Group] = []
-        self._waiting: list[Retaining] = []
+        self._waiting: list[tuple[Retaining, torch.device]] = []
 
     def end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs, num_ahead: int = 0) -> None:
         """Cut the layer, now or, where the method decides for all layers together, when the last one has come.
@@ -68,9 +68,10 @@ class Eviction:
         own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
         own = [one.with_window(group.method.window_size) for one, group in zip(own, self._groups, strict=True)]
         if self.method.decides_together:
-            self._waiting.append(layer)
+            self._waiting.append((layer, inputs.keys.device))
             for group, rows in zip(self._groups, own, strict=True):
-                group.observed.append(group.method.observe(rows))
+                # Layers may lie on several devices. What they tell each other is small, and goes to the first one's.
+                group.observed.append(group.method.observe(rows).to(self._waiting[0][1]))
             if len(self._waiting) == self.num_layers:
                 self._decide()
         else:
@@ -82,8 +83,8 @@ class Eviction:
         shared = isinstance(self.budget, (int, float))  # what the caller gives for each layer is not shared out again
         by_group = [group.decided(shared=shared) for group in self._groups]
         waiting, self._waiting = self._waiting, []
-        for position, (layer, *scores) in enumerate(zip(waiting, *by_group, strict=True)):
-            self._retain(layer, position, scores)
+        for position, ((layer, device), *scores) in enumerate(zip(waiting, *by_group, strict=True)):
+            self._retain(layer, position, [own.to(device) for own in scores])
 
     def _retain(self, layer: Retaining, position: int, scores: list[Tensor]) -> None:
         """Cut one layer by the scores of each group's rows."""

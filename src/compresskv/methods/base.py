@@ -17,6 +17,7 @@ from compresskv.selection.scores import window_moments
 from compresskv.selection.select import select, select_rows
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from compresskv.profiles.profile import Profile
@@ -87,6 +88,11 @@ class Observation:
     """(B, 1, T) float32: the sum of the votes of the layer's heads; None where none of them votes."""
     preference: Tensor | None = None
     """(B,): how much of the budget the layer should have."""
+
+    def to(self, device: torch.device) -> Observation:
+        """The same on a device, for layers that lie on several."""
+        tensors = {name: getattr(self, name) for name in ("valid", "scores", "vote", "preference")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass(frozen=True)

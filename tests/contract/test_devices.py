@@ -1,0 +1,52 @@
+"""Layers on several devices: what is kept is what would be kept on one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from compresskv.cache.cache import CompressedCache
+from compresskv.methods.prepare import prepare_method
+from compresskv.models.shape import compressible_layers
+from devices import FIRST, SECOND, StandInDevices, inner, place
+
+NUM_PROMPT, NUM_LAYERS = 70, 4
+
+
+def test_the_stand_in_devices_are_as_strict_as_real_ones() -> None:
+    with StandInDevices():
+        one, other = place(torch.ones(3), FIRST), place(torch.ones(3), SECOND)
+        assert torch.arange(3, device=one.device).device == FIRST
+        for wrong in (lambda: one + other, lambda: torch.stack([one, other]), lambda: one + torch.ones(3)):
+            with pytest.raises(RuntimeError, match="same device"):
+                wrong()
+        assert (one + other.to(FIRST)).device == FIRST
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
+def test_layers_on_two_devices_keep_what_layers_on_one_keep(method: str, padded: bool) -> None:
+    model, generator = tiny.tiny_model("llama"), torch.Generator().manual_seed(2)
+    assert len(compressible_layers(model)) == NUM_LAYERS
+    chosen = prepare_method(model, method, **tiny.options_for(model, method))
+    states = [
+        [torch.randn(2, heads, tokens, 8, generator=generator) for heads, tokens in ((2, NUM_PROMPT),) * 2 + ((6, 32),)]
+        for _ in range(NUM_LAYERS)
+    ]
+    valid = (torch.arange(NUM_PROMPT) >= torch.tensor([[0], [25]])) if padded else None
+
+    def kept(devices: list[torch.device]) -> list[Tensor]:
+        cache = CompressedCache(model, chosen, 24)
+        for layer, (keys, values, queries), device in zip(cache.compressed_layers, states, devices, strict=True):
+            layer.adopt_prompt(place(keys, device), place(values, device))
+            own = None if valid is None else place(valid, device)
+            window = queries[:, :, queries.shape[2] - chosen.window_size :]
+            layer.end_prefill(place(window, device), own, 0.3, None)
+        for layer, device in zip(cache.compressed_layers, devices, strict=True):
+            assert layer.positions is not None
+            assert {tensor.device for tensor in (layer.positions, *layer.tensors)} == {device}
+        return [inner(layer.positions) for layer in cache.compressed_layers if layer.positions is not None]
+
+    with StandInDevices():
+        expected, found = kept([FIRST] * NUM_LAYERS), kept([FIRST, FIRST, SECOND, SECOND])
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
