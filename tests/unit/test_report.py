@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("scipy", reason="the 'eval' extra is not installed")
 pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")
 
+from commands import runner
 from compresskv.cli.report import EPILOG, report
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.records import Record, RecordLog
@@ -280,6 +281,20 @@ class TestCommand:
         shown = json.loads(capsys.readouterr().out)
         assert shown["file"] == str(folder / "out" / "report.md")
         assert shown["models"] == report_data([folder], {"snapkv"})["models"]
+
+    @pytest.mark.filterwarnings("default::UserWarning")
+    def test_a_last_line_that_was_cut_short_is_told_in_one_line(
+        self, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = folder / "records.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20])
+        result = runner(monkeypatch, capfd, 100)("report", folder)
+        assert result.code == 0
+        first, *rest = result.err.splitlines()
+        assert first == f"compresskv: {path}: its last line was cut short and is left out"
+        assert len(rest) == 1
+        assert path.read_bytes() == whole[:-20]
 
     def test_several_runs_have_a_folder_of_their_own(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ from compresskv.cli.report import report
 from compresskv.cli.serve import CONTEXT as SERVE_CONTEXT
 from compresskv.cli.serve import EPILOG as SERVE_EPILOG
 from compresskv.cli.serve import serve
+from compresskv.cli.terminal import warnings_in_one_line
 from compresskv.cli.usage import UsageError, explained, is_help
 from compresskv.errors import CompressKVError
 from compresskv.system.quiet import hush_torchao
@@ -100,7 +101,8 @@ def run() -> int:
         return _refused("standard output is closed: send it to a file or to /dev/null")
     status: Any = 0
     try:
-        status = app(prog_name="compresskv", standalone_mode=False)
+        with warnings_in_one_line():
+            status = app(prog_name="compresskv", standalone_mode=False)
         sys.stdout.flush()
     except CompressKVError as error:
         status = _refused(str(error))

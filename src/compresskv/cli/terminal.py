@@ -1,5 +1,11 @@
 """What the commands share when they write to a terminal: consoles, progress, numbers."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -7,6 +13,30 @@ out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 """Results."""
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 """Progress and remarks: never part of a result."""
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Let warnings of this package look like its errors; those of others stay as they are."""
+    package = Path(__file__).parents[1]
+    with warnings.catch_warnings():
+        default = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if Path(filename).is_relative_to(package):
+                err.print(f"compresskv: {' '.join(str(message).split())}")
+            else:
+                default(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 class Bar:
