@@ -155,6 +155,14 @@ class TestPlaces:
         write_text(path, "new")
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+    def test_the_owner_stays(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.touch()
+        os.chown(path, 1234, 4321)
+        write_text(path, "new")
+        assert (path.stat().st_uid, path.stat().st_gid) == (1234, 4321)
+
     def test_what_is_protected_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "file"
         path.write_text("old")

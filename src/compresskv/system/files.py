@@ -3,6 +3,7 @@
 import os
 import stat
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -10,7 +11,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """Write atomically: a reader sees the old file or the new one, even after a full disk or a power cut.
 
     What is no file (a device, a pipe) is written to as it is; a link is followed, and an existing file's permissions
-    are kept.
+    and, as far as this process may, its owner are kept.
 
     Raises:
         OSError: the place cannot be written; what was there is there still.
@@ -19,12 +20,14 @@ def write_whole(path: str | Path, data: bytes) -> None:
         Path(path).write_bytes(data)  # renaming would put a file in the place of /dev/null
         return
     path = Path(os.path.realpath(path))
-    mode = _mode_of(path)
+    before = _replaceable(path)
     temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
     try:
         with temporary.open("xb") as file:
-            if mode is not None:
-                temporary.chmod(mode)
+            if before is not None:
+                with suppress(OSError, AttributeError):  # AttributeError: Windows has no owners
+                    os.chown(temporary, before.st_uid, before.st_gid)
+                temporary.chmod(stat.S_IMODE(before.st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -43,8 +46,8 @@ def write_text(path: str | Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
-def _mode_of(path: Path) -> int | None:
-    """Permissions of an existing file; None where there is none.
+def _replaceable(path: Path) -> os.stat_result | None:
+    """What an existing file is; None where there is none.
 
     Raises:
         PermissionError: it is protected against writing, which a rename would pass over.
@@ -53,4 +56,4 @@ def _mode_of(path: Path) -> int | None:
         return None
     if not os.access(path, os.W_OK):
         raise PermissionError(13, os.strerror(13), str(path))
-    return stat.S_IMODE(path.stat().st_mode)
+    return path.stat()
