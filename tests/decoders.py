@@ -47,7 +47,7 @@ def examine(model_type: str) -> Outcome:
     except Exception as error:  # noqa: BLE001 - a package that is missing, or a config that cannot be shrunk
         return Outcome("untried", f"cannot be built here: {_first_line(error)}")
     refusal = _refusal(model)
-    sequence = tiny.random_tokens(sum(STEPS)).clamp(max=shrunk.FIRST_SPECIAL - 1)
+    sequence = tiny.random_tokens(sum(STEPS)).clamp(max=tiny.VOCAB_SIZE - shrunk.NUM_SPECIAL - 1)
     if refusal is None:
         try:
             plain = _read(model, _plain_cache(model), sequence)

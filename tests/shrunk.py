@@ -9,12 +9,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tiny
 
-FIRST_SPECIAL = 100
-"""Ids from here on may stand for images: prompts have none of them."""
+NUM_SPECIAL = 28
+"""The last ids may stand for images: prompts have none of them."""
 
+_VOCABULARY = r"(\w+_)?vocab_size(_\w+)?|n_vocab|vocab_offset|codebook_size|num_embeddings"
+_POSITIONS = r"max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length"
 # setting -> size; the last that fits counts, and a setting that is smaller already is left alone
 _SIZES: list[tuple[str, int]] = [
-    (r"(\w+_)?vocab_size(_\w+)?|n_vocab|vocab_offset|codebook_size|num_embeddings", tiny.VOCAB_SIZE),
     (r"(num_)?(\w+_)?(hidden_|encoder_|decoder_)?layers|n_layers?|depth|num_blocks|resampler_depth", 4),
     (r"num_layers_per_stack", 1),
     (r"(\w+_)?attention_heads|n_heads?|num_heads|\w+_n_heads|resampler_heads|linear_num_(value_)?heads", 4),
@@ -36,7 +37,6 @@ _SIZES: list[tuple[str, int]] = [
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
     (r"mamba_d_head|mamba_headdim|mamba_head_dim|mamba_dt_rank|time_step_rank", 32),
     (r"(mamba_)?chunk_size|index_topk|index_topk_blocks|index_block_size|index_head_dim", 16),
-    (r"max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length", 512),
     (r"n_groups|mamba_n_groups", 2),
     (r"encoder_hash_byte_group_vocab", 128),
     (r"image_size|max_image_size|img_size", 32),
@@ -105,7 +105,14 @@ def types() -> dict[str, Any]:
     }
 
 
-def build(model_type: str, attn_implementation: str | None = None, **changes: Any) -> PreTrainedModel:
+def build(
+    model_type: str,
+    attn_implementation: str | None = None,
+    *,
+    vocab_size: int = tiny.VOCAB_SIZE,
+    num_positions: int = 512,
+    **changes: Any,
+) -> PreTrainedModel:
     """A model of this type with seeded random weights, in float32.
 
     Args:
@@ -113,23 +120,28 @@ def build(model_type: str, attn_implementation: str | None = None, **changes: An
         changes: to its config, nested like it.
     """
     config_class = CONFIG_MAPPING[model_type]
-    settings = _merged(_merged(_shrunk(config_class()), _BESIDE.get(model_type, {})), changes)
+    settings = _merged(
+        _merged(_shrunk(config_class(), vocab_size, num_positions), _BESIDE.get(model_type, {})), changes
+    )
     model = types()[model_type].from_config(config_class(**settings), attn_implementation=attn_implementation)
     tiny.sharpen(model, seed=sum(map(ord, model_type)))
     return model.eval()
 
 
-def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
+def _shrunk(config: PretrainedConfig, vocab_size: int, num_positions: int) -> dict[str, Any]:
     """The arguments that make a small config of this kind."""
     changes: dict[str, Any] = {}
     own = config.to_dict()
     for name, value in own.items():
         if isinstance(value, int) and not isinstance(value, bool):
-            changes[name] = _small(name, value)
+            changes[name] = vocab_size if re.fullmatch(_VOCABULARY, name) else _small(name, value)
+        if re.fullmatch(_POSITIONS, name) and value:
+            changes[name] = num_positions
         if re.fullmatch(r"(pad|bos|eos|decoder_start|sep|cls)_token_id", name) and value is not None:
             changes[name] = {"pad_token_id": tiny.PAD, "bos_token_id": 1}.get(name, 2)
         elif re.fullmatch(r"\w+_token_(id|index)|\w+_index|\w+_token", name) and isinstance(value, int):
-            changes[name] = value if value < FIRST_SPECIAL else FIRST_SPECIAL + sum(map(ord, name)) % 28
+            first = vocab_size - NUM_SPECIAL
+            changes[name] = value if value < first else first + sum(map(ord, name)) % NUM_SPECIAL
     if "qk_rope_head_dim" in changes:
         changes["head_dim"] = changes["qk_rope_head_dim"]
         changes["num_key_value_heads"] = changes["num_attention_heads"]
@@ -140,7 +152,7 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     for name in getattr(config, "sub_configs", None) or {}:
         part = getattr(config, name, None)
         if isinstance(part, PretrainedConfig):
-            changes[name] = {"model_type": part.model_type, **_shrunk(part)}
+            changes[name] = {"model_type": part.model_type, **_shrunk(part, vocab_size, num_positions)}
     return changes
 
 

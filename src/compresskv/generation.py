@@ -18,6 +18,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.dtype import warn_of_slow_dtype
+from compresskv.models.place import input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.plans.make import make_plan
 from compresskv.plans.plan import Plan, Planned
@@ -138,8 +139,8 @@ def ask(
     prompt = build_prompt(
         tokenizer, context, question, max_tokens=room_for_prompt(model, max_new_tokens), truncate=truncate
     )
-    input_ids = prompt.input_ids.to(model.device)
-    memory.reset_peak(model.device)
+    input_ids = prompt.input_ids.to(input_device(model))
+    memory.reset_peak(input_device(model))
     start = time.perf_counter()
     plan = None
     if two_pass:
@@ -150,7 +151,7 @@ def ask(
     with compressed as cache:
         logits = prefill(model, input_ids, cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
-        _synchronize(model.device)
+        _synchronize(input_device(model))
         prefill_s = time.perf_counter() - start
         first = int(logits.argmax())
         first_s = time.perf_counter() - start
@@ -175,7 +176,7 @@ def ask(
         compiled_tokens=cache.num_compiled_steps,
         compile_s=cache.compile_s,
         not_compiled=cache.not_compiled,
-        peak_memory_nbytes=memory.peak_nbytes(model.device),
+        peak_memory_nbytes=memory.peak_nbytes(input_device(model)),
         dtype=weights_dtype(model),
     )
     answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()

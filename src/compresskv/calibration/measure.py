@@ -32,6 +32,7 @@ from compresskv.errors import ModelError, ProfileError
 from compresskv.methods.compresskv import CompressKV
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.fingerprint import Fingerprint, fingerprint
+from compresskv.models.place import input_device
 from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.profiles.profile import Profile, Rows, normalised
 from compresskv.version import __version__
@@ -183,12 +184,12 @@ class Measurement:
         )
 
     def _read(self, token_ids: list[int], cache: FullCache) -> None:
-        logits = prefill(self.model, torch.tensor([token_ids], device=self.model.device), cache)
+        logits = prefill(self.model, torch.tensor([token_ids], device=input_device(self.model)), cache)
         if not torch.isfinite(logits).all():
             raise ModelError("the model's output is NaN or infinite: its weights are damaged, or its dtype overflows")
 
     def _answer(self, suffix: list[int], cache: FullCache) -> list[int]:
-        logits = prefill(self.model, torch.tensor([suffix], device=self.model.device), cache)
+        logits = prefill(self.model, torch.tensor([suffix], device=input_device(self.model)), cache)
         return decode(self.model, self.tokenizer, int(logits.argmax()), cache, self.settings.max_new_tokens)
 
 

@@ -30,6 +30,7 @@ from compresskv.calibration.needles import (
 from compresskv.calibration.recording import MaskedLayer
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.models.decoding import end_tokens, last_logits, prefill
+from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import context_length
@@ -166,7 +167,7 @@ def _answered(
     prefix, questions = encode_questions(tokenizer, document, document.questions)
     config = decoder_config(model)
     cache = FullCache(model, lambda layer_idx, _: MaskedLayer(layer_idx, config))
-    prefill(model, torch.tensor([prefix], device=model.device), cache)
+    prefill(model, torch.tensor([prefix], device=input_device(model)), cache)
     for (_, needle), question in zip(document.needles, questions, strict=True):
         answers: list[str] = []
         for start in range(0, len(head_sets), _ROWS):
@@ -191,7 +192,7 @@ def _answers(
 ) -> list[str]:
     """Continue all rows greedily; each answer ends at its first end-of-text token."""
     ends = end_tokens(model, tokenizer)
-    tokens = torch.tensor([suffix] * num_rows, device=model.device)
+    tokens = torch.tensor([suffix] * num_rows, device=input_device(model))
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     while len(rows[0]) < max_new_tokens and not all(ends.intersection(row) for row in rows):
         tokens = last_logits(model, tokens, cache).argmax(dim=-1, keepdim=True)

@@ -22,6 +22,7 @@ from compresskv.compiled.graph import GraphedStep
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
 from compresskv.compiled.package import NotCompilableError, Package, Progress, built_facts, load_package
 from compresskv.compiled.step import EVEN, RAGGED, SLIDING, StepInputs
+from compresskv.models.place import input_device, is_offloaded
 
 _STEP_ARGUMENTS = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep",
@@ -154,7 +155,9 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             and not any(getattr(config, name, False) for name in ("output_hidden_states", "output_attentions"))
             and getattr(config, "return_dict", True)
             and not (
-                torch.is_grad_enabled() or torch.is_autocast_enabled(self._model.device.type) or self._model.training
+                torch.is_grad_enabled()
+                or torch.is_autocast_enabled(input_device(self._model).type)
+                or self._model.training
             )
             and (attention_mask is None or _is_all_ones(attention_mask))
             and all(map(self._is_ready, self.cache.layers))
@@ -196,11 +199,13 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         Raises:
             NotCompilableError: there is none.
         """
-        device = self._model.device
+        device = input_device(self._model)
         if device.type not in ("cpu", "cuda"):
             raise NotCompilableError(f"compiled steps are made for CPUs and CUDA, and the model is on {device}")
         if has_hooks(self._model):
             raise NotCompilableError("hooks are set on the model's modules, which it would not call")
+        if is_offloaded(self._model):
+            raise NotCompilableError("its weights are offloaded, and lie elsewhere from token to token")
         if device.type == "cpu":
             return self._get_package(kinds)
         return None if self._mode == AUTO and self._eager_s < _RECORDING_S else GraphedStep(self._model, kinds)

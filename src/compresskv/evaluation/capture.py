@@ -13,6 +13,7 @@ from compresskv.cache.full import FullCache
 from compresskv.cache.routed import RoutedLayer
 from compresskv.methods.base import Method
 from compresskv.models.decoding import prefill
+from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
 from compresskv.selection.budgets import Budget
 
@@ -59,7 +60,7 @@ class CapturedPrompt:
     def read(self, input_ids: Sequence[int]) -> Tensor:
         """Read more of the prompt: the last position's logits (vocab,)."""
         self.input_ids = [*self.input_ids, *input_ids]
-        return prefill(self._model, torch.tensor([list(input_ids)], device=self._model.device), self.cache)
+        return prefill(self._model, torch.tensor([list(input_ids)], device=input_device(self._model)), self.cache)
 
     def fork(self) -> "CapturedPrompt":
         """What was read so far, to stay as it is when this one reads on."""

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.full import branch
 from compresskv.models.decoding import decode
+from compresskv.models.place import input_device
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def teacher_forced(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int
     """(n - 1, vocab) log-probabilities after each token but the last. `cache` stays as it is."""
     if len(token_ids) < 2:
         return torch.empty(0, 0)
-    inputs = torch.tensor([list(token_ids[:-1])], device=model.device)
+    inputs = torch.tensor([list(token_ids[:-1])], device=input_device(model))
     logits: Tensor = model(input_ids=inputs, past_key_values=branch(cache), use_cache=True).logits[0]
     return logits.float().log_softmax(dim=-1)
 

@@ -17,6 +17,7 @@ from compresskv.errors import ConfigError, first_line
 from compresskv.evaluation.peer_request import PeerCase, PeerRequest
 from compresskv.models.decoding import end_tokens
 from compresskv.models.load import load
+from compresskv.models.place import input_device
 from compresskv.peers.answers import Write, answer_request
 from compresskv.peers.press_cache import PeerCache
 from compresskv.peers.press_names import method_name
@@ -35,7 +36,7 @@ def run_peer(loaded: Loaded, chosen: Peer, case: PeerCase, budget: int | float, 
         ConfigError: as for `Peer.compress`, or the prompt cannot be cut for the agnostic setting.
     """
     model, tokenizer = loaded
-    input_ids = torch.tensor([case.input_ids], device=model.device)
+    input_ids = torch.tensor([case.input_ids], device=input_device(model))
     num_compressed = input_ids.shape[1] if setting == "aware" else _cut(case)
     context, suffix = input_ids[:, :num_compressed], input_ids[:, num_compressed:]
     cache = chosen.compress(model, tokenizer, context, resolve(budget, num_compressed), case.suffix_start)

@@ -19,6 +19,7 @@ from compresskv.evaluation.records import SETTINGS, Record, config_name
 from compresskv.evaluation.task import Task
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, prefill
+from compresskv.models.place import input_device
 
 __all__ = ["SETTINGS", "Case", "Configuration", "Runner"]
 
@@ -127,7 +128,7 @@ class _Reading:
         retained = sum(layer.mean_retained for layer in layers) / len(layers)
         recall = evidence_recall(cache, prompt.evidence)
         if first is None:
-            rest = torch.tensor([prompt.input_ids[len(captured.input_ids) :]], device=runner.model.device)
+            rest = torch.tensor([prompt.input_ids[len(captured.input_ids) :]], device=input_device(runner.model))
             first = int(prefill(runner.model, rest, cache).argmax())
             retained += rest.shape[1]
         near = fidelity(runner.model, cache, full, len(ahead))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from compresskv.models.place import input_device
+
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
@@ -20,7 +22,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
 @torch.no_grad()
 def decode_one_token(model: PreTrainedModel, token: int, cache: Cache) -> Tensor:
     """Feed one token and return the next position's logits (vocab,)."""
-    return last_logits(model, torch.tensor([[token]], device=model.device), cache)[0]
+    return last_logits(model, torch.tensor([[token]], device=input_device(model)), cache)[0]
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def load_gguf(
     import transformers
 
     loader: Any = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype or torch.bfloat16, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype or torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:

@@ -28,7 +28,9 @@ def load(
     device: str | torch.device | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model ready to generate (eval mode, sdpa attention, gradients off) and its tokenizer.
+    """A model ready to generate (eval mode, gradients off) and its tokenizer.
+
+    Its attention is sdpa, or eager where its class cannot use that. A model of images and text is loaded as such.
 
     Args:
         spec: an embedded model's name, a folder, a `.gguf` file, or a hub id such as `org/name`.
@@ -103,9 +105,8 @@ def _load_checkpoint(
     spec: str, folder: Path | None, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a folder or, where that is `None`, from the hub."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    loader: Any = AutoModelForCausalLM
     if folder is not None:
         _check_folder(spec, folder)
     name = spec if folder is None else str(folder)
@@ -119,16 +120,24 @@ def _load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some releases make one out of nothing
             raise _error(spec, _NO_TOKENIZER)
-        model, report = loader.from_pretrained(
+        model, report = _model_class(config).from_pretrained(
             name,
             **source,
             dtype="auto" if dtype is None else dtype,
-            attn_implementation="sdpa",
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
     check_weights(spec, report)
     return model, tokenizer
+
+
+def _model_class(config: Any) -> Any:
+    """transformers' class for a config: of causal language models or, where there is none, of images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text: Any = AutoModelForCausalLM
+    images: Any = AutoModelForImageTextToText
+    return images if type(config) in images._model_mapping and type(config) not in text._model_mapping else text
 
 
 def _check_folder(spec: str, folder: Path) -> None:

@@ -19,6 +19,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.decoding import prefill
 from compresskv.models.fingerprint import fingerprint
+from compresskv.models.place import input_device
 from compresskv.plans.plan import LayerPlan, Plan, prompt_digest
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
@@ -83,7 +84,7 @@ def make_plan(
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
     with routing(model):
         cache = PlanningCache(model, chosen, budget, on_layer=on_layer)
-        prefill(model, torch.tensor([list(token_ids)], device=model.device), cache)
+        prefill(model, torch.tensor([list(token_ids)], device=input_device(model)), cache)
     own = getattr(chosen, "profile", None)
     return Plan(
         model=str(fingerprint(model)),
