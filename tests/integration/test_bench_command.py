@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,16 +13,18 @@ import pytest
 import torch
 
 from commands import Result, runner
-from compresskv.bench import limits, llama_cpp_peer, run
+from compresskv.bench import limits, llama_cpp_peer, run, stored
 from compresskv.bench.engine_peer import measure_engine
 from compresskv.bench.peer_request import BenchRequest, find_peer, measure_peer
 from compresskv.bench.plan import Plan, stages
+from compresskv.bench.stored import StoredRun
 from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import ConfigError
 from compresskv.peers.process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python
 
 TINY = ["bench", "--random", "tiny", "--repeats", "2", "--new-tokens", "5", "--dtype", "float32", "--device", "cpu"]
 SMALL = [*TINY, "--lengths", "96,200", "--budgets", "64,full"]
+QUICK = [*TINY, "--lengths", "96,200", "--budgets", "full"]
 
 
 @pytest.fixture
@@ -164,6 +167,83 @@ def test_ctrl_c_shows_what_was_measured(call: Callable[..., Result], monkeypatch
     assert result.code == 130
     assert result.err == "compresskv: interrupted\n"
     assert {row["length"] for row in json.loads(result.out)["rows"]} == {96}
+
+
+def test_interrupts_in_a_row_lose_nothing_and_the_run_goes_on(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second comes while what the first one left is about to be shown, as `timeout -s INT` sends them."""
+    own_rounds, own_result = run.run_rounds, StoredRun.result
+    lengths: list[int] = []
+    interrupting = True
+
+    def rounds(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        if input_ids.shape[1] == 200 and interrupting:
+            signal.raise_signal(signal.SIGINT)
+        return own_rounds(model, input_ids, *args, **options)
+
+    def result(stored: StoredRun) -> dict[str, Any]:
+        if len(lengths) == 2 and interrupting:  # the run has ended by then
+            signal.raise_signal(signal.SIGINT)
+        return own_result(stored)
+
+    monkeypatch.setattr(run, "run_rounds", rounds)
+    monkeypatch.setattr(StoredRun, "result", result)
+    path = tmp_path / "new" / "run.json"
+    command = [*QUICK, "-o", path, "--json"]
+    ended = call(*command)
+    assert ended.code == 130
+    half = json.loads(path.read_text(encoding="utf-8"))
+    assert {row["length"] for row in half["rows"]} == {96}
+    assert json.loads(ended.out)["rows"] == half["rows"]
+
+    interrupting = False
+    gone_on = call(*command)
+    assert gone_on.code == 0
+    assert "going on with" in gone_on.err
+    assert lengths == [96, 200, 200]
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    assert "unfinished" not in whole
+    assert {row["length"] for row in whole["rows"]} == {96, 200}
+    figures = ("prefill_s", "decode_ms", "rounds", "prefill_ratio")
+    before = [[row[figure] for figure in figures] for row in half["rows"]]
+    assert [[row[figure] for figure in figures] for row in whole["rows"]][: len(before)] == before
+
+    lengths.clear()
+    call(*command)  # a finished run is measured anew
+    assert lengths == [96, 200]
+
+
+def test_another_run_s_figures_are_not_taken_over(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own, lengths = run.run_rounds, list[int]()
+
+    def rounds(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        if len(lengths) == 2:
+            raise KeyboardInterrupt
+        return own(model, input_ids, *args, **options)
+
+    monkeypatch.setattr(run, "run_rounds", rounds)
+    path = tmp_path / "run.json"
+    assert call(*QUICK, "-o", path).code == 130
+    assert "going on" not in call(*QUICK, "--repeats", "1", "-o", path).err
+    assert lengths[2] == 96
+
+
+def test_a_file_that_cannot_be_written_costs_no_figures(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored, "write_text", full)
+    result = call(*QUICK, "-o", tmp_path / "run.json", "--json")
+    assert result.code == 2
+    assert "No space left on device" in result.err
+    assert {row["length"] for row in json.loads(result.out)["rows"]} == {96, 200}
 
 
 def test_help_has_examples(call: Callable[..., Result]) -> None:

@@ -7,11 +7,12 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import compresskv
-from compresskv.bench.run import write_result
+from compresskv.bench.stored import StoredRun
 from compresskv.errors import CompressKVError
 from compresskv.evaluation.peer_request import PeerRequest
 from compresskv.evaluation.report import write_pages
@@ -95,6 +96,11 @@ def _request(path: Path) -> None:
     PeerRequest("model", (), ("KnormPress",), (64,), ("aware",), None, None, "tokens").write(path)
 
 
+def _bench(path: Path) -> None:
+    run: Any = None
+    StoredRun(run, path, None).write({"rows": [{"length": 1024}]}, finished=True)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
@@ -103,7 +109,7 @@ def _request(path: Path) -> None:
         ("figure.png", _figure),
         ("report.md", _report),
         ("request.json", _request),
-        ("bench.json", lambda path: write_result(path, "{}" * 100)),
+        ("bench.json", _bench),
         ("page.html", lambda path: write_text(path, "<html>" * 100)),
     ],
 )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from compresskv.bench.plan import Plan, Stage, within_budget
 from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
-from compresskv.errors import ConfigError, ModelError, first_line
-from compresskv.system.files import write_text
+from compresskv.errors import ModelError, first_line
 
 Progress = Callable[[str, float], None]
 
@@ -33,15 +31,26 @@ class Bench:
         self.limits: Limits | None = None
         """The best seen so far."""
 
-    def run(self, stages: Sequence[Stage], progress: Progress, engine: str = "compresskv") -> None:
-        """Measure the stages, each in rounds.
+    def run(
+        self,
+        stages: Sequence[Stage],
+        progress: Progress,
+        engine: str = "compresskv",
+        on_rows: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Measure the stages, each in rounds; those whose rows are there are passed over.
 
+        Args:
+            on_rows: called when a stage's rows are there.
         Raises:
             ModelError: out of memory.
         """
         total = sum(map(self._work, stages))
         done = 0.0
         for stage in stages:
+            if self._is_measured(stage, self.rows, engine):
+                done += self._work(stage) / total
+                continue
             self._note_limits()
             share = self._work(stage) / total / (self.plan.repeats * len(stage.contenders))
 
@@ -64,7 +73,29 @@ class Bench:
             reasons = {row.not_compiled for row in self.rows if row.not_compiled}
             notes = [f"not compiled, so generated eagerly: {reason}" for reason in sorted(reasons)]
             self.subject.notes += [note for note in notes if note not in self.subject.notes]
+            on_rows()
         self._note_limits()
+
+    def take_over(self, rows: Sequence[Row], limits: Limits, notes: Sequence[str], stages: Sequence[Stage]) -> int:
+        """Go on with an earlier run's rows, those of whole stages.
+
+        Returns: how many of the stages need not be measured.
+        """
+        measured = [stage for stage in stages if self._is_measured(stage, rows)]
+        lengths = {stage.length for stage in measured}
+        self.rows = [row for row in rows if row.length in lengths]
+        if measured:
+            self.limits = limits
+            self.subject.notes += [note for note in notes if note not in self.subject.notes]
+        return len(measured)
+
+    def _is_measured(self, stage: Stage, rows: Sequence[Row], engine: str = "compresskv") -> bool:
+        there = {(row.engine, row.method, row.decode, row.budget) for row in rows if row.length == stage.length}
+        return all(
+            (_engine(one, engine), one.method, one.decode, one.budget) in there
+            for one in stage.contenders
+            if one.max_prompt is None
+        )
 
     def _work(self, stage: Stage) -> float:
         """In proportion to a stage's seconds, roughly."""
@@ -98,7 +129,7 @@ class Bench:
             own,
             plain,
             short,
-            engine="transformers" if contender.method == PLAIN else engine,
+            engine=_engine(contender, engine),
             length=stage.length,
             within_budget=within_budget(contender.budget, num_tokens),
             prefill_flop=prefill_flop(model, num_tokens),
@@ -119,6 +150,10 @@ class Bench:
         }
 
 
+def _engine(contender: Contender, engine: str) -> str:
+    return "transformers" if contender.method == PLAIN else engine
+
+
 @contextmanager
 def _memory_explained(length: int) -> Iterator[None]:
     try:
@@ -128,16 +163,3 @@ def _memory_explained(length: int) -> Iterator[None]:
             problem = f": the caches do not fit into memory ({first_line(err)})"
             raise ModelError(problem, option="lengths", value=length) from err
         raise
-
-
-def write_result(path: Path, text: str) -> None:
-    """Store a result's JSON.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as err:
-        raise ConfigError(f"cannot be written: {err.strerror}", option="output", value=str(path)) from err

@@ -15,6 +15,7 @@ from compresskv.errors import ConfigError
 if TYPE_CHECKING:
     from compresskv.bench.plan import Plan
     from compresskv.bench.run import Bench
+    from compresskv.bench.stored import StoredRun
     from compresskv.bench.subject import Subject
     from compresskv.methods.base import Method
 
@@ -75,7 +76,13 @@ def bench(
         Path | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE.png")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the JSON to a file, too.", metavar="RUN.json")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the JSON to a file, too, as it is measured; a run that was ended early goes on from there.",
+            metavar="RUN.json",
+        ),
     ] = None,
     profile: ProfileOption = None,
     dtype: DtypeOption = None,
@@ -100,19 +107,22 @@ def bench(
             subject.notes += asked.changes(plan)
         stages = _stages(subject, plan, chosen, profile)
         from compresskv.bench.run import Bench
+        from compresskv.bench.stored import StoredRun
+        from compresskv.system.interrupts import interrupted_once
 
         run = Bench(subject, plan)
-        extra: dict[str, Any] = {}
-        try:
-            run.run(stages, bar)
-            for name, python in peer_pythons.items():
-                from compresskv.bench.peer_request import measure_peer
-
-                plain = [row for row in run.rows if row.engine == "transformers"]
-                extra.setdefault("peers", []).extend(measure_peer(name, python, subject, plan, plain, bar))
-        finally:  # on Ctrl-C, what was measured is shown
-            bar.stop()
-            _report(run, extra, plot, output, as_json=as_json)
+        stored = StoredRun(run, output, profile)
+        if measured := stored.go_on(stages):
+            err.print(f"going on with {output}: {measured} of {len(stages)} prompt lengths were measured before")
+        finished = False
+        with interrupted_once():
+            try:
+                run.run(stages, bar, on_rows=stored.note_rows)
+                _measure_peers(peer_pythons, run, stored, bar)
+                finished = True
+            finally:  # on Ctrl-C, what was measured is shown
+                bar.stop()
+                _report(stored, plot, finished=finished, as_json=as_json)
 
 
 def _plan(
@@ -222,19 +232,24 @@ def _stages(subject: "Subject", plan: "Plan", methods: "dict[str, Method]", prof
     return our_stages(plan, prepared, subject.int8_model)
 
 
-def _report(run: "Bench", extra: dict[str, Any], plot: Path | None, output: Path | None, *, as_json: bool) -> None:
-    result = {**run.result(), **extra}
+def _measure_peers(pythons: dict[str, Path], run: "Bench", stored: "StoredRun", bar: Bar) -> None:
+    for name, python in pythons.items():
+        from compresskv.bench.peer_request import measure_peer
+
+        if name not in stored.peers:
+            plain = [row for row in run.rows if row.engine == "transformers"]
+            stored.add_peer(name, measure_peer(name, python, run.subject, run.plan, plain, bar))
+
+
+def _report(stored: "StoredRun", plot: Path | None, *, finished: bool, as_json: bool) -> None:
+    result = stored.result()
     if not result["rows"]:
         return
-    text = json.dumps(result, indent=1)
     if as_json:
-        out.print_json(text)
+        out.print_json(json.dumps(result))
     else:
         print_result(result)
-    if output is not None:
-        from compresskv.bench.run import write_result
-
-        write_result(output, text)
+    stored.write(result, finished=finished)
     if plot is not None:
         from compresskv.bench.figure import draw_run
 

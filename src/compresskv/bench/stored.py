@@ -1,0 +1,99 @@
+"""A run's JSON in its file: written as rows come, and gone on with where a run was ended early."""
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from compresskv.bench.limits import Limits
+from compresskv.bench.plan import Stage
+from compresskv.bench.row import Row
+from compresskv.bench.run import Bench
+from compresskv.errors import ConfigError
+from compresskv.system.files import write_text
+
+_UNFINISHED = "unfinished"
+
+
+class StoredRun:
+    """What a run and the peers beside it measured, and the file that keeps it."""
+
+    def __init__(self, run: Bench, path: Path | None, profile: Path | None) -> None:
+        """Take a run that has not begun.
+
+        Args:
+            path: None: nothing is stored.
+            profile: the file of the methods' profile; with another one, a stored run is not the same.
+        """
+        self._run = run
+        self._path = path
+        self._profile = None if profile is None else str(profile)
+        self.peers: dict[str, list[dict[str, Any]]] = {}
+        """Rows of the peers that were measured."""
+        self._begun: list[dict[str, Any]] = []
+
+    def go_on(self, stages: Sequence[Stage]) -> int:
+        """Take over what an unfinished run of the same kind left in the file.
+
+        Returns: how many stages need not be measured again.
+        """
+        stored = self._read()
+        if stored is None:
+            return 0
+        with suppress(KeyError, TypeError, ValueError):  # written by hand, or by another version
+            names = [field.name for field in fields(Row)]
+            rows = [Row(**{name: row[name] for name in names}) for row in stored["rows"]]
+            limits = Limits(**stored["limits"])
+            self.peers = dict(stored[_UNFINISHED]["peers"])
+            return self._run.take_over(rows, limits, stored["notes"], stages)
+        return 0
+
+    def add_peer(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Measure a peer, whose rows are stored as they come."""
+        self._begun = []
+        for row in rows:
+            self._begun.append(row)
+            self.note_rows()
+        self.peers[name], self._begun = self._begun, []
+
+    def result(self) -> dict[str, Any]:
+        """For JSON: the run's, with the rows of peers."""
+        peers = [row for rows in (*self.peers.values(), self._begun) for row in rows]
+        return {**self._run.result(), **({"peers": peers} if peers else {})}
+
+    def note_rows(self) -> None:
+        """Store what is there of a run that is not finished; where that fails, `write` will say so at its end."""
+        with suppress(ConfigError):
+            self.write(self.result(), finished=False)
+
+    def write(self, result: dict[str, Any], *, finished: bool) -> None:
+        """Store a result; where the run is not finished, with what is needed to go on with it.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        if self._path is None:
+            return
+        rest = {} if finished else {_UNFINISHED: {"profile": self._profile, "peers": self.peers}}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._path, json.dumps({**result, **rest}, indent=1))
+        except OSError as err:
+            raise ConfigError(f"cannot be written: {err.strerror}", option="output", value=str(self._path)) from err
+
+    def _read(self) -> dict[str, Any] | None:
+        """The file's unfinished run, if it is one of the same model, machine, versions and settings."""
+        try:
+            stored = json.loads((self._path or Path()).read_bytes())
+            same = stored[_UNFINISHED]["profile"] == self._profile and _kind(stored) == _kind(self._run.result())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return stored if same else None
+
+
+def _kind(result: dict[str, Any]) -> Any:
+    """What must be the same for figures to be compared, as JSON has it."""
+    machine = {name: value for name, value in result["machine"].items() if name != "available_nbytes"}
+    return json.loads(json.dumps([result["versions"], machine, result["model"], result["settings"]]))
