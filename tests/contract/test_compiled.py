@@ -18,7 +18,6 @@ import compresskv
 import tiny
 from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding, package
-from compresskv.compiled.step import Step, StepInputs
 from compresskv.compression import Compressing
 
 NUM_PROMPT = 70
@@ -37,32 +36,6 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stored_packages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Packages are kept for the whole run, and loaded anew by each test."""
     monkeypatch.setenv("COMPRESSKV_CACHE", str(packages))
-    decoding._loaded.clear()
-    yield
-    decoding._loaded.clear()
-
-
-class UncompiledPackage:
-    """A step as PyTorch runs it, line by line."""
-
-    record_s = 0.0
-
-    def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], *_: Any, **__: Any) -> None:
-        self.kinds = kinds
-        self._step = Step(model, kinds)
-        self._weights = package.weights_of(model)
-
-    @torch.no_grad()
-    def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
-        return self._step(*inputs.as_args())
-
-    def fits(self, model: PreTrainedModel) -> bool:
-        return package.weights_of(model) == self._weights
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(decoding, "load_package", UncompiledPackage)
     decoding._loaded.clear()
     yield
     decoding._loaded.clear()

@@ -147,7 +147,7 @@ def test_a_recording_does_not_keep_a_cache_alive() -> None:
         tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
         step = GraphedStep(model, decoding._kinds(cache), forget)
         token, position = torch.tensor([[3]]), torch.tensor([[NUM_PROMPT]])
-        inputs = decoding._gather_inputs(cache, token, position, step.kinds)
+        inputs = decoding._gather_inputs(cache, token, position, step.kinds, decoding._Places())
         step(inputs)
         held = weakref.ref(inputs.keys[0])
         del inputs

@@ -87,6 +87,9 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         self._program: Program | None = None
         self._is_checked = False
         """Whether nothing but steps was read since the program was found to fit the model."""
+        self._whole_columns = 0
+        """Of the last mask that was found, or taken, to hide nothing."""
+        self._places = _Places()
         self._load_s: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> "CompiledDecoding":
@@ -122,7 +125,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     def forward(self, eager: Callable[..., Any], **kwargs: Any) -> Any:
         """Read what `eager`, the model's own `forward`, would read on this cache."""
         if not self._is_step(**kwargs):
-            self._is_checked = False
+            self._is_checked, self._whole_columns = False, 0
             return eager(**kwargs)
         start = time.perf_counter()
         if (program := self._find_program()) is not None:
@@ -159,9 +162,23 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
                 or torch.is_autocast_enabled(input_device(self._model).type)
                 or self._model.training
             )
-            and (attention_mask is None or _is_all_ones(attention_mask))
+            and (attention_mask is None or self._hides_nothing(attention_mask))
             and all(map(self._is_ready, self.cache.layers))
         )
+
+    def _hides_nothing(self, mask: Any) -> bool:
+        """Whether a mask is all ones.
+
+        On a GPU that is read once after each prompt, since the answer has to be waited for: a mask that is longer by
+        the new token is then taken to have grown by a one, as `generate` makes it.
+        """
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return False
+        is_known = mask.device.type != "cpu" and mask.shape[1] == self._whole_columns + 1
+        if not is_known and not bool(mask.all()):
+            return False
+        self._whole_columns = mask.shape[1]
+        return True
 
     def _is_ready(self, layer: Any) -> bool:
         """Whether a layer holds one row, in the model's dtype, after its prompt."""
@@ -233,7 +250,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         if position is None:
             position = torch.full((1, 1), self.cache.get_seq_length(), device=token.device)
         recorded_s = program.record_s
-        logits, sliding = program(_gather_inputs(self.cache, token, position, program.kinds))
+        logits, sliding = program(_gather_inputs(self.cache, token, position, program.kinds, self._places))
         self.cache.compile_s += program.record_s - recorded_s
         _store(self.cache, sliding)
         self.cache.num_compiled_steps += 1
@@ -261,10 +278,6 @@ def has_hooks(model: PreTrainedModel) -> bool:
     )
 
 
-def _is_all_ones(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())
-
-
 def _kinds(cache: CompressedCache) -> tuple[str, ...]:
     """Of each layer.
 
@@ -288,7 +301,36 @@ def _kinds(cache: CompressedCache) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _gather_inputs(cache: CompressedCache, token: Tensor, position: Tensor, kinds: tuple[str, ...]) -> StepInputs:
+class _Places:
+    """Where the parts of a step's inputs begin and new tokens go, on the device.
+
+    A token later they are one further, so nothing is sent there, which would wait for it, until there is new room.
+    """
+
+    def __init__(self) -> None:
+        self._starts: list[list[int]] = []
+        self._ends: list[list[int]] = []
+        self._on_device: tuple[Tensor, Tensor] | None = None
+        self._growth: Tensor | None = None
+
+    def place(
+        self, starts: list[list[int]], ends: list[list[int]], kinds: tuple[str, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Both, (layers, H_kv) int64."""
+        growth = [0 if kind == SLIDING else 1 for kind in kinds]
+        next_ends = [[end + grown for end in own] for own, grown in zip(self._ends, growth, strict=False)]
+        if self._on_device is None or self._growth is None or (starts, ends) != (self._starts, next_ends):
+            self._on_device = torch.tensor(starts, device=device), torch.tensor(ends, device=device)
+            self._growth = torch.tensor(growth, device=device)[:, None]
+        else:
+            self._on_device = self._on_device[0], self._on_device[1] + self._growth
+        self._starts, self._ends = starts, ends
+        return self._on_device
+
+
+def _gather_inputs(
+    cache: CompressedCache, token: Tensor, position: Tensor, kinds: tuple[str, ...], places: _Places
+) -> StepInputs:
     """Make room for one token in every layer, and name where it goes."""
     layers: list[Any] = cache.layers
     keys, values, starts, ends = [], [], [], []
@@ -305,10 +347,7 @@ def _gather_inputs(cache: CompressedCache, token: Tensor, position: Tensor, kind
         values.append(held[1])
         starts.append(own_starts)
         ends.append(own_ends)
-    device = token.device
-    return StepInputs(
-        token, position, torch.tensor(starts, device=device), torch.tensor(ends, device=device), keys, values
-    )
+    return StepInputs(token, position, *places.place(starts, ends, kinds, token.device), keys, values)
 
 
 def _store(cache: CompressedCache, sliding: list[Tensor]) -> None:

@@ -63,7 +63,8 @@ class RaggedStore(Store):
         self._room = room
         self._keys, self._values = (self._packed(own) for own in parts)
         ends = [start + count for start, count in zip(self._starts, counts, strict=True)]
-        self._ends = torch.tensor(ends, device=self._keys.device)
+        # one by one: a list would be sent to the device, which waits for it
+        self._ends = torch.cat([torch.full((1,), end, device=self._keys.device) for end in ends])
         self._shared = False
 
     def _packed(self, parts: list[Tensor]) -> Tensor:
