@@ -174,8 +174,8 @@ def test_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "line"),
     [
         (["load", "--pools", "1,3"], "--pools 1,3: a pool of one request"),
-        (["load", "--budgets", ""], "--budgets '' names no number"),
-        (["single", "--lengths", "long"], "--lengths 'long' is not a list of numbers"),
+        (["load", "--budgets", ""], "--budgets='' names no number"),
+        (["single", "--lengths", "long"], "--lengths='long' is not a list of numbers"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
