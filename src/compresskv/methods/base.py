@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 from compresskv.errors import ConfigError
 from compresskv.methods.ranges import Range, ranges
 from compresskv.selection import budgets
-from compresskv.selection.scores import window_moments
+from compresskv.selection.scores import heads_window_attention, sum_over_window, window_moments
 from compresskv.selection.select import select, select_rows
 
 if TYPE_CHECKING:
@@ -57,6 +57,29 @@ class LayerInputs:
         if self.query_window.shape[2] <= window_size:
             return self
         return replace(self, query_window=self.query_window[:, :, self.query_window.shape[2] - window_size :])
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H_kv."""
+        return self.keys.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.keys.shape[2]
+
+    def attention_sums(self, head_indices: list[int]) -> Tensor:
+        """(B, n, T): the attention that tokens get from the whole window in some query heads; 0 for its own tokens."""
+        window = heads_window_attention(
+            self.query_window,
+            self.keys,
+            head_indices,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            valid=self.valid,
+            sinks=self.sinks,
+        )
+        return sum_over_window(window)
 
     @cached_property
     def attention_moments(self) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,6 @@ class StreamingLLM(Method):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """The later the better, sinks best of all."""
-        batch_size, _, num_tokens, _ = inputs.keys.shape
-        recency = torch.arange(num_tokens, dtype=torch.float32, device=inputs.keys.device)
-        return set_first(recency.repeat(batch_size, 1, 1), self.num_sinks, torch.inf, inputs.valid)
+        queries = inputs.query_window
+        recency = torch.arange(inputs.num_tokens, dtype=torch.float32, device=queries.device)
+        return set_first(recency.repeat(len(queries), 1, 1), self.num_sinks, torch.inf, inputs.valid)

@@ -12,11 +12,9 @@ from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection.scores import (
-    heads_window_attention,
     mean_over_groups,
     pool,
     set_first,
-    sum_over_window,
     without_padding,
 )
 from compresskv.system.later import torch
@@ -80,7 +78,7 @@ class Vote(Method):
 
     def _wanted(self, inputs: LayerInputs) -> Tensor:
         """(B, 1, T)."""
-        local = mean_over_groups(mean_plus_variance(inputs), inputs.keys.shape[1])
+        local = mean_over_groups(mean_plus_variance(inputs), inputs.num_kv_heads)
         local = set_first(without_padding(local, inputs.valid), self.num_sinks, 0, inputs.valid)
         return normalised(local).sqrt_().mean(dim=1, keepdim=True)
 
@@ -116,19 +114,7 @@ def layer_vote(
     heads = [head - first for layer, head in best if layer == inputs.layer_idx and first <= head < first + num_here]
     if not heads:
         return None
-    if all_heads:
-        attention = inputs.attention_moments[0][:, heads]
-    else:
-        window = heads_window_attention(
-            inputs.query_window,
-            inputs.keys,
-            heads,
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            valid=inputs.valid,
-            sinks=inputs.sinks,
-        )
-        attention = sum_over_window(window)
+    attention = inputs.attention_moments[0][:, heads] if all_heads else inputs.attention_sums(heads)
     pooled = pool(attention, kernel_size)
     own = normalised(without_padding(pooled, inputs.valid))  # (B, n, T)
     scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]

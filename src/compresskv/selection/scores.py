@@ -38,15 +38,36 @@ def window_attention(
         ValueError: T < W, or the query heads are no multiple of the KV heads.
     Source: SnapKV (arXiv 2404.14469), section 4. Differs: softmax in float32 whatever the model's dtype.
     """
+    logits = window_products(query_window, keys)
+    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
+
+
+@torch.no_grad()
+def window_products(query_window: Tensor, keys: Tensor, head_indices: list[int] | None = None) -> Tensor:
+    """Dot products of the window's queries with keys.
+
+    Args:
+        query_window: (B, H_q, W, D).
+        keys: (B, H_kv, T, D).
+        head_indices: the query heads that are wanted, each once; None: all.
+    Returns: (B, H, W, T) float32, in the order of `head_indices`.
+    Raises:
+        ValueError: the query heads are no multiple of the KV heads, or there is no such query head.
+    """
     batch_size, num_query_heads, window_size, head_dim = query_window.shape
     num_kv_heads = keys.shape[1]
-    _num_kv_groups(num_query_heads, num_kv_heads)
-    # (B, H_kv, G * W, D) @ (B, H_kv, D, T): one product per KV head
-    grouped = query_window.reshape(batch_size, num_kv_heads, -1, head_dim)
-    products = _products_by_head if keys.device.type == "cpu" else _products_at_once
-    logits = products(grouped, keys, list(range(num_kv_heads)))
-    logits = logits.view(batch_size, num_query_heads, window_size, -1)
-    return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
+    num_kv_groups = _num_kv_groups(num_query_heads, num_kv_heads)
+    if head_indices is None:
+        # (B, H_kv, G * W, D) @ (B, H_kv, D, T): one product per KV head
+        grouped = query_window.reshape(batch_size, num_kv_heads, -1, head_dim)
+        products = _products_by_head if keys.device.type == "cpu" else _products_at_once
+        logits = products(grouped, keys, list(range(num_kv_heads)))
+        return logits.view(batch_size, num_query_heads, window_size, -1)
+    for head in head_indices:
+        if not 0 <= head < num_query_heads:
+            raise ValueError(f"there is no query head {head} among {num_query_heads}")
+    queries = torch.stack([query_window[:, head] for head in head_indices], dim=1)  # an index would make a GPU wait
+    return _products_by_head(queries, keys, [head // num_kv_groups for head in head_indices])
 
 
 def _products_at_once(queries: Tensor, keys: Tensor, _kv_heads: list[int]) -> Tensor:
@@ -131,13 +152,7 @@ def heads_window_attention(
     Raises:
         ValueError: as for `window_attention`, or there is no such query head.
     """
-    num_query_heads = query_window.shape[1]
-    num_kv_groups = _num_kv_groups(num_query_heads, keys.shape[1])
-    for head in head_indices:
-        if not 0 <= head < num_query_heads:
-            raise ValueError(f"there is no query head {head} among {num_query_heads}")
-    queries = torch.stack([query_window[:, head] for head in head_indices], dim=1)  # an index would make a GPU wait
-    logits = _products_by_head(queries, keys, [head // num_kv_groups for head in head_indices])
+    logits = window_products(query_window, keys, head_indices)
     own = None if sinks is None else torch.stack([sinks[head] for head in head_indices])
     return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid, sinks=own)
 
