@@ -66,3 +66,21 @@ def cramped() -> "Iterator[Engine]":
     from engine import start
 
     yield from start({"budget": 120}, num_gpu_blocks_override=25, max_model_len=3000)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
+    """A random model, see `small_engine_options`."""
+    from engine import start
+    from random_model import small_engine_options
+
+    yield from start(**small_engine_options(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="session")
+def small_caching(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
+    """As `small`, with prefix caching."""
+    from engine import start
+    from random_model import small_engine_options
+
+    yield from start(**small_engine_options(tmp_path_factory.mktemp("small")), enable_prefix_caching=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
@@ -45,12 +44,25 @@ class Engine:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
 
+    def note_positions(self) -> None:
+        """Note what is kept of each prompt from now on."""
+        compaction: Compaction = self.runner.compaction
+        evict = compaction.evict
+
+        def noting(prompt: EndingPrompt, targets: torch.Tensor) -> torch.Tensor:
+            positions = evict(prompt, targets)
+            self.positions.append(positions.tolist())
+            return positions
+
+        compaction.evict = noting  # type: ignore[method-assign]
+
     def add(self, prompt: Sequence[int], max_tokens: int, request_id: str, budget: Any = None, **sampling: Any) -> None:
         """Queue a request."""
         params = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
             ignore_eos=True,
+            detokenize=not self.llm.llm_engine.model_config.skip_tokenizer_init,
             logprobs=0,
             extra_args=None if budget is None else {"compresskv": budget},
             **sampling,
@@ -78,6 +90,12 @@ class Engine:
         self.check_clean()
         return [_answer(finished[str(number)]) for number in range(len(prompts))]
 
+    def preempt(self, request: Any) -> None:
+        """Preempt a running request, as vLLM does between steps."""
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, 0.0)
+        self.scheduler.prev_step_scheduled_req_ids.clear()
+
     def check_clean(self) -> None:
         """Every block is back, and nothing is remembered of any request."""
         assert self.pool.get_num_free_blocks() == self.num_free
@@ -98,10 +116,9 @@ def start(compresskv: dict[str, Any] | None, **options: Any) -> Iterator[Engine]
     llm = LLM(**engine_options(compresskv, **options))
     keep_alive(llm)
     engine = Engine(llm)
-    with pytest.MonkeyPatch.context() as patch:
-        if getattr(engine.runner, "compaction", None) is not None:
-            _note_positions(engine, patch)
-        yield engine
+    if getattr(engine.runner, "compaction", None) is not None:
+        engine.note_positions()
+    yield engine
 
 
 def keep_alive(llm: LLM) -> None:
@@ -125,15 +142,3 @@ def engine_options(compresskv: dict[str, Any] | None, **options: Any) -> dict[st
         "additional_config": {} if compresskv is None else {"compresskv": compresskv},
         **options,
     }
-
-
-def _note_positions(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    compaction: Compaction = engine.runner.compaction
-    evict = compaction.evict
-
-    def noting(prompt: EndingPrompt, *blocks: torch.Tensor) -> torch.Tensor:
-        positions = evict(prompt, *blocks)
-        engine.positions.append(positions.tolist())
-        return positions
-
-    patch.setattr(compaction, "evict", noting)

@@ -1,6 +1,7 @@
 """A program: vLLM with tensor parallelism reads prompts and tells what each rank kept. Run by test_ranks.py.
 
-Usage: ranks_process.py FOLDER METHOD NUM_RANKS, where FOLDER holds a model, profile.json and prompts.json.
+Usage: ranks_process.py FOLDER METHOD NUM_RANKS FAILING, where FOLDER holds a model, profile.json and prompts.json, and
+FAILING is the rank that cannot score, or -1.
 """
 
 import json
@@ -14,9 +15,16 @@ import torch
 BUDGET = 60
 
 
-def note_positions(worker: Any) -> None:
+def note_positions(worker: Any, failing: int) -> None:
     """Runs in each rank's process."""
+    import compresskv.serving.compaction as module
+
+    def raising(*_arguments: Any) -> None:
+        raise RuntimeError("this rank fails")
+
     compaction = worker.model_runner.compaction
+    if worker.rank == failing:
+        module.observe = raising
     evict, compaction.noted = compaction.evict, []
 
     def noting(*args: Any) -> torch.Tensor:
@@ -33,7 +41,7 @@ def noted_positions(worker: Any) -> list[list[int]]:
     return noted
 
 
-def main(folder: Path, method: str, num_ranks: int) -> None:
+def main(folder: Path, method: str, num_ranks: int, failing: int) -> None:
     """Write answer.json into the folder."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of the functions above, into the ranks
@@ -53,7 +61,7 @@ def main(folder: Path, method: str, num_ranks: int) -> None:
         tensor_parallel_size=num_ranks,
         additional_config={"compresskv": {"budget": BUDGET, "method": method, "profile": str(folder / "profile.json")}},
     )
-    llm.collective_rpc(note_positions)
+    llm.collective_rpc(note_positions, args=(failing,))
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     sampling = SamplingParams(temperature=0, max_tokens=30, detokenize=False, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
@@ -65,4 +73,4 @@ def main(folder: Path, method: str, num_ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -33,7 +33,7 @@ def test_processes_are_added_up(own: Counters, tmp_path: Path, monkeypatch: pyte
     others.add("evicted_tokens", 100)
     others.add("scoring_seconds", 0.5)
     expected = {"evicted_prompts": 1, "evicted_tokens": 1000, "scoring_seconds": 0.5}
-    assert own.totals() == {"freed_blocks": 0, "compaction_seconds": 0, **expected}
+    assert own.totals() == dict.fromkeys(own.totals(), 0) | expected
     families: Any = MultiProcessCollector(CollectorRegistry(), path=str(tmp_path)).collect()
     shown = {family.name.removeprefix("compresskv:"): family.samples[0].value for family in families}
     assert shown == expected  # the endpoint reads the same

@@ -91,9 +91,7 @@ def test_a_preempted_request_comes_back_into_a_tight_pool(tight: Engine) -> None
     tight.add(LOG[:1500], 60, "0")
     while sum(request.num_output_tokens for request in tight.scheduler.running) < 45:
         tight.step()
-    preempted = tight.scheduler.running.pop()
-    tight.scheduler._preempt_request(preempted, 0.0)
-    tight.scheduler.prev_step_scheduled_req_ids.clear()  # as vLLM does where it preempts between steps
+    tight.preempt(tight.scheduler.running[-1])
     answer: list[int] = []
     for _ in range(20):  # of which one reads the prompt's end again, one the 45 tokens, and 15 go on
         for output in tight.step():

@@ -9,41 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from random_model import make_random_model
 from ranks_process import BUDGET
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import compresskv
 from compresskv.methods.registry import parse_methods
-from compresskv.models.checkpoint import checkpoint_fingerprint
 from compresskv.models.decoding import prefill
-from compresskv.profiles.profile import Profile
-from compresskv.profiles.store import write_profile
 
-NUM_LAYERS, NUM_HEADS = 3, 4
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores: vLLM binds each rank to its own"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs: each rank has its own"
+    ),
+]
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> LlamaForCausalLM:
     """Random weights: 4 query heads, 2 KV heads. Its profile lies beside it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=500,
-        max_position_embeddings=2048,
-    )
-    network = LlamaForCausalLM(config).eval()
-    network.save_pretrained(tmp_path)
-    even = (1 / NUM_LAYERS,) * NUM_LAYERS
-    scores = tuple(tuple(row) for row in torch.rand(NUM_LAYERS, NUM_HEADS).tolist())
-    layers = tuple(range(NUM_LAYERS))
-    profile = Profile("tiny", checkpoint_fingerprint(tmp_path), layers, scores, None, 1, {"even": even}, even)
-    write_profile(profile, tmp_path / "profile.json")
-    return network
+    return make_random_model(tmp_path)
 
 
 def own_positions(model: LlamaForCausalLM, folder: Path, method: str, prompt: list[int]) -> list[int]:
@@ -54,11 +40,6 @@ def own_positions(model: LlamaForCausalLM, folder: Path, method: str, prompt: li
     return positions
 
 
-@pytest.mark.slow
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores: vLLM binds each rank to its own")
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs: each rank has its own"
-)
 @pytest.mark.parametrize("method", ["vote", "vote[local_weight=0,num_heads=1]"])  # of one head, a rank knows nothing
 def test_two_ranks_keep_what_one_would(model: LlamaForCausalLM, method: str, tmp_path: Path) -> None:
     prompts = [torch.randint(0, 500, (length,)).tolist() for length in (700, 333)]
@@ -70,10 +51,20 @@ def test_two_ranks_keep_what_one_would(model: LlamaForCausalLM, method: str, tmp
     assert two["answers"] == one["answers"]
 
 
-def in_a_process(folder: Path, method: str, num_ranks: int) -> dict[str, Any]:
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_rank_cannot_score_both_keep_the_same(model: LlamaForCausalLM, failing: int, tmp_path: Path) -> None:
+    """Neither waits for the other."""
+    prompt = torch.randint(0, 500, (333,)).tolist()
+    (tmp_path / "prompts.json").write_text(json.dumps([prompt]), encoding="utf-8")
+    answer = in_a_process(tmp_path, "vote", 2, failing)
+    assert answer["positions"] == [[[*range(4), *range(333 - BUDGET + 4, 333)]]] * 2
+    assert len(answer["answers"][0]) == 30
+
+
+def in_a_process(folder: Path, method: str, num_ranks: int, failing: int = -1) -> dict[str, Any]:
     """See ranks_process.py: vLLM reads how to bind its ranks to cores once a process."""
     script = Path(__file__).with_name("ranks_process.py")
-    command = [sys.executable, str(script), str(folder), method, str(num_ranks)]
+    command = [sys.executable, str(script), str(folder), method, str(num_ranks), str(failing)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout
     answer: dict[str, Any] = json.loads((folder / "answer.json").read_text(encoding="utf-8"))

@@ -85,8 +85,8 @@ def test_settings_that_cannot_work(settings: Any, line: str) -> None:
 
 
 def test_another_vllm_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "installed_version", lambda: "0.33.0")
-    with pytest.raises(ServingError, match=r"vLLM 0\.33\.0 .* tested with vLLM 0\.32"):
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.34.0")
+    with pytest.raises(ServingError, match=r"vLLM 0\.34\.0 .* tested with vLLM 0\.31, 0\.32 and 0\.33"):
         configured({"budget": 100})
     configured(None)  # switched off, it does not care
 

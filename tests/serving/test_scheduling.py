@@ -1,8 +1,8 @@
 """Blocks: given back when a prompt was cut, whatever happens to its request, and never one too many."""
 
+import copy
 import math
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +12,11 @@ from engine import Engine
 from reference import ships_log
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from benchmarks.serving import engine as bench
 from benchmarks.serving.load import Load, run_load
-from compresskv.errors import CacheStateError
+from compresskv.peers import vllm as bench
 from compresskv.serving import scheduler
 from compresskv.serving.counters import counters
-from compresskv.serving.pages import Pages
+from compresskv.serving.pages import find_layout
 
 LOG = ships_log()
 PROMPTS = [LOG[start : start + 1000] for start in range(0, 3600, 300)]
@@ -51,9 +50,9 @@ def test_blocks_are_freed_in_the_step_that_ends_the_prompt(roomy: Engine) -> Non
 def test_the_log_tells_now_and_then(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the workers' seconds, which the scheduler does not know by itself."""
     lines: list[str] = []
-    monkeypatch.setattr(scheduler, "logger", SimpleNamespace(info=lambda text, values: lines.append(text % values)))
+    monkeypatch.setattr(scheduler, "logger", SimpleNamespace(info=lambda text, line: lines.append(text % line)))
     monkeypatch.setattr(roomy.scheduler, "_logged_at", -math.inf)
-    monkeypatch.setattr(roomy.scheduler, "_num_unlogged", 0)
+    monkeypatch.setattr(roomy.scheduler, "_has_news", False)
     roomy.answers(PROMPTS[:3], max_tokens=1)
     totals = counters().totals()
     pattern = r"(\d+) prompts cut, .* blocks freed, ([\d.]+) s of scoring, [\d.]+ s of compaction"
@@ -74,16 +73,6 @@ def test_the_log_tells_now_and_then(roomy: Engine, monkeypatch: pytest.MonkeyPat
     roomy.step()
     assert len(lines) == 3
     roomy.check_clean()
-
-
-def test_scheduler_and_worker_must_agree(roomy: Engine) -> None:
-    """A KeyError in a worker would not say what is wrong."""
-    step = SimpleNamespace(compresskv_blocks={"7": [1, 2]})
-    with pytest.raises(CacheStateError, match=r"disagree .* \['7'\] against \[\]"):
-        roomy.runner._agreed_targets(step)
-    roomy.runner._ending = [SimpleNamespace(request_id="8")]
-    with pytest.raises(CacheStateError, match=r"\['7'\] against \['8'\]"):
-        roomy.runner._agreed_targets(step)
 
 
 def test_a_bench_runs_in_a_smaller_pool(roomy: Engine) -> None:
@@ -157,19 +146,17 @@ def test_nothing_is_read_of_what_was_evicted(roomy: Engine) -> None:
     while held_blocks(roomy, 0) != 2:
         roomy.step()
     held = roomy.runner.input_batch.block_table[0].block_table.np[0, :2].tolist()
-    pages = roomy.runner.compaction._pages
-    free = [block for block in range(1, len(pages[0]._blocks)) if block not in held]
-    for one in pages.values():
-        layout = one._layout
-        one._blocks[free] = 1e4
-        for offsets in (layout.keys, layout.values):
-            one._blocks[held[1], offsets[200 - 128 :]] = 1e4
+    parts = [part for pages in roomy.runner.compaction._pages.values() for part in (pages._keys, pages._values)]
+    free = [block for block in range(1, len(parts[0]._view)) if block not in held]
+    for part in parts:
+        part._view[free] = 1e4
+        part._view[held[1], 200 - 128 :] = 1e4
     answer: list[int] = []
     while roomy.llm.llm_engine.has_unfinished_requests():
         for output in roomy.step():
             answer = list(output.outputs[0].token_ids)
-    for one in pages.values():
-        one._blocks.zero_()
+    for part in parts:
+        part._view.zero_()
     assert answer == expected
     roomy.check_clean()
 
@@ -232,24 +219,26 @@ def test_streaming_sessions_keep_their_prompt(roomy: Engine) -> None:
 
 def test_the_layout_covers_a_block(cramped: Engine) -> None:
     """Every element once: its number was written in parts that bfloat16 holds exactly."""
-    layout = cramped.runner.compaction._pages[0]._layout
-    offsets = torch.cat([layout.keys.flatten(), layout.values.flatten()])
     layer = cramped.runner.compaction._layers[0]
+    layout = find_layout(layer, cramped.scheduler.block_size)
+    places = torch.cat([layout.keys.flatten(), layout.values.flatten()])
     num_elements = 2 * cramped.scheduler.block_size * layer.num_kv_heads * layer.head_size
-    assert torch.equal(offsets.sort().values.cpu(), torch.arange(num_elements))
+    assert torch.equal(places.sort().values.cpu(), torch.arange(num_elements))
 
 
 def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
     """On processors with AMX, keys of neighbouring tokens are interleaved, and no strides tell where they are."""
     by_strides = cramped.runner.compaction._pages[3]
-    assert by_strides._layout.key_strides is not None
-    one_by_one = Pages(by_strides._layer, replace(by_strides._layout, key_strides=None))
-    device = by_strides._blocks.device
-    blocks = torch.tensor([7, 2, 11], device=device)
-    by_strides._blocks[blocks] = torch.randn(3, by_strides._blocks.shape[1], device=device)
-    keys = by_strides.keys(blocks, 300)
+    cache = by_strides._layer.kv_cache
+    assert by_strides._keys._view is not None
+    one_by_one = copy.copy(by_strides)
+    one_by_one._keys = copy.copy(by_strides._keys)
+    one_by_one._keys._view = None
+    blocks = torch.tensor([7, 2, 11], device=cache.device)
+    cache[blocks] = torch.randn(3, *cache.shape[1:], device=cache.device)
+    keys = by_strides.keys(blocks, 0, 300)
     assert keys.shape == (1, 3, 300, 64)
-    assert torch.equal(one_by_one.keys(blocks, 300), keys)
-    moved = torch.tensor([0, 1, 130, 131, 299], device=device)
-    by_strides.move(blocks, moved, blocks)
-    assert torch.equal(by_strides.keys(blocks, 5), keys[:, :, moved])
+    assert torch.equal(one_by_one.keys(blocks, 0, 300), keys)
+    moved = torch.tensor([0, 1, 130, 131, 299], device=cache.device)
+    one_by_one.move(blocks, moved, blocks, 2)
+    assert torch.equal(by_strides.keys(blocks, 0, 5), keys[:, :, moved])

@@ -8,21 +8,10 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from compresskv.errors import CacheStateError
-from compresskv.serving.settings import Cut
-from compresskv.serving.versions import check_signature
+from compresskv.serving.settings import EvictionSpec
+from compresskv.serving.versions import check_hooks
 
-# the names of the overridden functions' arguments, as vLLM calls them
-check_signature(
-    FullAttentionManager.get_num_blocks_to_allocate,
-    *("self", "request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens", "num_local_computed_tokens"),
-    *("num_tokens_main_model", "apply_admission_cap", "prefill_end"),
-)
-check_signature(FullAttentionManager.allocate_new_blocks, "self", "request_id", "num_tokens", "num_tokens_main_model")
-check_signature(
-    FullAttentionManager.cache_blocks, "self", "request", "num_tokens", "retention_interval", "replay_boundaries"
-)
-check_signature(FullAttentionManager.pop_blocks_for_free, "self", "request_id")
+check_hooks(FullAttentionManager)
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -35,36 +24,50 @@ class CompressedAttentionManager(FullAttentionManager):
         self._num_wanted: dict[str, int] = {}
         self._fresh: dict[str, list[Any]] = {}
 
-    def prepare(self, request_id: str, cut: Cut | None) -> None:
+    def has_room(self, spec: EvictionSpec) -> bool:
+        """Whether the whole pool has room for the prompt and what is retained beside it: else it would wait for ever.
+
+        Without prefix caching, what is retained stays in the prompt's own blocks.
+        """
+        if not self.enable_caching:
+            return True
+        num_needed = cdiv(spec.num_prompt, self.block_size) + cdiv(spec.num_kept, self.block_size)
+        return bool(num_needed < self.block_pool.num_gpu_blocks)  # one is vLLM's own
+
+    def prepare(self, request_id: str, spec: EvictionSpec | None) -> None:
         """Say before each allocation whether the request's prompt is cut in this very step; None: it is not.
 
         With prefix caching, the prompt's blocks may be others' too, and stay cached as they are: what is retained moves
         to fresh blocks, which are allocated together with those of the prompt's last chunk.
         """
         self._num_wanted.pop(request_id, None)
-        if cut is not None and self.enable_caching:
-            self._num_wanted[request_id] = cdiv(cut.num_kept, self.block_size)
+        if spec is not None and self.enable_caching:
+            self._num_wanted[request_id] = cdiv(spec.num_kept, self.block_size)
 
-    def evict(self, request_id: str, cut: Cut) -> tuple[list[int], int]:
+    def evict(self, request_id: str, spec: EvictionSpec) -> tuple[list[int], int] | None:
         """Give back the blocks that are not needed for the retained tokens.
 
         Returns: the blocks that the retained tokens move to, and how many more are free for others than without the
-            cut. Those that other requests share are not, and none may be, where most are shared.
+            cut: those that other requests share are not, and none may be, where most are shared. None, and nothing is
+            given back, where there are no blocks to move to.
         """
-        blocks, num_free, num_fresh = self.req_to_blocks[request_id], self.block_pool.get_num_free_blocks(), 0
+        blocks, num_free = self.req_to_blocks[request_id], self.block_pool.get_num_free_blocks()
+        num_held = cdiv(spec.num_kept, self.block_size)
         if self.enable_caching:
-            if request_id not in self._fresh:
-                raise CacheStateError(f"request {request_id} is cut in a step for which it has no fresh blocks")
-            freed, blocks[:] = list(blocks), self._fresh.pop(request_id)
-            num_fresh = len(blocks)
+            kept, freed, num_fresh = self._fresh.pop(request_id, []), list(blocks), num_held
         else:
-            num_held = cdiv(cut.num_kept, self.block_size)
-            freed = blocks[num_held:]
-            del blocks[num_held:]
-        self.num_evicted[request_id] = cut.num_evicted
+            kept, freed, num_fresh = blocks[:num_held], blocks[num_held:], 0
+        if not kept:
+            return None
+        blocks[:] = kept
+        self.num_evicted[request_id] = spec.num_evicted
         self.block_pool.free_blocks(reversed(freed))
         num_freed = self.block_pool.get_num_free_blocks() - num_free - num_fresh
-        return [block.block_id for block in blocks], max(0, num_freed)
+        return [block.block_id for block in kept], max(0, num_freed)
+
+    def keep(self, request_id: str) -> None:
+        """Give back what was allocated for a cut that is not made after all."""
+        self.block_pool.free_blocks(self._fresh.pop(request_id, ()))
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that are missing for `num_tokens` tokens, the evicted ones among them."""
@@ -74,11 +77,16 @@ class CompressedAttentionManager(FullAttentionManager):
         # Admission asks for the whole request's blocks; the allocation itself asks again, for this step's.
         return num_missing + (0 if kwargs.get("apply_admission_cap") else self._num_wanted.get(request_id, 0))
 
-    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> Any:
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """The blocks that were missing."""
         gone = self.num_evicted.get(request_id, 0)
-        blocks = super().allocate_new_blocks(request_id, num_tokens - gone, num_tokens_main_model - gone)
-        if num_wanted := self._num_wanted.pop(request_id, 0):
+        blocks = super().allocate_new_blocks(
+            request_id, num_tokens - gone, num_tokens_main_model - gone, *args, **kwargs
+        )
+        num_wanted = self._num_wanted.pop(request_id, 0)
+        if 0 < num_wanted <= self.block_pool.get_num_free_blocks():
             self._fresh[request_id] = self.block_pool.get_new_blocks(num_wanted)
         return blocks
 
@@ -87,11 +95,11 @@ class CompressedAttentionManager(FullAttentionManager):
         if request.request_id not in self.num_evicted:
             super().cache_blocks(request, *args, **kwargs)
 
-    def pop_blocks_for_free(self, request_id: str) -> Any:
+    def pop_blocks_for_free(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """All blocks of a request that is finished, aborted or preempted: the next time its prompt is whole again."""
         self.num_evicted.pop(request_id, None)
         self._num_wanted.pop(request_id, None)
-        return [*super().pop_blocks_for_free(request_id), *self._fresh.pop(request_id, ())]
+        return [*super().pop_blocks_for_free(request_id, *args, **kwargs), *self._fresh.pop(request_id, ())]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The worker's part: score the prompt, choose what stays, and move it together, in every layer."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,12 +8,16 @@ import torch
 from torch import Tensor
 
 from compresskv.methods.base import LayerInputs, Method
-from compresskv.serving.choice import choose, observe
+from compresskv.serving.choice import by_position, choose, observe
 from compresskv.serving.clock import Clock
 from compresskv.serving.counters import counters
+from compresskv.serving.inputs import PagedInputs
 from compresskv.serving.pages import Pages, find_layout
 from compresskv.serving.ranks import Ranks
+from compresskv.serving.room import LayerShape
 from compresskv.serving.tap import EndingPrompt, QueryTap
+
+logger = logging.getLogger("vllm.compresskv")
 
 
 class Compaction:
@@ -29,47 +34,90 @@ class Compaction:
         self._layers = dict(sorted(layers.items()))
         self._ranks = ranks
         self._read = [layer_idx for layer_idx in self._layers if method.reads_layer(layer_idx)]
-        layout = find_layout(next(iter(self._layers.values())), block_size)
+        first = next(iter(self._layers.values()))
+        layout = find_layout(first, block_size)
         self._pages = {layer_idx: Pages(layer, layout) for layer_idx, layer in self._layers.items()}
-        self.tap = QueryTap(self._layers, self._read)
-        self.clock = Clock(next(iter(self._layers.values())).kv_cache.device, self._note_seconds)
+        self._shape = LayerShape(
+            first.num_kv_heads,
+            first.impl.num_heads // first.num_kv_heads,
+            first.head_size,
+            first.kv_cache.element_size(),
+        )
+        self.tap = QueryTap(self._layers, self._read, self._look)
+        self.clock = Clock(first.kv_cache.device, self._note_seconds)
         if ranks.is_first:
             counters()  # makes their file now, while its folder is surely there
 
-    def evict(self, prompt: EndingPrompt, block_ids: Tensor, targets: Tensor) -> Tensor:
+    def evict(self, prompt: EndingPrompt, targets: Tensor) -> Tensor:
         """Cut one prompt, once its last chunk has passed the model.
 
         Args:
-            block_ids: (n,) int64, on the device: the prompt's blocks.
             targets: (m,): the blocks that the retained tokens move to; the prompt's first ones, or others.
         Returns: the positions kept, (num_kept,), ascending.
         """
         started = self.clock.mark()
-        method = self._method.with_window(prompt.cut.window_size)
-        observed = observe(method, self._inputs(prompt, block_ids))
-        nothing = torch.zeros(1, 1, prompt.cut.num_prompt, device=block_ids.device)
-        positions = self._ranks.first(choose(method, self._ranks.together(observed, nothing), prompt.cut))
+        positions = self._chosen(prompt)
         scored = self.clock.mark()
         for pages in self._pages.values():
-            pages.move(block_ids, positions, targets)
+            pages.move(prompt.block_ids, positions, targets, self._shape.moved_at_once())
         self.clock.between("scoring_seconds", started, scored)
         self.clock.between("compaction_seconds", scored, self.clock.mark())
         return positions
+
+    def _chosen(self, prompt: EndingPrompt) -> Tensor:
+        """What is kept. The prompt's other blocks are others' already: where scoring fails, positions decide."""
+        spec, device = prompt.spec, prompt.block_ids.device
+        if prompt.failure is None and prompt.observations.keys() != set(self._read):
+            prompt.failure = RuntimeError("the window's queries were not seen in all layers")
+        positions = by_position(spec, device)
+        if self._ranks.all_succeeded(prompt.failure is None, device):
+            nothing = torch.zeros(1, 1, spec.num_prompt, device=device)
+            observed = self._ranks.together([prompt.observations[layer_idx] for layer_idx in self._read], nothing)
+            try:
+                positions = choose(self._method.with_window(spec.window_size), observed, spec)
+            except Exception as error:  # noqa: BLE001 - whatever a method raises, the engine goes on
+                prompt.failure = error
+        prompt.observations.clear()
+        if prompt.failure is not None:
+            logger.warning("compresskv: a prompt is cut by position alone, for scoring failed: %r", prompt.failure)
+        if self._ranks.is_first and prompt.failure is not None:
+            counters().add("unscored_prompts", 1)
+        return self._ranks.first(positions)
+
+    def _look(self, prompt: EndingPrompt, layer_idx: int, queries: Tensor) -> None:
+        """Note what one layer tells of a prompt, while its queries pass."""
+        if prompt.failure is not None:
+            return
+        started = self.clock.mark()
+        method = self._method.with_window(prompt.spec.window_size)
+        try:
+            prompt.observations[layer_idx] = observe(method, self._inputs(prompt, layer_idx, queries))
+        except Exception as error:  # noqa: BLE001 - whatever a method raises, and memory that runs out
+            prompt.failure = error
+            prompt.observations.clear()
+        self.clock.between("scoring_seconds", started, self.clock.mark())
 
     def _note_seconds(self, name: str, seconds: float) -> None:
         if self._ranks.is_first:  # all ranks do the same at the same time
             counters().add(name, seconds)
 
-    def _inputs(self, prompt: EndingPrompt, block_ids: Tensor) -> Iterator[LayerInputs]:
-        for layer_idx in self._read:
-            impl = self._layers[layer_idx].impl
-            keys = self._pages[layer_idx].keys(block_ids, prompt.cut.num_prompt)
-            yield LayerInputs(
+    def _inputs(self, prompt: EndingPrompt, layer_idx: int, queries: Tensor) -> Iterator[LayerInputs]:
+        """The layer, as many KV heads at once as there is room for."""
+        impl, shape, num_tokens = self._layers[layer_idx].impl, self._shape, prompt.spec.num_prompt
+        num_heads, piece = shape.scored_at_once(num_tokens, prompt.spec.window_size)
+        by_head = queries.transpose(0, 1)[None]  # (1, H_q, W, D)
+        for start in range(0, shape.num_kv_heads, num_heads):
+            first, last = start * shape.num_groups, (start + num_heads) * shape.num_groups
+            yield PagedInputs(
+                self._pages[layer_idx],
+                prompt.block_ids,
+                num_tokens,
+                slice(start, start + num_heads),
+                piece,
                 layer_idx=layer_idx,
-                query_window=prompt.queries.pop(layer_idx).transpose(0, 1)[None],
-                keys=keys,
-                values=keys[..., :0],  # no method that shares positions reads them
+                query_window=by_head[:, first:last],
                 scaling=impl.scale,
                 softcap=getattr(impl, "logits_soft_cap", None) or None,
-                first_head=self._ranks.rank * impl.num_heads,
+                valid=None,
+                first_head=self._ranks.rank * impl.num_heads + first,
             )

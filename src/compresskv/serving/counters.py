@@ -2,6 +2,9 @@
 
 vLLM's engine, its workers and its API server are processes of their own. Each writes a file of prometheus_client's
 multiprocess format into one folder, and a collector in the API server adds them up when the endpoint is read.
+
+vLLM's plugins for statistics (vllm.stat_logger_plugins) would not do: they run in the API server and are given vLLM's
+own statistics alone, which have no field for others', and nothing of what its workers measure.
 """
 
 import functools
@@ -27,6 +30,8 @@ _HELP = {
     "evicted_tokens": "Prompt tokens evicted from the KV cache.",
     "freed_blocks": "KV cache blocks that cuts left free for others: without those that other requests still hold, "
     "and without the fresh ones that retained tokens moved to.",
+    "whole_prompts": "Prompts kept whole that should have been cut: no room for a copy in the pool, or a session's.",
+    "unscored_prompts": "Prompts of which the first and the last tokens were kept, for they could not be scored.",
     "scoring_seconds": "Seconds that the device spent scoring prompt tokens and choosing among them.",
     "compaction_seconds": "Seconds that the device spent moving the retained keys and values.",
 }

@@ -1,7 +1,8 @@
-"""One layer's paged KV cache by tokens, whatever an attention backend's layout inside a block is.
+"""One layer's paged KV cache by tokens, whatever an attention backend's layout is.
 
-Backends transpose keys, or interleave those of neighbouring tokens. The layout is found once, by letting the backend
-write numbered elements; what it wrote where tells how to read. Writing is left to the backend.
+vLLM gives each layer a logical cache, (blocks, heads, slots, channels), with strides of several layouts behind it, and
+backends transpose keys within, or interleave those of neighbouring tokens. Where an element lies is found once, by
+letting the backend write numbered elements; what it wrote where tells how to read. Writing is left to the backend.
 """
 
 import math
@@ -18,14 +19,12 @@ _BASE = 256  # the largest run of whole numbers that bfloat16 holds exactly
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block holds what. Offsets count elements from the block's beginning."""
+    """What a block holds where, by places of its logical elements in their row-major order."""
 
     keys: Tensor
     """(block_size, H_kv, D) int64."""
     values: Tensor
     """(block_size, H_kv, D) int64."""
-    key_strides: tuple[int, int, int, int] | None
-    """First offset of the keys, then their strides by token, head and dimension; None where there are none such."""
 
     @property
     def block_size(self) -> int:
@@ -58,8 +57,86 @@ def find_layout(layer: Any, block_size: int) -> Layout:
         raise ServingError(
             f"compresskv inside vLLM: attention backend {backend} does not store keys and values as they are"
         )
-    offsets = order.view(shape)
-    return Layout(offsets[0], offsets[1], _strides(offsets[0]))
+    places = order.view(shape)
+    return Layout(places[0], places[1])
+
+
+class Pages:
+    """A layer's cache."""
+
+    def __init__(self, layer: Any, layout: Layout) -> None:
+        self._layer = layer
+        self._block_size = layout.block_size
+        self._keys, self._values = (_Elements(layer.kv_cache, places) for places in (layout.keys, layout.values))
+
+    def keys(self, block_ids: Tensor, start: int, end: int, heads: slice = slice(None)) -> Tensor:
+        """(1, h, end - start, D): keys of the tokens from `start` to `end` in `block_ids` (n,), of some KV heads."""
+        first = start // self._block_size
+        blocks = block_ids[first : -(-end // self._block_size)]
+        offset = first * self._block_size
+        return self._keys.of_blocks(blocks, heads)[None, :, start - offset : end - offset]
+
+    def move(self, block_ids: Tensor, positions: Tensor, targets: Tensor, num_at_once: int) -> None:
+        """Put the tokens at `positions` (ascending) of `block_ids` into the blocks `targets`, in their order.
+
+        The targets are the first of `block_ids`, or others. Pieces of `num_at_once` tokens are read before they are
+        written; a token never moves back, so none is written where a later piece reads.
+        """
+        for start in range(0, len(positions), num_at_once):
+            places = torch.arange(start, min(start + num_at_once, len(positions)), device=positions.device)
+            moved = positions[places]
+            blocks, within = block_ids[moved // self._block_size], moved % self._block_size
+            keys, values = self._keys.of_tokens(blocks, within), self._values.of_tokens(blocks, within)
+            slots = targets[places // self._block_size] * self._block_size + places % self._block_size
+            self._layer.impl.do_kv_cache_update(self._layer, keys, values, self._layer.kv_cache, slots)
+
+
+class _Elements:
+    """The keys or the values in a cache.
+
+    Args:
+        cache: (blocks, ...), of any strides.
+        places: (block_size, H_kv, D), see `Layout`.
+    """
+
+    def __init__(self, cache: Tensor, places: Tensor) -> None:
+        offsets = torch.zeros_like(places)
+        for size, stride in zip(reversed(cache.shape[1:]), reversed(cache.stride()[1:]), strict=True):
+            offsets += places % size * int(stride)
+            places = places // int(size)
+        self._cache, self._offsets = cache, offsets
+        self._view: Tensor | None = None
+        """(blocks, block_size, H_kv, D), where strides tell it all."""
+        if (found := _strides(offsets)) is not None:
+            start, *strides = found
+            self._view = cache.as_strided(
+                (len(cache), *offsets.shape), (cache.stride(0), *strides), cache.storage_offset() + start
+            )
+
+    def of_blocks(self, blocks: Tensor, heads: slice) -> Tensor:
+        """(h, n * block_size, D): what lies in `blocks` (n,), by heads."""
+        if self._view is not None:
+            found = self._view.permute(2, 0, 1, 3)[heads][:, blocks]
+        else:
+            offsets = self._offsets.transpose(0, 1)[heads]  # (h, block_size, D)
+            found = self._at(blocks, offsets[:, None])
+        return found.reshape(found.shape[0], -1, found.shape[-1])
+
+    def of_tokens(self, blocks: Tensor, within: Tensor) -> Tensor:
+        """(n, H_kv, D): one token of each of `blocks` (n,)."""
+        if self._view is not None:
+            return self._view[blocks, within]
+        return self._at(blocks, self._offsets[within])
+
+    def _at(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """Elements at `offsets` (..., n or 1, x, y) from the beginnings of `blocks` (n,)."""
+        beginnings: Tensor = blocks * int(self._cache.stride(0)) + int(self._cache.storage_offset())
+        return self._flat()[beginnings[..., None, None] + offsets]
+
+    def _flat(self) -> Tensor:
+        """The memory behind the cache, element by element."""
+        num_elements = self._cache.untyped_storage().nbytes() // self._cache.element_size()
+        return self._cache.as_strided((num_elements,), (1,), 0)
 
 
 def _strides(offsets: Tensor) -> tuple[int, int, int, int] | None:
@@ -73,43 +150,3 @@ def _strides(offsets: Tensor) -> tuple[int, int, int, int] | None:
         steps = torch.arange(size, device=offsets.device) * strides[dim]
         expected = expected + steps.view([-1 if other == dim else 1 for other in range(3)])
     return (start, *strides) if torch.equal(expected, offsets) else None  # type: ignore[return-value]
-
-
-class Pages:
-    """A layer's cache."""
-
-    def __init__(self, layer: Any, layout: Layout) -> None:
-        self._layer = layer
-        self._layout = layout
-        cache: Tensor = layer.kv_cache
-        if not cache[0].is_contiguous():
-            raise ServingError("compresskv inside vLLM: a KV cache whose blocks are not contiguous is not supported")
-        self._blocks = cache.flatten(1)  # (blocks, elements of a block), not copied
-
-    def keys(self, block_ids: Tensor, num_tokens: int) -> Tensor:
-        """(1, H_kv, num_tokens, D): the keys of the first tokens in `block_ids` (n,)."""
-        strides, block_size = self._layout.key_strides, self._layout.block_size
-        if strides is None:
-            rows = self._blocks[block_ids][:, self._layout.keys.transpose(0, 1)]  # (n, H_kv, block_size, D)
-            keys = rows.transpose(0, 1)
-        else:
-            start, by_token, by_head, by_dim = strides
-            num_heads, head_size = self._layout.keys.shape[1:]
-            by_block, first = self._blocks.stride(0), self._blocks.storage_offset() + start
-            view = self._blocks.as_strided(
-                (num_heads, len(self._blocks), block_size, head_size), (by_head, by_block, by_token, by_dim), first
-            )
-            keys = view[:, block_ids]
-        return keys.reshape(keys.shape[0], -1, keys.shape[-1])[None, :, :num_tokens]
-
-    def move(self, block_ids: Tensor, positions: Tensor, targets: Tensor) -> None:
-        """Put the tokens at `positions` (ascending) of `block_ids` into the blocks `targets`, in their order."""
-        block_size = self._layout.block_size
-        blocks, within = block_ids[positions // block_size], positions % block_size
-        # all are read before any is written
-        keys, values = (
-            self._blocks[blocks[:, None, None], offsets[within]] for offsets in (self._layout.keys, self._layout.values)
-        )
-        places = torch.arange(len(positions), device=positions.device)
-        slots = targets[places // block_size] * block_size + places % block_size
-        self._layer.impl.do_kv_cache_update(self._layer, keys, values, self._layer.kv_cache, slots)

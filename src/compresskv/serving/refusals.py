@@ -87,7 +87,7 @@ def _of_attention(model: Any, num_ranks: int) -> Iterator[tuple[bool, str]]:
 
 def _of_steps(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:
     """The last chunk of a prompt holds the whole observation window, which must fit beside one token of every other."""
-    scheduler, window = config.scheduler_config, settings.bare_method().window_size
+    scheduler, window = config.scheduler_config, max(2, settings.bare_method().window_size)
     tokens = min(
         scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     )

@@ -3,30 +3,30 @@
 import logging
 import math
 import time
+from collections import Counter
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from compresskv.errors import ServingError
+from compresskv.errors import ConfigError, ServingError
 from compresskv.serving.blocks import CompressedAttentionManager
 from compresskv.serving.counters import counters
-from compresskv.serving.settings import KEY, Cut, find_settings
-from compresskv.serving.versions import check_signature
+from compresskv.serving.room import max_observed_tokens
+from compresskv.serving.settings import EvictionSpec, PlannedEviction, find_settings
+from compresskv.serving.versions import check_hooks
 
 _LOG_INTERVAL_S = 10.0
 
 logger = logging.getLogger("vllm.compresskv")
 
-check_signature(Scheduler._reserve_prefill_lookahead, "self", "request", "num_computed_tokens", "num_new_tokens")
-check_signature(Scheduler._get_local_prefix_cache_hit, "self", "request")
-check_signature(Scheduler._update_after_schedule, "self", "scheduler_output")
-check_signature(Scheduler.add_request, "self", "request")
-check_signature(Scheduler.update_from_output, "self", "scheduler_output", "model_runner_output")
-check_signature(Scheduler.shutdown, "self")
+check_hooks(Scheduler)
 
 
 class CompressedScheduler(Scheduler):
-    """vLLM's scheduler for prompts that are cut at the end of prefill."""
+    """vLLM's scheduler for prompts that are cut at the end of prefill.
+
+    It alone decides what is evicted, and gives blocks back only once that is certain. Workers do as they are told.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,31 +37,49 @@ class CompressedScheduler(Scheduler):
             raise ServingError(f"compresskv inside vLLM: KV cache groups ({kinds}) are not one of full attention")
         self._settings = settings
         self._manager = managers[0]
+        self._ending: dict[str, EvictionSpec] = {}
+        """The prompts that the step under way may end."""
+        self._max_observed = max_observed_tokens(self.vllm_config.model_config)
+        self._reasons: Counter[str] = Counter()  # why prompts were kept whole
         self._logged_at = -math.inf  # the first cut is told at once
-        self._num_unlogged = 0
+        self._has_news = False
         counters()  # makes their file now, while its folder is surely there
 
     def add_request(self, request: Any) -> None:
-        """Queue a request. The prompt of a streaming session grows later, so nothing is evicted of it."""
-        if request.resumable or request.request_id in self.requests:
-            extra_args = request.sampling_params.extra_args or {}
-            request.sampling_params.extra_args = {**extra_args, KEY: False}
+        """Queue a request, and decide what is evicted of its prompt."""
+        if request.request_id not in self.requests:  # else it adds to a streaming session
+            request.compresskv_spec = self._decide(request)
         super().add_request(request)
 
-    def _cut(self, request: Any) -> Cut | None:
-        num_prompt, extra_args = request.num_prompt_tokens, request.sampling_params.extra_args
-        if not self.cache_config.enable_prefix_caching:
-            return self._settings.requested_cut(num_prompt, extra_args)
-        return self._settings.cut_in_pool(num_prompt, extra_args, self.block_size, self.kv_cache_config.num_blocks - 1)
+    def _decide(self, request: Any) -> EvictionSpec | None:
+        try:
+            spec = self._settings.eviction_spec(request.num_prompt_tokens, request.sampling_params.extra_args)
+        except ConfigError:  # the server has refused it unless requests come another way
+            self._keep_whole("bad budget")
+            return None
+        if spec is None:
+            return None
+        if request.resumable:
+            self._keep_whole("streaming session")
+            return None
+        if not self._manager.has_room(spec):
+            self._keep_whole("no room for a copy in the pool")
+            return None
+        return spec
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        """Cached blocks of the prompt, without those of the observation window: its queries have to be computed."""
-        blocks, num_local, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        cut = self._cut(request)
-        if cut is not None and num_local > cut.num_prompt - cut.window_size:
-            num_local = (cut.num_prompt - cut.window_size) // self.block_size * self.block_size
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan a step."""
+        self._ending.clear()
+        return super().schedule(*args, **kwargs)
+
+    def _get_local_prefix_cache_hit(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Cached blocks of the prompt, without those of its last chunk: the window's queries have to be computed."""
+        blocks, num_local, *others = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        spec = request.compresskv_spec
+        if spec is not None and num_local > spec.num_prompt - spec.last_chunk:
+            num_local = (spec.num_prompt - spec.last_chunk) // self.block_size * self.block_size
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_local)
-        return blocks, num_local, boundary, diverged
+        return blocks, num_local, *others
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """No chunk goes beyond the prompt's end, and the chunk that reaches it holds the whole observation window.
@@ -69,12 +87,22 @@ class CompressedScheduler(Scheduler):
         Returns: tokens to read in this step; 0 where the window does not fit any more, so that the request waits.
         """
         num_new: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        spec: EvictionSpec | None = request.compresskv_spec
         num_left: int = request.num_prompt_tokens - num_computed_tokens
-        if num_left <= 0 or (cut := self._cut(request)) is None:
+        if num_left <= 0 or spec is None:
             return num_new
-        ends = num_new >= num_left
-        self._manager.prepare(request.request_id, cut if ends else None)
-        return num_left if ends else max(0, min(num_new, num_left - cut.window_size))
+        ends = num_new >= num_left and self._may_end(spec)
+        self._manager.prepare(request.request_id, spec if ends else None)
+        if ends:
+            self._ending[request.request_id] = spec
+            return num_left
+        self._ending.pop(request.request_id, None)
+        return max(0, min(num_new, num_left - spec.last_chunk))
+
+    def _may_end(self, spec: EvictionSpec) -> bool:
+        """Whether what is noted of the prompt's tokens fits beside the step's other endings; one always does."""
+        others = sum(other.num_prompt for other in self._ending.values())
+        return not others or others + spec.num_prompt <= self._max_observed
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         """Give back the blocks of prompts that this step reads to their end.
@@ -82,17 +110,26 @@ class CompressedScheduler(Scheduler):
         The workers compact the cache in this very step, after its forward pass; new owners write in a later one.
         """
         super()._update_after_schedule(scheduler_output)
-        scheduler_output.compresskv_blocks = targets = {}  # no field of vLLM's, but it is sent with them
-        for request_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests[request_id]
-            if request.num_computed_tokens == request.num_prompt_tokens and (cut := self._cut(request)) is not None:
-                targets[request_id], num_freed = self._manager.evict(request_id, cut)
-                self._count(cut, num_freed)
+        scheduler_output.compresskv_evictions = planned = {}  # no field of vLLM's, but it is sent with them
+        for request_id, spec in self._ending.items():
+            num_scheduled = scheduler_output.num_scheduled_tokens.get(request_id, 0)
+            if not num_scheduled:  # there was no room, or it was preempted
+                continue
+            ends = self.requests[request_id].num_computed_tokens == spec.num_prompt and num_scheduled >= spec.last_chunk
+            evicted = self._manager.evict(request_id, spec) if ends else None
+            if evicted is None:
+                self._manager.keep(request_id)
+                self._keep_whole("its last step could not be cut")
+                continue
+            targets, num_freed = evicted
+            planned[request_id] = PlannedEviction(spec, targets)
+            self._count(spec, num_freed)
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
         """After a step, in which the workers have cut what it read to the end."""
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._log(may_wait=self.has_unfinished_requests())
+        outputs = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
+        if self._has_news:
+            self._log(may_wait=self.has_unfinished_requests())
         return outputs
 
     def shutdown(self) -> None:
@@ -100,21 +137,41 @@ class CompressedScheduler(Scheduler):
         self._log(may_wait=False)
         super().shutdown()
 
-    def _count(self, cut: Cut, num_freed: int) -> None:
-        self._num_unlogged += 1
+    def _count(self, spec: EvictionSpec, num_freed: int) -> None:
+        self._has_news = True
         counts = counters()
         counts.add("evicted_prompts", 1)
-        counts.add("evicted_tokens", cut.num_evicted)
+        counts.add("evicted_tokens", spec.num_evicted)
         counts.add("freed_blocks", num_freed)
+
+    def _keep_whole(self, reason: str) -> None:
+        self._has_news = True
+        self._reasons[reason] += 1
+        counters().add("whole_prompts", 1)
 
     def _log(self, *, may_wait: bool) -> None:
         """One line, if there is news: now and then while requests run (`may_wait`), and when none is left."""
         now = time.monotonic()
-        if not self._num_unlogged or (may_wait and now - self._logged_at < _LOG_INTERVAL_S):
+        if not self._has_news or (may_wait and now - self._logged_at < _LOG_INTERVAL_S):
             return
-        logger.info(
-            "compresskv: %(evicted_prompts)d prompts cut, %(evicted_tokens)d tokens evicted, %(freed_blocks)d blocks "
-            "freed, %(scoring_seconds).2f s of scoring, %(compaction_seconds).2f s of compaction so far",
-            counters().totals(),
+        logger.info("%s", told(counters().totals(), self._reasons))
+        self._logged_at, self._has_news = now, False
+
+
+def told(totals: dict[str, float], reasons: Counter[str]) -> str:
+    """The line that the log has about what was evicted so far.
+
+    Args:
+        reasons: why prompts were kept whole that should have been cut, and how many.
+    """
+    line = (
+        "compresskv: {evicted_prompts:.0f} prompts cut, {evicted_tokens:.0f} tokens evicted, {freed_blocks:.0f} blocks "
+        "freed, {scoring_seconds:.2f} s of scoring, {compaction_seconds:.2f} s of compaction so far"
+    ).format(**totals)
+    if reasons:
+        line += (
+            f"; {reasons.total()} prompts kept whole ({', '.join(f'{reason}: {n}' for reason, n in reasons.items())})"
         )
-        self._logged_at, self._num_unlogged = now, 0
+    if totals["unscored_prompts"]:
+        line += f"; {totals['unscored_prompts']:.0f} prompts cut by position alone, for scoring failed"
+    return line

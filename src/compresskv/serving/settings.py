@@ -20,9 +20,8 @@ _LARGEST = 2**63 - 1  # that vLLM can send between its processes
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What is done with one request's prompt. The scheduler and every worker find the same by themselves: it follows
-    from the prompt's length, the settings and the request's own budget."""
+class EvictionSpec:
+    """What is evicted of one request's prompt. The scheduler decides it when the request comes; workers are told."""
 
     num_prompt: int
     num_kept: int
@@ -34,10 +33,28 @@ class Cut:
         """Tokens of the prompt that are not kept."""
         return self.num_prompt - self.num_kept
 
+    @property
+    def last_chunk(self) -> int:
+        """Tokens that the step which ends the prompt reads at least: the window, and never one alone.
+
+        A step of one token a request is a decode step to vLLM, which may replay it as one CUDA graph, where no query
+        can be seen.
+        """
+        return min(max(self.window_size, 2), self.num_prompt)
+
+
+@dataclass(frozen=True)
+class PlannedEviction:
+    """What workers do with a request when a step has read its prompt to the end."""
+
+    spec: EvictionSpec
+    targets: list[int]
+    """The blocks that the retained tokens move to."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How prompts are cut. Hashable; travels between vLLM's processes as `to_dict`."""
+    """What is evicted. Hashable; travels between vLLM's processes as `to_dict`."""
 
     budget: int | float
     method: str = _DEFAULT_METHOD
@@ -58,29 +75,21 @@ class Settings:
         """The method, without a profile yet."""
         return _method(self.method)
 
-    def cut(self, num_prompt: int, budget: int | float | None) -> Cut | None:
-        """How a prompt is cut; None where nothing is evicted.
+    def eviction_spec(self, num_prompt: int, extra_args: Mapping[str, Any] | None) -> EvictionSpec | None:
+        """What is evicted of a prompt of `num_prompt` tokens; None where it is kept whole.
 
         Args:
-            budget: the request's own, see `requested_budget`; None keeps all.
+            extra_args: the request's own, see `requested_budget`.
+        Raises:
+            ConfigError: a budget that cannot work.
         """
-        return None if budget is None else _cut(self.method, num_prompt, budget)
-
-    def requested_cut(self, num_prompt: int, extra_args: Mapping[str, Any] | None) -> Cut | None:
-        """How the prompt of a request with these `extra_args` is cut."""
-        return self.cut(num_prompt, requested_budget(extra_args, self.budget))
-
-    def cut_in_pool(
-        self, num_prompt: int, extra_args: Mapping[str, Any] | None, block_size: int, num_blocks: int
-    ) -> Cut | None:
-        """`requested_cut` where what is retained moves to fresh blocks (prefix caching).
-
-        A prompt that leaves no room for them in the whole pool is not cut: it would wait for ever.
-        """
-        cut = self.requested_cut(num_prompt, extra_args)
-        if cut is None or -(-num_prompt // block_size) - (-cut.num_kept // block_size) > num_blocks:
+        budget, method = requested_budget(extra_args, self.budget), self.bare_method()
+        if budget is None:
             return None
-        return cut
+        num_kept = method.resolve_budgets(budget, 1, num_prompt)[0][0]
+        if num_kept >= num_prompt:
+            return None
+        return EvictionSpec(num_prompt, num_kept, min(method.window_at(num_kept), num_prompt))
 
     def to_dict(self) -> dict[str, Any]:
         """For vLLM's `additional_config`."""
@@ -181,12 +190,3 @@ def _method(label: str) -> Method:
     if len(found) != 1:
         raise ConfigError(f"method {label!r} names {len(found)} methods: give one")
     return found[0]
-
-
-@functools.lru_cache(maxsize=65536, typed=True)  # asked in every step for every request; 1 is a token, 1.0 all of them
-def _cut(method_label: str, num_prompt: int, budget: int | float) -> Cut | None:
-    method = _method(method_label)
-    num_kept = method.resolve_budgets(budget, 1, num_prompt)[0][0]
-    if num_kept >= num_prompt:
-        return None
-    return Cut(num_prompt, num_kept, min(method.window_at(num_kept), num_prompt))

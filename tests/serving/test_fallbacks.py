@@ -1,0 +1,216 @@
+"""What goes wrong with one prompt stays with it: it is kept whole, or cut by position, and the engine goes on."""
+
+import copy
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine import Engine
+from random_model import NUM_LAYERS, VOCAB_SIZE
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from compresskv.serving.counters import counters
+from compresskv.serving.room import scratch_nbytes
+from compresskv.serving.scheduler import CompressedScheduler, told
+from compresskv.serving.settings import EvictionSpec, PlannedEviction
+
+PROMPTS = [random.Random(0).choices(range(VOCAB_SIZE), k=length) for length in (250, 130, 301)]
+BY_POSITION = [[0, 1, 2, 3, *range(length - 36, length)] for length in (250, 130, 301)]
+
+
+@pytest.fixture
+def grown() -> Callable[[], dict[str, float]]:
+    """By how much counters have grown since the test began."""
+    before = counters().totals()
+    return lambda: {name: value - before[name] for name, value in counters().totals().items() if value != before[name]}
+
+
+@pytest.fixture(params=["small", "small_caching"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Without prefix caching, and with it."""
+    found: Engine = request.getfixturevalue(request.param)
+    return found
+
+
+def raising(*_args: object, **_kwargs: object) -> None:
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("compresskv.serving.compaction", "observe"), ("compresskv.serving.compaction", "choose")],
+)
+def test_a_prompt_that_cannot_be_scored_is_cut_by_position(
+    place: str, name: str, engine: Engine, grown: Callable[[], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks are others' already."""
+    monkeypatch.setattr(f"{place}.{name}", raising)
+    answers = engine.answers(PROMPTS, max_tokens=20)
+    assert [len(answer.tokens) for answer in answers] == [20, 20, 20]
+    assert sorted(engine.positions) == sorted(BY_POSITION)
+    assert grown()["unscored_prompts"] == 3
+
+
+def test_queries_that_are_not_seen_end_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a step is replayed as one CUDA graph."""
+    for layer in list(engine.runner.compaction._layers.values())[1:]:
+        monkeypatch.setattr(layer.impl, "forward", layer.impl.forward.__wrapped__)
+    engine.answers(PROMPTS, max_tokens=5)
+    assert sorted(engine.positions) == sorted(BY_POSITION)
+
+
+@pytest.mark.parametrize("missing", ["blocks", "window"])
+def test_what_cannot_be_cut_is_kept_whole(
+    missing: str,
+    small: Engine,
+    small_caching: Engine,
+    grown: Callable[[], dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Decided before any block is given back."""
+    engine = small_caching if missing == "blocks" else small
+    expected = engine.answers([PROMPTS[0]], max_tokens=20, budget="off")[0].tokens
+    if missing == "blocks":
+        monkeypatch.setattr(engine.scheduler._manager, "prepare", lambda *_arguments: None)
+    else:
+        monkeypatch.setattr(CompressedScheduler, "_update_after_schedule", a_wider_window)
+    (answer,) = engine.answers([PROMPTS[0]], max_tokens=20)
+    assert answer.tokens == expected
+    assert not engine.positions
+    assert grown()["whole_prompts"] == 1
+
+
+def a_wider_window(scheduler: Any, output: Any, update: Any = CompressedScheduler._update_after_schedule) -> None:
+    """As if the last chunk were too short."""
+    for name, spec in scheduler._ending.items():
+        scheduler._ending[name] = EvictionSpec(spec.num_prompt, spec.num_kept, 400)
+    update(scheduler, output)
+
+
+def test_prompts_without_room_for_a_copy_are_counted_and_told(
+    small_caching: Engine, grown: Callable[[], dict[str, float]]
+) -> None:
+    small_caching.scheduler._reasons.clear()
+    small_caching.answers([[*PROMPTS[2], *PROMPTS[0], *PROMPTS[1]]], max_tokens=1)
+    small_caching.answers([PROMPTS[0]], max_tokens=1, budget="off")  # which wants nothing else
+    assert grown() == {"whole_prompts": 1}
+    line = told(counters().totals(), small_caching.scheduler._reasons)
+    assert re.search(r"; 1 prompts kept whole \(no room for a copy in the pool: 1\)", line)
+
+
+def test_a_bad_budget_that_passed_the_server_keeps_its_prompt(
+    small: Engine, grown: Callable[[], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compresskv.serving.plugin.check_budget_of", lambda _parameters: None)
+    assert small.answers([PROMPTS[0]], max_tokens=3, budget="lots")
+    assert not small.positions
+    assert grown() == {"whole_prompts": 1}
+
+
+def test_a_cut_of_a_request_that_is_not_there_is_ignored(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute = small.runner.execute_model
+
+    def with_another(output: Any, *rest: Any) -> Any:
+        output = copy.copy(output)
+        planned = {"nobody": PlannedEviction(EvictionSpec(100, 40, 18), [1, 2])}
+        output.compresskv_evictions = output.compresskv_evictions | planned
+        return execute(output, *rest)
+
+    monkeypatch.setattr(small.runner, "execute_model", with_another)
+    assert [len(answer.tokens) for answer in small.answers(PROMPTS, max_tokens=9)] == [9, 9, 9]
+    assert len(small.positions) == 3
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_no_prompt_ends_with_a_single_token(budget: int, engine: Engine) -> None:
+    """101 tokens in chunks of 100."""
+    prompt, chunks = random.Random(budget).choices(range(VOCAB_SIZE), k=101), []
+    engine.positions.clear()
+    engine.add(prompt, 3, "0", budget)
+    while engine.llm.llm_engine.has_unfinished_requests():
+        before = sum(request.num_computed_tokens for request in engine.scheduler.requests.values())
+        engine.step()
+        chunks += [request.num_computed_tokens - before for request in engine.scheduler.running]
+    assert chunks[:3] == [99, 2, 1]
+    assert len(engine.positions[0]) == budget
+    engine.check_clean()
+
+
+def test_few_prompts_end_in_one_step_where_they_are_long(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is noted of them until all layers have been read is bounded. One always ends."""
+    prompts = [prompt[:30] for prompt in PROMPTS]
+    expected = small.answers(prompts, max_tokens=10, budget=9)
+    monkeypatch.setattr(small.scheduler, "_max_observed", 60)
+    planned: list[int] = []
+    execute = small.runner.execute_model
+
+    def noting(output: Any, *rest: Any) -> Any:
+        planned.append(len(output.compresskv_evictions))
+        return execute(output, *rest)
+
+    monkeypatch.setattr(small.runner, "execute_model", noting)
+    answers = small.answers(prompts, max_tokens=10, budget=9)
+    assert planned[:3] == [2, 1, 0]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    monkeypatch.setattr(small.scheduler, "_max_observed", 1)
+    planned.clear()
+    small.answers(prompts, max_tokens=10, budget=9)
+    assert planned[:4] == [1, 1, 1, 0]
+
+
+def test_a_cache_that_is_made_anew_is_the_one_that_is_cut(small: Engine) -> None:
+    expected = small.answers(PROMPTS, max_tokens=20)
+    positions = list(small.positions)
+    runner = small.runner
+    old = runner.compaction
+    runner.kv_caches.clear()
+    runner.attn_groups.clear()
+    runner.initialize_kv_cache(runner.kv_cache_config)
+    assert runner.compaction is not old
+    small.note_positions()
+    answers = small.answers(PROMPTS, max_tokens=20)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert small.positions == positions
+    for layer in runner.compaction._layers.values():
+        assert not hasattr(layer.impl.forward.__wrapped__, "__wrapped__")  # tapped once
+
+
+def test_vllm_sees_the_scratch_when_it_profiles(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may set other memory aside for the cache than what eviction takes."""
+    sizes: list[int] = []
+    make = torch.empty
+
+    def empty(*size: Any, **options: Any) -> torch.Tensor:
+        made = make(*size, **options)
+        sizes.append(made.numel() * made.element_size())
+        return made
+
+    seen: list[list[int]] = []
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(GPUModelRunner, "profile_run", lambda _runner, **_options: seen.append(list(sizes)))
+    small.runner.profile_run()
+    assert seen == [[scratch_nbytes(small.runner.model_config)]]
+
+
+def test_a_step_costs_no_more_calls_with_more_requests(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of our own: nothing loops over requests in Python."""
+    runner = small.runner
+    numbers = {}
+    for num_requests in (3, 12):
+        names = [str(number) for number in range(num_requests)]
+        monkeypatch.setattr(GPUModelRunner, "_prepare_inputs", lambda *_arguments: ())
+        monkeypatch.setattr(type(runner.input_batch), "req_ids", property(lambda _batch, names=names: names))
+        monkeypatch.setattr(runner, "_num_evicted", dict.fromkeys(names, 7))
+        calls: Counter[str] = Counter()
+        sys.setprofile(lambda _frame, event, _argument, calls=calls: calls.update([event]))
+        runner._prepare_inputs(None, np.ones(num_requests, dtype=np.int32))
+        sys.setprofile(None)
+        numbers[num_requests] = calls["call"]
+    assert numbers[3] == numbers[12]
+    assert len(runner.compaction._layers) == NUM_LAYERS
