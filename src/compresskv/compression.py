@@ -19,6 +19,7 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.dtype import warn_of_slow_dtype
+from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
@@ -133,6 +134,7 @@ def compressing(
         PlanError: a plan of another model.
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
+    check_model(model)
     if isinstance(method, Plan):
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")

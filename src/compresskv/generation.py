@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import defaults
 from compresskv.compiled.modes import AUTO, check_mode
@@ -18,12 +18,15 @@ from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.dtype import warn_of_slow_dtype
+from compresskv.models.load import check_model
 from compresskv.models.place import input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.plans.make import make_plan
 from compresskv.plans.plan import Plan, Planned
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import build_prompt, room_for_prompt
+from compresskv.prompts.request import check_request
+from compresskv.prompts.spoken import Spoken
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.system import memory
 
@@ -110,6 +113,7 @@ def ask(
     two_pass: bool = False,
     compile: str = AUTO,
     on_text: Callable[[str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     on_compile: Progress | None = None,
     **options: Any,
@@ -123,13 +127,16 @@ def ask(
         two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
             by methods that decide for all layers together.
         compile: as for `compressing`.
-        on_text: called with pieces of the answer as they come.
+        on_text: called with pieces of the answer as they come, in whole words.
+        on_token: called with each token of the answer as it comes.
         on_prefill: called with (layers done, layers) while the prompt is read.
         on_compile: called with a message when a step is being compiled.
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`.
         PromptError: an empty document or question, or a prompt that does not fit.
     """
+    check_model(model, tokenizer)
+    check_request(context, question, truncate)
     chosen = prepare_method(model, method, profile, **options)
     warn_of_slow_dtype(model)
     if two_pass and chosen.lookahead:
@@ -155,10 +162,19 @@ def ask(
         prefill_s = time.perf_counter() - start
         first = int(logits.argmax())
         first_s = time.perf_counter() - start
-        streamer = None if on_text is None else _CallbackStreamer(tokenizer, on_text)
+        spoken = None if on_text is None else Spoken(tokenizer, on_text)
+
+        def tell(token: int) -> None:
+            if spoken is not None:
+                spoken.put(token)
+            if on_token is not None:
+                on_token(token)
+
         if max_new_tokens > 1:
             compressed.prepare_decoding()
-        token_ids = decode(model, tokenizer, first, cache, max_new_tokens, streamer)
+        token_ids = decode(model, tokenizer, first, cache, max_new_tokens, tell)
+        if spoken is not None:
+            spoken.end()
         decode_s = time.perf_counter() - start - first_s - cache.compile_s
         retained = [layer.mean_retained for layer in cache.compressed_layers]
     stats = GenerationStats(
@@ -188,19 +204,6 @@ def _half(on_prefill: Callable[[int, int], None] | None, half: int) -> Callable[
     if on_prefill is None:
         return None
     return lambda done, layers: on_prefill(half * layers + done, 2 * layers)
-
-
-class _CallbackStreamer(TextStreamer):
-    """transformers' streamer, which holds text back until a word is whole, with a callback instead of print."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self._on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand on a piece of the answer."""
-        if text:
-            self._on_text(text)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,11 +1,13 @@
 """How the command line's text becomes values, and how it reads a document. Nothing here loads a model."""
 
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from compresskv.cli import main
+from compresskv.cli import main, terminal
 from compresskv.cli.options import parse_numbers
 from compresskv.cli.terminal import Bar, megabytes
 from compresskv.errors import ConfigError
@@ -75,6 +77,33 @@ class TestTerminal:
             bar.stop()
             bar("after the end", 0.1)
         assert capfd.readouterr() == ("", "")
+
+
+class TestLongWorkWhereNobodyWatches:
+    def test_a_line_now_and_then_also_where_nothing_is_reported_for_long(
+        self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(terminal, "SILENCE_S", 0.05)
+        with Bar() as bar:
+            bar("measuring heads", 0.25)
+            time.sleep(0.3)
+            bar("measuring errors", None)
+            time.sleep(0.12)
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[0] == "measuring heads, 25% (0 s)"
+        assert lines[-1] == "measuring errors (0 s)"
+        assert len(lines) >= 3
+        time.sleep(0.1)
+        assert capfd.readouterr().err == ""
+
+    def test_an_answer_moves_token_by_token(self) -> None:
+        shown: list[tuple[str, float | None]] = []
+        bar: Any = lambda message, fraction: shown.append((message, fraction))  # noqa: E731
+        steps = terminal.Steps(bar, "snapkv", 4)
+        steps.reading(1, 2)
+        steps.answering(17)
+        steps.answering(5)
+        assert shown == [("snapkv: reading", 0.5), ("snapkv: answering", 0.25), ("snapkv: answering", 0.5)]
 
 
 class TestProfileIsFind:

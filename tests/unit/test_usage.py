@@ -140,6 +140,7 @@ def test_a_closed_standard_error_changes_nothing_else() -> None:
 def test_ctrl_c_while_modules_are_imported(module: str, tmp_path: Path) -> None:
     """The interrupt comes when `module` is asked for."""
     (tmp_path / "doc.txt").write_text("text", encoding="utf-8")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     code = f"""
 import sys
 class Interrupt:
@@ -147,7 +148,7 @@ class Interrupt:
         if name == {module!r}:
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupt())
-sys.argv = ["compresskv", "ask", "doc.txt", "What?", "--method", "full", "--model", "./nowhere"]
+sys.argv = ["compresskv", "ask", "doc.txt", "What?", "--method", "full", "--model", "."]
 from compresskv.cli import main
 main()
 """

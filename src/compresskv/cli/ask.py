@@ -4,7 +4,6 @@ import json
 import shlex
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,41 +11,21 @@ import typer
 from rich import box
 from rich.table import Table
 
-from compresskv.cli.options import (
-    BudgetOption,
-    CompileOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    MethodOption,
-    ModelOption,
-    ProfileOption,
-    SettingsOption,
-    TruncateOption,
-    create_methods,
-)
+from compresskv.cli.options import CompileOption
 from compresskv.cli.outputs import check_outputs
-from compresskv.cli.terminal import Bar, Building, err, megabytes, out
+from compresskv.cli.request import Checked, Request, with_request
+from compresskv.cli.terminal import Bar, Building, Steps, err, megabytes, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError
-from compresskv.prompts.document import read_document
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
     from compresskv.methods.base import Method
 
 
+@with_request
 def ask(
-    document: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: ModelOption = "smollm2-135m",
-    method: MethodOption = "blend",
-    budget: BudgetOption = "256",
-    compare: Annotated[
-        str, typer.Option(help="More methods, separated by commas; prints one table.", metavar="METHODS")
-    ] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128,
-    truncate: TruncateOption = "never",
+    given: Request,
     two_pass: Annotated[
         bool,
         typer.Option(
@@ -57,111 +36,90 @@ def ask(
         Path | None, typer.Option(help="Write what is kept to this JSON file; implies --two-pass.", metavar="FILE")
     ] = None,
     compile: CompileOption = "auto",
-    profile: ProfileOption = None,
-    settings: SettingsOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Answer a question about a document, keeping a small part of its KV cache.
 
     The answer goes to standard output, what it cost to standard error.
     """
     check_mode(compile)
-    check_outputs({"save_plan": save_plan}, {"document": document, "profile": profile, "model": model})
-    context = read_document(document)
-    from compresskv.selection.budgets import parse_budget
-
-    if save_plan is not None and compare:
-        raise ConfigError(f"--save-plan {str(save_plan)!r} takes one method: leave out --compare")
+    check_outputs({"save_plan": save_plan}, given.inputs)
+    if save_plan is not None and given.compare:
+        raise ConfigError("takes one method: leave out --compare", option="save_plan", value=save_plan)
     if save_plan is not None and (save_plan.is_dir() or not save_plan.parent.is_dir()):
-        raise ConfigError(f"--save-plan {str(save_plan)!r} cannot be written: no such folder, or a folder itself")
-    request: dict[str, Any] = {
-        "budget": parse_budget(budget),
-        "max_new_tokens": max_new_tokens,
-        "truncate": truncate,
-        "two_pass": two_pass or save_plan is not None,
-        "compile": compile,
-    }
-    chosen = create_methods(method, compare, settings)
-    if request["two_pass"] and any(one.lookahead for one in chosen):
+        problem = "cannot be written: no such folder, or a folder itself"
+        raise ConfigError(problem, option="save_plan", value=save_plan)
+    checked = given.checked()
+    two_pass |= save_plan is not None
+    if two_pass and any(one.lookahead for one in checked.methods):
         raise ConfigError("--two-pass and --save-plan cannot look ahead: leave out --set lookahead")
-    from compresskv.methods.prepare import prepare_method
-    from compresskv.models.load import load
-    from compresskv.prompts.prompt import check_request
-
-    check_request(context, question, truncate)
-    with Bar() as bar:
-        loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
-    # All profiles are found before the first prefill: a missing one must not cost the others' answers.
-    prepared = [prepare_method(loaded, one, profile if one.needs_profile else None) for one in chosen]
+    loaded, tokenizer, methods = checked.load()
     generations: list[Generation] = []
     try:
-        for one in prepared:
-            answer = _answer(loaded, tokenizer, context, question, one, request, not as_json and not compare)
-            generations.append(_with_command(answer, model, one, profile, dtype))
+        for one in methods:
+            answer = _answer(loaded, tokenizer, checked, one, two_pass=two_pass, compile=compile)
+            generations.append(_with_command(answer, given, one))
     finally:  # on Ctrl-C, what is there already is shown
-        _report(generations, single=not compare, as_json=as_json, model=model, compile=compile)
+        _report(generations, given, compile)
     if save_plan is not None and generations[0].plan is not None:
         generations[0].plan.write(save_plan)
+        err.print(f"plan: {save_plan}")
 
 
 def _answer(
-    model: Any, tokenizer: Any, context: str, question: str, method: "Method", request: dict[str, Any], streams: bool
+    model: Any, tokenizer: Any, checked: Checked, method: "Method", *, two_pass: bool, compile: str
 ) -> "Generation":
     from compresskv.generation import ask as answer
 
+    given = checked.request
     with Bar() as bar:
-        stream = _Stream(bar, enabled=streams)
-        show = partial(_show_layers, bar, method.name)
+        steps = Steps(bar, method.name, given.max_new_tokens)
+        stream = _Stream(bar) if not given.as_json and not given.compare else None
         generation = answer(
             model,
             tokenizer,
-            context,
-            question,
+            checked.context,
+            given.question,
             method=method,
+            budget=checked.budget,
+            max_new_tokens=given.max_new_tokens,
+            truncate=given.truncate,
+            two_pass=two_pass,
+            compile=compile,
             on_text=stream,
-            on_prefill=show,
+            on_token=None if stream is not None else steps.answering,
+            on_prefill=steps.reading,
             on_compile=Building(bar),
-            **request,
         )
-    stream.finish()
+    if stream is not None:
+        stream.finish()
     return generation
 
 
-def _with_command(
-    generation: "Generation", model: str, method: "Method", profile: Path | None, dtype: str | None
-) -> "Generation":
+def _with_command(generation: "Generation", given: Request, method: "Method") -> "Generation":
     """Where the answer says that `compresskv compile` would help, the whole command for this model and method."""
     if (reason := generation.stats.not_compiled) is None:
         return generation
-    command = ["compresskv", "compile", "--model", model, "--method", method.name]
-    if profile is not None and method.needs_profile:
-        command += ["--profile", str(profile)]
-    if dtype is not None:
-        command += ["--dtype", dtype]
+    command = ["compresskv", "compile", "--model", given.model, "--method", method.name]
+    if given.profile is not None and method.needs_profile:
+        command += ["--profile", str(given.profile)]
+    if given.dtype is not None:
+        command += ["--dtype", given.dtype]
     reason = reason.replace("'compresskv compile'", f"`{shlex.join(command)}`")
     return replace(generation, stats=replace(generation.stats, not_compiled=reason))
-
-
-def _show_layers(bar: Bar, name: str, done: int, layers: int) -> None:
-    bar(f"{name}: reading", done / layers)
 
 
 class _Stream:
     """Writes the answer as it comes; the progress bar makes way first."""
 
-    def __init__(self, bar: Bar, *, enabled: bool) -> None:
+    def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._enabled = enabled
         self._started = False
 
     def __call__(self, text: str) -> None:
-        if self._enabled:
-            self._bar.stop()
-            self._started = True
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        self._bar.stop()
+        self._started = True
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
     def finish(self) -> None:
         if self._started:
@@ -169,11 +127,12 @@ class _Stream:
             sys.stdout.flush()
 
 
-def _report(generations: "list[Generation]", *, single: bool, as_json: bool, model: str, compile: str) -> None:
+def _report(generations: "list[Generation]", given: Request, compile: str) -> None:
     if not generations:
         return
-    if as_json:
-        results: list[dict[str, Any]] = [{"model": model, **generation.to_dict()} for generation in generations]
+    single = not given.compare
+    if given.as_json:
+        results: list[dict[str, Any]] = [{"model": given.model, **generation.to_dict()} for generation in generations]
         out.print_json(json.dumps(results[0] if single else results))
     elif single:
         err.print(_cost(generations[0], compile))

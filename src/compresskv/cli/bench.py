@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compresskv import defaults
 from compresskv.cli.bench_table import print_result
 from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ProfileOption, check_writable, parse_numbers
 from compresskv.cli.outputs import check_outputs
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from compresskv.bench.subject import Subject
     from compresskv.methods.base import Method
 
-_MODEL = "smollm2-135m"
+_MODEL = defaults.MODEL
 EPILOG = """\b
 Examples:
   compresskv bench --lengths 1024,4096 --budgets 128,256
@@ -37,7 +38,10 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Hub id, folder, .gguf file. Default: the embedded smollm2-135m.", metavar="MODEL"
+            "--model",
+            "-m",
+            help=f"Hub id, folder, .gguf file. Default: the embedded {defaults.MODEL}.",
+            metavar="MODEL",
         ),
     ] = None,
     lengths: Annotated[

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+from compresskv import defaults
 from compresskv.cli.options import (
     DtypeOption,
     JsonOption,
@@ -22,12 +23,12 @@ Examples:
   compresskv compile --method snapkv --json
 """
 _PROMPT_TOKENS = 320
-_BUDGET = 256
+_BUDGET = defaults.BUDGET
 
 
 def compile_step(
-    model: ModelOption = "smollm2-135m",
-    method: MethodOption = "blend",
+    model: ModelOption = defaults.MODEL,
+    method: MethodOption = defaults.METHOD,
     profile: ProfileOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compresskv import defaults
 from compresskv.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -47,7 +48,7 @@ def evaluate(
         ),
     ] = None,
     budgets: Annotated[str, typer.Option(help="Tokens per layer, or shares of the prompt.")] = "64,128,256",
-    model: ModelOption = "smollm2-135m",
+    model: ModelOption = defaults.MODEL,
     data: Annotated[Path | None, typer.Option(help="Folder with benchmark files.", metavar="DIR")] = None,
     haystack: Annotated[
         list[Path] | None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
 
@@ -16,7 +17,9 @@ N = TypeVar("N", int, float)
 
 ModelOption = Annotated[
     str,
-    typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or the embedded smollm2-135m.", metavar="MODEL"),
+    typer.Option(
+        "--model", "-m", help=f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}.", metavar="MODEL"
+    ),
 ]
 MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].")]
 BudgetOption = Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from compresskv import defaults
 from compresskv.cli.group import Group
 from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, check_folder, check_writable, parse_numbers
 from compresskv.cli.outputs import check_outputs
@@ -43,7 +44,7 @@ profile_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelArgument = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the embedded smollm2-135m.")]
+ModelArgument = Annotated[str, typer.Argument(help=f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}.")]
 FileArgument = Annotated[str, typer.Argument(help="A profile file, or a model's name to show its own profile.")]
 HaystackOption = Annotated[
     list[Path] | None,
@@ -122,7 +123,7 @@ def find(
 @profile_app.command()
 def show(
     profile: FileArgument,
-    budget: Annotated[int, typer.Option(help="Mean tokens per layer for the layer budgets.")] = 256,
+    budget: Annotated[int, typer.Option(help="Mean tokens per layer for the layer budgets.")] = defaults.BUDGET,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:

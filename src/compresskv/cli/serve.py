@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compresskv import defaults
 from compresskv.cli.options import BudgetOption, ProfileOption, SettingsOption, create_methods
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
@@ -34,9 +35,9 @@ _MEMORY_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--kv-
 def serve(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Hub id, folder, or the embedded smollm2-135m.", metavar="[MODEL]")
-    ] = "smollm2-135m",
-    budget: BudgetOption = "256",
+        str, typer.Argument(help=f"Hub id, folder, or the embedded {defaults.MODEL}.", metavar="[MODEL]")
+    ] = defaults.MODEL,
+    budget: BudgetOption = str(defaults.BUDGET),
     method: Annotated[
         str, typer.Option(help="A method that keeps the same tokens in all layers: vote, streaming_llm.")
     ] = "vote",

@@ -1,5 +1,7 @@
 """What the commands share when they write to a terminal: consoles, progress, numbers."""
 
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,10 @@ out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 """Results."""
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 """Progress and remarks: never part of a result."""
+
+
+SILENCE_S = 20.0
+"""The longest time without a word where standard error is no terminal."""
 
 
 @contextmanager
@@ -40,12 +46,13 @@ def warnings_in_one_line() -> Iterator[None]:
 
 
 class Bar:
-    """A progress bar on stderr that vanishes when it stops; nothing where stderr is no terminal."""
+    """A progress bar on stderr that vanishes when it stops; where stderr is no terminal, a line now and then."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
         self._task = self._progress.add_task("", total=None)
+        self._lines = None if err.is_terminal else _Lines()
 
     def __enter__(self) -> "Bar":
         self._progress.start()
@@ -56,6 +63,9 @@ class Bar:
 
     def __call__(self, message: str, fraction: float | None) -> None:
         """Show what is being done, and how much of it is done where that is known (0 to 1)."""
+        if self._lines is not None:
+            self._lines.now(message, fraction)
+            return
         total = None if fraction is None else 1.0
         if self._progress.tasks[0].description != message:
             self._progress.reset(self._task, description=message, total=total)
@@ -64,6 +74,53 @@ class Bar:
     def stop(self) -> None:
         """Take the bar away, for good."""
         self._progress.stop()
+        if self._lines is not None:
+            self._lines.stop()
+            self._lines = None
+
+
+class _Lines:
+    """What is being done, on a line every `SILENCE_S`: also where nothing is reported for longer."""
+
+    def __init__(self) -> None:
+        self._doing: tuple[str, float | None] | None = None
+        self._start = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
+
+    def now(self, message: str, fraction: float | None) -> None:
+        if self._doing is None:
+            self._thread.start()
+        self._doing = message, fraction
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _tell(self) -> None:
+        while not self._stopped.wait(SILENCE_S):
+            if self._doing is not None:
+                message, fraction = self._doing
+                share = "" if fraction is None else f", {fraction:.0%}"
+                err.print(f"{message}{share} ({time.monotonic() - self._start:.0f} s)")
+
+
+class Steps:
+    """Progress of one answer: the prompt by layers, then the answer by tokens."""
+
+    def __init__(self, bar: Bar, name: str, max_new_tokens: int) -> None:
+        self._bar = bar
+        self._name = name
+        self._most = max_new_tokens
+        self._num_tokens = 0
+
+    def reading(self, done: int, layers: int) -> None:
+        """So many layers have read the prompt."""
+        self._bar(f"{self._name}: reading", done / layers)
+
+    def answering(self, _token: int) -> None:
+        """One more token has come."""
+        self._num_tokens += 1
+        self._bar(f"{self._name}: answering", self._num_tokens / self._most)
 
 
 class Building:

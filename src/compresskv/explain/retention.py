@@ -159,9 +159,13 @@ def explain(
     *,
     max_new_tokens: int = 0,
     on_prefill: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> Explanation:
     """Read a prompt (1, T), note what each layer keeps, and answer where `max_new_tokens` is above 0.
 
+    Args:
+        on_prefill: called with (layers done, layers) while the prompt is read.
+        on_token: called with each token of the answer as it comes.
     Raises:
         ConfigError, ModelError: as for `compressing`; or the method looks ahead.
     """
@@ -173,7 +177,7 @@ def explain(
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes
         answer = None
         if max_new_tokens > 0:
-            token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens)
+            token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens, on_token)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
     shown = budget if isinstance(budget, (int, float)) else list(budget)
     return Explanation(method.name, shown, retention, full_nbytes, kv_nbytes, answer)

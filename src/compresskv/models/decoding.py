@@ -2,13 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.models.place import input_device
 
@@ -70,19 +70,21 @@ def decode(
     first: int,
     cache: Cache,
     max_new_tokens: int,
-    streamer: TextStreamer | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """Continue greedily from the token `first` until the end-of-text token or `max_new_tokens`."""
+    """Continue greedily from the token `first` until the end-of-text token or `max_new_tokens`.
+
+    Args:
+        on_token: called with each token, the first and the last included, as it comes.
+    """
     ends = end_tokens(model, tokenizer)
     token_ids = [first]
     while True:
-        if streamer is not None:
-            streamer.put(torch.tensor(token_ids[-1:]))
+        if on_token is not None:
+            on_token(token_ids[-1])
         if token_ids[-1] in ends or len(token_ids) >= max_new_tokens:
             break
         token_ids.append(int(decode_one_token(model, token_ids[-1], cache).argmax()))
-    if streamer is not None:
-        streamer.end()
     return token_ids
 
 

@@ -22,7 +22,7 @@ _NO_TOKENIZER = "it comes without a tokenizer; add its tokenizer.json"
 
 
 def load(
-    spec: str = defaults.MODEL,
+    spec: str | Path = defaults.MODEL,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -49,6 +49,9 @@ def load(
 
         check_int8()
         dtype = None
+    if not isinstance(spec, (str, Path)):
+        raise ModelError("must be a name, a folder, a .gguf file or a hub id", option="model", value=spec)
+    spec = str(spec)
     wanted, place = torch_dtype(dtype), torch_device(device)
     path = _locate(spec)
     if path is None and spec in EMBEDDED:
@@ -177,9 +180,34 @@ def torch_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except Exception as err:  # RuntimeError, AssertionError or another, by the device's backend
-        problem = f"cannot be used ({first_line(err)}); pass cpu or cuda"
-        raise ConfigError(problem, option="device", value=device) from err
+        usable = ", ".join(_devices())
+        raise ConfigError(
+            f"cannot be used on this machine: choose from {usable}", option="device", value=device
+        ) from err
     return found
+
+
+def _devices() -> list[str]:
+    import torch
+
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *(["cuda"] if gpus else []), *gpus]
+
+
+def check_model(model: Any, tokenizer: Any = callable) -> None:
+    """Refuse what is no model and tokenizer of transformers, such as a name that is yet to be loaded.
+
+    Raises:
+        ModelError: naming the one that is not.
+    """
+    if not (callable(model) and hasattr(model, "config") and hasattr(model, "named_modules")):
+        raise ModelError("must be a transformers model, as `load` returns", option="model", value=_brief(model))
+    if not callable(tokenizer):
+        raise ModelError("must be a tokenizer, as `load` returns", option="tokenizer", value=_brief(tokenizer))
+
+
+def _brief(value: Any) -> object:
+    return value if value is None or isinstance(value, (str, int, float, Path)) else type(value).__name__
 
 
 def _error(spec: str, problem: str) -> ModelError:

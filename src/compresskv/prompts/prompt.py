@@ -8,9 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError, PromptError
 from compresskv.models.shape import decoder_config
+from compresskv.prompts.request import check_request
 from compresskv.prompts.template import encode_message
-
-TRUNCATIONS = ("never", "middle")
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,6 @@ def build_prompt(
     return _cut_middle(tokenizer, context, question, max_tokens)
 
 
-def check_request(context: str, question: str, truncate: str) -> None:
-    """Refuse, before a model is loaded, what no model can answer.
-
-    Raises:
-        ConfigError, PromptError: as for `build_prompt`.
-    """
-    if truncate not in TRUNCATIONS:
-        raise ConfigError(f"is unknown: choose from {', '.join(TRUNCATIONS)}", option="truncate", value=truncate)
-    for name, text in (("document", context), ("question", question)):
-        if not text.strip():
-            raise PromptError(f"the {name} is empty")
-        if any("\ud800" <= char <= "\udfff" for char in text):  # Python's stand-ins for bytes that are no UTF-8
-            raise PromptError(f"the {name} is not valid text: it holds bytes that are not UTF-8")
-
-
 def context_length(model: PreTrainedModel) -> int | None:
     """The number of positions the model was made for; None where its config does not say."""
     return getattr(decoder_config(model), "max_position_embeddings", None)
@@ -81,6 +65,8 @@ def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int | None:
     Raises:
         ConfigError: max_new_tokens is below 1 or fills the context.
     """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise ConfigError("must be an int", option="max_new_tokens", value=max_new_tokens)
     if max_new_tokens < 1:
         raise ConfigError("must be at least 1", option="max_new_tokens", value=max_new_tokens)
     length = context_length(model)

@@ -1,0 +1,120 @@
+"""The parameters that `ask` and `explain` share, and what is done with them before and after a model is loaded."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from compresskv import defaults
+from compresskv.cli.options import (
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    ProfileOption,
+    SettingsOption,
+    TruncateOption,
+    create_methods,
+)
+from compresskv.cli.terminal import Bar
+from compresskv.errors import ConfigError
+from compresskv.prompts.document import read_document
+from compresskv.prompts.request import check_request
+
+if TYPE_CHECKING:
+    from compresskv.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question about a document, by one method or several; each field is a parameter of the command."""
+
+    document: Annotated[str, typer.Argument(help="A text file, or - for standard input.")]
+    question: Annotated[str, typer.Argument(help="What to ask about it.")]
+    model: ModelOption = defaults.MODEL
+    method: MethodOption = defaults.METHOD
+    budget: BudgetOption = str(defaults.BUDGET)
+    compare: Annotated[str, typer.Option(help="More methods beside it, separated by commas.", metavar="METHODS")] = ""
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128
+    truncate: TruncateOption = "never"
+    profile: ProfileOption = None
+    settings: SettingsOption = None
+    dtype: DtypeOption = None
+    device: DeviceOption = None
+    as_json: JsonOption = False
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What is read, and must not be written over."""
+        return {"document": self.document, "profile": self.profile, "model": self.model}
+
+    def checked(self, least_tokens: int = 1) -> "Checked":
+        """The document, the budget and the methods.
+
+        Args:
+            least_tokens: what `max_new_tokens` must be at least.
+        Raises:
+            CompressKVError: anything that can be found wrong without the model.
+        """
+        from compresskv.selection.budgets import parse_budget
+
+        if self.max_new_tokens < least_tokens:
+            raise ConfigError(f"must be at least {least_tokens}", option="max_new_tokens", value=self.max_new_tokens)
+        budget = parse_budget(self.budget)
+        methods = create_methods(self.method, self.compare, self.settings)
+        if self.profile is not None:
+            from compresskv.profiles.profile import read_profile
+
+            read_profile(self.profile)
+        context = read_document(self.document)
+        check_request(context, self.question, self.truncate)
+        return Checked(self, context, budget, methods)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request that a model can be loaded for."""
+
+    request: Request
+    context: str
+    budget: int | float
+    methods: "list[Method]"
+
+    def load(self) -> "tuple[Any, Any, list[Method]]":
+        """The model, its tokenizer, and the methods with their profiles.
+
+        All profiles are found before the first prefill: a missing one must not cost the others' answers.
+        """
+        from compresskv.methods.prepare import prepare_method
+        from compresskv.models.load import load
+
+        given = self.request
+        with Bar() as bar:
+            model, tokenizer = load(given.model, dtype=given.dtype, device=given.device, on_progress=bar)
+        profiles = [given.profile if one.needs_profile else None for one in self.methods]
+        return model, tokenizer, [prepare_method(model, *pair) for pair in zip(self.methods, profiles, strict=True)]
+
+
+def with_request(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of `Request` as parameters, in place of its first one, which gets them as one."""
+    names = [field.name for field in fields(Request)]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(Request(**{name: given.pop(name) for name in names}), **given)
+
+    _, *own = inspect.signature(command).parameters.values()
+    hints = get_type_hints(Request, include_extras=True)
+    shared = [
+        parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(Request).parameters.values()
+    ]
+    parameters = [*shared, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

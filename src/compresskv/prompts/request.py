@@ -1,0 +1,22 @@
+"""What no model can answer, refused before one is loaded."""
+
+from compresskv.errors import ConfigError, PromptError
+
+TRUNCATIONS = ("never", "middle")
+
+
+def check_request(context: str, question: str, truncate: str) -> None:
+    """Refuse, before a model is loaded, what no model can answer.
+
+    Raises:
+        ConfigError, PromptError: as for `build_prompt`.
+    """
+    if truncate not in TRUNCATIONS:
+        raise ConfigError(f"is unknown: choose from {', '.join(TRUNCATIONS)}", option="truncate", value=truncate)
+    for name, text in (("document", context), ("question", question)):
+        if not isinstance(text, str):  # from Python: None, a number, bytes
+            raise PromptError("must be a text", option="context" if name == "document" else name, value=text)
+        if not text.strip():
+            raise PromptError(f"the {name} is empty")
+        if any("\ud800" <= char <= "\udfff" for char in text):  # Python's stand-ins for bytes that are no UTF-8
+            raise PromptError(f"the {name} is not valid text: it holds bytes that are not UTF-8")

@@ -1,0 +1,98 @@
+"""What Python's callers give by mistake is refused by the parameter's name, before anything is computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compresskv
+import planted
+from compresskv.models.load import load
+
+
+def ask(**changes: Any) -> Any:
+    given = {"context": "Some text.", "question": "What?", "method": "full", **changes}
+    model, tokenizer = given.pop("model", planted.model()), given.pop("tokenizer", planted.tokenizer())
+    return compresskv.ask(model, tokenizer, given.pop("context"), given.pop("question"), **given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ask(context=None), "context=None must be a text"),
+        (lambda: ask(context=b"text"), "context=b'text' must be a text"),
+        (lambda: ask(question=3), "question=3 must be a text"),
+        (lambda: ask(max_new_tokens="5"), "max_new_tokens='5' must be an int"),
+        (lambda: ask(max_new_tokens=True), "max_new_tokens=True must be an int"),
+        (lambda: ask(max_new_tokens=1.5), "max_new_tokens=1.5 must be an int"),
+        (lambda: ask(truncate="maybe"), "truncate='maybe' is unknown: choose from never, middle"),
+        (lambda: ask(model=None), "model=None must be a transformers model, as `load` returns"),
+        (lambda: ask(model="smollm2-135m"), "model='smollm2-135m' must be a transformers model, as `load` returns"),
+        (lambda: ask(tokenizer=None), "tokenizer=None must be a tokenizer, as `load` returns"),
+        (lambda: ask(tokenizer=[1]), "tokenizer='list' must be a tokenizer, as `load` returns"),
+        (lambda: compresskv.compressing(None), "model=None must be a transformers model, as `load` returns"),
+        (lambda: compresskv.compressing(planted), "model='module' must be a transformers model, as `load` returns"),
+        (lambda: load(3), "model=3 must be a name, a folder, a .gguf file or a hub id"),
+        (lambda: load(None), "model=None must be a name, a folder, a .gguf file or a hub id"),
+        (lambda: load("./nowhere"), "model='./nowhere': no such file or folder"),
+        (lambda: load(Path("/no/such")), "model='/no/such': no such file or folder"),
+        (lambda: load("./nowhere", device="cudaa"), "device='cudaa' cannot be used on this machine: choose from cpu"),
+        (lambda: load("./nowhere", device="mps"), "device='mps' cannot be used on this machine: choose from cpu"),
+        (lambda: load("./nowhere", dtype="float"), "model='./nowhere': no such file or folder"),
+        (lambda: load("./nowhere", dtype="int3"), "dtype='int3' is no dtype; pass auto"),
+    ],
+)
+def test_it_is_refused_by_name(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(compresskv.CompressKVError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+class TestCallbacks:
+    @pytest.fixture
+    def document(self) -> str:
+        return " ".join([*planted.haystack_sentences(10), planted.needle("amber")])
+
+    def test_text_comes_in_whole_words_and_tokens_one_by_one(self, document: str) -> None:
+        pieces: list[str] = []
+        tokens: list[int] = []
+        found = ask(
+            context=document, question="What of amber?", max_new_tokens=4, on_text=pieces.append, on_token=tokens.append
+        )
+        assert "".join(pieces).strip() == found.answer == "amber1 amber2 amber3 amber4"
+        assert tokens == found.token_ids
+        assert all(piece.endswith(" ") for piece in pieces[:-1])
+
+
+class Letters:
+    """Just enough of a tokenizer: each token is a piece of text, and bytes that make no character are a mark."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = pieces
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        ([b"One", b" wo", b"rd", b" more"], ["One ", "word ", "more"]),
+        ([b"a\n", b"b", b"\n", b"c d"], ["a\n", "b\n", "c ", "d"]),
+        (["\u4e2d".encode(), "\u6587".encode()], ["\u4e2d", "\u6587"]),
+        ([b"\xc3", b"\xa9t\xc3", b"\xa9"], ["\u00e9t\u00e9"]),
+        ([], []),
+    ],
+)
+def test_a_word_is_told_when_nothing_can_change_it(pieces: list[bytes], told: list[str]) -> None:
+    from compresskv.prompts.spoken import Spoken
+
+    heard: list[str] = []
+    tokenizer: Any = Letters(*pieces)
+    spoken = Spoken(tokenizer, heard.append)
+    for token in range(len(pieces)):
+        spoken.put(token)
+    spoken.end()
+    assert heard == told
