@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from compresskv.errors import ModelError
 from compresskv.models.fingerprint import Fingerprint, fingerprint
+from waits import Waits
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -142,3 +143,10 @@ class TestMatches:
         assert unknown.matches(self.own)
         assert not unknown.matches(replace(self.own, num_layers=3))
         assert not replace(self.own, architecture="qwen2").matches(unknown)
+
+
+def test_the_device_is_waited_for_once() -> None:
+    model = llama()
+    with Waits() as waits:
+        fingerprint(model)
+    assert [wait for wait in waits.seen if wait in ("cpu", "item", "tolist")] == ["cpu"]

@@ -4,6 +4,7 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,28 @@ def test_models_that_cannot_be_compressed_are_refused_first(
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
     with pytest.raises(ModelError, match="flex_attention"):
         resolve_profile(model)
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(
+    model: LlamaForCausalLM, own: Fingerprint, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = default_path(own), []
+    write_profile(make_profile(own, "first"), path)
+    read_text = Path.read_text
+
+    def counted(self: Path, *args: Any, **kwargs: Any) -> str:
+        read.append(self.name)
+        return read_text(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    assert [found(model), found(model)] == ["first"] * 2
+    assert read == [path.name]
+    write_profile(make_profile(own, "second"), path)
+    assert [found(model), found(model)] == ["second"] * 2
+    assert read == [path.name] * 2
+    path.unlink()
+    with pytest.raises(ProfileError, match="no profile of this model"):
+        found(model)
 
 
 def test_a_profile_is_found_inside_an_open_context(model: LlamaForCausalLM, own: Fingerprint) -> None:

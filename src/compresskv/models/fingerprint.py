@@ -102,16 +102,26 @@ def weights_digest(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], 
         ModelError: as for `fingerprint`.
     """
     matrices = sorted(name for name, shape in shapes.items() if len(shape) >= 2)
+    num_sampled = min(_NUM_TENSORS, len(matrices))
+    names = [matrices[i * len(matrices) // num_sampled] for i in range(num_sampled)]
     digest = hashlib.sha256()
-    for i in range(min(_NUM_TENSORS, len(matrices))):
-        name = matrices[i * len(matrices) // min(_NUM_TENSORS, len(matrices))]
-        weight = read(name)
-        step = math.ceil(weight.numel() / _NUM_VALUES)
-        # Rounded before tiny values are dropped: loading in bfloat16 rounds first, too.
-        values = weight.detach().reshape(-1)[::step].to(torch.bfloat16).cpu()
+    for name, values in zip(names, _on_cpu([_sample(read(name)) for name in names]), strict=True):
         if not torch.isfinite(values).all():
             raise ModelError(f"weight {name} holds NaN or infinity: the checkpoint is damaged")
-        values = torch.where(values.abs() < _SMALLEST, 0.0, values)
-        digest.update(str(tuple(weight.shape)).encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
+        digest.update(str(tuple(shapes[name])).encode())
+        kept = torch.where(values.abs() < _SMALLEST, 0.0, values)
+        digest.update(kept.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Some of its values. They are rounded before tiny ones are dropped: loading in bfloat16 rounds first, too."""
+    step = math.ceil(weight.numel() / _NUM_VALUES)
+    return weight.detach().reshape(-1)[::step].to(torch.bfloat16)
+
+
+def _on_cpu(samples: list[Tensor]) -> list[Tensor]:
+    """The same in the CPU's memory: together, since each transfer waits for the device."""
+    if len({sample.device for sample in samples}) != 1:
+        return [sample.cpu() for sample in samples]
+    return list(torch.cat(samples).cpu().split([len(sample) for sample in samples]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path |
     imported = None
     for path in profile_files():
         try:
-            found = read_profile(path)
+            found = _read_once(path)
         except ProfileError as error:
             if path.name == default_path(own).name:
                 hint = f"delete it or make it again with 'compresskv profile {model_id}'"
@@ -75,6 +76,20 @@ def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path |
         f"no profile of this model ({own}): make one with 'compresskv profile {model_id}', "
         "give one as profile=FILE, or choose a method that needs none, such as 'snapkv'"
     )
+
+
+def _read_once(path: Path) -> Profile:
+    """`read_profile`, of a file that has not changed since the last time without reading it again."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return read_profile(path)  # tells why
+    return _read_version(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_version(path: Path, _mtime_ns: int, _size: int, _inode: int) -> Profile:
+    return read_profile(path)
 
 
 def profile_files() -> Iterator[Path]:
