@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from compresskv.serving.settings import VARIABLES, plugins_with_ours
+from compresskv.serving.settings import plugins_with_ours
+from compresskv.serving.switch import VARIABLES
 
 
 def server_environment(environ: Mapping[str, str], *, compressed: bool) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a server evicts: settings, a request's own budget, the cut that follows, and the versions it runs with."""
 
+import os
 import pickle
 import re
 import subprocess
@@ -114,10 +115,21 @@ def test_the_last_chunk_is_never_a_single_token(label: str, budget: int) -> None
 
 
 def test_the_entry_point_is_cheap() -> None:
-    """vLLM imports it in every process, switched on or not."""
-    code = "import sys, compresskv.serving.plugin; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert output.strip() == "set()"
+    """vLLM imports it in every process, and asks it about every configuration, switched on or not."""
+    code = """
+import sys
+from types import SimpleNamespace
+from compresskv.serving.plugin import configure
+before = set(sys.modules)
+for additional in (None, {}, {"other": 1}, {"compresskv": False}):
+    configure(SimpleNamespace(model_config=object(), additional_config=additional))
+print({"torch", "transformers", "vllm"} & set(sys.modules), set(sys.modules) - before)
+"""
+    environment = os.environ | {"COMPRESSKV_METHOD": "vote", "COMPRESSKV_BUDGET": ""}
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    ).stdout
+    assert output.strip() == "set() set()"
 
 
 def test_nothing_else_needs_this_package_or_vllm() -> None:

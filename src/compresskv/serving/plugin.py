@@ -5,6 +5,8 @@ import logging
 import sys
 from typing import Any
 
+from compresskv.serving.switch import KEY, given_settings
+
 _MARK = "_compresskv_plugin"
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "compresskv.serving.cpu_worker.CompressedCPUWorker",
@@ -54,7 +56,7 @@ def configure(config: Any) -> None:
     Raises:
         ServingError: what cannot work, in one line. A program that does not catch it ends with that line alone.
     """
-    if config.model_config is None:
+    if config.model_config is None or given_settings(config.additional_config) is None:
         return
     from compresskv.errors import CompressKVError, ServingError
 
@@ -66,7 +68,7 @@ def configure(config: Any) -> None:
 
 
 def _configure(config: Any) -> None:
-    from compresskv.serving.settings import KEY, find_settings
+    from compresskv.serving.settings import find_settings
 
     settings = find_settings(config.additional_config)
     if settings is None:

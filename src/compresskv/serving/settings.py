@@ -10,11 +10,8 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, methods, parse_methods
 from compresskv.selection.budgets import check_budget, parse_budget
+from compresskv.serving.switch import KEY, VARIABLES, given_settings
 
-KEY = "compresskv"
-"""Names us in vLLM's `additional_config`, and in a request's `extra_args` (`vllm_xargs` in the OpenAI API)."""
-VARIABLES = {"budget": "COMPRESSKV_BUDGET", "method": "COMPRESSKV_METHOD", "profile": "COMPRESSKV_PROFILE"}
-"""The settings in the environment. The budget switches on; the others alone do nothing."""
 _DEFAULT_METHOD = "vote"
 _LARGEST = 2**63 - 1  # that vLLM can send between its processes
 
@@ -105,13 +102,9 @@ def find_settings(additional: Any, environ: Mapping[str, str] = os.environ) -> S
     Raises:
         ConfigError: a value that cannot work, with the option's name.
     """
-    given = additional.get(KEY) if isinstance(additional, Mapping) else None
-    if given is False:
-        return None
+    given = given_settings(additional, environ)
     if given is None:
-        given = {name: environ[variable] for name, variable in VARIABLES.items() if environ.get(variable)}
-        if "budget" not in given:
-            return None
+        return None
     if not isinstance(given, Mapping):
         raise ConfigError(f"additional_config: {KEY}={given!r} is not an object such as {{'budget': 256}}")
     if "budget" not in given:
