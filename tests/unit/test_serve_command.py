@@ -73,6 +73,20 @@ def test_what_is_not_given_is_taken_from_the_environment(
     assert "/nowhere.json" in str(run(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("budget", "line"),
+    [
+        ("256", "starting vLLM with each prompt cut to 256 tokens once it has been read, and its other blocks freed; "),
+        ("5%", "starting vLLM with each prompt cut to 5% of its tokens once it has been read, and"),
+        ("100%", "starting vLLM with prompts kept whole, except where a request gives a budget of its own; a first"),
+    ],
+)
+def test_it_tells_what_happens_to_a_request(budget: str, line: str, started: dict[str, Any], tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["serve", str(tmp_path), "--budget", budget]).stderr
+    assert started
+    assert line in " ".join(told.split())
+
+
 ADDITIONAL = [
     ["--additional-config", '{"compresskv": {"budget": 9}}'],
     ['--additional_config={"compresskv": false}'],

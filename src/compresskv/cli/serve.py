@@ -60,21 +60,22 @@ def serve(
     if (place := _place_of_settings(context.args)) is not None:
         if given:
             raise ConfigError(f"{place} holds settings of compresskv already: leave out {', '.join(given)}")
-        told = f"the settings in {place}"
+        told = f"with the settings in {place}"
     else:
         budget = budget if "--budget" in given else os.environ.get("COMPRESSKV_BUDGET") or budget
         if "--method" not in given:
             method = _exported_method(method, settings)
         if profile is None and os.environ.get("COMPRESSKV_PROFILE"):
             profile = Path(os.environ["COMPRESSKV_PROFILE"])
-        environment |= _settings_environment(budget, method, settings, profile)
-        told = f"budget {budget}"
+        own = _settings_environment(budget, method, settings, profile)
+        environment |= own
+        told = _what_happens(own)
     with Bar() as bar:
         folder, name = _located(model, bar)
     # the server's own module: the 'vllm' command of the CPU build fails, for it asks for a package named 'vllm'
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += _defaults(context.args, name)
-    err.print(f"starting vLLM with {told}; a first start compiles the model and takes a minute or more")
+    err.print(f"starting vLLM {told}; a first start compiles the model and takes a minute or more")
     # vLLM takes this process over, so that Ctrl-C and every other signal reach it as if it had been started by hand
     os.execve(sys.executable, [*command, *context.args], os.environ | environment)
 
@@ -165,6 +166,24 @@ def _settings_environment(budget: str, method: str, settings: list[str] | None, 
     }
     find_settings({}, environment)
     return environment
+
+
+def _what_happens(environment: dict[str, str]) -> str:
+    """What these settings do to a request, for the line that is printed."""
+    from compresskv.serving.settings import find_settings
+
+    chosen = find_settings({}, environment)
+    assert chosen is not None  # they hold a budget
+    if isinstance(chosen.budget, int):
+        kept = f"{chosen.budget} tokens"
+    elif chosen.budget < 1:
+        kept = f"{100 * chosen.budget:.3g}% of its tokens"
+    else:
+        return "with prompts kept whole, except where a request gives a budget of its own"
+    return (
+        f"with each prompt cut to {kept} once it has been read, and its other blocks freed; prompts within the budget, "
+        "or of requests that say 'off', are kept whole, and others for reasons that the log and the metrics tell"
+    )
 
 
 def _located(model: str, bar: Bar) -> tuple[str, str]:
