@@ -12,12 +12,16 @@ import filelock
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import compresskv
 import tiny
+from compresskv.attention.routing import routing
 from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding, package
+from compresskv.compiled.narrow import narrow_weights
+from compresskv.compiled.step import Step
 from compresskv.compression import Compressing
 
 NUM_PROMPT = 70
@@ -60,6 +64,10 @@ def check_equal(model: PreTrainedModel, method: str) -> None:
         assert own.num_retained == other.num_retained
         for one, two in zip(parts(own), parts(other), strict=True):
             torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-4)
+
+
+def layers_of(model: PreTrainedModel) -> list[Any]:
+    return DynamicCache(config=model.config).layers
 
 
 def parts(layer: Any) -> list[Tensor]:
@@ -208,6 +216,37 @@ def test_auto_loads_what_was_built_once_it_pays(
     with context(model, "snapkv", "auto") as cache:  # what is in memory is used at once
         tiny.generate(model, prompt, cache)
     assert (cache.num_compiled_steps, round(cache.compile_s, 1)) == (9, 0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_weights_read_in_16_bits_are_the_same_weights(family: str, dtype: torch.dtype) -> None:
+    model = tiny.build_model(family).to(dtype).float()
+    kinds = tuple("sliding" if one is DynamicSlidingWindowLayer else "even" for one in map(type, layers_of(model)))
+    copies = narrow_weights(model).copies(model)
+    assert {one.dtype for one in copies.values()} == {dtype}
+    with routing(model):
+        (expected, _), (found, _) = (
+            Step(model, kinds, narrow)(*package.example_inputs(model, kinds).as_args()) for narrow in (None, copies)
+        )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("stored_packages")
+def test_compiled_with_weights_read_in_16_bits() -> None:
+    model = tiny.build_model("llama").bfloat16().float()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    check_equal(model, "snapkv")
+    (loaded,) = decoding._loaded[model].values()
+    assert isinstance(loaded, package.Package)
+    read = [one for one in loaded._constants.values() if one.ndim == 2]
+    assert {one.dtype for one in read} == {torch.bfloat16}  # the embedding's as well
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert not loaded.fits(model)
+    weight.data = weight.data.bfloat16().float()
+    check_equal(model, "snapkv")
 
 
 @pytest.mark.usefixtures("stored_packages")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import base_implementation, routing
-from compresskv.compiled.step import RAGGED, Step, StepInputs
+from compresskv.compiled.narrow import narrow_weights
+from compresskv.compiled.step import RAGGED, Step, StepInputs, narrow_names
 from compresskv.errors import first_line
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.system.files import write_text
@@ -61,7 +62,10 @@ class Facts:
 
 
 class Package:
-    """A compiled `Step` with a model's weights, which stay where they are: nothing is copied."""
+    """A compiled `Step` with a model's weights, which stay where they are.
+
+    Copied are only those in float32 that fit into 16 bits, once for all of a model's packages.
+    """
 
     record_s = 0.0
     """It needs no preparation."""
@@ -73,10 +77,12 @@ class Package:
             NotCompilableError: the files are damaged.
         """
         self.kinds = kinds
-        self._weights = weights_of(model)
+        self._weights, self._narrow = weights_of(model), narrow_weights(model)
+        copies = self._narrow.copies(model)
+        narrow = {own: copies[name] for own, name in narrow_names(copies).items()}
         try:
             self._program: Any = torch._inductor.aoti_load_package(str(folder / _PROGRAM))
-            constants = torch.load(folder / _CONSTANTS, weights_only=True) | _tensors(model)
+            constants = torch.load(folder / _CONSTANTS, weights_only=True) | _tensors(model) | narrow
             self._constants = {name: constants[name] for name in self._program.get_constant_fqns()}
             self._program.load_constants(self._constants, check_full_update=True, user_managed=True)
         except Exception as error:  # damaged files raise of all kinds
@@ -90,7 +96,7 @@ class Package:
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether the model still has the tensors that this was loaded with: it may have been moved or converted."""
-        return weights_of(model) == self._weights
+        return weights_of(model) == self._weights and self._narrow.fits(model)
 
 
 def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
@@ -106,9 +112,11 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
         [(name, type(module).__qualname__, _settings(module)) for name, module in model.named_modules()],
         base_implementation(model),
         _layout(model),
+        sorted((name, str(dtype)) for name, dtype in narrow_weights(model).dtypes.items()),
         kinds,
         [torch.__version__, transformers.__version__, platform.python_version(), __version__],
-        [platform.machine(), processor_name(), instruction_sets(), str(model.device), torch.get_num_threads()],
+        [platform.machine(), processor_name(), instruction_sets(), torch.backends.cpu.get_cpu_capability()],
+        [str(model.device), torch.get_num_threads()],
         [file.read_text() for file in (*sorted(own.glob("*.py")), *sorted((own.parent / "attention").glob("*.py")))],
     ]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
@@ -248,7 +256,7 @@ def _compile(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> No
     if "distutils" in sys.modules and "setuptools" not in sys.modules:
         # setuptools, which the compiler imports, wants to replace Python's distutils, and fails where it was imported
         os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
-    from compresskv.compiled.matvec import OneRowProducts  # PyTorch's compiler takes seconds to import
+    from compresskv.compiled.matvec import OneRowProducts, whole_loads  # PyTorch's compiler takes seconds to import
 
     example = example_inputs(model, kinds)
     by_tokens = [{1 if keys.ndim == 3 else 2: torch.export.Dim.DYNAMIC} for keys in example.keys]
@@ -257,10 +265,10 @@ def _compile(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> No
         "aot_inductor.package_constants_in_so": False,  # weights would be stored once more
         "post_grad_custom_pre_pass": OneRowProducts(),
     }
-    with routing(model), torch.no_grad(), warnings.catch_warnings():
+    with routing(model), torch.no_grad(), whole_loads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, about its own changes
         exported = torch.export.export(
-            Step(model, kinds),
+            Step(model, kinds, narrow_weights(model).copies(model)),
             example.as_args(),
             dynamic_shapes=(None, None, None, None, by_tokens, by_tokens),
             strict=False,  # plain Python runs, with tensors that note what is done to them

@@ -1,10 +1,12 @@
 """One decode step, tensors in and tensors out: what a compiler takes."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -44,10 +46,21 @@ class StepInputs:
 class Step(nn.Module):
     """A model that reads one token with what its cache layers hold."""
 
-    def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kinds: tuple[str, ...], narrow: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """A step of a model.
+
+        Args:
+            kinds: of its layers.
+            narrow: float32 weights that are read in 16 bits and widened, by their names in the model.
+        """
         super().__init__()
         self.model = model
         self._kinds = kinds
+        self._narrow = narrow_names(narrow or {})
+        for own, name in self._narrow.items():
+            self.register_buffer(own, (narrow or {})[name])
 
     def forward(
         self,
@@ -71,12 +84,18 @@ class Step(nn.Module):
             else:
                 make = _EvenLayer if kind == EVEN else _RaggedLayer
                 layers.append(make(layer_idx, config, *held, starts[layer_idx], ends[layer_idx]))
+        widened = {name: getattr(self, own).float() for own, name in self._narrow.items()}
+        cache = Cache(layers=layers)
+        inputs = {"input_ids": token, "position_ids": position, "past_key_values": cache, "use_cache": True}
         with without_masks():
-            output = self.model(
-                input_ids=token, position_ids=position, past_key_values=Cache(layers=layers), use_cache=True
-            )
+            output = functional_call(self.model, widened, kwargs=inputs) if widened else self.model(**inputs)
         sliding = [layer for layer in layers if not isinstance(layer, _StepLayer)]
         return output.logits[:, -1], [states for layer in sliding for states in (layer.keys, layer.values)]
+
+
+def narrow_names(narrow: Iterable[str]) -> dict[str, str]:
+    """Under which name `Step` has each narrow weight."""
+    return {f"narrow_{place}": name for place, name in enumerate(narrow)}
 
 
 class _StepLayer(RoutedLayer):
