@@ -102,6 +102,7 @@ def compressing(
     *,
     profile: Profile | str | Path | None = None,
     prompt_tokens: int | None = None,
+    exact_prefill: bool | None = None,
     compile: str = NEVER,
     on_compile: Progress | None = None,
     **options: Any,
@@ -111,7 +112,7 @@ def compressing(
         with compresskv.compressing(model, method="snapkv", budget=256) as cache:
             model.generate(**inputs, past_key_values=cache)
 
-    The first forward pass on the cache is the prompt: attention over it is exact, then each layer keeps what the
+    The first forward pass on the cache is the prompt: it attends to all of itself, then each layer keeps what the
     method chose and frees the rest. Later passes (decoding, a second question) attend to what was kept.
 
     Args:
@@ -123,6 +124,10 @@ def compressing(
         profile: for methods that need one, a `Profile` or its file; None finds the model's own.
         prompt_tokens: the prompt's exact length, where it is read in several forward passes (`prefill_chunk_size`):
             eviction waits until that many tokens were read.
+        exact_prefill: True reads prompts by the model's own attention function alone. Else, in bfloat16 on a CPU that
+            multiplies it, whole prompts of 256 to 16,384 tokens are read two to three times as fast by matrix products
+            that round logits and weights to bfloat16 (docs/speed.md). None: as the variable COMPRESSKV_EXACT_PREFILL
+            says, which holds for all commands and full caches, too; False where it is not set.
         compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
             'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
             Where it cannot be done, decoding goes on without, and the cache's `not_compiled` says why.
@@ -141,4 +146,12 @@ def compressing(
         method = method.as_method(model)
     chosen = prepare_method(model, method, profile, **options)
     warn_of_slow_dtype(model)
-    return Compressing(model, chosen, budget, compile=compile, on_progress=on_compile, prompt_tokens=prompt_tokens)
+    return Compressing(
+        model,
+        chosen,
+        budget,
+        compile=compile,
+        on_progress=on_compile,
+        prompt_tokens=prompt_tokens,
+        exact_prefill=exact_prefill,
+    )

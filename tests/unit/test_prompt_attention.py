@@ -10,6 +10,8 @@ import compresskv
 import tiny
 from compresskv.attention import prefill as prompt_attention
 from compresskv.attention.prefill import causal_attention, is_faster
+from compresskv.attention.routing import routing
+from compresskv.evaluation.capture import CapturedPrompt
 
 
 def states(num_heads: int, num_tokens: int, seed: int, batch_size: int = 1) -> Tensor:
@@ -56,3 +58,20 @@ def test_a_prompt_read_by_a_model(monkeypatch: pytest.MonkeyPatch, takes_part: b
         found = tiny.read(model, cache, prompt, [300])
     assert torch.equal(found, expected) != takes_part
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.08 * float(expected.abs().max()))
+
+
+# What is measured against a full cache must be able to read both prompts by the same attention.
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_the_switch_reads_prompts_by_the_models_own_attention(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    monkeypatch.setattr(prompt_attention, "_multiplies_bfloat16", lambda: True)
+    model, prompt = tiny.tiny_model("llama", dtype=torch.bfloat16), tiny.random_tokens(300)
+    with torch.no_grad():
+        expected = model(prompt).logits
+    if by == "variable":
+        monkeypatch.setenv("COMPRESSKV_EXACT_PREFILL", "1")
+        with routing(model):
+            assert torch.equal(CapturedPrompt(model, 8).read(prompt[0].tolist()), expected[0, -1])
+        with compresskv.compressing(model, "full", exact_prefill=False) as cache:
+            assert not torch.equal(tiny.read(model, cache, prompt, [300]), expected)
+    with compresskv.compressing(model, "full", exact_prefill=True if by == "argument" else None) as cache:
+        assert torch.equal(tiny.read(model, cache, prompt, [300]), expected)

@@ -1,6 +1,7 @@
 """Causal attention of a whole prompt in bfloat16 on a CPU, by the matrix library's products."""
 
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ _NUM_SHAPES = 32
 """The matrix library prepares, and keeps, a program for every shape it meets: keys are read in so many lengths."""
 _MOST_TOKENS = 16_384
 """Beyond that, preparing keys anew for every chunk costs more than is gained."""
+
+
+def exact_by_default() -> bool:
+    """Whether the variable COMPRESSKV_EXACT_PREFILL asks for PyTorch's own attention over prompts: it is set, not 0."""
+    return os.environ.get("COMPRESSKV_EXACT_PREFILL", "0") not in ("", "0")
 
 
 def is_faster(query: Tensor, keys: Tensor) -> bool:

@@ -40,6 +40,8 @@ class Routed(Protocol):
     """The same of the values."""
     awaits_attention: bool
     """Whether what was stored last has not been attended to."""
+    exact_prefill: bool
+    """Whether prompts are read by the model's own attention function even where `causal_attention` is faster."""
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
@@ -97,7 +99,7 @@ def _attention_forward(
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if plain and query.shape[2] == 1:
             return grouped_attention(query, key, value, mask, kwargs.get("scaling")), None
-        if plain and mask is None and is_causal and is_faster(query, key):
+        if plain and mask is None and is_causal and not layer.exact_prefill and is_faster(query, key):
             return causal_attention(query, key, value, kwargs.get("scaling")), None
         return function(module, query, key, value, mask, **kwargs)
 

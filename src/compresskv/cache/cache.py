@@ -39,12 +39,14 @@ class CompressedCache(RoutedCache):
         budget: budgets.Budget,
         *,
         prompt_tokens: int | None = None,
+        exact_prefill: bool | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> None:
         """Build an empty cache.
 
         Args:
             prompt_tokens: the prompt's length, where it is read in several forward passes; None: in the first one.
+            exact_prefill: as for `compressing`.
             on_layer: called in prefill with (layers done, layers).
         Raises:
             ModelError: the model has no full-attention layer.
@@ -53,6 +55,9 @@ class CompressedCache(RoutedCache):
         eviction = Eviction(method, budget, len(compressible_layers(model)), prompt_tokens, on_layer)
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
+        if exact_prefill is not None:
+            for layer in self.compressed_layers:
+                layer.exact_prefill = exact_prefill
         self.method = method
         self.num_compiled_steps = 0
         """Tokens that were read by a compiled step."""

@@ -24,7 +24,7 @@ NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or gener
 
 
 class CompressedLayer(RoutedLayer):
-    """One full-attention layer. It stores all of the prompt, attends over it exactly, then evicts and frees the rest.
+    """One full-attention layer. It stores all of the prompt, attends to all of it, then evicts and frees the rest.
 
     Its `store` holds them, and knows the position of each. `keys` and `values` are what the model is given: all that is
     stored, or no more than the newest tokens, as the store likes.
@@ -146,7 +146,7 @@ class CompressedLayer(RoutedLayer):
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Exact attention over what is stored; the end of prefill evicts."""
+        """Attention over what is stored; the end of prefill evicts."""
         output = self._held().attend(attention, kwargs["module"], query, mask)
         self._show_states()
         if self.in_prefill:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from compresskv.attention.prefill import exact_by_default
 from compresskv.attention.routing import AttentionFunction, await_attention, is_routed
 from compresskv.attention.support import CANNOT
 from compresskv.errors import CacheStateError, ModelError
@@ -23,6 +24,7 @@ class RoutedLayer(DynamicLayer):
         self.layer_idx = layer_idx
         self._model_config = model_config
         self.awaits_attention = False
+        self.exact_prefill = exact_by_default()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
         """A copy bound to the same model: with a config of its own, it could be used outside `compressing`."""
