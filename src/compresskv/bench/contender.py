@@ -1,7 +1,7 @@
 """What reads a prompt and goes on from it: plain transformers, and our caches."""
 
 import functools
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,9 +96,9 @@ class Ours:
         model = self.model or model
         device = model.device
         with routing(model):
-            # `Full` ignores its budget
-            cache = CompressedCache(model, self.prepared, 1 if self.budget is None else self.budget)
-            timer, start = EvictionTimer(cache, device), now(device)
+            timer, budget = EvictionTimer(device), 1 if self.budget is None else self.budget  # `Full` ignores it
+            cache = CompressedCache(model, self.prepared, budget, observer=timer)
+            start = now(device)
             logits = prefill(model, input_ids, cache)
             read = now(device)
             first = int(logits.argmax())
@@ -110,7 +110,7 @@ class Ours:
             prefill_s=read - start,
             scoring_s=timer.scoring.seconds,
             eviction_s=timer.eviction.seconds,
-            num_scorings=timer.scoring.num_calls,
+            num_scorings=timer.scoring.num_runs,
             first_token_s=first_s,
             kv_nbytes=cache.nbytes,
         )
@@ -140,33 +140,18 @@ def _next(model: PreTrainedModel, token: int, cache: Any) -> int:
 
 
 class EvictionTimer:
-    """Times what one cache does at the end of its prompt, inside the prefill."""
+    """Times what one cache does at the end of its prompt, inside the prefill: an `EvictionObserver`."""
 
-    def __init__(self, cache: CompressedCache, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.eviction = Stopwatch(device)
         """Scoring, selecting, and moving what stays."""
         self.scoring = Stopwatch(device)
         """The method's scores, and budgets that it makes of them."""
-        shared: Any = cache.compressed_layers[0]._eviction  # one for all layers of the cache
-        shared.end_of_prompt = self.eviction.timed(shared.end_of_prompt)
-        shared.method = _TimedMethod(shared.method, self.scoring)
 
+    def evicting(self) -> AbstractContextManager[None]:
+        """Around the end of a layer's prompt."""
+        return self.eviction.running()
 
-class _TimedMethod:
-    """A method whose scoring is timed. Methods call their own functions, so nothing is counted twice."""
-
-    _SCORING = ("score", "observe", "score_layers", "share_budgets")
-
-    def __init__(self, method: Method, stopwatch: Stopwatch) -> None:
-        self._method = method
-        for name in self._SCORING:
-            setattr(self, name, stopwatch.timed(getattr(method, name)))
-
-        self._stopwatch = stopwatch
-
-    def with_window(self, window_size: int) -> "_TimedMethod":
-        """The same method with another window, timed by the same watch."""
-        return _TimedMethod(self._method.with_window(window_size), self._stopwatch)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
+    def scoring_tokens(self) -> AbstractContextManager[None]:
+        """Around what the method computes."""
+        return self.scoring.running()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from compresskv.bench.contender import EAGER
 from compresskv.bench.session import Prefill, Session
+from compresskv.peers.press_cache import masked_modules
 from compresskv.peers.press_names import method_name
 from compresskv.peers.presses import peer
 from compresskv.selection.budgets import resolve
@@ -74,11 +75,7 @@ def _masked(masks: list[tuple[Any, Any]]) -> Iterator[None]:
 
 def _take_masks(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     """The modules with the masks that the last press left on them, which are taken off."""
-    masks = [
-        (module, module.masked_key_indices)
-        for module in model.modules()
-        if getattr(module, "masked_key_indices", None) is not None
-    ]
+    masks = [(module, module.masked_key_indices) for module in masked_modules(model)]
     for module, _ in masks:
-        module.masked_key_indices = None  # type: ignore[assignment]
+        module.masked_key_indices = None
     return masks

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.cache.eviction import Eviction
+from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
 from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_window
 from compresskv.errors import CacheStateError, ConfigError
@@ -41,6 +41,7 @@ class CompressedCache(RoutedCache):
         prompt_tokens: int | None = None,
         exact_prefill: bool | None = None,
         on_layer: Callable[[int, int], None] | None = None,
+        observer: EvictionObserver | None = None,
     ) -> None:
         """Build an empty cache.
 
@@ -48,11 +49,12 @@ class CompressedCache(RoutedCache):
             prompt_tokens: the prompt's length, where it is read in several forward passes; None: in the first one.
             exact_prefill: as for `compressing`.
             on_layer: called in prefill with (layers done, layers).
+            observer: told of every eviction, to time it.
         Raises:
             ModelError: the model has no full-attention layer.
             ConfigError: the budget cannot work.
         """
-        eviction = Eviction(method, budget, len(compressible_layers(model)), prompt_tokens, on_layer)
+        eviction = Eviction(method, budget, len(compressible_layers(model)), prompt_tokens, on_layer, observer)
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         if exact_prefill is not None:

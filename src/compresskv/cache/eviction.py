@@ -1,6 +1,7 @@
 """What the layers of one cache decide together: budgets, the prompt's shape, and when each layer is cut."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,6 +21,24 @@ class Retaining(Protocol):
         """Keep the named prompt tokens and free all others. `scores` (B, H or 1, T) are what they were chosen by."""
 
 
+class EvictionObserver(Protocol):
+    """Who wants to know when eviction is at work, and when the method is."""
+
+    def evicting(self) -> AbstractContextManager[None]:
+        """Around all that happens at the end of a layer's prompt."""
+
+    def scoring_tokens(self) -> AbstractContextManager[None]:
+        """Around what the method computes, inside of that."""
+
+
+class _Unobserved:
+    def evicting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def scoring_tokens(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class Eviction:
     """What the layers of one cache share: the method, the budget, and the prompt's shape once it is known."""
 
@@ -30,6 +49,7 @@ class Eviction:
         num_layers: int,
         prompt_tokens: int | None,
         on_layer: Callable[[int, int], None] | None,
+        observer: EvictionObserver | None = None,
     ) -> None:
         self.method = method
         self.budget = check_budget(budget)
@@ -40,6 +60,7 @@ class Eviction:
         self.num_layers = num_layers
         self.prompt_tokens = prompt_tokens
         self.on_layer = on_layer
+        self._observer = observer or _Unobserved()
         self._head_budgets: dict[int, list[list[int]]] = {}
         self.reset()
 
@@ -56,6 +77,10 @@ class Eviction:
             num_ahead: how many of the last tokens are generated ones that the method looked ahead at. They are kept,
                 beside the budget.
         """
+        with self._observer.evicting():
+            self._end_of_prompt(layer, position, inputs, num_ahead)
+
+    def _end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs, num_ahead: int) -> None:
         if position == 0:  # caches that branched off before the end of the prompt share this
             self.reset()
         row_lengths = self._note_rows(inputs)
@@ -70,18 +95,24 @@ class Eviction:
         if self.method.decides_together:
             self._waiting.append((layer, inputs.keys.device))
             for group, rows in zip(self._groups, own, strict=True):
+                with self._observer.scoring_tokens():
+                    observed = group.method.observe(rows)
                 # Layers may lie on several devices. What they tell each other is small, and goes to the first one's.
-                group.observed.append(group.method.observe(rows).to(self._waiting[0][1]))
+                group.observed.append(observed.to(self._waiting[0][1]))
             if len(self._waiting) == self.num_layers:
                 self._decide()
         else:
-            scores = [group.method.score(rows) for group, rows in zip(self._groups, own, strict=True)]
+            scores = []
+            for group, rows in zip(self._groups, own, strict=True):
+                with self._observer.scoring_tokens():
+                    scores.append(group.method.score(rows))
             self._retain(layer, position, scores)
 
     def _decide(self) -> None:
         """Cut all layers that wait."""
         shared = isinstance(self.budget, (int, float))  # what the caller gives for each layer is not shared out again
-        by_group = [group.decided(shared=shared) for group in self._groups]
+        with self._observer.scoring_tokens():
+            by_group = [group.decided(shared=shared) for group in self._groups]
         waiting, self._waiting = self._waiting, []
         for position, ((layer, device), *scores) in enumerate(zip(waiting, *by_group, strict=True)):
             self._retain(layer, position, [own.to(device) for own in scores])

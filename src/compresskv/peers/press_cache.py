@@ -41,7 +41,7 @@ class PeerCache:
     def __post_init__(self) -> None:
         states = [layer_states for layer in self._layers for layer_states in (layer.keys, layer.values)]
         num_kv_heads = states[0].shape[1]
-        num_masked = sum(len(module.masked_key_indices[0]) for module in _masked_modules(self.model))
+        num_masked = sum(len(module.masked_key_indices[0]) for module in masked_modules(self.model))
         self.held_tokens = sum(self.lengths) / len(self._layers)
         self.retained_tokens = self.held_tokens - num_masked / (len(self._layers) * num_kv_heads)
         self.nbytes = storage_nbytes(states)
@@ -112,5 +112,6 @@ class PeerCache:
         return logits
 
 
-def _masked_modules(model: PreTrainedModel) -> list[Any]:
+def masked_modules(model: PreTrainedModel) -> list[Any]:
+    """The modules on which a masking press left a mask."""
     return [module for module in model.modules() if getattr(module, "masked_key_indices", None) is not None]

@@ -1,7 +1,8 @@
 """Time on a device, in seconds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,32 +16,29 @@ def now(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Sums the time that calls take, and counts them. On a GPU by events, so that nothing waits for the device."""
+    """Sums the time of what runs under it, and counts how often. On a GPU by events, so that nothing waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[tuple[Any, Any]] = []
 
-    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, with each call noted."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = self._mark()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._marks.append((start, self._mark()))
-
-        return call
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Note the time of what is done inside."""
+        start = self._mark()
+        try:
+            yield
+        finally:
+            self._marks.append((start, self._mark()))
 
     @property
-    def num_calls(self) -> int:
-        """Calls so far."""
+    def num_runs(self) -> int:
+        """How often it ran so far."""
         return len(self._marks)
 
     @property
     def seconds(self) -> float:
-        """Of all calls so far; waits for the device."""
+        """Of all so far; waits for the device."""
         if self._device.type != "cuda":
             return float(sum(end - start for start, end in self._marks))
         torch.cuda.synchronize(self._device)
