@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _whole_machine() -> None:
     """One engine runs at a time: it may have all cores."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    if "OMP_NUM_THREADS" not in CLEAN_ENVIRONMENT:
+        torch.set_num_threads(os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
@@ -45,27 +46,37 @@ def clean_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def plain() -> "Iterator[Engine]":
+def readable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model that reads text, see `readable_engine_options`."""
+    return tmp_path_factory.mktemp("readable")
+
+
+@pytest.fixture(scope="session")
+def plain(readable: Path) -> "Iterator[Engine]":
     """vLLM as it is."""
     from engine import start
+    from random_model import readable_engine_options
 
-    yield from start(None)
+    yield from start(**readable_engine_options(readable))
 
 
 @pytest.fixture(scope="session")
-def roomy() -> "Iterator[Engine]":
+def roomy(readable: Path) -> "Iterator[Engine]":
     """Prompts are cut to 200 tokens; there is room for all; a step reads 700 tokens."""
     from engine import start
+    from random_model import readable_engine_options
 
-    yield from start({"budget": 200})
+    yield from start(**readable_engine_options(readable, budget=200))
 
 
 @pytest.fixture(scope="session")
-def cramped() -> "Iterator[Engine]":
+def cramped(readable: Path) -> "Iterator[Engine]":
     """Prompts are cut to 120 tokens; the pool holds three prompts of 1,000 tokens."""
     from engine import start
+    from random_model import readable_engine_options
 
-    yield from start({"budget": 120}, num_gpu_blocks_override=25, max_model_len=3000)
+    options = readable_engine_options(readable, budget=120)
+    yield from start(**options, num_gpu_blocks_override=25, max_model_len=3000)
 
 
 @pytest.fixture(scope="session")

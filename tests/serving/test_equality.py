@@ -1,5 +1,7 @@
 """The right tokens: plain vLLM's where all is kept, a masked full cache's where not, and our own engine's choice."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from engine import Answer, Engine, start
@@ -12,6 +14,18 @@ LOG = ships_log()
 PROMPTS = [LOG[:1500], LOG[2000:2900], LOG[1000:3311]]
 TOLERANCE = 2e-4
 """Of log probabilities in float32, between two implementations of the model."""
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Engine]:
+    """vLLM as it is, with the embedded model, whose attention has something to find."""
+    yield from start(None)
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[Engine]:
+    """As everywhere, with the embedded model."""
+    yield from start({"budget": 200})
 
 
 def errors_against(prompt: list[int], answer: Answer, kept: list[int] | None) -> tuple[int, float]:

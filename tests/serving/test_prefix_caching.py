@@ -1,9 +1,11 @@
 """Prefix caching: prompts that share a beginning, each cut into blocks of its own, the originals cached as they are."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from engine import Engine, start
+from random_model import readable_engine_options
 from reference import ships_log
 
 from compresskv.serving.counters import counters
@@ -15,9 +17,9 @@ PROMPTS = [*SHARED, SHARED[0]]
 
 
 @pytest.fixture(scope="module")
-def caching() -> Iterator[Engine]:
+def caching(readable: Path) -> Iterator[Engine]:
     """As `roomy`, with prefix caching."""
-    yield from start({"budget": 200}, enable_prefix_caching=True)
+    yield from start(**readable_engine_options(readable, budget=200), enable_prefix_caching=True)
 
 
 def num_computed(engine: Engine, prompt: list[int], budget: object = None, max_tokens: int = 2) -> int:
@@ -43,7 +45,6 @@ def test_shared_beginnings_are_read_once_and_never_changed(caching: Engine, room
     assert num_computed(caching, SHARED[1]) == 1300 - 9 * 128  # ten blocks are cached; the window lies in the tenth
 
 
-@pytest.mark.slow
 def test_whole_prompts_use_what_cut_ones_left(caching: Engine, roomy: Engine) -> None:
     """What a cut moved away is still there for a request that keeps all, and the other way round."""
     prompt = LOG[500:1900]
@@ -79,9 +80,10 @@ def test_blocks_that_others_share_are_not_counted_as_freed(caching: Engine) -> N
 
 
 @pytest.fixture(scope="module")
-def tight() -> Iterator[Engine]:
+def tight(readable: Path) -> Iterator[Engine]:
     """13 blocks, and prompts that are cut to one."""
-    yield from start({"budget": 120}, enable_prefix_caching=True, num_gpu_blocks_override=14, max_model_len=1664)
+    pool = {"num_gpu_blocks_override": 14, "max_model_len": 1664}
+    yield from start(**readable_engine_options(readable, budget=120), enable_prefix_caching=True, **pool)
 
 
 def test_a_preempted_request_comes_back_into_a_tight_pool(tight: Engine) -> None:
@@ -103,7 +105,6 @@ def test_a_preempted_request_comes_back_into_a_tight_pool(tight: Engine) -> None
     tight.check_clean()
 
 
-@pytest.mark.slow
 def test_a_pool_without_room_for_fresh_blocks(tight: Engine) -> None:
     """A prompt of 12 blocks can be cut to one; one of 13 could not, and is kept whole. Preempted ones come back."""
     tight.answers([LOG[:1500]], max_tokens=5)

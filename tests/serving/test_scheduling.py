@@ -59,7 +59,8 @@ def test_the_log_tells_now_and_then(roomy: Engine, monkeypatch: pytest.MonkeyPat
     told = [(int(found[1]), float(found[2])) for line in lines if (found := re.search(pattern, line))]
     # the second was cut in a later step, the third in one that is told of for the pause behind it
     assert [prompts for prompts, _ in told] == [totals["evicted_prompts"] - 2, totals["evicted_prompts"]]
-    assert 0 < told[0][1] <= told[1][1]
+    assert told[0][1] <= told[1][1]
+    assert totals["scoring_seconds"] > 0
     assert told[1][1] == pytest.approx(totals["scoring_seconds"], abs=0.006)
     roomy.add(PROMPTS[0], 50, "0")
     for _ in range(4):
@@ -117,7 +118,6 @@ def test_more_requests_run_at_once(cramped: Engine) -> None:
     assert cramped.max_running >= 10
 
 
-@pytest.mark.slow
 def test_preempted_requests_answer_the_same(cramped: Engine, roomy: Engine) -> None:
     """They are read again, cut again, and fed what they have said already. Freed blocks serve others meanwhile."""
     prompts = PROMPTS[:10]
@@ -142,6 +142,7 @@ def test_preempted_requests_answer_the_same(cramped: Engine, roomy: Engine) -> N
 def test_nothing_is_read_of_what_was_evicted(roomy: Engine) -> None:
     """Poison in every block that no request holds, and behind the kept tokens in those it holds."""
     expected = roomy.answers([LOG[:1500]], max_tokens=40)[0].tokens
+    assert roomy.answers([LOG[:1500]], max_tokens=40, budget="off")[0].tokens != expected  # what it holds matters
     roomy.add(LOG[:1500], 40, "0")
     while held_blocks(roomy, 0) != 2:
         roomy.step()
@@ -228,7 +229,7 @@ def test_the_layout_covers_a_block(cramped: Engine) -> None:
 
 def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
     """On processors with AMX, keys of neighbouring tokens are interleaved, and no strides tell where they are."""
-    by_strides = cramped.runner.compaction._pages[3]
+    by_strides = cramped.runner.compaction._pages[2]
     cache = by_strides._layer.kv_cache
     assert by_strides._keys._view is not None
     one_by_one = copy.copy(by_strides)
@@ -237,7 +238,7 @@ def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
     blocks = torch.tensor([7, 2, 11], device=cache.device)
     cache[blocks] = torch.randn(3, *cache.shape[1:], device=cache.device)
     keys = by_strides.keys(blocks, 0, 300)
-    assert keys.shape == (1, 3, 300, 64)
+    assert keys.shape == (1, 2, 300, 32)
     assert torch.equal(one_by_one.keys(blocks, 0, 300), keys)
     moved = torch.tensor([0, 1, 130, 131, 299], device=cache.device)
     one_by_one.move(blocks, moved, blocks, 2)
