@@ -1,5 +1,6 @@
 """`compresskv serve` up to the point where vLLM takes over."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from compresskv.cli.app import app
 from compresskv.errors import CompressKVError, ConfigError
+from compresskv.models import dtype
 from compresskv.serving import versions
 
 
@@ -140,6 +142,37 @@ def test_a_file_of_options_without_settings(started: dict[str, Any], tmp_path: P
 def test_what_others_are_told_is_none_of_ours(started: dict[str, Any], tmp_path: Path, other: str) -> None:
     assert isinstance(run(str(tmp_path), "--additional-config", other, "--budget", "100"), Started)
     assert started["environment"]["COMPRESSKV_BUDGET"] == "100"
+
+
+def dtypes_in(command: list[str]) -> list[str]:
+    return [following for option, following in itertools.pairwise(command) if option == "--dtype"]
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_processor_without_bfloat16_computes_in_float32(
+    started: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool
+) -> None:
+    monkeypatch.setattr(dtype, "multiplies", lambda *_: multiplies)
+    told = CliRunner().invoke(app, ["serve", str(tmp_path)]).stderr
+    assert dtypes_in(started["command"]) == ([] if multiplies else ["float32"])
+    assert ("float32" in told) != multiplies
+    run(str(tmp_path), "--dtype", "bfloat16")
+    assert dtypes_in(started["command"]) == ["bfloat16"]
+    run(str(tmp_path), "--dtype=bfloat16")
+    assert dtypes_in(started["command"]) == []
+    monkeypatch.setattr(versions, "is_cpu_build", lambda: False)
+    run(str(tmp_path))
+    assert dtypes_in(started["command"]) == []
+
+
+def test_options_in_vllms_file_are_not_overridden(
+    started: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dtype, "multiplies", lambda *_: False)
+    file = tmp_path / "options.yaml"
+    file.write_text("dtype: bfloat16\nserved_model_name: mine\nkv-cache-memory-bytes: 1000\n", encoding="utf-8")
+    assert isinstance(run(str(tmp_path), "--config", str(file)), Started)
+    assert not {"--dtype", "--served-model-name", "--kv-cache-memory-bytes"} & set(started["command"])
 
 
 def test_given_options_are_not_given_twice(started: dict[str, Any], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ _CPU_CACHE_NBYTES = 4 << 30
 _SERVER_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 _OWN_OPTIONS = {"budget": "--budget", "method": "--method", "settings": "--set", "profile": "--profile"}
 _ADDITIONAL = "--additional-config"
+_DTYPE = "--dtype"
 _MEMORY_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--kv-cache-memory")
 
 
@@ -91,13 +92,11 @@ def _place_of_settings(arguments: Sequence[str]) -> str | None:
     As in vLLM, the file's is read only where the command line has none.
     """
     additional: list[tuple[str, Any]] = []
-    file = None
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         option, equals, value = argument.partition("=")
         if _is_additional(option):
             additional.append((option, value if equals else following))
-        elif argument == "--config":
-            file = following
+    file = _file_of_options(arguments)
     if additional:
         return _ADDITIONAL if _hold_settings(additional) else None
     return f"--config {file}" if file and _hold_settings(_options_in(file)) else None
@@ -203,11 +202,32 @@ def _located(model: str, bar: Bar) -> tuple[str, str]:
 
 
 def _defaults(given: Sequence[str], name: str) -> list[str]:
-    """Options of vLLM that have to differ from its defaults, unless they are given."""
+    """Options of vLLM that have to differ from its defaults, unless they are given, there or in its file of them."""
     from compresskv.serving.versions import is_cpu_build
 
     options = {argument.split("=")[0].replace("_", "-") for argument in given}
+    if (file := _file_of_options(given)) is not None:
+        options.update(option.replace("_", "-") for option, _ in _options_in(file))
     defaults = [] if "--served-model-name" in options else ["--served-model-name", name]
-    if is_cpu_build() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not options.intersection(_MEMORY_OPTIONS):
+    if not is_cpu_build():
+        return defaults
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not options.intersection(_MEMORY_OPTIONS):
         defaults += ["--kv-cache-memory-bytes", str(_CPU_CACHE_NBYTES)]  # else vLLM asks for nearly all memory
+    if _DTYPE not in options and not _multiplies_bfloat16():
+        err.print("computing in float32, since this processor has no instructions for bfloat16; --dtype decides")
+        defaults += [_DTYPE, "float32"]  # else vLLM computes as the checkpoint is stored, and takes many times as long
     return defaults
+
+
+def _file_of_options(arguments: Sequence[str]) -> str | None:
+    """vLLM's file of options, where it is told of one."""
+    given = [following for option, following in zip(arguments, arguments[1:], strict=False) if option == "--config"]
+    return given[-1] if given else None
+
+
+def _multiplies_bfloat16() -> bool:
+    import torch
+
+    from compresskv.models.dtype import multiplies
+
+    return multiplies(torch.bfloat16, torch.device("cpu"))

@@ -178,7 +178,7 @@ def torch_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
+        torch.empty(1, device=found).cpu()  # what is on the device 'meta' has no numbers
     except Exception as err:  # RuntimeError, AssertionError or another, by the device's backend
         usable = ", ".join(_devices())
         raise ConfigError(
@@ -191,7 +191,8 @@ def _devices() -> list[str]:
     import torch
 
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return ["cpu", *(["cuda"] if gpus else []), *gpus]
+    others = {"mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
+    return ["cpu", *(["cuda"] if gpus else []), *gpus, *(name for name, is_there in others.items() if is_there)]
 
 
 def check_model(model: Any, tokenizer: Any = callable) -> None:
