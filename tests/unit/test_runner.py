@@ -194,9 +194,14 @@ class TestAware:
         with passes(model) as seen:
             measured = by_config(Runner(model, tokenizer, answers=False).run(case(), chosen))
         assert seen.count(1) == NUM_NEW - 1
+        num_agnostic = sum(one.setting == "agnostic" for one in chosen)
+        assert seen.count(NUM_NEW - 1) == 2 + num_agnostic, "those that can share a reading of the answer do not"
         for name, record in measured.items():
+            other = answered[name]
+            assert record.kl_divergence == pytest.approx(other.kl_divergence, abs=1e-5)
             without = {"prediction": None, "metrics": {}, "token_ids": None} if name != "full" else {}
-            assert timeless(record) == timeless(replace(answered[name], **without))
+            without["kl_divergence"] = record.kl_divergence
+            assert timeless(record) == timeless(replace(other, **without))
 
     def test_the_model_gets_its_attention_back_when_a_method_fails(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The fixture that watches shared models would tell."""

@@ -193,6 +193,17 @@ class CompressedLayer(RoutedLayer):
         self.store, self.seen_tokens = DenseStore(keys, values), keys.shape[2]
         self._show_states()
 
+    def adopt_retained(self, keys: Tensor, values: Tensor, tokens: Tensor) -> None:
+        """Take a prompt's keys and values (B, H_kv, T, D), and keep of each row the tokens that were chosen for it.
+
+        Args:
+            tokens: as for `retain`.
+        """
+        self.adopt_prompt(keys, values)
+        self.in_prefill, self.num_prompt_tokens = False, self.seen_tokens
+        self._full_nbytes = self.nbytes
+        self.retain(tokens)
+
     def adopt_generated(self, keys: Tensor, values: Tensor) -> None:
         """Take keys and values (B, H_kv, T_new, D) of tokens that came after an adopted prompt."""
         self._append(keys, values)

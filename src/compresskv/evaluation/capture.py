@@ -12,10 +12,12 @@ from compresskv.cache.cache import CompressedCache, layers_nbytes
 from compresskv.cache.full import FullCache
 from compresskv.cache.routed import RoutedLayer
 from compresskv.methods.base import Method
+from compresskv.methods.registry import create
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
 from compresskv.selection.budgets import Budget
+from compresskv.selection.select import EMPTY_SLOT
 
 
 class WindowLayer(RoutedLayer):
@@ -92,3 +94,37 @@ class CapturedPrompt:
             else:
                 cache.layers[layer_idx] = source
         return cache
+
+    @torch.no_grad()
+    def side_by_side(self, caches: Sequence[CompressedCache]) -> CompressedCache:
+        """What each of `caches`, cut from this prompt, retains, as the rows of one: a pass then serves them all."""
+        cache = CompressedCache(self._model, create("full"), 1)
+        for layer_idx, source in enumerate(self.cache.branch().layers):
+            if isinstance(source, WindowLayer):
+                keys, values = (states.expand(len(caches), -1, -1, -1) for states in source.stored())
+                kept = [_kept(one.layers[layer_idx], keys.shape[2]) for one in caches]
+                layer: Any = cache.layers[layer_idx]
+                layer.adopt_retained(keys, values, _rows(kept).to(keys.device))
+            else:
+                _repeat(source, len(caches))
+                cache.layers[layer_idx] = source
+        return cache
+
+
+def _repeat(layer: Any, count: int) -> None:
+    """Make `count` rows of a layer's one, of whatever kind it is: this is what all kinds have for beam search."""
+    layer.reorder_cache(torch.zeros(count, dtype=torch.long))
+
+
+def _kept(layer: Any, num_tokens: int) -> Tensor:
+    """(1, H, R): the tokens that a layer of one row retains."""
+    return torch.arange(num_tokens)[None, None] if layer.positions is None else layer.positions.cpu()
+
+
+def _rows(kept: Sequence[Tensor]) -> Tensor:
+    """(N, H, R) of several (1, 1 or H, R), the shorter ones after empty slots."""
+    num_heads, longest = (max(one.shape[dim] for one in kept) for dim in (1, 2))
+    rows = torch.full((len(kept), num_heads, longest), EMPTY_SLOT)
+    for row, one in zip(rows, kept, strict=True):
+        row[:, longest - one.shape[2] :] = one[0]
+    return rows

@@ -11,8 +11,11 @@ from transformers.cache_utils import Cache
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.full import branch
+from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.models.decoding import decode
 from compresskv.models.place import input_device
+
+_MAX_LOG_PROBS = 1 << 25  # 128 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,13 @@ def teacher_forced(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int
     """(n - 1, vocab) log-probabilities after each token but the last. `cache` stays as it is."""
     if len(token_ids) < 2:
         return torch.empty(0, 0)
-    inputs = torch.tensor([list(token_ids[:-1])], device=input_device(model))
-    logits: Tensor = model(input_ids=inputs, past_key_values=branch(cache), use_cache=True).logits[0]
+    return _read_again(model, cache, token_ids, 1)[0]
+
+
+def _read_again(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int], num_rows: int) -> Tensor:
+    """(B, n - 1, vocab): every row of the cache reads the same tokens."""
+    inputs = torch.tensor([list(token_ids[:-1])] * num_rows, device=input_device(model))
+    logits: Tensor = model(input_ids=inputs, past_key_values=branch(cache), use_cache=True).logits
     return logits.float().log_softmax(dim=-1)
 
 
@@ -72,7 +80,27 @@ def fidelity(model: PreTrainedModel, cache: Cache, full: Reference, num_ahead: i
         return None
     if len(full.token_ids) < num_ahead + 2:
         return Fidelity(0.0, 1.0)
-    log_probs, expected = teacher_forced(model, cache, full.token_ids[num_ahead:]), full.log_probs[num_ahead:]
+    return _nearness(teacher_forced(model, cache, full.token_ids[num_ahead:]), full, num_ahead)
+
+
+@torch.no_grad()
+def fidelities(
+    model: PreTrainedModel, captured: CapturedPrompt, caches: Sequence[CompressedCache], full: Reference
+) -> list[Fidelity | None]:
+    """`fidelity` of several caches cut from one prompt, in as few passes as memory allows: rows share the weights."""
+    if len(full.token_ids) < 2:
+        return [None] * len(caches)
+    at_once = max(1, _MAX_LOG_PROBS // full.log_probs.numel())
+    found: list[Fidelity | None] = []
+    for start in range(0, len(caches), at_once):
+        own = caches[start : start + at_once]
+        rows = _read_again(model, captured.side_by_side(own), full.token_ids, len(own))
+        found += [_nearness(row, full, 0) for row in rows]
+    return found
+
+
+def _nearness(log_probs: Tensor, full: Reference, num_ahead: int) -> Fidelity:
+    expected = full.log_probs[num_ahead:]
     kl = torch.nn.functional.kl_div(log_probs, expected, reduction="none", log_target=True).sum()
     num_same = num_ahead + int((log_probs.argmax(dim=-1) == expected.argmax(dim=-1)).sum())
     return Fidelity(float(kl.clamp(min=0)) / len(full.log_probs), num_same / len(full.log_probs))

@@ -170,7 +170,8 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         return None if skips and prompt.num_truncated else Case(task, example, prompt)
 
     def run(self, configurations: Sequence[Configuration], progress: Progress) -> None:
-        """Run what the log does not hold yet. A kill loses the configuration at hand, nothing more.
+        """Run what the log does not hold yet. A kill loses the configuration at hand, or where there are no answers the
+        prompt, nothing more.
 
         Raises:
             DataError: the run holds records of other prompts or of another profile.

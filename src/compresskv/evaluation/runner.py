@@ -14,7 +14,14 @@ from compresskv.errors import ConfigError
 from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
-from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference
+from compresskv.evaluation.fidelity import (
+    Fidelity,
+    Reference,
+    evidence_recall,
+    fidelities,
+    fidelity,
+    reference,
+)
 from compresskv.evaluation.records import SETTINGS, Record, config_name
 from compresskv.evaluation.task import Task
 from compresskv.methods.base import Method
@@ -98,9 +105,12 @@ class _Reading:
         self._prefill_s = time.perf_counter() - start
         first = int(logits.argmax())
         full = reference(runner.model, runner.tokenizer, captured.cache, first, self._case.example.max_new_tokens)
+        joined = self._joined(configurations, captured, full)
         for configuration in configurations:
             if configuration.budget is None:
                 yield self._full_record(configuration, captured, full)
+            elif configuration.name in joined:
+                yield joined[configuration.name]
             elif configuration.setting == "aware":
                 yield self._record(configuration, captured, full, first)
             elif document is not None:
@@ -111,7 +121,6 @@ class _Reading:
     ) -> Record:
         """Cut, measure, decode. `first`: the answer's first token; None where the question is still to be read."""
         runner, prompt, method = self._runner, self._case.prompt, configuration.method
-        assert configuration.budget is not None
         ahead, start = full.token_ids[: method.lookahead], time.perf_counter()
         if ahead:
             if configuration.setting != "aware":
@@ -120,30 +129,49 @@ class _Reading:
                 return self._full_record(configuration, captured, full)
             captured, first = self._read_ahead(captured, ahead)
         ahead_s = time.perf_counter() - start
-        start = time.perf_counter()
-        cache = captured.compress(method, configuration.budget, len(ahead))
-        select_s = time.perf_counter() - start
-        nbytes = cache.nbytes
-        layers = cache.compressed_layers
-        retained = sum(layer.mean_retained for layer in layers) / len(layers)
-        recall = evidence_recall(cache, prompt.evidence)
+        cache, measured = self._cut(configuration, captured, len(ahead))
         if first is None:
             rest = torch.tensor([prompt.input_ids[len(captured.input_ids) :]], device=input_device(runner.model))
             first = int(prefill(runner.model, rest, cache).argmax())
-            retained += rest.shape[1]
-        near = fidelity(runner.model, cache, full, len(ahead))
-        measured: dict[str, Any] = {
-            "retained_tokens": retained,
-            "kv_nbytes": nbytes,
-            "kv_nbytes_full": captured.nbytes,
-            "evidence_recall": recall,
-            "kl_divergence": None if near is None else near.kl_divergence,
-            "top1_agreement": None if near is None else near.top1_agreement,
-            "select_s": select_s,
-        }
+            measured["retained_tokens"] += rest.shape[1]
+        measured |= _nearness(fidelity(runner.model, cache, full, len(ahead)))
         if runner.answers:
             measured |= self._answer(cache, [*ahead, first], ahead_s)
         return self._filled(configuration, measured)
+
+    def _joined(
+        self, configurations: Sequence[Configuration], captured: CapturedPrompt, full: Reference
+    ) -> dict[str, Record]:
+        """Records of those that need nothing but a reading of the full cache's answer, which they share."""
+        runner = self._runner
+        plain = [
+            one
+            for one in configurations
+            if one.budget is not None and one.setting == "aware" and not one.method.lookahead and not runner.answers
+        ]
+        cut = [self._cut(one, captured, 0) for one in plain]
+        near = fidelities(runner.model, captured, [cache for cache, _ in cut], full)
+        return {
+            one.name: self._filled(one, measured | _nearness(own))
+            for one, (_, measured), own in zip(plain, cut, near, strict=True)
+        }
+
+    def _cut(
+        self, configuration: Configuration, captured: CapturedPrompt, num_ahead: int
+    ) -> tuple[CompressedCache, dict[str, Any]]:
+        """The compressed cache, and what can be said of it before anything is read."""
+        assert configuration.budget is not None
+        start = time.perf_counter()
+        cache = captured.compress(configuration.method, configuration.budget, num_ahead)
+        select_s = time.perf_counter() - start
+        layers = cache.compressed_layers
+        return cache, {
+            "retained_tokens": sum(layer.mean_retained for layer in layers) / len(layers),
+            "kv_nbytes": cache.nbytes,
+            "kv_nbytes_full": captured.nbytes,
+            "evidence_recall": evidence_recall(cache, self._case.prompt.evidence),
+            "select_s": select_s,
+        }
 
     def _read_ahead(self, captured: CapturedPrompt, ahead: Sequence[int]) -> tuple[CapturedPrompt, int]:
         """The prompt and the first tokens of the answer, read one by one as in decoding; and the token after them."""
@@ -199,3 +227,10 @@ class _Reading:
             versions=self._runner.versions | ({"profile": digest} if digest else {}),
             **measured,
         )
+
+
+def _nearness(near: Fidelity | None) -> dict[str, float | None]:
+    return {
+        "kl_divergence": None if near is None else near.kl_divergence,
+        "top1_agreement": None if near is None else near.top1_agreement,
+    }
