@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,7 +221,7 @@ def _defaults(given: Sequence[str], name: str) -> list[str]:
 
 def _file_of_options(arguments: Sequence[str]) -> str | None:
     """vLLM's file of options, where it is told of one."""
-    given = [following for option, following in zip(arguments, arguments[1:], strict=False) if option == "--config"]
+    given = [following for option, following in pairwise(arguments) if option == "--config"]
     return given[-1] if given else None
 
 
