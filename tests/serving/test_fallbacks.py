@@ -198,6 +198,18 @@ def test_vllm_sees_the_scratch_when_it_profiles(small: Engine, monkeypatch: pyte
     assert seen == [[scratch_nbytes(small.runner.model_config)]]
 
 
+@pytest.mark.parametrize(("asked", "left"), [(None, 2**20), (2**26, 2**26)], ids=["what is left", "as asked"])
+def test_on_cpus_the_scratch_is_taken_from_what_is_left(
+    asked: int | None, left: int, small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM looks at the process's size there, and scratch that was let go does not show in it."""
+    worker: Any = small.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    available = scratch_nbytes(worker.model_config) + left if asked is None else asked
+    monkeypatch.setattr(type(worker).__mro__[1], "determine_available_memory", lambda _worker: available)
+    monkeypatch.setattr(worker.cache_config, "kv_cache_memory_bytes", asked)
+    assert worker.determine_available_memory() == left
+
+
 def test_a_step_costs_no_more_calls_with_more_requests(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of our own: nothing loops over requests in Python."""
     runner = small.runner
