@@ -1,6 +1,7 @@
 """Tiny random models of every family that the tests run, with seeded weights, prompts and profiles."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from compresskv.models.shape import compressible_layers
 from compresskv.profiles.profile import Profile, normalised
 from compresskv.selection.select import EMPTY_SLOT
 
+DEVICE = torch.device(os.environ.get("COMPRESSKV_TEST_DEVICE", "cpu"))
+"""Where the tests of contracts run."""
 VOCAB_SIZE = 128
 PAD = 0
 
@@ -87,7 +90,7 @@ def build_model(family: str, attn_implementation: str = "sdpa") -> PreTrainedMod
     config = AutoConfig.for_model(model_type, **{**_SHAPE, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     sharpen(model, seed=sum(map(ord, family)))
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 @torch.no_grad()
@@ -97,7 +100,7 @@ def sharpen(model: PreTrainedModel, seed: int) -> None:
     for name, weight in sorted(model.named_parameters()):
         if weight.ndim >= 2:
             std = 1.5 / math.sqrt(weight.shape[-1])
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+            weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)
         elif name.endswith("router.bias"):  # drawn anew at every call
             weight.zero_()
         elif "sinks" in name:
@@ -112,7 +115,7 @@ def random_profile(model: PreTrainedModel) -> Profile:
     """Valid, and with very unequal layer errors."""
     own, layers = fingerprint(model), compressible_layers(model)
     generator = torch.Generator().manual_seed(len(layers))
-    scores = torch.rand(len(layers), own.num_query_heads, generator=generator).tolist()
+    scores = torch.rand(len(layers), own.num_query_heads, generator=generator, device="cpu").tolist()
     errors = normalised([2.0**layer for layer in range(len(layers))])
     return Profile(
         model_id="tiny",
@@ -151,7 +154,7 @@ def kept_counts(cache: CompressedCache) -> Tensor:
 def random_tokens(num_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:
     """(batch_size, num_tokens), free of padding."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    return torch.randint(3, VOCAB_SIZE, (batch_size, num_tokens), generator=generator)
+    return torch.randint(3, VOCAB_SIZE, (batch_size, num_tokens), generator=generator, device="cpu").to(DEVICE)
 
 
 def generate(

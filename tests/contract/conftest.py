@@ -3,9 +3,20 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+import tiny
 from compresskv.compiled import decoding
 from uncompiled import UncompiledPackage
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    """What a test makes lies where its models do."""
+    before = torch.get_default_device()
+    torch.set_default_device(tiny.DEVICE)
+    yield
+    torch.set_default_device(before)
 
 
 @pytest.fixture

@@ -67,6 +67,17 @@ def test_two_caches_of_one_model_interleaved_step_by_step_are_as_if_alone(model:
         assert torch.equal(torch.cat(logits[i], dim=1), logits_alone(model, *pair[i], seed=i))
 
 
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_users_default_device_may_be_another(method: str) -> None:
+    model = tiny.tiny_model("llama")
+    with context(model, method) as cache:
+        expected = tiny.read(model, cache, sequence(0), STEPS)
+    tokens = sequence(0)
+    with torch.device("meta"), context(model, method) as cache:  # what is made there holds no numbers
+        found = tiny.read(model, cache, tokens, STEPS)
+    assert torch.equal(found, expected)
+
+
 def test_layers_of_two_caches_may_alternate_inside_a_step(model: PreTrainedModel) -> None:
     # An exception between a layer's update and its attention leaves that layer noted as the one that waits.
     with context(model) as stale, context(model) as cache:

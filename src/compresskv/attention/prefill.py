@@ -57,8 +57,8 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float
     chunk = _CHUNK_NBYTES // (query.element_size() * batch_size * num_query_heads * num_tokens)
     chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, chunk))
     key_step = max(chunk, -(-num_tokens // (_NUM_SHAPES * chunk)) * chunk)
-    positions = torch.arange(num_tokens)
-    output = torch.empty(batch_size, num_tokens, num_query_heads, values.shape[3], dtype=query.dtype)
+    positions = torch.arange(num_tokens, device=query.device)
+    output = query.new_empty(batch_size, num_tokens, num_query_heads, values.shape[3])
     for start in range(0, num_tokens, chunk):
         end = min(num_tokens, start + chunk)
         num_new = end - start

@@ -293,7 +293,9 @@ def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs
             shape = (1, heads.num_kv_heads, *shape[1:])
         for states in held:
             # small, as real ones are beside the hidden state: large ones would magnify what rounding does
-            states.append((0.1 * torch.randn(shape, generator=generator)).to(device, model.dtype))
+            states.append(
+                (0.1 * torch.randn(shape, generator=generator, device=generator.device)).to(device, model.dtype)
+            )
     num_heads = heads_of(config, compressible_layers(model)[0]).num_kv_heads
     starts = 2 * torch.arange(num_heads, device=device).expand(len(kinds), -1)
     token, position = (torch.full((1, 1), value, device=device) for value in (3, 1000))  # never one tensor for both

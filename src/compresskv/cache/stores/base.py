@@ -161,12 +161,12 @@ class Store(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """All of it as plain tensors, without room; `from_state` reads them."""
-        state = {"later": torch.tensor([self.held.later.start, self.held.later.stop])}
+        state = {"later": torch.tensor([self.held.later.start, self.held.later.stop], device="cpu")}
         if self.held.chosen is not None:
             state |= {
                 "chosen": self.held.chosen,
-                "fullest": torch.tensor(self.held.fullest),
-                "has_empty_slots": torch.tensor(self.held.has_empty_slots),
+                "fullest": torch.tensor(self.held.fullest, device="cpu"),
+                "has_empty_slots": torch.tensor(self.held.has_empty_slots, device="cpu"),
             }
         return state
 

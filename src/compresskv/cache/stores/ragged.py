@@ -183,7 +183,7 @@ class RaggedStore(Store):
     def state(self) -> dict[str, Tensor]:
         """With keys and values (B, sum over heads of what they hold, D)."""
         keys, values = (torch.cat(parts, dim=1) for parts in self._parts(lambda part: part))
-        return {"keys": keys, "values": values, "counts": torch.tensor(self.counts), **super().state()}
+        return {"keys": keys, "values": values, "counts": torch.tensor(self.counts, device="cpu"), **super().state()}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "RaggedStore":
