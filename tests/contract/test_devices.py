@@ -6,6 +6,8 @@ from torch import Tensor
 
 import tiny
 from compresskv.cache.cache import CompressedCache
+from compresskv.compiled.decoding import CompiledDecoding
+from compresskv.compiled.package import NotCompilableError
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.shape import compressible_layers
 from devices import FIRST, SECOND, StandInDevices, inner, place
@@ -50,3 +52,12 @@ def test_layers_on_two_devices_keep_what_layers_on_one_keep(method: str, padded:
     with StandInDevices():
         expected, found = kept([FIRST] * NUM_LAYERS), kept([FIRST, FIRST, SECOND, SECOND])
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_a_model_on_two_devices_is_decoded_without_a_compiled_step() -> None:
+    model = tiny.build_model("llama")
+    weight = model.model.layers[3].mlp.up_proj.weight
+    model.model.layers[3].mlp.up_proj.weight = torch.nn.Parameter(place(weight.detach(), SECOND), requires_grad=False)
+    cache = CompressedCache(model, prepare_method(model, "snapkv"), 24)
+    with pytest.raises(NotCompilableError, match="several devices"):
+        CompiledDecoding(model, cache, "always")._get_program(("even",) * NUM_LAYERS)

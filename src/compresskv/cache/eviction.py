@@ -52,9 +52,7 @@ class Eviction:
         observer: EvictionObserver | None = None,
     ) -> None:
         self.method = method
-        self.budget = check_budget(budget)
-        if not isinstance(budget, (int, float)) and len(budget) != num_layers:
-            raise ConfigError(f"budget has {len(budget)} numbers, but the model has {num_layers} compressible layers")
+        self.budget = check_budget(budget, num_layers)
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
             raise ConfigError(f"prompt_tokens={prompt_tokens!r} must be an int of at least 1")
         self.num_layers = num_layers

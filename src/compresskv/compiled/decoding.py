@@ -223,6 +223,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             raise NotCompilableError("hooks are set on the model's modules, which it would not call")
         if is_offloaded(self._model):
             raise NotCompilableError("its weights are offloaded, and lie elsewhere from token to token")
+        if len({tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}) > 1:
+            raise NotCompilableError("the model lies on several devices")
         if device.type == "cpu":
             return self._get_package(kinds)
         return None if self._mode == AUTO and self._eager_s < _RECORDING_S else GraphedStep(self._model, kinds)

@@ -12,11 +12,14 @@ Budget = int | float | Sequence[int]
 """A count of tokens (256), a fraction of the prompt (0.03), or one count a layer ([64, 128, ...])."""
 
 
-def check_budget(budget: Budget) -> Budget:
+def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     """Return `budget` unchanged where it can work.
 
+    Args:
+        num_layers: the model's full-attention layers, where the model is known.
     Raises:
-        ConfigError: below 1 token, a fraction outside (0, 1], or neither a number nor a sequence of whole numbers.
+        ConfigError: not one count for each of `num_layers`, below 1 token, a fraction outside (0, 1], or neither a
+            number nor a sequence of whole numbers.
             NumPy's and PyTorch's numbers are refused, so that a budget has one type in results and in JSON.
     """
     if isinstance(budget, (bool, str, bytes, bytearray)) or not isinstance(budget, (int, float, Sequence)):
@@ -42,6 +45,8 @@ def check_budget(budget: Budget) -> Budget:
         for layer, count in enumerate(budget):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ConfigError(f"budget holds {count!r} for layer {layer}: give an int of at least 1 for each layer")
+        if num_layers is not None and len(budget) != num_layers:
+            raise ConfigError(f"budget has {len(budget)} numbers, but the model has {num_layers} compressible layers")
     return budget
 
 
