@@ -53,7 +53,8 @@ def prompts(draw: st.DrawFn, most_older: int = 20) -> tuple[list[LayerInputs], l
     for layer_idx in LAYER_INDICES:
         query = 3 * torch.randn(batch_size, num_kv_heads * groups, WINDOW, 4, generator=generator)
         keys = torch.randn(batch_size, num_kv_heads, num_tokens, 4, generator=generator)
-        layers.append(LayerInputs(layer_idx, query, keys, keys, 0.5, draw(st.sampled_from([None, 2.0]))))
+        values = torch.randn(keys.shape, generator=generator)
+        layers.append(LayerInputs(layer_idx, query, keys, values, 0.5, draw(st.sampled_from([None, 2.0]))))
     row = st.lists(
         st.sampled_from([0.0, 0.1, 0.5, 2.0]), min_size=num_kv_heads * groups, max_size=num_kv_heads * groups
     )
@@ -85,9 +86,9 @@ def row_alone(layers: list[LayerInputs], row: int, length: int) -> list[LayerInp
     """The last `length` tokens of one row, without padding."""
     alone = []
     for layer in layers:
-        keys = layer.keys[row : row + 1, :, layer.keys.shape[2] - length :]
+        keys, values = (one[row : row + 1, :, one.shape[2] - length :] for one in (layer.keys, layer.values))
         query = layer.query_window[row : row + 1, :, -min(WINDOW, length) :]
-        alone.append(replace(layer, query_window=query, keys=keys, values=keys, valid=None))
+        alone.append(replace(layer, query_window=query, keys=keys, values=values, valid=None))
     return alone
 
 

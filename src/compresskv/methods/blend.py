@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Observation
-from compresskv.methods.cake import CAKE
+from compresskv.methods.cake import PromptShares
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.vote import count_votes, layer_vote, window_for_budget
-from compresskv.profiles.profile import Profile, needed_profile
-from compresskv.selection.scores import set_first, without_padding
+from compresskv.profiles.profile import Profile, needed_profile, normalised
+from compresskv.selection.scores import peak_over_groups, pool, set_first, without_padding
 from compresskv.selection.select import select_across_heads
 from compresskv.system.later import torch
 
@@ -22,17 +22,22 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class Blend(CAKE):
+class Blend(PromptShares):
     """Local scores plus the retrieval heads' vote, which counts in a KV head as much as that head retrieves.
 
-    Local scores are CAKE's (attention from the window, and its variance), without pooling, divided by their mean sum
-    over the layer's KV heads. The vote (see `Vote`) sums to 1; in a KV head it is weighted by `vote_weight` times the
-    best semantic retrieval score among the query heads that read it, divided by the model's best. Layers share by
-    CAKE's preferences, the KV heads of a layer by AdaKV's rule. The `num_sinks` first tokens are always kept. Small
-    budgets narrow the window (`window_for_budget`).
+    Local scores are, in each KV head, the most that any query of the window attends to a token, in any query head that
+    reads it, times the norm of the token's value; no less than their mean over the prompt, so that the vote decides
+    between tokens that the head hardly looks at; divided by their mean sum over the layer's KV heads. The vote (see
+    `Vote`) sums to 1; in a KV head it is weighted by `vote_weight` times the best semantic retrieval score among the
+    query heads that read it, divided by the model's best.
 
-    Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491) and AdaKV
-    (2407.11550). docs/evaluation.md tells what each contributes.
+    The budgets of `settled_layers` layers are dealt to all layers by the profile's eviction errors, whatever the
+    prompt, and the rest by the prompt (`PromptShares`): where few layers attend in full, no prompt can starve one of
+    them. The KV heads of a layer share by AdaKV's rule. The `num_sinks` first tokens are always kept. Small budgets
+    narrow the window (`window_for_budget`).
+
+    Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491), AdaKV (2407.11550)
+    and, the maximum with the mean below it, DefensiveKV (2510.13334). docs/evaluation.md tells what each contributes.
     """
 
     name = "blend"
@@ -46,6 +51,7 @@ class Blend(CAKE):
         num_heads=Range(1),
         num_sinks=Range(0),
         guaranteed=Range(0, 1),
+        settled_layers=Range(0),
     )
 
     kernel_size: int = 1
@@ -54,6 +60,7 @@ class Blend(CAKE):
     num_heads: int = 16
     num_sinks: int = 4
     guaranteed: float = 0.2
+    settled_layers: float = 3.0
     narrow: bool = True
     profile: Profile | None = None
 
@@ -69,11 +76,17 @@ class Blend(CAKE):
         """See `window_for_budget`."""
         return window_for_budget(self.window_size, budget) if self.narrow else self.window_size
 
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, H_kv, T): the local scores, before they are divided."""
+        peak = peak_over_groups(inputs.window_statistics.peak, inputs.keys.shape[1])
+        return pool(peak * torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32), self.kernel_size)
+
     def observe(self, inputs: LayerInputs) -> Observation:
-        """CAKE's observation, with the votes of the layer's heads; local scores are scaled to a mean sum of 1."""
+        """The layer's preference, its local scores, divided so that their mean sum is 1, and the votes of its heads."""
         observed = super().observe(inputs)
         assert observed.scores is not None
         local = set_first(without_padding(observed.scores, inputs.valid), self.num_sinks, 0, inputs.valid)
+        local = without_padding(local.maximum(_own_mean(local, inputs.valid)), inputs.valid)
         scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
         profile = needed_profile(self.name, self.profile)
         vote = layer_vote(inputs, profile, self.num_heads, self.vote_kernel_size, all_heads=True)
@@ -90,6 +103,16 @@ class Blend(CAKE):
             blended.append(set_first(scores, self.num_sinks, torch.inf, observed.valid))
         return blended
 
+    def _shares(self, layers: Sequence[Observation]) -> list[list[float]]:
+        profile = needed_profile(self.name, self.profile)
+        errors = [profile.layer_error(layer.layer_idx) for layer in layers]
+        settled = min(1.0, self.settled_layers / len(layers))
+        rows = []
+        for preferences in super()._shares(layers):
+            wanted = zip(normalised(preferences), normalised(errors), strict=True)
+            rows.append([(1 - settled) * preference + settled * error for preference, error in wanted])
+        return rows
+
     @property
     def _num_sure(self) -> int:
         return self.window_size + self.num_sinks
@@ -97,3 +120,10 @@ class Blend(CAKE):
     def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
         """(B, H_kv, R)."""
         return select_across_heads(scores, budgets, self.window_size, row_lengths, self.guaranteed)
+
+
+def _own_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, H, 1): the mean of each head's scores (B, H, T) over the row's own tokens; 0 at padding."""
+    if valid is None:
+        return scores.mean(dim=-1, keepdim=True)
+    return scores.sum(dim=-1, keepdim=True) / valid.sum(dim=-1)[:, None, None]

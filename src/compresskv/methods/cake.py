@@ -20,34 +20,24 @@ if TYPE_CHECKING:
 GAMMA = 200.0
 
 
-@register
 @dataclass(frozen=True)
-class CAKE(SnapKV):
-    """Mean attention plus `gamma` times its variance over the window; layers share by entropy and variance.
+class PromptShares(SnapKV):
+    """Base of methods whose layers share the budget by the prompt: by entropy and variance of their attention.
 
     A layer's preference is H^(1/tau1) * V^(1/tau2): H is the entropy of its attention over tokens, V the variance
     over the window's queries, each summed over the tokens before the window and averaged over heads.
 
-    Source: CAKE (arXiv 2503.12491), sections 4.2 and 4.3; window and gamma are the paper's, tau1 and tau2, which it
-    chooses for each model, are 1. Differs:
+    Source: CAKE (arXiv 2503.12491), section 4.2. Differs: tau1 and tau2, which the paper chooses for each model, are 1;
     layers are cut together at the end of prefill (the paper cuts them in a cascade, to the same result), and budgets
     sum exactly.
     """
 
-    name = "cake"
-    summary = "attention and its variance; layers share by the prompt"
-    source = "arXiv 2503.12491"
     decides_together = True
-    limits = ranges(gamma=Range(0), tau1=Range(0, above=True), tau2=Range(0, above=True))
+    limits = ranges(tau1=Range(0, above=True), tau2=Range(0, above=True))
 
     window_size: int = 32
-    gamma: float = GAMMA
     tau1: float = 1.0
     tau2: float = 1.0
-
-    def score(self, inputs: LayerInputs) -> Tensor:
-        """(B, H_kv, T)."""
-        return pool(mean_over_groups(mean_plus_variance(inputs, self.gamma), inputs.keys.shape[1]), self.kernel_size)
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """Scores and preference."""
@@ -56,16 +46,20 @@ class CAKE(SnapKV):
     def share_budgets(
         self, layers: Sequence[Observation], budgets: list[list[int]], row_lengths: list[int]
     ) -> list[list[int]]:
-        """In proportion to the layers' preferences, above what every layer is sure of."""
-        known = [layer.preference for layer in layers if layer.preference is not None]
-        preferences = torch.stack(known, dim=1).tolist()  # (B, L)
+        """In proportion to the layers' shares, above what every layer is sure of."""
         rows = []
-        for row, length in enumerate(row_lengths):
+        for row, (length, shares) in enumerate(zip(row_lengths, self._shares(layers), strict=True)):
             mean = budgets[0][row]
             floor = min(self._num_sure, mean)
-            spares = layer_budgets.proportional((mean - floor) * len(layers), preferences[row], length - floor)
+            spares = layer_budgets.proportional((mean - floor) * len(layers), shares, length - floor)
             rows.append([floor + spare for spare in spares])
         return [list(column) for column in zip(*rows, strict=True)]
+
+    def _shares(self, layers: Sequence[Observation]) -> list[list[float]]:
+        """For each row of the batch, (L,): how the layers share, on any scale."""
+        preferences = [layer.preference for layer in layers if layer.preference is not None]
+        shares: list[list[float]] = torch.stack(preferences, dim=1).tolist()
+        return shares
 
     @property
     def _num_sure(self) -> int:
@@ -78,6 +72,26 @@ class CAKE(SnapKV):
         entropy = -(mean * mean.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=-1).mean(dim=-1)
         restless = variance.sum(dim=-1).mean(dim=-1)
         return entropy.clamp(min=0) ** (1 / self.tau1) * restless ** (1 / self.tau2)
+
+
+@register
+@dataclass(frozen=True)
+class CAKE(PromptShares):
+    """Mean attention plus `gamma` times its variance over the window; layers share by entropy and variance.
+
+    Source: CAKE (arXiv 2503.12491), sections 4.2 and 4.3; window and gamma are the paper's. Differs: as `PromptShares`.
+    """
+
+    name = "cake"
+    summary = "attention and its variance; layers share by the prompt"
+    source = "arXiv 2503.12491"
+    limits = ranges(gamma=Range(0))
+
+    gamma: float = GAMMA
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, H_kv, T)."""
+        return pool(mean_over_groups(mean_plus_variance(inputs, self.gamma), inputs.keys.shape[1]), self.kernel_size)
 
 
 def mean_plus_variance(inputs: LayerInputs, gamma: float = GAMMA) -> Tensor:

@@ -80,10 +80,21 @@ class Profile:
         return sorted(range(len(scores)), key=lambda head: -scores[head])[:count]
 
     def _layer_scores(self, layer_idx: int) -> tuple[float, ...]:
+        return self.semantic_scores[self._row(layer_idx)]
+
+    def _row(self, layer_idx: int) -> int:
         try:
-            return self.semantic_scores[self.layer_indices.index(layer_idx)]
+            return self.layer_indices.index(layer_idx)
         except ValueError:
             raise ProfileError(f"the profile of {self.model_id} has no layer {layer_idx}") from None
+
+    def layer_error(self, layer_idx: int) -> float:
+        """The layer's share of the eviction errors, which sum to 1 over layers.
+
+        Raises:
+            ProfileError: the profile has no such layer.
+        """
+        return self.layer_errors[self._row(layer_idx)]
 
     def ranked_heads(self, scores: Rows) -> list[tuple[int, int]]:
         """All (layer of the model, head), best first by `scores`, one of this profile's two tables."""
