@@ -4,6 +4,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Run contract tests of three parameters and more with every combination, not with every pair of values.",
     )
+    parser.addoption("--sweep", action="store_true", help="Collect tests/sweep, too.")
+    parser.addoption("--write-models", action="store_true", help="Let the sweep renew docs/models.md.")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "sweep" and not config.getoption("--sweep") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -50,6 +50,7 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral3": {"text_config": {"sliding_window": None}},
     "idefics2": {"text_config": {"sliding_window": None}},
+    "evolla": _DENSE,
     "dots3_note_text": _DENSE,
     "dots3_note": {"text_config": _DENSE},
     "glm5_next": {"text_config": _DENSE},
@@ -91,6 +92,9 @@ _BESIDE: dict[str, dict[str, Any]] = {
 for _type in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"):
     _BESIDE[_type] = {"text_config": _SECTIONS}
 
+_STARTS = {"vision_start_token_id": 101, "vision_end_token_id": 102, "audio_start_token_id": 103}
+_BESIDE["qwen2_5_omni_thinker"] = {"text_config": _SECTIONS, **_STARTS}
+_BESIDE["qwen3_omni_moe_thinker"] = _STARTS
 _BESIDE["glm4v_moe"] = {
     "text_config": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [2, 1, 1]}}
 }
