@@ -50,13 +50,6 @@ class Positions:
         """With `function` applied to the rows."""
         return self if self.chosen is None else replace(self, chosen=function(self.chosen))
 
-    def of_head(self, head: int) -> "Positions":
-        """Of one KV head alone."""
-        if self.chosen is None or len(self.fullest) == 1:
-            return self
-        count = self.fullest[head]
-        return replace(self, chosen=self.chosen[:, head : head + 1, self.chosen.shape[2] - count :], fullest=(count,))
-
     def explicit(self, batch_size: int, device: torch.device) -> Tensor:
         """(B, H, n) int64, ascending: of every slot of the fullest head, and `EMPTY_SLOT` before those of others."""
         later = torch.arange(self.later.start, self.later.stop, device=device)
@@ -64,12 +57,13 @@ class Positions:
             return later.expand(batch_size, 1, -1)
         return torch.cat([self.chosen, later.expand(*self.chosen.shape[:2], -1)], dim=-1)
 
-    def cut_mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+    def cut_mask(self, mask: Tensor | None, query: Tensor, head: int | None = None) -> Tensor | None:
         """The mask for what is stored, of one over all tokens seen.
 
         Args:
             mask: (B or 1, 1, T_new, seen), bool or additive; None where nothing is masked but the future.
-            query: (B, H_q, T_new, D).
+            query: (B, H_q, T_new, D), of all KV heads or of one.
+            head: the one.
         Returns: (B, 1 or H_q, T_new, stored); None where nothing is masked but the future, and that not in one token.
         """
         num_new = query.shape[2]
@@ -77,7 +71,13 @@ class Positions:
             return mask
         if mask is None:
             mask = causal_mask(num_new, self.num_seen, query.device)
-        return retained_mask(mask, self.chosen, self.floor, query.shape[1])
+        return retained_mask(mask, self._chosen_of(self.chosen, head), self.floor, query.shape[1])
+
+    def _chosen_of(self, chosen: Tensor, head: int | None) -> Tensor:
+        """What one KV head has chosen, or all."""
+        if head is None or len(self.fullest) == 1:
+            return chosen
+        return chosen[:, head : head + 1, chosen.shape[2] - self.fullest[head] :]
 
     def choose(self, tokens: Tensor) -> "tuple[Positions, Tensor]":
         """Keep the named tokens alone. Waits for the device once.

@@ -157,7 +157,7 @@ class RaggedStore(Store):
         for head in range(self.num_heads):
             own = query[:, head * groups : (head + 1) * groups]
             keys, values = (self._head(packed, head) for packed in self.tensors)
-            outputs.append(attention(own, keys, values, self.held.of_head(head).cut_mask(mask, own))[0])
+            outputs.append(attention(own, keys, values, self.held.cut_mask(mask, own, head))[0])
         return torch.cat(outputs, dim=2), None
 
     def _attend_padded(
