@@ -99,7 +99,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
     assert (result.code, result.err) == (0, "")
     for words in ("96 tokens: reading the prompt", "96 tokens: generating, and memory", "0 times", "GB/s", "random"):
         assert words in result.out
-    tables = [line for line in result.out.splitlines() if re.match(r"^(plain|full|snapkv|blend)", line)]
+    tables = [line for line in result.out.splitlines() if re.match(r"^ ?(plain|full|snapkv|blend)", line)]
     assert len(tables) == 2 * 4 + 2
     assert all(len(line.rstrip()) <= 80 for line in tables)
 

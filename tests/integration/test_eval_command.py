@@ -102,7 +102,7 @@ class TestRealModel:
         before = (made[0] / "records.jsonl").read_bytes()
         result = call(*REAL, "-o", made[0])
         assert (result.code, result.err) == (0, "")
-        assert "1 examples (0 cut, 0 skipped), 3 configurations: 0 new records from 0 prefills." in result.out
+        assert "1 example (0 cut, 0 skipped), 3 configurations: 0 new records from 0 prefills." in result.out
         assert f"compresskv report {made[0]}" in result.out
         assert (made[0] / "records.jsonl").read_bytes() == before
 
@@ -158,7 +158,7 @@ class TestAddedLater:
 
     def test_prompts_that_are_cut_or_skipped_are_counted(self, call: Callable[..., Result], tmp_path: Path) -> None:
         short = [*QUICK, "--budgets", "64", "--max-prompt-tokens", "200"]
-        assert "1 examples (1 cut, 0 skipped)" in call(*short, "-o", tmp_path / "cut").out
+        assert "1 example (1 cut, 0 skipped)" in call(*short, "-o", tmp_path / "cut").out
         result = call(*short, "--too-long", "skip", "-o", tmp_path / "skip")
         assert result.code == 0
         assert "0 examples (0 cut, 1 skipped), 3 configurations: 0 new records from 0 prefills." in result.out

@@ -263,6 +263,7 @@ class TestAnotherPlan:
     ) -> None:
         run(methods="full")
         before = records()
+        Path("a.txt").touch()
         with pytest.raises(DataError, match=re.escape(told)) as caught:
             run(toy(**changes))
         assert "\n" not in str(caught.value)

@@ -14,7 +14,9 @@ import pytest
 import typer
 
 from commands import Result, runner
+from compresskv import cli as commands_folder
 from compresskv.cli.app import app
+from compresskv.cli.terminal import counted
 
 GROUP = typer.main.get_command(app)
 
@@ -80,6 +82,48 @@ class TestParser:
         for one in takes_value:
             option = max(one.opts, key=len)
             assert refused(call(*words, option)) == f"{option} needs a value"
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["profile"], *[words for words, _ in COMMANDS]], ids=lambda words: " ".join(words) or "compresskv"
+)
+def test_help_has_examples_and_cuts_no_word(call: Callable[..., Result], words: list[str]) -> None:
+    result = call(*words, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert "Example" in result.out
+    lines = result.out.splitlines()
+    assert [line for line in lines[1:] if line.endswith("...")] == []
+    assert max(map(len, lines[: lines.index(next(line for line in lines if "Example" in line))])) <= 80
+
+
+def test_all_tables_have_one_look() -> None:
+    folder = Path(commands_folder.__file__).parent
+    found = {path.name: path.read_text(encoding="utf-8").count("Table(") for path in folder.glob("*.py")}
+    assert {name for name, number in found.items() if number} == {"terminal.py"}
+
+
+@pytest.mark.parametrize(
+    ("args", "numbers"),
+    [
+        (["profile", "show", "smollm2-135m"], ["rank", "semantic score", "error"]),
+        (["models"], ["context"]),
+    ],
+    ids=["profile show", "models"],
+)
+def test_numbers_end_below_the_end_of_their_title(
+    call: Callable[..., Result], args: list[str], numbers: list[str]
+) -> None:
+    lines = call(*args).out.splitlines()
+    for title in numbers:
+        place = next(place for place, line in enumerate(lines) if title in line)
+        end = lines[place].index(title) + len(title)
+        assert lines[place + 2][end - 1].isdigit()
+        assert lines[place + 2][end] == " "
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 runs"), (1, "1 run"), (2, "2 runs"), (1024, "1,024 runs")])
+def test_singular_and_plural(number: int, text: str) -> None:
+    assert counted(number, "run") == text
 
 
 @pytest.mark.parametrize(

@@ -227,9 +227,13 @@ class TestRefusals:
             verify_profile(planted.model(), planted.tokenizer(), profile_of([planted.WIDE]), settings)
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("counts", [(), (0,), (-1, 2), (5, 13)])
-    def test_counts_that_cannot_be_masked(self, settings: VerifySettings, counts: tuple[int, ...]) -> None:
-        self.refused(ConfigError, "counts=.* 12 heads", replace(settings, counts=counts))
+    @pytest.mark.parametrize("counts", [(), (0,), (-1, 2)])
+    def test_counts_of_no_head(self, settings: VerifySettings, counts: tuple[int, ...]) -> None:
+        with pytest.raises(ConfigError, match=r"^counts=(0|-1) must be at least 1$"):
+            replace(settings, counts=counts)
+
+    def test_more_heads_than_there_are(self, settings: VerifySettings) -> None:
+        self.refused(ConfigError, "counts=.* 12 heads", replace(settings, counts=(5, 13)))
 
     def test_an_imported_profile(self, settings: VerifySettings) -> None:
         """Its ranks within each layer do not say which heads are the model's best."""

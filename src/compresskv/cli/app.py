@@ -80,16 +80,27 @@ Examples:
   cat log.txt | compresskv ask - "Who is the cook?" --model ./my-model --truncate middle
 """
 
-app.command(epilog=ASK_EPILOG)(ask)
-app.command()(methods)
-app.command()(models)
-app.command("eval", epilog=EVAL_EPILOG)(evaluate)
-app.command(epilog=REPORT_EPILOG)(report)
-app.command(epilog=EXPLAIN_EPILOG)(explain)
-app.command(epilog=BENCH_EPILOG)(bench)
-app.command("compile", epilog=COMPILE_EPILOG)(compile_step)
-app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT)(serve)
-app.add_typer(profile_app, name="profile")
+METHODS_EPILOG = """\b
+Examples:
+  compresskv methods
+  compresskv methods --json
+"""
+MODELS_EPILOG = """\b
+Examples:
+  compresskv models
+  compresskv models --json
+"""
+
+app.command(epilog=ASK_EPILOG, short_help="Answer a question about a document.")(ask)
+app.command(epilog=METHODS_EPILOG)(methods)
+app.command(epilog=MODELS_EPILOG, short_help="List models that need no hub.")(models)
+app.command("eval", epilog=EVAL_EPILOG, short_help="Measure on benchmarks what methods lose.")(evaluate)
+app.command(epilog=REPORT_EPILOG, short_help="Turn benchmark runs into tables and figures.")(report)
+app.command(epilog=EXPLAIN_EPILOG, short_help="Show on a page which tokens are kept.")(explain)
+app.command(epilog=BENCH_EPILOG, short_help="Measure speed and memory.")(bench)
+app.command("compile", epilog=COMPILE_EPILOG, short_help="Build a model's compiled step once.")(compile_step)
+app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT, short_help="Serve a model by vLLM.")(serve)
+app.add_typer(profile_app, name="profile", short_help="Make, show, verify or import a profile.")
 
 
 def run() -> int:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 
 from compresskv.cli.options import CompileOption
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.request import Checked, Request, with_request
-from compresskv.cli.terminal import Bar, Building, Steps, err, megabytes, out
+from compresskv.cli.terminal import Bar, Building, Steps, err, megabytes, new_table, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError
 
@@ -157,11 +156,10 @@ def _cost(generation: "Generation", compile: str) -> str:
 
 
 def _table(generations: "list[Generation]") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for title in ("kept", "KV MB", "seconds"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("answer", ratio=1)
+    numbers = ("kept", "KV MB", "seconds")
+    table = new_table("method", *numbers, "answer", numbers=numbers)
+    table.columns[0].no_wrap = True
+    table.columns[-1].ratio = 1
     for generation in generations:
         stats = generation.stats
         kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)

@@ -126,7 +126,7 @@ def bench(
                 finished = True
             finally:  # on Ctrl-C, what was measured is shown
                 bar.stop()
-                _report(stored, plot, finished=finished, as_json=as_json)
+                _report(stored, plot, output, finished=finished, as_json=as_json)
 
 
 def _plan(
@@ -245,7 +245,7 @@ def _measure_peers(pythons: dict[str, Path], run: "Bench", stored: "StoredRun", 
             stored.add_peer(name, measure_peer(name, python, run.subject, run.plan, plain, bar))
 
 
-def _report(stored: "StoredRun", plot: Path | None, *, finished: bool, as_json: bool) -> None:
+def _report(stored: "StoredRun", plot: Path | None, output: Path | None, *, finished: bool, as_json: bool) -> None:
     result = stored.result()
     if not result["rows"]:
         return
@@ -254,6 +254,8 @@ def _report(stored: "StoredRun", plot: Path | None, *, finished: bool, as_json: 
     else:
         print_result(result)
     stored.write(result, finished=finished)
+    if output is not None:
+        err.print(f"result: {output}")
     if plot is not None:
         from compresskv.bench.figure import draw_run
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from compresskv.cli.terminal import megabytes, out
+from compresskv.cli.terminal import megabytes, new_table, out
 
 Cell = Callable[[dict[str, Any]], str]
 
@@ -67,10 +67,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]], cells: dict[str, Cell], name: Cell) -> Table:
-    table = Table(title=title, box=None, title_justify="left", pad_edge=False)
-    table.add_column("", overflow="fold")
-    for column in cells:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table("", *cells, numbers=cells, title=title)
     for row in rows:
         table.add_row(_shown(row, name), *(cell(row) for cell in cells.values()))
     return table

@@ -3,11 +3,10 @@
 import json
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from compresskv.cli.options import JsonOption
-from compresskv.cli.terminal import out
+from compresskv.cli.terminal import new_table, out
 
 
 def methods(as_json: JsonOption = False) -> None:
@@ -35,10 +34,9 @@ def methods(as_json: JsonOption = False) -> None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     """Lines break between words and between options only: a name in two pieces cannot be copied."""
     options = [", ".join(f"{name}={value}" for name, value in row["options"].items()) for row in rows]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    table.add_column("what it keeps, source")
-    table.add_column("options", min_width=max(len(word) for text in options for word in text.split()))
+    table = new_table("method", "what it keeps, source", "options")
+    table.columns[0].no_wrap = True
+    table.columns[2].min_width = max(len(word) for text in options for word in text.split())
     for row, text in zip(rows, options, strict=True):
         kept = [row["summary"], row["source"].strip("-"), "needs a profile" if row["needs_profile"] else ""]
         table.add_row(row["name"], "\n".join(filter(None, kept)), text, end_section=True)
@@ -47,6 +45,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def models(as_json: JsonOption = False) -> None:
     """List the models that need no hub, and the forms in which others can be named."""
+    from compresskv.methods.registry import methods as registered
     from compresskv.models.embedded import EMBEDDED, is_cached
 
     rows = [
@@ -61,7 +60,7 @@ def models(as_json: JsonOption = False) -> None:
     if as_json:
         out.print_json(json.dumps(rows))
         return
-    table = Table("model", "what it is", "context", "downloaded")
+    table = new_table("model", "what it is", "context", "downloaded", numbers=("context",))
     for row in rows:
         table.add_row(
             str(row["name"]),
@@ -72,4 +71,5 @@ def models(as_json: JsonOption = False) -> None:
     out.print(table, soft_wrap=False)
     out.print("--model also takes a hub id (org/name), a folder with a transformers model, or a .gguf file.")
     out.print("Any decoder-only model with full-attention layers works.")
-    out.print("The methods blend (the default), vote, compresskv and headkv need a profile of it.")
+    needing = [name for name, method in registered().items() if method.needs_profile]
+    out.print(f"The methods {', '.join(needing[:-1])} and {needing[-1]} need a profile of it.")

@@ -18,7 +18,7 @@ from compresskv.cli.options import (
     split_names,
 )
 from compresskv.cli.outputs import check_outputs
-from compresskv.cli.terminal import Bar, err, out
+from compresskv.cli.terminal import Bar, counted, err, out
 
 if TYPE_CHECKING:
     from compresskv.evaluation.run import Evaluation
@@ -97,6 +97,7 @@ def evaluate(
     from compresskv.evaluation.task import tasks as known_tasks
     from compresskv.methods.registry import methods as registered
     from compresskv.methods.registry import parse_methods
+    from compresskv.profiles.profile import read_profile
 
     records = [output / name for name in ("run.json", "records.jsonl")]
     check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
@@ -117,6 +118,8 @@ def evaluate(
     )
     chosen_methods, chosen_budgets = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets)
     chosen_settings = parse_names("settings", settings, SETTINGS)
+    if profile is not None:
+        read_profile(profile)
     request = PeerRequest(model, (), split_names(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
     python = _python_of_peers() if peers else None
     with Bar() as bar:
@@ -149,7 +152,8 @@ def _finish(output: Path, evaluation: "Evaluation", num_configurations: int, *, 
     for failure in counts.peer_failures:
         err.print(f"peer failed: {failure}")
     out.print(
-        f"{counts.examples} examples ({counts.truncated} cut, {counts.skipped} skipped), {num_configurations} "
-        f"configurations: {counts.records} new records from {counts.prefills} prefills."
+        f"{counted(counts.examples, 'example')} ({counts.truncated} cut, {counts.skipped} skipped), "
+        f"{counted(num_configurations, 'configuration')}: {counted(counts.records, 'new record')} from "
+        f"{counted(counts.prefills, 'prefill')}."
     )
     out.print(f"records: {output / 'records.jsonl'}; tables and figures: compresskv report {output}")

@@ -11,7 +11,7 @@ from compresskv import defaults
 from compresskv.cli.group import Group
 from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, check_folder, check_writable, parse_numbers
 from compresskv.cli.outputs import check_outputs
-from compresskv.cli.terminal import Bar, err, out
+from compresskv.cli.terminal import Bar, counted, err, new_table, out
 from compresskv.errors import ProfileError
 from compresskv.selection.budgets import check_budget
 
@@ -36,10 +36,17 @@ class _DefaultToFind(Group):
         return super().parse_args(ctx, args)
 
 
+_FIND_EPILOG = """\b
+Examples:
+  compresskv profile ./my-model --quick
+  compresskv profile org/name --haystack notes/ --lengths 2048,8192,16384
+"""
+
 profile_app = typer.Typer(
     cls=_DefaultToFind,
     help="Make, show, verify or import a model's profile: its retrieval heads and layer errors. "
     "'compresskv profile MODEL' is short for 'compresskv profile find MODEL'.",
+    epilog=_FIND_EPILOG,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -53,10 +60,19 @@ HaystackOption = Annotated[
 NeedlesOption = Annotated[Path | None, typer.Option(help="JSON file of needles. Default: those of this package.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write figures into this folder.", metavar="FOLDER")]
 
-_FIND_EPILOG = """\b
+_SHOW_EPILOG = f"""\b
 Examples:
-  compresskv profile ./my-model --quick
-  compresskv profile org/name --haystack notes/ --lengths 2048,8192,16384
+  compresskv profile show {defaults.MODEL}
+  compresskv profile show my-profile.json --budget 128 --plot figures
+"""
+_IMPORT_EPILOG = """\b
+Example:
+  compresskv profile import --heads heads.json --layers layers.json --model org/name
+"""
+_VERIFY_EPILOG = f"""\b
+Examples:
+  compresskv profile verify {defaults.MODEL}
+  compresskv profile verify ./my-model my-profile.json --counts 5,10 --plot figures
 """
 
 
@@ -90,6 +106,7 @@ def find(
     }
     changes = {name: value for name, value in given.items() if value is not None}
     settings = Settings.quick(**changes) if quick else Settings(**changes)
+    _check_texts(haystack, needles)
     from compresskv.calibration.find import find_profile
     from compresskv.calibration.measure import NothingRetrievedError
     from compresskv.models.fingerprint import fingerprint
@@ -116,18 +133,21 @@ def find(
         out.print_json(json.dumps({"file": str(path), **outcome.profile.to_dict()}))
         return
     failed = outcome.profile.provenance["runs_failed"]
-    out.print(f"{path}\n{outcome.profile.num_runs} runs counted, {failed} failed to answer and were left out.")
+    out.print(f"{path}\n{counted(outcome.profile.num_runs, 'run')} counted, {failed} failed to answer and left out.")
     _print_heads(outcome.profile)
 
 
-@profile_app.command()
+@profile_app.command(epilog=_SHOW_EPILOG)
 def show(
     profile: FileArgument,
     budget: Annotated[int, typer.Option(help="Mean tokens per layer for the layer budgets.")] = defaults.BUDGET,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a profile's heads and layer budgets; with --plot also as figures."""
+    """Print a profile's heads and layer budgets.
+
+    With --plot they are drawn, too.
+    """
     check_budget(budget)
     figures = {"plot": None if plot is None else [plot / name for name in ("head_scores.png", "layer_budgets.png")]}
     check_outputs(figures, {"profile": profile})
@@ -139,7 +159,7 @@ def show(
         out.print_json(json.dumps({**loaded.to_dict(), "layer_budgets": budgets}))
     else:
         _print_heads(loaded)
-        out.print(f"\nlayer budgets at a mean of {budget} tokens")
+        out.print(f"\nlayer budgets at a mean of {counted(budget, 'token')}")
         out.print(_layer_table(loaded, tokens), soft_wrap=False)
     if plot is not None:
         from compresskv.calibration import plots
@@ -149,7 +169,7 @@ def show(
         err.print(f"figures: {plot / 'head_scores.png'}, {plot / 'layer_budgets.png'}")
 
 
-@profile_app.command("import")
+@profile_app.command("import", epilog=_IMPORT_EPILOG)
 def import_(
     heads: Annotated[Path, typer.Option(help="JSON: for each layer, query heads, best first.")],
     layers: Annotated[Path, typer.Option(help="JSON: for each data set, an error for each layer.")],
@@ -169,7 +189,7 @@ def import_(
     out.print(str(path))
 
 
-@profile_app.command()
+@profile_app.command(epilog=_VERIFY_EPILOG)
 def verify(
     model: ModelArgument,
     profile: Annotated[Path | None, typer.Argument(help="Default: the model's own profile.")] = None,
@@ -184,12 +204,16 @@ def verify(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Mask the profile's heads and see whether the model still finds needles."""
+    """Test whether needles are still found with heads masked.
+
+    The profile's best heads are masked, and as many at random: a good profile's cost the model its answers.
+    """
     inputs = {"model": model, "profile": profile, "haystack": haystack, "needles": needles}
     check_outputs({"plot": None if plot is None else plot / "verify.png"}, inputs)
     check_folder("plot", plot)
     from compresskv.calibration.verify import VerifySettings, to_rows, verify_profile
     from compresskv.models.load import load
+    from compresskv.profiles.profile import read_profile
     from compresskv.profiles.store import resolve_profile
 
     settings = VerifySettings(
@@ -200,13 +224,17 @@ def verify(
         haystack=tuple(map(str, haystack or [])),
         needles=None if needles is None else str(needles),
     )
+    _check_texts(haystack, needles)
+    if profile is not None:
+        read_profile(profile)
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         ablations = verify_profile(loaded, tokenizer, resolve_profile(loaded, profile), settings, bar)
     if as_json:
         out.print_json(json.dumps(to_rows(ablations)))
     else:
-        table = Table("masked", "heads", "answered", "accuracy")
+        columns = ("heads", "answered", "accuracy")
+        table = new_table("masked", *columns, numbers=columns)
         for one in ablations:
             table.add_row(one.group, str(one.count), f"{one.successes} of {one.cases}", f"{one.accuracy:.0%}")
         out.print(table, soft_wrap=False)
@@ -215,6 +243,16 @@ def verify(
 
         plots.ablation(ablations, plot / "verify.png")
         err.print(f"figure: {plot / 'verify.png'}")
+
+
+def _check_texts(haystack: list[Path] | None, needles: Path | None) -> None:
+    """Read, before a model is loaded, what is given to hide and to hide it in."""
+    from compresskv.calibration.needles import read_haystack, read_needles
+
+    if haystack:
+        read_haystack(haystack)
+    if needles is not None:
+        read_needles(needles)
 
 
 def _find_file(name: str) -> "Profile":
@@ -235,15 +273,16 @@ def _print_heads(profile: "Profile") -> None:
         out.print(f"{profile.model_id}: imported; its heads are ranked within each layer only")
         return
     scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
-    out.print(f"{profile.model_id}: best heads (mean of {profile.num_runs} runs)")
-    table = Table("rank", "layer", "head", "semantic score")
+    out.print(f"{profile.model_id}: best heads (mean of {counted(profile.num_runs, 'run')})")
+    columns = ("rank", "layer", "head", "semantic score")
+    table = new_table(*columns, numbers=columns)
     for rank, (layer, head) in enumerate(profile.semantic_heads[:20], start=1):
         table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")
     out.print(table, soft_wrap=False)
 
 
 def _layer_table(profile: "Profile", tokens: list[int]) -> Table:
-    table = Table("layer", "best 4 heads", "error", "tokens")
+    table = new_table("layer", "best 4 heads", "error", "tokens", numbers=("layer", "error", "tokens"))
     for layer, error, count in zip(profile.layer_indices, profile.layer_errors, tokens, strict=True):
         heads = ", ".join(map(str, profile.top_heads(layer, 4)))
         table.add_row(str(layer), heads, f"{error:.4f}", str(count))
@@ -251,7 +290,8 @@ def _layer_table(profile: "Profile", tokens: list[int]) -> Table:
 
 
 def _answers(runs: list[dict[str, Any]]) -> Table:
-    table = Table("needle", "tokens", "depth", "recall", "answer", title="what the model answered")
+    numbers = ("tokens", "depth", "recall")
+    table = new_table("needle", *numbers, "answer", numbers=numbers, title="what the model answered")
     for run in runs[:20]:
         table.add_row(
             run["needle"], str(run["length"]), f"{run['depth']:g} %", f"{run['recall']:.2f}", run["answer"][:120]

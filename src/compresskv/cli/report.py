@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from compresskv.cli.options import JsonOption, split_names
-from compresskv.cli.terminal import err, out
+from compresskv.cli.terminal import counted, err, new_table, out
 
 EPILOG = """\b
 Examples:
@@ -57,24 +57,17 @@ def _overall(section: dict[str, Any]) -> Table:
 
     overall = section["overall"]
     rows, tasks = overall["rows"], overall["tasks"]
-    name = tasks[0] if len(tasks) == 1 else f"mean over {len(tasks)} tasks"
-    name += f", {max(row['num_cases'] for row in rows)} cases"
+    name = tasks[0] if len(tasks) == 1 else f"mean over {counted(len(tasks), 'task')}"
+    name += f", {counted(max(row['num_cases'] for row in rows), 'case')}"
     cells = {title: [COLUMNS[title](row) for row in rows] for title in _SHOWN}
     for title in ("vs full", "vs best baseline"):
         cells[title] = [text.partition(" ")[0] for text in cells[title]]
     if all(row["num_tasks"] == len(tasks) for row in rows):
         del cells["tasks"]
     cells = {title: column for title, column in cells.items() if any(column)}
-    table = Table(title=f"{section['model']} ({section['dtype']})\n{name}", box=None, title_justify="left")
-    for title in cells:
-        first = title == "configuration"
-        table.add_column(
-            title,
-            justify="left" if first else "right",
-            no_wrap=not first,
-            overflow="fold",
-            min_width=18 if first else None,
-        )
+    numbers = [column for column in cells if column != "configuration"]
+    table = new_table(*cells, numbers=numbers, title=f"{section['model']} ({section['dtype']})\n{name}")
+    table.columns[0].min_width = 18
     for at, row in enumerate(rows):
         table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
     return table

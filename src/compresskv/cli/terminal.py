@@ -3,13 +3,15 @@
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 """Results."""
@@ -43,6 +45,25 @@ def warnings_in_one_line() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def new_table(*columns: str, numbers: Collection[str] = (), title: str | None = None) -> Table:
+    """The look of all tables.
+
+    Args:
+        columns: their titles.
+        numbers: those to be aligned on the right, in one line.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        right = column in numbers
+        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 run', '2 runs', '1,024 runs'."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class Bar:

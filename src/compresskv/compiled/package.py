@@ -197,6 +197,13 @@ def _reason(error: Exception) -> str:
     return f"its decode step cannot be compiled ({first_line(error)})"
 
 
+def _find_compiler() -> None:
+    """Fail for want of a C++ compiler at once, not after a minute's work on what it is to be given."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()
+
+
 def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, report: Progress) -> Package:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
@@ -204,6 +211,7 @@ def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, r
         if built_facts(model, kinds) is not None:  # by another process, unless it is damaged
             with contextlib.suppress(NotCompilableError):
                 return Package(folder, model, kinds)
+        _find_compiler()
         report("compiling the decode step, once for this model", None)
         _build(model, kinds, folder)
     return Package(folder, model, kinds)

@@ -65,23 +65,23 @@ class Row:
         return self.fields[name]
 
 
-def task_folder(task: str, settings: TaskSettings, needs: str) -> Path:
+def task_folder(task: str, data: Path | None, needs: str) -> Path:
     """DATA/task where there is one, else DATA.
 
     Args:
         task: the benchmark's name.
-        settings: with DATA as `data`.
+        data: DATA.
         needs: what the folder must hold and where to get it, for the error.
 
     Raises:
         DataError: no folder was given, or there is none of that name.
     """
-    if settings.data is None:
+    if data is None:
         raise DataError(f": task {task!r} needs a folder with {needs}", option="data")
-    if not settings.data.is_dir():
-        raise DataError(f": no such folder; task {task!r} needs {needs}", option="data", value=str(settings.data))
-    inner = settings.data / task
-    return inner if inner.is_dir() else settings.data
+    if not data.is_dir():
+        raise DataError(f": no such folder; task {task!r} needs {needs}", option="data", value=data)
+    inner = data / task
+    return inner if inner.is_dir() else data
 
 
 def existing_files(folder: Folder, files: Mapping[str, str], settings: TaskSettings) -> dict[str, str]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.evaluation.encode import encode
 from compresskv.evaluation.example import Example
+from compresskv.evaluation.jsonl import task_folder
 from compresskv.evaluation.peer_records import add_peers
 from compresskv.evaluation.peer_request import PeerRequest
 from compresskv.evaluation.records import RecordLog
@@ -65,7 +66,22 @@ class Plan:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError("must be at least 1", option=option, value=value)
-        self.chosen_tasks()
+        self._check_cases()
+
+    def _check_cases(self) -> None:
+        """What the tasks would find wrong once a model is loaded, as far as it needs none."""
+        for depth in self.depths:
+            if not 0 <= depth <= 100:  # NaN, too, fails this
+                raise ConfigError("is no percentage: choose from 0 to 100", option="depths", value=depth)
+        for length in self.lengths:
+            if length < 1:
+                raise ConfigError("must be at least 1", option="lengths", value=length)
+        for path in self.haystack:
+            if not path.exists():
+                raise DataError(": no such file or folder", option="haystack", value=path)
+        for task, _ in self.chosen_tasks():
+            if task.needs:
+                task_folder(task.name, self.data, task.needs)
 
     def chosen_tasks(self) -> list[tuple[Task, tuple[str, ...]]]:
         """The tasks, each with those of the chosen subsets that are its own; none of them means all.

@@ -39,6 +39,8 @@ class Task(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     default_subsets: ClassVar[tuple[str, ...]]
+    needs: ClassVar[str] = ""
+    """What the folder of data must hold, and where to get it; empty: the task makes its cases itself."""
     metrics: ClassVar[Mapping[str, str]]
     """Metric name -> what it is, for reports; 'score' is the one that tables show."""
 

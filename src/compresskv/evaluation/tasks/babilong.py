@@ -34,6 +34,7 @@ class BABILong(Task):
     name: ClassVar[str] = "babilong"
     summary: ClassVar[str] = "bAbI's facts hidden in books (qa1 to qa5), from BABILong's data files"
     default_subsets: ClassVar[tuple[str, ...]] = tuple(f"{task}-{length}" for length in _LENGTHS for task in _TASKS)
+    needs = _NEEDS
     metrics: ClassVar[Mapping[str, str]] = {
         "score": "BABILong's accuracy: the first sentence names the right answer and no other possible one",
         "contains": "the right answer occurs anywhere",
@@ -42,7 +43,7 @@ class BABILong(Task):
     def examples(self, settings: TaskSettings) -> list[Example]:
         """The rows of every chosen subset whose file exists; see `Task.examples`."""
         files = {subset: _file_name(subset) for subset in self.chosen_subsets(settings)}
-        folder = task_folder(self.name, settings, _NEEDS)
+        folder = task_folder(self.name, settings.data, self.needs)
         found = existing_files(folder, files, settings)
         return [
             _example(subset, row) for subset, name in found.items() for row in read_rows(folder, name, settings.limit)

@@ -59,6 +59,7 @@ class LongBench(Task):
     name: ClassVar[str] = "longbench"
     summary: ClassVar[str] = "16 English and code tasks of LongBench, from its data files"
     default_subsets: ClassVar[tuple[str, ...]] = tuple(_SUBSETS)
+    needs = _NEEDS
     metrics: ClassVar[Mapping[str, str]] = {
         "score": "LongBench's own metric of the subset: F1, ROUGE-L, accuracy or edit similarity"
     }
@@ -66,7 +67,7 @@ class LongBench(Task):
     def examples(self, settings: TaskSettings) -> list[Example]:
         """The rows of every chosen subset whose file exists; see `Task.examples`."""
         files = {subset: f"{subset}.jsonl" for subset in self.chosen_subsets(settings)}
-        folder = task_folder(self.name, settings, _NEEDS)
+        folder = task_folder(self.name, settings.data, self.needs)
         prompts, lengths = (_table(folder, name) for name in (_PROMPTS, _LENGTHS))
         rows: Folder = folder if any((folder / f"{subset}.jsonl").is_file() for subset in _SUBSETS) else _hub(folder)
         cases = []

@@ -1,0 +1,90 @@
+"""What can be checked without the model is refused before one is loaded: here loading any is an error of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compresskv.bench.subject
+import compresskv.models.load
+from commands import Result, runner
+
+ASK = ["ask", "doc.txt", "Who?"]
+EXPLAIN = ["explain", "doc.txt", "Who?"]
+EVAL = ["eval", "-o", "run"]
+FIND = ["profile", "find", "smollm2-135m"]
+VERIFY = ["profile", "verify", "smollm2-135m"]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(compresskv.models.load, "load", load)
+    monkeypatch.setattr(compresskv.bench.subject, "load", load)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "doc.txt").write_text("Some text.", encoding="utf-8")
+    (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    return runner(monkeypatch, capfd, columns=80)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([*ASK, "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        ([*ASK, "--budget", "0"], "--budget '0' must be at least 1 token"),
+        (
+            [*ASK, "--method", "snapkv,full"],
+            "--method 'snapkv,full' names 2 methods: give one, and the others as --comp",
+        ),
+        ([*ASK, "--method", "snapkw"], "--method 'snapkw' is unknown: did you mean 'snapkv'?"),
+        ([*ASK, "--compare", "full,snapkw"], "--compare 'snapkw' is unknown: did you mean 'snapkv'?"),
+        ([*ASK, "--compare", "snapkv[beta=1]"], "--compare 'snapkv[beta=1]': beta=1 is no option of method 'snapkv'"),
+        ([*ASK, "--set", "beta=x"], "--set 'beta=x': 'x' is not a number, true or false"),
+        ([*ASK, "--set", "profile=3"], "--set 'profile=3' is no option of method 'blend'"),
+        ([*ASK, "--method", "snapkv", "--set", "kernel_size=4"], "--set 'kernel_size=4' must be an odd number of at"),
+        ([*ASK, "--profile", "none.json"], "--profile 'none.json' cannot be read: no such file"),
+        ([*ASK, "--profile", "bad.json"], "--profile 'bad.json' is no profile"),
+        ([*ASK, "--compile", "maybe"], "--compile 'maybe' must be one of"),
+        ([*ASK, "--truncate", "end"], "--truncate 'end' is unknown: choose from never, middle"),
+        ([*ASK, "--save-plan", "no/such/plan.json"], "--save-plan 'no/such/plan.json' cannot be written"),
+        ([*EXPLAIN, "--max-new-tokens", "-1"], "--max-new-tokens -1 must be at least 0"),
+        ([*EXPLAIN, "--evidence", "a lie"], "--evidence 'a lie' does not occur in the document"),
+        ([*EXPLAIN, "--html", "."], "--html '.' is a folder"),
+        ([*EVAL, "--lengths", "0"], "--lengths 0 must be at least 1"),
+        ([*EVAL, "--lengths", "many"], "--lengths 'many' is not a list of numbers"),
+        ([*EVAL, "--depths", "101"], "--depths 101.0 is no percentage: choose from 0 to 100"),
+        ([*EVAL, "--haystack", "none.txt"], "--haystack 'none.txt': no such file or folder"),
+        ([*EVAL, "--tasks", "longbench"], "--data: task 'longbench' needs a folder with "),
+        ([*EVAL, "--tasks", "longbench", "--data", "none"], "--data 'none': no such folder"),
+        ([*EVAL, "--profile", "none.json"], "--profile 'none.json' cannot be read: no such file"),
+        ([*EVAL, "--limit", "0"], "--limit 0 must be at least 1"),
+        ([*FIND, "--lengths", "100"], "--lengths 100 must be whole numbers of at least 256 tokens"),
+        ([*FIND, "--depths", "101"], "--depths 101.0 must lie between 0 and 100 percent"),
+        ([*FIND, "--haystack", "none.txt"], "--haystack 'none.txt': No such file or directory"),
+        ([*FIND, "--needles", "none.json"], "--needles 'none.json': No such file or directory"),
+        ([*FIND, "--needles", "bad.json"], "--needles 'bad.json' is no "),
+        ([*FIND, "--output", "file/x.json"], "--output 'file/x.json' cannot be written"),
+        ([*VERIFY, "none.json"], "profile 'none.json' cannot be read: no such file"),
+        ([*VERIFY, "--counts", "0"], "--counts 0 must be at least 1"),
+        ([*VERIFY, "--haystack", "none.txt"], "--haystack 'none.txt': No such file or directory"),
+        ([*VERIFY, "--plot", "file"], "--plot 'file' cannot be a folder"),
+        (["bench", "--lengths", "0"], "--lengths 0 must be at least 1 token"),
+        (["bench", "--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["bench", "--decode", "quick"], "--decode 'quick' must be among"),
+        (["bench", "--output", "file/x.json"], "--output 'file/x.json' cannot be written"),
+        (["bench", "--methods", "snapkv[lookahead=2]"], "--methods 'snapkv[lookahead=2]' looks ahead"),
+        (["compile", "--method", "snapkw"], "--method 'snapkw' is unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_no_model_is_loaded_for_what_cannot_work(call: Callable[..., Result], args: list[str], line: str) -> None:
+    result = call(*args)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"compresskv: {line}")
+    assert result.err.count("\n") == 1
+    assert not Path("run").exists()
