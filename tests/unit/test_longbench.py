@@ -198,7 +198,7 @@ def test_malformed_template(data: Path, template: str) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^data=None: task 'longbench' needs a folder with dataset2prompt\.json"):
         examples(None)
-    with pytest.raises(DataError, match=r"nothing: no such folder; .*dataset2prompt\.json"):
+    with pytest.raises(DataError, match=r"nothing': no such folder; .*dataset2prompt\.json"):
         examples(tmp_path / "nothing")
 
 
