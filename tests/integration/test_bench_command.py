@@ -41,7 +41,7 @@ def test_json_alone_on_standard_output(call: Callable[..., Result], tmp_path: Pa
     found = json.loads(result.out)
 
     assert result.code == 0
-    assert result.err == f"figure: {tmp_path / 'run.png'}\n"
+    assert result.err == f"result: {tmp_path / 'new' / 'run.json'}\nfigure: {tmp_path / 'run.png'}\n"
     assert json.loads((tmp_path / "new" / "run.json").read_text(encoding="utf-8")) == found
     assert (tmp_path / "run.png").stat().st_size > 10_000
     assert set(found["versions"]) == {"compresskv", "torch", "transformers", "python"}
