@@ -177,3 +177,15 @@ print("every" in registry.methods())
     assert done.stdout == "every[step=3] every[step=4] full\nTrue\n"
     assert done.stderr.count("cannot be loaded") == 1
     assert "'broken' (no_such_module)" in done.stderr
+
+
+def test_nothing_heavy_is_imported_to_name_methods() -> None:
+    """What methods import at their files' heads takes torch from `compresskv.system.later`."""
+    code = """
+import sys
+from compresskv.methods import registry
+registry.parse_methods("methods", ",".join(registry.methods()))
+print(*sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "\n"

@@ -1,12 +1,16 @@
 """The observation window's attention where keys come in pieces: what one matrix of logits would take is never held."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Iterable, Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compresskv.selection.scores import window_products, without_window
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def attention_in_pieces(

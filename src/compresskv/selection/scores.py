@@ -42,7 +42,7 @@ def window_attention(
     return _attention_(logits, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
 
 
-@torch.no_grad()
+@no_grad
 def window_products(query_window: Tensor, keys: Tensor, head_indices: list[int] | None = None) -> Tensor:
     """Dot products of the window's queries with keys.
 
