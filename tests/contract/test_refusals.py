@@ -29,7 +29,7 @@ def enter(model: PreTrainedModel, method: str = "snapkv", budget: Any = 20, **op
     ("family", "match"),
     [
         ("mistral_sliding", "no full-attention layer"),
-        ("mamba", "does not use transformers' attention interface"),
+        ("mamba", "does not use transformers' attention interface|uses a cache of its own"),
         ("bloom", "does not use transformers' attention interface"),
     ],
 )
