@@ -20,7 +20,7 @@ from compresskv.calibration.settings import Settings
 from compresskv.errors import ConfigError, ModelError
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
-from compresskv.models.shape import compressible_layers, decoder_config
+from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.profiles.profile import Profile, combined
 from compresskv.prompts.prompt import context_length
 from compresskv.version import __version__
@@ -78,12 +78,11 @@ def find_profile(
 
 
 def _check_model(model: PreTrainedModel, settings: Settings) -> None:
-    config = decoder_config(model)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if num_kv_heads >= config.num_attention_heads:
+    heads = heads_of(decoder_config(model), compressible_layers(model)[0])
+    if heads.num_kv_heads >= heads.num_query_heads:
         raise ModelError(
-            f"{type(model).__name__} has no grouped-query attention ({num_kv_heads} KV heads for "
-            f"{config.num_attention_heads} query heads): semantic retrieval heads are defined for GQA; use 'snapkv'"
+            f"{type(model).__name__} has no grouped-query attention ({heads.num_kv_heads} KV heads for "
+            f"{heads.num_query_heads} query heads): semantic retrieval heads are defined for GQA; use 'snapkv'"
         )
     limit = context_length(model)
     if limit is not None and max(settings.lengths) > limit:

@@ -6,7 +6,6 @@ weights: an imported profile is taken on the model's name and shape.
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,10 @@ from compresskv.system.quiet import quiet
 _AVERAGE = "avg_score"
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    num_layers: int
-    num_query_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    architecture: str
-
-
 # Known without a download: the two models whose files were published.
 _KNOWN = {
-    "Llama-3.1-8B-Instruct": _Geometry(32, 32, 8, 128, 128256, "llama"),
-    "Mistral-7B-Instruct-v0.3": _Geometry(32, 32, 8, 128, 32768, "mistral"),
+    "Llama-3.1-8B-Instruct": Fingerprint("llama", 32, 32, 8, 128, 128256),
+    "Mistral-7B-Instruct-v0.3": Fingerprint("mistral", 32, 32, 8, 128, 32768),
 }
 
 
@@ -53,23 +42,16 @@ def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
     num_heads = len(rankings[0])
     average = errors.pop(_AVERAGE, None)
     by_set = {name: normalised(row) for name, row in errors.items()}
-    geometry = _geometry(model_id)
-    if (len(rankings), num_heads) != (geometry.num_layers, geometry.num_query_heads):
+    shape = _shape(model_id)
+    if (len(rankings), num_heads) != (shape.num_layers, shape.num_query_heads):
         problem = (
             f"ranks {num_heads} heads in {len(rankings)} layers, but model={model_id!r} has "
-            f"{geometry.num_query_heads} in {geometry.num_layers}"
+            f"{shape.num_query_heads} in {shape.num_layers}"
         )
         raise ProfileError(problem, option="heads", value=str(heads))
     return Profile(
         model_id=model_id,
-        fingerprint=Fingerprint(
-            architecture=geometry.architecture,
-            num_layers=len(rankings),
-            num_query_heads=num_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            vocab_size=geometry.vocab_size,
-        ),
+        fingerprint=shape,
         layer_indices=tuple(range(len(rankings))),
         semantic_scores=tuple(_scores_of_ranks(ranking) for ranking in rankings),
         traditional_scores=None,
@@ -132,7 +114,7 @@ def _read_json(option: str, path: Path) -> dict[str, Any]:
     return data
 
 
-def _geometry(model_id: str) -> _Geometry:
+def _shape(model_id: str) -> Fingerprint:
     known = _KNOWN.get(Path(model_id).name)
     if known is not None:
         return known
@@ -143,12 +125,4 @@ def _geometry(model_id: str) -> _Geometry:
     except (OSError, ValueError) as error:
         problem = f": its shape cannot be read ({first_line(error)})"
         raise ModelError(problem, option="model", value=model_id) from error
-    own = of_shape(config, None)
-    return _Geometry(
-        num_layers=own.num_layers,
-        num_query_heads=own.num_query_heads,
-        num_kv_heads=own.num_kv_heads,
-        head_dim=own.head_dim,
-        vocab_size=config.vocab_size,
-        architecture=config.model_type,
-    )
+    return of_shape(config, None)
