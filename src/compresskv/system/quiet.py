@@ -2,10 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _TALKATIVE = ("torchao", "torch.utils._pytree")
+_LIBRARIES = ("transformers", "huggingface_hub")
+_here = threading.local()
+"""`depth`: how many `quiet` this thread is in."""
 
 
 def hush_torchao() -> None:
@@ -18,29 +22,86 @@ def hush_torchao() -> None:
 def quiet(*, downloads: bool = False) -> Iterator[None]:
     """Keep transformers' messages and progress bars off the terminal inside the `with`.
 
+    Messages of other threads are shown as ever, and verbosity stays what the caller made it. Progress bars can only be
+    switched for the whole process: they are as they were once the last thread has left.
+
     Args:
         downloads: leave the progress bars of the hub's downloads as they are.
     """
-    import huggingface_hub.utils
+    _library_logs().get_verbosity()  # makes transformers' handler, if nothing was told yet
+    for name in _LIBRARIES:
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_heard)  # once, however often it is added
+    _here.depth = getattr(_here, "depth", 0) + 1
+    try:
+        with _LOADING_BARS.off(), contextlib.nullcontext() if downloads else _DOWNLOAD_BARS.off():
+            yield
+    finally:
+        _here.depth -= 1
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    """Whether a library's own handler shows a message: what goes wrong in a `quiet` is raised, and told in one line."""
+    return not getattr(_here, "depth", 0) or record.levelno >= logging.CRITICAL
+
+
+class _Switch:
+    """Something of the whole process that is off while any thread wants it off, and then as it was."""
+
+    def __init__(self, is_on: Callable[[], bool], turn: Callable[[bool], None]) -> None:
+        self._is_on, self._turn = is_on, turn
+        self._num_off = 0
+        self._was_on = False
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        with _lock:
+            if self._num_off == 0:
+                self._was_on = self._is_on()
+                self._turn(False)
+            self._num_off += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self._num_off -= 1
+                if self._num_off == 0:
+                    self._turn(self._was_on)
+
+
+_lock = threading.Lock()
+
+
+def _shows_loading() -> bool:
+    return bool(_library_logs().is_progress_bar_enabled())
+
+
+def _show_loading(on: bool) -> None:
+    downloads = _shows_downloads()
+    (_library_logs().enable_progress_bar if on else _library_logs().disable_progress_bar)()
+    _show_downloads(downloads)  # transformers switches the hub's with its own
+
+
+def _library_logs() -> Any:
     import transformers.utils
 
-    hub: Any = huggingface_hub.utils
-    logs: Any = transformers.utils.logging
-    bars, hub_bars = logs.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    levels = [(module, module.get_verbosity()) for module in (hub.logging, logs)]
-    logs.disable_progress_bar()  # the hub's with it
-    if downloads and hub_bars:
-        hub.enable_progress_bars()
-    for module, _ in levels:
-        module.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, and told in one line
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)
-        if bars:
-            logs.enable_progress_bar()
-        if hub_bars:
-            hub.enable_progress_bars()
-        else:
-            hub.disable_progress_bars()
+    return transformers.utils.logging
+
+
+def _shows_downloads() -> bool:
+    return not _hub().are_progress_bars_disabled()
+
+
+def _show_downloads(on: bool) -> None:
+    if on != _shows_downloads():  # switching against the hub's environment variable would be warned of
+        (_hub().enable_progress_bars if on else _hub().disable_progress_bars)()
+
+
+def _hub() -> Any:
+    import huggingface_hub.utils
+
+    return huggingface_hub.utils
+
+
+_LOADING_BARS = _Switch(_shows_loading, _show_loading)
+_DOWNLOAD_BARS = _Switch(_shows_downloads, _show_downloads)
