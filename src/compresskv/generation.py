@@ -1,12 +1,10 @@
 """Ask a document one question: prefill, evict, decode greedily, and say what it cost."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import defaults
@@ -29,6 +27,7 @@ from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.system import memory
+from compresskv.system.clock import now
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class GenerationStats:
     not_compiled: str | None
     """Why tokens were not read by a compiled step, where that was asked for."""
     peak_memory_nbytes: int
-    """Of the process on a CPU, of the allocator on a GPU."""
+    """The most since the process began (on a GPU what its allocator held), or since whoever calls reset that count."""
     dtype: str
     """Of the weights: 'bfloat16', 'float16', 'float32' or 'int8'."""
 
@@ -147,8 +146,7 @@ def ask(
         tokenizer, context, question, max_tokens=room_for_prompt(model, max_new_tokens), truncate=truncate
     )
     input_ids = prompt.input_ids.to(input_device(model))
-    memory.reset_peak(input_device(model))
-    start = time.perf_counter()
+    start = now(input_ids.device)
     plan = None
     if two_pass:
         plan = make_plan(model, prompt.input_ids[0].tolist(), chosen, budget, on_layer=_half(on_prefill, 0))
@@ -158,10 +156,9 @@ def ask(
     with compressed as cache:
         logits = prefill(model, input_ids, cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
-        _synchronize(input_device(model))
-        prefill_s = time.perf_counter() - start
+        prefill_s = now(input_ids.device) - start
         first = int(logits.argmax())
-        first_s = time.perf_counter() - start
+        first_s = now(input_ids.device) - start
         spoken = None if on_text is None else Spoken(tokenizer, on_text)
 
         def tell(token: int) -> None:
@@ -175,7 +172,7 @@ def ask(
         token_ids = decode(model, tokenizer, first, cache, max_new_tokens, tell)
         if spoken is not None:
             spoken.end()
-        decode_s = time.perf_counter() - start - first_s - cache.compile_s
+        decode_s = now(input_ids.device) - start - first_s - cache.compile_s
         retained = [layer.mean_retained for layer in cache.compressed_layers]
     stats = GenerationStats(
         method=chosen.label,
@@ -204,8 +201,3 @@ def _half(on_prefill: Callable[[int, int], None] | None, half: int) -> Callable[
     if on_prefill is None:
         return None
     return lambda done, layers: on_prefill(half * layers + done, 2 * layers)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

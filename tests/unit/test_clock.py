@@ -12,12 +12,14 @@ from compresskv.system.clock import Clock
 def test_a_cpus_seconds_are_noted_at_once() -> None:
     noted: list[tuple[str, float]] = []
     clock = Clock(torch.device("cpu"), lambda name, seconds: noted.append((name, seconds)))
+    began = time.perf_counter()
     start = clock.mark()
     time.sleep(0.02)
     clock.between("scoring", start, clock.mark())
+    most = time.perf_counter() - began  # however busy the machine is
     ((name, seconds),) = noted
     assert name == "scoring"
-    assert 0.02 <= seconds < 1
+    assert 0.02 <= seconds <= most
 
 
 class Event:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import compresskv
+import planted
+import tiny
 from compresskv.system.memory import peak_nbytes, reset_peak
 
 CPU = torch.device("cpu")
@@ -37,6 +40,16 @@ def test_the_peak_is_that_since_the_reset() -> None:
     assert NBYTES * 0.985 < after - before < NBYTES * 1.5  # freed again, and yet seen
     reset_peak(CPU)
     assert peak_nbytes(CPU) < after - NBYTES * 0.8
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not _resettable(), reason="this system cannot reset the peak")
+def test_asking_leaves_the_callers_measurement_alone() -> None:
+    model, tokenizer = tiny.tiny_model("llama"), planted.bytes_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    _touch()
+    before = peak_nbytes(CPU)
+    stats = compresskv.ask(model, tokenizer, "one two", "three?", method="snapkv", budget=40, max_new_tokens=1).stats
+    assert stats.peak_memory_nbytes >= before
 
 
 def test_without_proc_the_peak_is_of_the_whole_life(monkeypatch: pytest.MonkeyPatch) -> None:

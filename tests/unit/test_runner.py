@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -23,6 +24,7 @@ from compresskv.methods.base import LayerInputs
 from compresskv.methods.registry import parse_methods
 from compresskv.methods.snapkv import SnapKV
 from compresskv.models.decoding import prefill
+from compresskv.system import clock
 
 NUM_PROMPT, NUM_CONTEXT, NUM_NEW = 90, 72, 8
 BUDGETS = (20, 0.4)
@@ -179,6 +181,30 @@ class TestAware:
             for seconds in (record.prefill_s, record.select_s, record.decode_s):
                 assert seconds is not None
                 assert seconds >= 0
+
+    def test_seconds_are_those_of_a_device_that_is_waited_for(
+        self, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A stand-in for a GPU: each forward pass owes a second, which passes when the device is waited for."""
+        model, seconds, owed = tiny.tiny_model("llama"), [0.0], [0.0]
+
+        def wait(_: torch.device) -> None:
+            seconds[0] += owed[0]
+            owed[0] = 0.0
+
+        def owe(*_: Any) -> None:
+            owed[0] += 1.0
+
+        monkeypatch.setattr(clock, "synchronize", wait)
+        monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+        hook = model.register_forward_pre_hook(owe)
+        try:
+            records = list(Runner(model, tokenizer).run(case(), all_of(model)))
+        finally:
+            hook.remove()
+        for record in records:
+            expected = (1.0, 0.0, NUM_NEW - 1.0)  # one pass over the prompt, one for each token but the first
+            assert (record.prefill_s, record.select_s, record.decode_s) == expected, record.config
 
     def test_answers_of_one_token_have_no_divergence(self, tokenizer: PreTrainedTokenizerBase) -> None:
         model = tiny.tiny_model("llama")

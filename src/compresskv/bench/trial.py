@@ -1,9 +1,9 @@
 """Compile a model's decode step and try it, so that later answers find it."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +13,7 @@ from compresskv.compiled.package import Progress
 from compresskv.compression import Compressing
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
+from compresskv.system.clock import now
 
 _STEPS = 20
 
@@ -39,12 +40,12 @@ def try_compiled(
     Which step is needed depends on whether the method's KV heads keep different numbers of tokens.
     """
     with Compressing(model, method, budget) as cache:
-        eager_ms = _median_ms(_decoding(model, input_ids, cache))
+        eager_ms = _median_ms(_decoding(model, input_ids, cache), model.device)
     compressed = Compressing(model, method, budget, compile=ALWAYS, on_progress=on_progress)
     with compressed as cache:
         advance = _decoding(model, input_ids, cache)
         compressed.prepare_decoding()
-        compiled_ms = _median_ms(advance)
+        compiled_ms = _median_ms(advance, model.device)
     if cache.num_compiled_steps < _STEPS:
         return Trial(cache.compile_s, eager_ms, None, cache.not_compiled or "the method looks ahead")
     return Trial(cache.compile_s, eager_ms, compiled_ms, cache.not_compiled)
@@ -60,10 +61,10 @@ def _decoding(model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache)
     return advance
 
 
-def _median_ms(advance: Callable[[], None]) -> float:
-    seconds = []
+def _median_ms(advance: Callable[[], None], device: torch.device) -> float:
+    seconds = list[float]()
     for _ in range(_STEPS):
-        start = time.perf_counter()
+        start = now(device)
         advance()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(device) - start)
     return 1e3 * sorted(seconds)[_STEPS // 2]

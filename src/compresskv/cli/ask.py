@@ -68,8 +68,10 @@ def _answer(
     model: Any, tokenizer: Any, checked: Checked, method: "Method", *, two_pass: bool, compile: str
 ) -> "Generation":
     from compresskv.generation import ask as answer
+    from compresskv.system.memory import reset_peak
 
     given = checked.request
+    reset_peak(model.device)  # each answer's own
     with Bar() as bar:
         steps = Steps(bar, method.name, given.max_new_tokens)
         stream = _Stream(bar) if not given.as_json and not given.compare else None

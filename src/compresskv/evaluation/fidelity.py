@@ -1,6 +1,5 @@
 """How near a compressed cache stays to the full one, without decoding: evidence recall and teacher-forced fidelity."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from compresskv.cache.full import branch
 from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.models.decoding import decode
 from compresskv.models.place import input_device
+from compresskv.system.clock import now
 
 _MAX_LOG_PROBS = 1 << 25  # 128 MiB of float32
 
@@ -47,9 +47,9 @@ def reference(
     The second reading is what every compressed cache is compared with: both are multi-token passes, so that rounding
     that differs between one-token and multi-token steps does not count as a loss.
     """
-    start = time.perf_counter()
+    start = now(model.device)
     token_ids = decode(model, tokenizer, first, branch(cache), max_new_tokens)
-    decode_s = time.perf_counter() - start
+    decode_s = now(model.device) - start
     return Reference(token_ids, teacher_forced(model, cache, token_ids), decode_s)
 
 

@@ -21,8 +21,9 @@ from compresskv.models.place import input_device
 from compresskv.peers.answers import Write, answer_request
 from compresskv.peers.press_cache import PeerCache
 from compresskv.peers.press_names import method_name
-from compresskv.peers.presses import Peer, now, peer
+from compresskv.peers.presses import Peer, peer
 from compresskv.selection.budgets import resolve
+from compresskv.system.clock import now
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -43,7 +44,7 @@ def run_peer(loaded: Loaded, chosen: Peer, case: PeerCase, budget: int | float, 
     if suffix.shape[1]:
         cache.read(suffix, last_only=True)
     agreement = _top1_agreement(cache, case)
-    start = now(model)
+    start = now(model.device)
     token_ids = cache.decode(end_tokens(model, tokenizer), case.max_new_tokens)
     return {
         "token_ids": token_ids,
@@ -54,7 +55,7 @@ def run_peer(loaded: Loaded, chosen: Peer, case: PeerCase, budget: int | float, 
         "kv_nbytes_full": cache.nbytes_full,
         "prefill_s": cache.prefill_s,
         "select_s": cache.select_s,
-        "decode_s": now(model) - start,
+        "decode_s": now(model.device) - start,
         "top1_agreement": agreement,
     }
 

@@ -1,6 +1,5 @@
 """Run configurations over examples: each prompt is read once, and every configuration cuts its own cache from that."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ from compresskv.evaluation.task import Task
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.place import input_device
+from compresskv.system.clock import now
 
 __all__ = ["SETTINGS", "Case", "Configuration", "Runner"]
 
@@ -91,18 +91,21 @@ class _Reading:
         self._case = case
         self._window_size = window_size
 
+    def _now(self) -> float:
+        return now(self._runner.model.device)
+
     def records(self, configurations: Sequence[Configuration]) -> Iterator[Record]:
         runner, prompt = self._runner, self._case.prompt
         captured = CapturedPrompt(runner.model, self._window_size)
         document = None
-        start = time.perf_counter()
+        start = self._now()
         if any(configuration.setting == "agnostic" for configuration in configurations):
             logits = captured.read(prompt.input_ids[: prompt.suffix_start])
             document = captured.fork()
         rest = prompt.input_ids[len(captured.input_ids) :]
         if rest:  # nothing, where no question follows the document
             logits = captured.read(rest)
-        self._prefill_s = time.perf_counter() - start
+        self._prefill_s = self._now() - start
         first = int(logits.argmax())
         full = reference(runner.model, runner.tokenizer, captured.cache, first, self._case.example.max_new_tokens)
         joined = self._joined(configurations, captured, full)
@@ -121,14 +124,14 @@ class _Reading:
     ) -> Record:
         """Cut, measure, decode. `first`: the answer's first token; None where the question is still to be read."""
         runner, prompt, method = self._runner, self._case.prompt, configuration.method
-        ahead, start = full.token_ids[: method.lookahead], time.perf_counter()
+        ahead, start = full.token_ids[: method.lookahead], self._now()
         if ahead:
             if configuration.setting != "aware":
                 raise ConfigError(f"{configuration.name}: a method cannot look ahead before the question was read")
             if len(full.token_ids) <= len(ahead):  # it ends before anything would be evicted
                 return self._full_record(configuration, captured, full)
             captured, first = self._read_ahead(captured, ahead)
-        ahead_s = time.perf_counter() - start
+        ahead_s = self._now() - start
         cache, measured = self._cut(configuration, captured, len(ahead))
         if first is None:
             rest = torch.tensor([prompt.input_ids[len(captured.input_ids) :]], device=input_device(runner.model))
@@ -161,9 +164,9 @@ class _Reading:
     ) -> tuple[CompressedCache, dict[str, Any]]:
         """The compressed cache, and what can be said of it before anything is read."""
         assert configuration.budget is not None
-        start = time.perf_counter()
+        start = self._now()
         cache = captured.compress(configuration.method, configuration.budget, num_ahead)
-        select_s = time.perf_counter() - start
+        select_s = self._now() - start
         layers = cache.compressed_layers
         return cache, {
             "retained_tokens": sum(layer.mean_retained for layer in layers) / len(layers),
@@ -182,10 +185,10 @@ class _Reading:
 
     def _answer(self, cache: CompressedCache, begun: list[int], begun_s: float) -> dict[str, Any]:
         """`begun`: the answer so far; all but its last token were read, in `begun_s`."""
-        start = time.perf_counter()
+        start = self._now()
         limit = self._case.example.max_new_tokens - len(begun) + 1
         token_ids = decode(self._runner.model, self._runner.tokenizer, begun[-1], cache, limit)
-        decode_s = begun_s + time.perf_counter() - start
+        decode_s = begun_s + self._now() - start
         return self._scored([*begun[:-1], *token_ids]) | {"decode_s": decode_s}
 
     def _scored(self, token_ids: list[int]) -> dict[str, Any]:

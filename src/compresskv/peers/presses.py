@@ -5,7 +5,6 @@ import importlib
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.decoding import prefill
-from compresskv.models.shape import decoder_config
+from compresskv.models.shape import decoder_config, num_kv_heads
 from compresskv.peers.press_cache import PeerCache
 from compresskv.peers.press_names import check_presses
+from compresskv.system.clock import now
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Peer:
         cache, hooks_s = DynamicCache(), _time_hook(press, model)
         with _tokenizer_on_disk(model, tokenizer) if self._kind == "KVzipPress" else contextlib.nullcontext():
             with press(model):
-                start = now(model)  # not before: KVzipPress loads a tokenizer on its way in
+                start = now(model.device)  # not before: KVzipPress loads a tokenizer on its way in
                 logits = prefill(model, input_ids, cache)
-                read, in_hooks_s = now(model), sum(hooks_s)
-            done = now(model)
+                read, in_hooks_s = now(model.device), sum(hooks_s)
+            done = now(model.device)
         next_position = cache.get_seq_length() if getattr(press, "rerotate_keys", False) else num_tokens
         prefill_s, select_s = read - start - in_hooks_s, done - read + in_hooks_s
         compressed = PeerCache(model, cache, num_tokens, next_position, logits, prefill_s, select_s)
@@ -81,7 +81,7 @@ class Peer:
         """The share to remove. Presses round down what they keep or remove; the half keeps that away from an edge."""
         if self._kind == "KVzipPress":  # rounds once, over all layers and heads
             config = decoder_config(model)
-            num_pairs: int = config.num_hidden_layers * config.num_key_value_heads
+            num_pairs: int = config.num_hidden_layers * num_kv_heads(config)
             return (num_pairs * (num_tokens - budget) + 0.5) / (num_pairs * num_tokens)
         if self._kind == "ChunkKVPress":
             num_kept: int = budget // press.chunk_length
@@ -134,9 +134,9 @@ def _time_hook(press: Any, model: PreTrainedModel) -> list[float]:
     hook, seconds = press.forward_hook, list[float]()
 
     def timed(*args: Any) -> Any:
-        start = now(model)
+        start = now(model.device)
         output = hook(*args)
-        seconds.append(now(model) - start)
+        seconds.append(now(model.device) - start)
         return output
 
     press.forward_hook = timed
@@ -155,10 +155,3 @@ def _tokenizer_on_disk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             yield
         finally:
             config._name_or_path = name
-
-
-def now(model: PreTrainedModel) -> float:
-    """Seconds, once the device has done what it was given."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from compresskv.methods.base import LayerInputs, Method
 from compresskv.serving.choice import by_position, choose, observe
-from compresskv.serving.clock import Clock
 from compresskv.serving.counters import counters
 from compresskv.serving.inputs import PagedInputs
 from compresskv.serving.pages import Pages, find_layout
 from compresskv.serving.ranks import Ranks
 from compresskv.serving.room import LayerShape
 from compresskv.serving.tap import EndingPrompt, QueryTap
+from compresskv.system.clock import Clock
 
 logger = logging.getLogger("vllm.compresskv")
 

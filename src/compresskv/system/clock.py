@@ -1,22 +1,67 @@
-"""Time on a device, in seconds."""
+"""Time on a device, in seconds: waited for, or between moments that the device passes by itself."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    synchronize(device)
     return time.perf_counter()
 
 
+def mark(device: torch.device) -> Any:
+    """This moment in the order of what the device is told to do; nothing waits for it (CUDA events)."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event: Any = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds between two marks, which the device must have passed."""
+    return float(end - start) if isinstance(start, float) else float(start.elapsed_time(end)) / 1000
+
+
+@dataclass
+class Clock:
+    """Notes seconds between marks as soon as they are known, without waiting for the device."""
+
+    device: torch.device
+    note: Callable[[str, float], None]
+    """Is told a name and its seconds."""
+    _pending: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    def mark(self) -> Any:
+        """This moment in the order of what the device is told to do."""
+        return mark(self.device)
+
+    def between(self, name: str, start: Any, end: Any) -> None:
+        """Note the seconds between two marks: now, or at a `settle` after the device has passed them."""
+        self._pending.append((name, start, end))
+        self.settle()
+
+    def settle(self) -> None:
+        """Note what the device has finished. Cheap where nothing is open."""
+        while self._pending and (isinstance(self._pending[0][2], float) or self._pending[0][2].query()):
+            name, start, end = self._pending.pop(0)
+            self.note(name, between(start, end))
+
+
 class Stopwatch:
-    """Sums the time of what runs under it, and counts how often. On a GPU by events, so that nothing waits for it."""
+    """Sums the time of what runs under it, and counts how often. Nothing waits for the device until the sum is read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,11 +70,11 @@ class Stopwatch:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Note the time of what is done inside."""
-        start = self._mark()
+        start = mark(self._device)
         try:
             yield
         finally:
-            self._marks.append((start, self._mark()))
+            self._marks.append((start, mark(self._device)))
 
     @property
     def num_runs(self) -> int:
@@ -39,14 +84,5 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         """Of all so far; waits for the device."""
-        if self._device.type != "cuda":
-            return float(sum(end - start for start, end in self._marks))
-        torch.cuda.synchronize(self._device)
-        return float(sum(start.elapsed_time(end) for start, end in self._marks)) / 1000
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event: Any = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        synchronize(self._device)
+        return sum((between(start, end) for start, end in self._marks), 0.0)
