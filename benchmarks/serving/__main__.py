@@ -175,7 +175,7 @@ def _engines(
 ) -> tuple[list[Any], list[int]]:
     """Plain vLLM and CompressKV, and Python's help topics in tokens."""
     from compresskv.calibration.needles import read_haystack
-    from compresskv.peers.vllm import start_engine
+    from compresskv.peers.engines import start_engine
 
     folder = _folder(model)
     text: list[int] = _tokenizer(folder)("\n\n".join(read_haystack(())), verbose=False)["input_ids"]

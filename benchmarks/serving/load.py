@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from compresskv.peers.vllm import BLOCK_SIZE, Engine
+from compresskv.peers.engines import BLOCK_SIZE, Engine
 
 
 @dataclass(frozen=True)

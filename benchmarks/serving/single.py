@@ -4,7 +4,7 @@ import statistics
 import time
 from itertools import pairwise
 
-from compresskv.peers.vllm import Engine
+from compresskv.peers.engines import Engine
 from compresskv.serving.counters import counters
 
 _NEW_TOKENS = 33

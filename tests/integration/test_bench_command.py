@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from commands import Result, runner
-from compresskv.bench import limits, llama_cpp_peer, run, stored
-from compresskv.bench.engine_peer import measure_engine
-from compresskv.bench.peer_request import BenchRequest, find_peer, measure_peer
-from compresskv.bench.plan import Plan, stages
+from compresskv.bench import limits, peers, run, stored
+from compresskv.bench.config import BenchConfig, stages
+from compresskv.bench.engine import measure_engine
+from compresskv.bench.peers import BenchRequest, find_peer, measure_peer
 from compresskv.bench.stored import StoredRun
 from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import ConfigError
+from compresskv.peers.answers import read_request, write_request
+from compresskv.peers.engines import Generator, weights_name
 from compresskv.peers.process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python
 
 TINY = ["bench", "--random", "tiny", "--repeats", "2", "--new-tokens", "5", "--dtype", "float32", "--device", "cpu"]
@@ -254,10 +256,10 @@ def test_help_has_examples(call: Callable[..., Result]) -> None:
 
 
 def test_a_request_to_peers_survives_its_file(tmp_path: Path) -> None:
-    plan = Plan((96,), (64, 0.5), True, 2, 5)
-    request = BenchRequest("tiny", 4, "float32", "cpu", (1, 2), vars(plan), 2)
-    request.write(tmp_path / "request.json")
-    assert BenchRequest.read(tmp_path / "request.json").to_plan() == plan
+    config = BenchConfig((96,), (64, 0.5), True, 2, 5)
+    request = BenchRequest("kvpress", "tiny", 4, "float32", "cpu", (1, 2), config, 2)
+    write_request(tmp_path / "request.json", request)
+    assert read_request(tmp_path / "request.json", BenchRequest) == request
 
 
 @pytest.mark.slow
@@ -266,9 +268,9 @@ def test_kvpress_in_its_own_environment() -> None:
         python = find_peer("kvpress", "tiny", random=True)
     except ConfigError:
         pytest.skip("there is no environment for kvpress: scripts/peers makes .venv-peers")
-    plan = Plan((200,), (100,), False, 1, 5)
-    subject: Subject = random_subject("tiny", None, plan.most_tokens, dtype="float32", device="cpu")
-    rows = list(measure_peer("kvpress", python, subject, plan, (), lambda message, fraction: None))
+    config = BenchConfig((200,), (100,), False, 1, 5)
+    subject: Subject = random_subject("tiny", None, config.most_tokens, dtype="float32", device="cpu")
+    rows = list(measure_peer("kvpress", python, subject, config, (), lambda message, fraction: None))
 
     assert [note for note in subject.notes if "failed" in note] == []
     names = ("plain", "kvpress:SnapKVPress", "kvpress:AdaKVPress(SnapKVPress)")
@@ -290,11 +292,11 @@ def test_an_engine_in_its_own_environment(name: str) -> None:
         python = find_peer(name, "smollm2-135m", random=False)
     except ConfigError as error:
         pytest.skip(str(error))
-    plan = Plan((100, 200), (64,), False, 2, 5)
+    config = BenchConfig((100, 200), (64,), False, 2, 5)
     subject = real_subject("smollm2-135m", dtype="float32", device="cpu")
-    plain = run.Bench(subject, plan)
-    plain.run(stages(plan, lambda budget: ()), lambda message, fraction: None)
-    rows = list(measure_peer(name, python, subject, plan, plain.rows, lambda message, fraction: None))
+    plain = run.Bench(subject, config)
+    plain.run(stages(config, lambda budget: ()), lambda message, fraction: None)
+    rows = list(measure_peer(name, python, subject, config, plain.rows, lambda message, fraction: None))
     assert [(row["engine"], row["prompt_tokens"]) for row in rows] == [(name, 100), (name, 200)]
     assert all(row["prefill_s"] > 0 and row["decode_ms"] > 0 for row in rows)
     assert rows[1]["decode_ratio"] == rows[1]["decode_ms"] / plain.rows[1].decode_ms
@@ -326,7 +328,24 @@ def test_llama_cpp_reads_gguf_files_alone(call: Callable[..., Result]) -> None:
     ],
 )
 def test_the_weights_of_a_gguf_file_are_named(file: str, name: str) -> None:
-    assert llama_cpp_peer.weights_name(file) == name
+    assert weights_name(file) == name
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "told"), [("Q4_1", None, "Q4_1"), (None, "int8", "8-bit"), (None, None, "")]
+)
+def test_a_peer_with_other_weights_is_told(
+    monkeypatch: pytest.MonkeyPatch, weights: str | None, dtype: str | None, told: str
+) -> None:
+    row = {"prompt_tokens": 96, "weights": weights}
+    monkeypatch.setattr(peers, "run_peers", lambda *_: iter([row, row]))
+    subject = random_subject("tiny", None, 100, dtype="float32", device="cpu")
+    subject.notes.clear()
+    if dtype == "int8":
+        monkeypatch.setattr(peers, "weights_dtype", lambda _: dtype)
+    config = BenchConfig((96,), (64,), False, 1, 4)
+    assert len(list(measure_peer("llama.cpp", Path("python"), subject, config, (), lambda *_: None))) == 2
+    assert [told in note for note in subject.notes] == [True] * bool(told)
 
 
 def test_what_an_engine_fails_at_does_not_end_it() -> None:
@@ -335,10 +354,9 @@ def test_what_an_engine_fails_at_does_not_end_it() -> None:
             raise RuntimeError("no room\nmore")
         yield from range(num_new)
 
-    rows: list[dict[str, Any]] = []
-    request = BenchRequest("smollm2-135m", None, "float32", "cpu", tuple(range(300)), {}, 2)
-    request = replace(request, plan=vars(Plan((96, 200, 250), (), True, 2, 5)))
-    measure_engine(request, "own", "own, full", {"own": "1"}, generate, rows.append)
+    config = BenchConfig((96, 200, 250), (), True, 2, 5)
+    request = BenchRequest("own", "smollm2-135m", None, "float32", "cpu", tuple(range(300)), config, 2)
+    rows = measure_engine(request, Generator("own, full", {"own": "1"}, generate))
     found = [row for row in rows if "fraction" not in row]
     assert [row["length"] for row in found] == [96, 200, 250]
     assert found[1] == {"length": 200, "error": "no room"}

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from compresskv.errors import ConfigError
 from compresskv.evaluation.fidelity import reference
-from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.evaluation.press_request import PressCase, PressRequest
 from compresskv.models.decoding import prefill
 from compresskv.models.load import load
 from compresskv.peers.process import peers_python, run_peers
@@ -31,7 +31,7 @@ def _python() -> Path:
 
 
 @pytest.fixture(scope="module")
-def case() -> PeerCase:
+def case() -> PressCase:
     """A prompt, and what the full cache answers. In float32, where the order of sums decides no arg-max."""
     _python()
     model, tokenizer = load(dtype="float32", device="cpu")
@@ -40,23 +40,23 @@ def case() -> PeerCase:
     cache = DynamicCache()
     first = int(prefill(model, torch.tensor([ids]), cache).argmax())
     full = reference(model, tokenizer, cache, first, 12)
-    return PeerCase("t", "1", tuple(ids), 12, NUM_CONTEXT, tuple(full.token_ids))
+    return PressCase("t", "1", tuple(ids), 12, NUM_CONTEXT, tuple(full.token_ids))
 
 
 @pytest.fixture(scope="module")
-def rows(case: PeerCase) -> Rows:
+def rows(case: PressCase) -> Rows:
     """Results by (press, budget, setting)."""
-    request = PeerRequest(
+    request = PressRequest(
         "smollm2-135m", (case,), (FREEING, MASKING), (BUDGET, ALL), ("aware", "agnostic"), "float32", "cpu"
     )
-    found = list(run_peers(_python(), request))
+    found = list(run_peers(_python(), request, "compresskv.evaluation.press_runner"))
     assert [row.get("error") for row in found] == [None] * 8
     return {(row["method"].removeprefix("kvpress:"), row["budget"], row["setting"]): row for row in found}
 
 
 @pytest.mark.parametrize("press", [FREEING, MASKING])
 @pytest.mark.parametrize("setting", ["aware", "agnostic"])
-def test_a_press_retains_exactly_its_budget(rows: Rows, case: PeerCase, press: str, setting: str) -> None:
+def test_a_press_retains_exactly_its_budget(rows: Rows, case: PressCase, press: str, setting: str) -> None:
     row = rows[press, BUDGET, setting]
     num_compressed = len(case.input_ids) if setting == "aware" else NUM_CONTEXT
     num_suffix = len(case.input_ids) - num_compressed
@@ -66,7 +66,7 @@ def test_a_press_retains_exactly_its_budget(rows: Rows, case: PeerCase, press: s
     assert rows[press, ALL, setting]["retained_tokens"] == len(case.input_ids)
 
 
-def test_bytes_are_those_really_held(rows: Rows, case: PeerCase) -> None:
+def test_bytes_are_those_really_held(rows: Rows, case: PressCase) -> None:
     nbytes_a_token = 30 * 2 * 3 * 64 * 4  # layers, keys and values, KV heads, head size, float32
     full = len(case.input_ids) * nbytes_a_token
 
@@ -79,7 +79,7 @@ def test_bytes_are_those_really_held(rows: Rows, case: PeerCase) -> None:
 @pytest.mark.parametrize("press", [FREEING, MASKING])
 @pytest.mark.parametrize("setting", ["aware", "agnostic"])
 def test_a_budget_above_the_prompt_answers_as_the_full_cache(
-    rows: Rows, case: PeerCase, press: str, setting: str
+    rows: Rows, case: PressCase, press: str, setting: str
 ) -> None:
     row = rows[press, ALL, setting]
 
@@ -91,11 +91,11 @@ def test_agreement_is_a_share(rows: Rows) -> None:
     assert all(0 <= row["top1_agreement"] <= 1 for row in rows.values())
 
 
-def test_a_case_that_fails_leaves_the_others_their_results(case: PeerCase) -> None:
-    uncut = PeerCase(case.task, "uncut", case.input_ids, 2)
-    request = PeerRequest("smollm2-135m", (uncut,), (MASKING,), (BUDGET,), ("agnostic", "aware"), peer_budget="bytes")
+def test_a_case_that_fails_leaves_the_others_their_results(case: PressCase) -> None:
+    uncut = PressCase(case.task, "uncut", case.input_ids, 2)
+    request = PressRequest("smollm2-135m", (uncut,), (MASKING,), (BUDGET,), ("agnostic", "aware"), peer_budget="bytes")
 
-    failed, done = run_peers(_python(), request)
+    failed, done = run_peers(_python(), request, "compresskv.evaluation.press_runner")
 
     assert failed["error"].startswith("the prompt has no suffix to hold back")
     assert (done["retained_tokens"], done["logical_tokens"]) == (len(case.input_ids), BUDGET)

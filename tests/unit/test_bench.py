@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from compresskv.bench import geometry, run
+from compresskv.bench.config import BenchConfig, Stage, our_stages, parse_bench_budgets, within_budget
 from compresskv.bench.contender import Ours, Plain
 from compresskv.bench.figure import draw_run
 from compresskv.bench.geometry import GEOMETRIES, find_geometry, random_model, random_profile
 from compresskv.bench.limits import Limits, decode_nbytes, measure_limits, prefill_flop
-from compresskv.bench.plan import Plan, Stage, our_stages, parse_bench_budgets, within_budget
 from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import make_row
 from compresskv.bench.run import Bench
@@ -30,8 +30,10 @@ from tiny import EVICTING_METHODS, build_model, generate, options_for, random_to
 CPU = torch.device("cpu")
 
 
-def plan(**changes: Any) -> Plan:
-    return Plan(**{"lengths": (96,), "budgets": (40,), "has_full": True, "repeats": 2, "new_tokens": 11, **changes})
+def config(**changes: Any) -> BenchConfig:
+    return BenchConfig(
+        **{"lengths": (96,), "budgets": (40,), "has_full": True, "repeats": 2, "new_tokens": 11, **changes}
+    )
 
 
 def ours(name: str, budget: int | float | None) -> Ours:
@@ -68,10 +70,10 @@ class TestPlan:
     )
     def test_what_cannot_work_is_named(self, changes: dict[str, Any], words: str) -> None:
         with pytest.raises(ConfigError, match=words):
-            plan(**changes)
+            config(**changes)
 
     def test_the_longest_prompt_makes_room_for_what_follows_it(self) -> None:
-        asked = plan(lengths=(100, 512))
+        asked = config(lengths=(100, 512))
         fitted = asked.fitted(512, strict=True)
         assert fitted.lengths == (100, 512 - 11)
         (change,) = asked.changes(fitted)
@@ -79,14 +81,14 @@ class TestPlan:
 
     def test_longer_than_the_context(self) -> None:
         with pytest.raises(ConfigError, match="lengths=1024 does not fit into the model's context of 512"):
-            plan(lengths=(100, 1024)).fitted(512, strict=True)
-        assert plan(lengths=(100, 1024)).fitted(512, strict=False).lengths == (100,)
-        assert plan(lengths=(1024,)).fitted(None, strict=True).lengths == (1024,)
+            config(lengths=(100, 1024)).fitted(512, strict=True)
+        assert config(lengths=(100, 1024)).fitted(512, strict=False).lengths == (100,)
+        assert config(lengths=(1024,)).fitted(None, strict=True).lengths == (1024,)
 
     @pytest.mark.parametrize("strict", [True, False])
     def test_an_answer_longer_than_the_context(self, strict: bool) -> None:
         with pytest.raises(ConfigError, match="new_tokens=512 leaves no room in the model's context of 512 tokens"):
-            replace(plan(lengths=(100,)), new_tokens=512).fitted(512, strict=strict)
+            replace(config(lengths=(100,)), new_tokens=512).fitted(512, strict=strict)
 
     @pytest.mark.parametrize(
         ("text", "budgets", "has_full"),
@@ -112,7 +114,7 @@ class TestStages:
 
     def test_each_length_then_prompts_of_just_a_budget(self) -> None:
         methods = {"snapkv": registry.create("snapkv")}
-        long, short = our_stages(plan(budgets=(40, 0.5)), methods)
+        long, short = our_stages(config(budgets=(40, 0.5)), methods)
 
         assert (long.length, short.length) == (96, 40)
         assert self.names(long) == [
@@ -126,10 +128,10 @@ class TestStages:
         assert (long.place_of_short(40), long.place_of_short(0.5), long.place_of_short(None)) == (4, None, None)
 
     def test_a_budget_beyond_all_lengths_has_no_stage_of_its_own(self) -> None:
-        assert [stage.length for stage in our_stages(plan(budgets=(40, 500)), {})] == [96, 40]
+        assert [stage.length for stage in our_stages(config(budgets=(40, 500)), {})] == [96, 40]
 
     def test_full_as_a_method_is_the_full_budget(self) -> None:
-        (stage, _) = our_stages(plan(has_full=False), {"full": registry.create("full")})
+        (stage, _) = our_stages(config(has_full=False), {"full": registry.create("full")})
         assert self.names(stage) == [("plain", None, None), ("full", None, None), ("plain", None, 40)]
 
 
@@ -304,7 +306,7 @@ class TestRun:
     def bench(self, monkeypatch: pytest.MonkeyPatch) -> Bench:
         monkeypatch.setattr(run, "measure_limits", lambda device, dtype: Limits(1e9, 1e9))
         tokens = random_tokens(200)
-        return Bench(Subject("tiny", tiny_model("llama"), lambda count: tokens[:, :count], random=True), plan())
+        return Bench(Subject("tiny", tiny_model("llama"), lambda count: tokens[:, :count], random=True), config())
 
     def test_what_was_done_before_an_interrupt_is_there(self, bench: Bench) -> None:
         def interrupt(message: str, fraction: float) -> None:
@@ -312,7 +314,7 @@ class TestRun:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            bench.run(our_stages(bench.plan, {}), interrupt)
+            bench.run(our_stages(bench.config, {}), interrupt)
         assert [(row["method"], row["length"]) for row in bench.result()["rows"]] == [("plain", 96), ("full", 96)]
 
     def test_rows_of_whole_stages_alone_are_taken_over(self, bench: Bench) -> None:
@@ -327,7 +329,7 @@ class TestRun:
 
     def test_the_figure(self, bench: Bench, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
-        bench.run(our_stages(bench.plan, {"snapkv": registry.create("snapkv")}), lambda message, fraction: None)
+        bench.run(our_stages(bench.config, {"snapkv": registry.create("snapkv")}), lambda message, fraction: None)
         result = bench.result()
         for peaks in (None, 1000):  # where memory could not be measured, too
             for row in result["rows"]:
@@ -341,10 +343,10 @@ class TestRun:
 
         monkeypatch.setattr(run, "run_rounds", exhaust)
         with pytest.raises(ModelError, match="lengths=96: the caches do not fit into memory"):
-            bench.run(our_stages(bench.plan, {}), lambda message, fraction: None)
+            bench.run(our_stages(bench.config, {}), lambda message, fraction: None)
 
     def test_progress_never_goes_back(self, bench: Bench) -> None:
         fractions: list[float] = []
-        bench.run(our_stages(bench.plan, {}), lambda message, fraction: fractions.append(fraction))
+        bench.run(our_stages(bench.config, {}), lambda message, fraction: fractions.append(fraction))
         assert fractions == sorted(fractions)
         assert fractions[-1] == pytest.approx(1)

@@ -13,12 +13,12 @@ from torch import Tensor
 import planted
 import tiny
 from compresskv.errors import CompressKVError, ConfigError, DataError, PromptError
-from compresskv.evaluation import peer_records, task
+from compresskv.evaluation import press_records, task
 from compresskv.evaluation.configurations import configurations, parse_budgets
 from compresskv.evaluation.example import Example
-from compresskv.evaluation.peer_request import PeerRequest
+from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.records import Record, read_run
-from compresskv.evaluation.run import Counts, Evaluation, Plan, parse_rows
+from compresskv.evaluation.run import Counts, Evaluation, EvaluationConfig, parse_rows
 from compresskv.evaluation.runner import Configuration
 from compresskv.evaluation.task import Task, TaskSettings
 from compresskv.methods.base import LayerInputs
@@ -63,12 +63,12 @@ def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def toy(**options: Any) -> Plan:
-    return Plan(**{"tasks": ("toy",), **options})
+def toy(**options: Any) -> EvaluationConfig:
+    return EvaluationConfig(**{"tasks": ("toy",), **options})
 
 
-def opened(plan: Plan | None = None, folder: str = FOLDER) -> Evaluation:
-    return Evaluation(planted.model(), planted.tokenizer(), plan or toy(), Path(folder))
+def opened(config: EvaluationConfig | None = None, folder: str = FOLDER) -> Evaluation:
+    return Evaluation(planted.model(), planted.tokenizer(), config or toy(), Path(folder))
 
 
 def silent(_: str, __: float) -> None:
@@ -76,14 +76,14 @@ def silent(_: str, __: float) -> None:
 
 
 def run(
-    plan: Plan | None = None,
+    config: EvaluationConfig | None = None,
     methods: str = METHODS,
     budgets: str = BUDGETS,
     settings: Sequence[str] = ("aware",),
     folder: str = FOLDER,
 ) -> Counts:
     chosen = configurations(planted.model(), parse_methods("methods", methods), parse_budgets(budgets), settings)
-    with opened(plan, folder) as evaluation:
+    with opened(config, folder) as evaluation:
         evaluation.run(chosen, silent)
         return evaluation.counts
 
@@ -153,8 +153,8 @@ class TestRun:
         assert {record.setting for record in records()[-6:]} == {"agnostic"}
 
     def test_shorter_answers_and_none(self) -> None:
-        plan = toy(max_new_tokens=3, answers=False)
-        run(plan)
+        config = toy(max_new_tokens=3, answers=False)
+        run(config)
         for record in records():
             if record.method == "full":
                 assert record.token_ids is not None
@@ -174,8 +174,8 @@ class TestRun:
         ],
     )
     def test_a_slice_is_taken_of_each_subset(self, rows: str, examples: list[str]) -> None:
-        plan = toy(limit=3, rows=parse_rows(rows))
-        assert run(plan, methods="full").records == len(examples)
+        config = toy(limit=3, rows=parse_rows(rows))
+        assert run(config, methods="full").records == len(examples)
         assert [record.example for record in records()] == examples
 
     def test_a_subset_alone(self) -> None:
@@ -327,8 +327,8 @@ class TestTooLong:
         assert {record.task for record in records()} == {"toy/short"}
 
     def test_all_prompts_skipped_is_an_empty_run(self) -> None:
-        plan = toy(max_prompt_tokens=20, too_long="skip")
-        assert run(plan, methods="full") == Counts(skipped=3)
+        config = toy(max_prompt_tokens=20, too_long="skip")
+        assert run(config, methods="full") == Counts(skipped=3)
 
     def test_the_models_context_is_a_limit_that_leaves_room_for_the_answer(
         self, monkeypatch: pytest.MonkeyPatch
@@ -359,7 +359,7 @@ class TestPlan:
     )
     def test_what_cannot_work_is_refused_before_a_model_is_loaded(self, options: dict[str, Any], told: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(told)) as caught:
-            Plan(**{"tasks": ("toy",), **options})
+            EvaluationConfig(**{"tasks": ("toy",), **options})
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("text", ["x", "1:x", "1.5:", "::0", "1:2:3:4", "1,2"])
@@ -369,8 +369,8 @@ class TestPlan:
         assert "\n" not in str(caught.value)
 
     def test_subsets_go_to_the_tasks_that_have_them(self) -> None:
-        plan = Plan(tasks=("toy", "needle", "babilong"), subsets=("uuid", "short"))
-        assert [(one.name, subsets) for one, subsets in plan.chosen_tasks()] == [
+        config = EvaluationConfig(tasks=("toy", "needle", "babilong"), subsets=("uuid", "short"))
+        assert [(one.name, subsets) for one, subsets in config.chosen_tasks()] == [
             ("toy", ("short",)),
             ("needle", ("uuid",)),
         ]
@@ -384,14 +384,14 @@ class Peers:
 
     def __init__(self, failing: set[tuple[str, float]] = frozenset()) -> None:  # type: ignore[assignment]
         self.failing = failing
-        self.asked: list[PeerRequest] = []
+        self.asked: list[PressRequest] = []
         self.stops_after = 10_000
 
-    def __call__(self, _: Path, request: PeerRequest) -> Iterator[Row]:
+    def __call__(self, _: Path, request: PressRequest, __: str) -> Iterator[Row]:
         self.asked.append(request)
         yield from self._rows(request)
 
-    def _rows(self, request: PeerRequest) -> Iterator[Row]:
+    def _rows(self, request: PressRequest) -> Iterator[Row]:
         pending = [(case, *config) for case in request.cases for config in request.pending(case)]
         for case, setting, press, budget in pending[: self.stops_after]:
             yield self._row(case, setting, press, budget)
@@ -409,18 +409,18 @@ class Peers:
         return row | figures | told | {"token_ids": list(case.reference_ids), "versions": versions}
 
 
-def request(settings: tuple[str, ...] = ("aware",), budgets: tuple[int | float, ...] = (30, 0.5)) -> PeerRequest:
-    return PeerRequest("planted", (), ("SnapKVPress",), budgets, settings)
+def request(settings: tuple[str, ...] = ("aware",), budgets: tuple[int | float, ...] = (30, 0.5)) -> PressRequest:
+    return PressRequest("planted", (), ("SnapKVPress",), budgets, settings)
 
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> Peers:
     stand_in = Peers()
-    monkeypatch.setattr(peer_records, "run_peers", stand_in)
+    monkeypatch.setattr(press_records, "run_peers", stand_in)
     return stand_in
 
 
-def run_with_peers(asked: PeerRequest) -> Counts:
+def run_with_peers(asked: PressRequest) -> Counts:
     with opened() as evaluation:
         evaluation.run(configurations(planted.model(), parse_methods("methods", "full"), [30]), silent)
         evaluation.run_peers(Path("python"), asked, silent)

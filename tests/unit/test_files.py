@@ -14,9 +14,10 @@ import pytest
 import compresskv
 from compresskv.bench.stored import StoredRun
 from compresskv.errors import CompressKVError
-from compresskv.evaluation.peer_request import PeerRequest
+from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.report import write_pages
 from compresskv.models.fingerprint import Fingerprint
+from compresskv.peers.answers import write_request
 from compresskv.plans.plan import LayerPlan, Plan
 from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import write_profile
@@ -93,7 +94,7 @@ def _report(path: Path) -> None:
 
 
 def _request(path: Path) -> None:
-    PeerRequest("model", (), ("KnormPress",), (64,), ("aware",), None, None, "tokens").write(path)
+    write_request(path, PressRequest("model", (), ("KnormPress",), (64,), ("aware",), None, None, "tokens"))
 
 
 def _bench(path: Path) -> None:

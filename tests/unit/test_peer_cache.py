@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from compresskv.models.decoding import prefill
-from compresskv.peers.press_cache import PeerCache
+from compresskv.peers.press_cache import PressCache
 from tiny import random_tokens, tiny_model
 
 PROMPT, MORE = random_tokens(30), random_tokens(7, seed=1)
@@ -21,13 +21,13 @@ def model() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-def cut(model: PreTrainedModel, *kept: int) -> PeerCache:
+def cut(model: PreTrainedModel, *kept: int) -> PressCache:
     """The prompt's cache, of which each layer keeps its last so many tokens."""
     cache = DynamicCache()
     logits = prefill(model, PROMPT, cache)
     for layer, count in zip(cache.layers, kept, strict=True):
         layer.keys, layer.values = (states[:, :, -count:].clone() for states in (layer.keys, layer.values))
-    return PeerCache(model, cache, 30, 30, logits, 0.0, 0.0)
+    return PressCache(model, cache, 30, 30, logits, 0.0, 0.0)
 
 
 def masked_logits(model: PreTrainedModel, kept: int) -> Tensor:
@@ -101,6 +101,6 @@ def test_views_count_as_the_storage_that_they_keep(model: PreTrainedModel) -> No
     owned = cut(model, 9, 9, 9, 9)
     for layer in owned.cache.layers:
         layer.keys, layer.values = (states[:, :, :4] for states in (layer.keys, layer.values))
-    viewed = PeerCache(model, owned.cache, 30, 30, owned.logits, 0.0, 0.0)
+    viewed = PressCache(model, owned.cache, 30, 30, owned.logits, 0.0, 0.0)
 
     assert (viewed.held_tokens, viewed.nbytes) == (4, owned.nbytes)

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from compresskv.errors import ConfigError, DataError
-from compresskv.evaluation import peers
-from compresskv.evaluation.peer_request import PeerCase, PeerRequest
-from compresskv.peers.press_names import PRESSES, check_presses
+from compresskv.evaluation import press_runner
+from compresskv.evaluation.press_request import PressCase, PressRequest
+from compresskv.peers.answers import read_request, write_request
+from compresskv.peers.presses import PRESSES, check_presses
 
-CASE = PeerCase("t", "1", (1, 2, 3), 8)
+CASE = PressCase("t", "1", (1, 2, 3), 8)
 FIGURES = {"logical_tokens": 30.0, "held_tokens": 90.0}
 
 
@@ -32,18 +33,18 @@ def test_every_press_is_known_by_its_name() -> None:
 )
 def test_an_unknown_press_is_refused_where_the_request_is_made(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        PeerRequest("m", (), ("SnapKVPress", name), (30,))
+        PressRequest("m", (), ("SnapKVPress", name), (30,))
     assert str(caught.value).startswith(f"peers={name!r} is unknown: ")
     caught.match(hint)
 
 
 def test_a_request_that_cannot_work_is_refused_where_it_is_made() -> None:
     with pytest.raises(ConfigError, match="budget=0 must be at least 1"):
-        PeerRequest("m", (), (), budgets=(0,))
+        PressRequest("m", (), (), budgets=(0,))
     with pytest.raises(ConfigError, match="setting='blind' is unknown"):
-        PeerRequest("m", (), (), (), settings=("blind",))
+        PressRequest("m", (), (), (), settings=("blind",))
     with pytest.raises(ConfigError, match=r"^peer_budget='kb' is unknown: choose from tokens, bytes$"):
-        PeerRequest("m", (), (), (), peer_budget="kb")
+        PressRequest("m", (), (), (), peer_budget="kb")
 
 
 @pytest.mark.parametrize(
@@ -53,12 +54,21 @@ def test_a_malformed_request_names_its_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "request.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"request\.json' is no request for peers"):
-        PeerRequest.read(path)
+        read_request(path, PressRequest)
+
+
+def test_what_a_request_says_of_itself_is_said_again_where_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "request.json"
+    write_request(path, PressRequest("m", (CASE,), (), (30, 0.5)))
+    assert read_request(path, PressRequest) == PressRequest("m", (CASE,), (), (30, 0.5))
+    path.write_text(path.read_text(encoding="utf-8").replace("0.5", "1.5"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^budget=1\.5 "):
+        read_request(path, PressRequest)
 
 
 def test_each_configuration_is_run_once_and_none_that_is_done() -> None:
-    request = PeerRequest("m", (), ("SnapKVPress", "SnapKVPress"), (30, 0.5, 30), ("aware", "agnostic"))
-    case = PeerCase("t", "1", (), 8, done=("kvpress:SnapKVPress @ 30", "kvpress:SnapKVPress @ 0.5 (agnostic)"))
+    request = PressRequest("m", (), ("SnapKVPress", "SnapKVPress"), (30, 0.5, 30), ("aware", "agnostic"))
+    case = PressCase("t", "1", (), 8, done=("kvpress:SnapKVPress @ 30", "kvpress:SnapKVPress @ 0.5 (agnostic)"))
 
     assert request.pending(case) == [("aware", "SnapKVPress", 0.5), ("agnostic", "SnapKVPress", 30)]
 
@@ -68,23 +78,23 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the process runs, where kvpress and the model are stand-ins; KnormPress fails."""
     calls: list[tuple[Any, ...]] = []
 
-    def run_peer(_: Any, chosen: Any, case: PeerCase, budget: float, setting: str) -> dict[str, Any]:
+    def run_press(_: Any, chosen: Any, case: PressCase, budget: float, setting: str) -> dict[str, Any]:
         calls.append((case.example, chosen.name, budget, setting))
         if chosen.name == "KnormPress":
             raise RuntimeError("out of memory")
         return dict(FIGURES)
 
-    monkeypatch.setattr(peers, "peer", lambda name: SimpleNamespace(name=name))
-    monkeypatch.setattr(peers, "version", lambda _: "1")
-    monkeypatch.setattr(peers, "load", lambda *_, **__: None)
-    monkeypatch.setattr(peers, "run_peer", run_peer)
+    monkeypatch.setattr(press_runner, "find_press", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(press_runner, "version", lambda _: "1")
+    monkeypatch.setattr(press_runner, "load", lambda *_, **__: None)
+    monkeypatch.setattr(press_runner, "run_press", run_press)
     return calls
 
 
 def test_the_process_skips_what_is_done(ran: list[tuple[Any, ...]]) -> None:
-    done = PeerCase("t", "2", (1,), 8, done=("kvpress:SnapKVPress @ 30",))
+    done = PressCase("t", "2", (1,), 8, done=("kvpress:SnapKVPress @ 30",))
 
-    rows = list(peers.results(PeerRequest("m", (CASE, done), ("SnapKVPress", "KnormPress"), (30,))))
+    rows = list(press_runner.answer(PressRequest("m", (CASE, done), ("SnapKVPress", "KnormPress"), (30,))))
 
     assert ran == [(*key, 30, "aware") for key in [("1", "SnapKVPress"), ("1", "KnormPress"), ("2", "KnormPress")]]
     assert [(row["example"], row["method"], row.get("error")) for row in rows] == [
@@ -98,7 +108,7 @@ def test_the_process_skips_what_is_done(ran: list[tuple[Any, ...]]) -> None:
 def test_the_unit_says_which_tokens_a_press_is_charged_with(
     ran: list[tuple[Any, ...]], unit: str, counted: float
 ) -> None:
-    (row,) = peers.results(PeerRequest("m", (CASE,), ("SnapKVPress",), (30,), peer_budget=unit))
+    (row,) = press_runner.answer(PressRequest("m", (CASE,), ("SnapKVPress",), (30,), peer_budget=unit))
 
     assert row["retained_tokens"] == counted
     assert {name: row[name] for name in FIGURES} == FIGURES
@@ -107,7 +117,7 @@ def test_the_unit_says_which_tokens_a_press_is_charged_with(
 
 @pytest.mark.parametrize(("answer", "expected"), [((), None), ((7,), None), ((7, 1, 2), 0.5)])
 def test_agreement_is_over_the_answer_but_its_first_token(answer: tuple[int, ...], expected: float | None) -> None:
-    logits = peers.torch.eye(3)[[1, 1]]
+    logits = press_runner.torch.eye(3)[[1, 1]]
     cache: Any = SimpleNamespace(teacher_forced=lambda _: logits)
 
-    assert peers._top1_agreement(cache, PeerCase("t", "1", (1,), 8, reference_ids=answer)) == expected
+    assert press_runner._top1_agreement(cache, PressCase("t", "1", (1,), 8, reference_ids=answer)) == expected

@@ -1,70 +1,126 @@
-"""Measure kvpress beside plain transformers: `python -m compresskv.bench.peers --request FILE`.
+"""Other libraries that are measured beside ours: what their processes are asked, and the rows that come of it."""
 
-It runs in the environment that `scripts/peers` makes. Each row is one line of JSON on stdout, and so is progress.
-"""
-
-import sys
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from compresskv.bench.contender import Contender
-from compresskv.bench.peer_request import BenchRequest
-from compresskv.bench.plan import stages
-from compresskv.bench.press import PRESSES, Press
-from compresskv.bench.run import Bench
-from compresskv.bench.subject import Subject, random_subject, real_subject
-from compresskv.errors import first_line
-from compresskv.peers.answers import Write, answer_request
-from compresskv.peers.presses import peer
+from compresskv.bench.config import BenchConfig
+from compresskv.bench.row import Row
+from compresskv.bench.subject import Subject
+from compresskv.errors import ConfigError
+from compresskv.models.embedded import EMBEDDED
+from compresskv.models.quantize import weights_dtype
+from compresskv.peers.process import KVPRESS, LLAMA_CPP, VLLM, Environment, peers_python, run_peers
 
 
-def measure(request: BenchRequest, write: Write) -> None:
-    """Run the request stage by stage, and write rows, progress, and what failed.
+@dataclass(frozen=True)
+class Peer:
+    """Another library."""
 
+    module: str
+    """Its `answer` takes a `BenchRequest`."""
+    environment: Environment
+    """Runs the module."""
+    takes_random: bool = False
+    """Whether it can be given a geometry with random weights."""
+    reads: str = ""
+    """The ending of the only files that it reads, beside embedded models."""
+
+
+PEERS = {
+    "kvpress": Peer("compresskv.bench.press", KVPRESS, takes_random=True),
+    "vllm": Peer("compresskv.bench.engine", VLLM),
+    "llama.cpp": Peer("compresskv.bench.engine", LLAMA_CPP, reads=".gguf"),
+}
+"""By name."""
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """A model, tokens that prompts are the beginnings of, and what is measured."""
+
+    peer: str
+    """One of `PEERS`."""
+    model: str
+    """A geometry's name where `num_layers` is given."""
+    num_layers: int | None
+    dtype: str
+    device: str
+    input_ids: tuple[int, ...]
+    config: BenchConfig
+    num_threads: int
+    """That this process computes with."""
+
+
+def find_peer(name: str, model: str, *, random: bool) -> Path:
+    """The python of a peer's environment.
+
+    Args:
+        model: its name, folder or file, or the name of a geometry with random weights.
     Raises:
-        ConfigError, ModelError: nothing can be run at all.
+        ConfigError: there is none, or the peer cannot be given the model.
     """
-    for name in PRESSES:
-        peer(name)  # refuses an environment without kvpress before a model is loaded
-    versions = {name: version(name) for name in ("kvpress", "torch", "transformers")}
-    plan = request.to_plan()
-    bench = Bench(_subject(request), plan)
-    all_stages = stages(plan, _presses)
-    for number, stage in enumerate(all_stages):
-        write({"message": f"{stage.length:,} tokens", "fraction": number / len(all_stages)})
-        try:
-            bench.run([stage], lambda message, fraction: None, engine="kvpress")
-        except Exception as err:  # noqa: BLE001 - kvpress raises of all kinds, and other stages may still work
-            write({"length": stage.length, "error": first_line(err)})
-    for row in bench.result()["rows"]:
-        write({**row, "versions": versions})
+    peer = PEERS[name]
+    if random and not peer.takes_random:
+        raise ConfigError(f"needs a real model, not random={model!r}", option="peers", value=name)
+    if not random and model not in EMBEDDED and not model.endswith(peer.reads):
+        raise ConfigError(f"reads {peer.reads} files, and model={model!r} is none", option="peers", value=name)
+    return peers_python(environment=peer.environment)
 
 
-def _presses(budget: int | float) -> list[Contender]:
-    return [Press(name, budget) for name in PRESSES]
+def measure_peer(
+    name: str,
+    python: Path,
+    subject: Subject,
+    config: BenchConfig,
+    plain: Sequence[Row],
+    progress: Callable[[str, float], None],
+) -> Iterator[dict[str, Any]]:
+    """Measure a peer on the same prompts; kvpress in rounds with the plain transformers of its own environment.
+
+    Args:
+        plain: this environment's rows of plain transformers. Engines, which have no transformers beside them, are
+            compared with their medians, as 'prefill_ratio', 'first_token_ratio' and 'decode_ratio'.
+    Returns: rows as of `Row.to_dict`, each with 'versions', as they come. What failed is told in the subject's notes.
+    Raises:
+        ConfigError, CompressKVError: as for `run_peers`.
+    """
+    model = subject.model
+    request = BenchRequest(
+        peer=name,
+        model=subject.name.removeprefix("random "),
+        num_layers=model.config.num_hidden_layers if subject.random else None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        input_ids=tuple(subject.read_tokens(config.most_tokens)[0].tolist()),
+        config=config,
+        num_threads=torch.get_num_threads(),
+    )
+    peer = PEERS[name]
+    if weights_dtype(model) == "int8":
+        subject.notes.append(f"{name} computes with {request.dtype} weights, the others with 8-bit ones: no fair peer")
+    for line in run_peers(python, request, peer.module, peer.environment):
+        if "error" in line:
+            subject.notes.append(f"{name} at {line['length']:,} tokens failed: {line['error']}")
+        elif "fraction" in line:
+            progress(f"{name}: {line['message']}", line["fraction"])
+        else:
+            if weights := line.get("weights"):
+                note = (
+                    f"{name} computes with the file's {weights} weights, the others with {request.dtype} made of them"
+                )
+                subject.notes += [] if note in subject.notes else [note]
+            yield line if peer.takes_random else {**line, **_ratios(line, plain)}
 
 
-def _subject(request: BenchRequest) -> Subject:
-    name, dtype, device = request.model, request.dtype, request.device
-    if request.num_layers is None:
-        subject = real_subject(name, dtype=dtype, device=device)
-    else:
-        subject = random_subject(name, request.num_layers, len(request.input_ids), dtype=dtype, device=device)
-    tokens = torch.tensor([request.input_ids], device=subject.model.device)  # just what our methods read
-    subject.read_tokens = lambda count: tokens[:, :count]
-    return subject
-
-
-def main() -> int:
-    """Answer the request on stdout."""
-    return answer_request("Measure kvpress; one JSON line for each row.", "BenchRequest", _answer)
-
-
-def _answer(request: Path, write: Write) -> None:
-    measure(BenchRequest.read(request), write)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _ratios(row: dict[str, Any], plain: Sequence[Row]) -> dict[str, float]:
+    same = [one for one in plain if one.prompt_tokens == row["prompt_tokens"]]
+    figures = ("prefill", "s"), ("first_token", "s"), ("decode", "ms")
+    return {
+        f"{name}_ratio": row[f"{name}_{unit}"] / getattr(one, f"{name}_{unit}")
+        for one in same
+        for name, unit in figures
+    }

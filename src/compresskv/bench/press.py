@@ -1,19 +1,24 @@
-"""kvpress's presses as contenders. They run in the environment that `scripts/peers` makes."""
+"""kvpress's presses as contenders, measured in the environment that `scripts/peers` makes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compresskv.bench.config import stages
 from compresskv.bench.contender import EAGER
+from compresskv.bench.peers import BenchRequest
+from compresskv.bench.run import Bench
 from compresskv.bench.session import Prefill, Session
-from compresskv.peers.press_cache import masked_modules
-from compresskv.peers.press_names import method_name
-from compresskv.peers.presses import peer
+from compresskv.bench.subject import Subject, random_subject, real_subject
+from compresskv.errors import first_line
+from compresskv.peers.press_cache import Masks, masks, put_masks
+from compresskv.peers.presses import find_press, method_name
 from compresskv.selection.budgets import resolve
 from compresskv.system.clock import now
 
@@ -22,7 +27,7 @@ PRESSES = ("SnapKVPress", "AdaKVPress(SnapKVPress)")
 
 
 @dataclass(frozen=True)
-class Press:
+class KVPress:
     """A press with its own defaults, at a budget."""
 
     name: str
@@ -40,7 +45,7 @@ class Press:
         """Read the tokens (1, T)."""
         num_tokens, start = input_ids.shape[1], now(model.device)
         tokenizer: Any = None  # of these presses, none needs it
-        cache = peer(self.name).compress(model, tokenizer, input_ids, resolve(self.budget, num_tokens))
+        cache = find_press(self.name).compress(model, tokenizer, input_ids, resolve(self.budget, num_tokens))
         first = int(cache.logits.argmax())
         figures = Prefill(
             prompt_tokens=num_tokens,
@@ -52,30 +57,53 @@ class Press:
             first_token_s=now(model.device) - start,
             kv_nbytes=cache.nbytes,
         )
-        masks = _take_masks(model)
+        left = masks(model)
+        put_masks(left, on=False)
 
         def advance(token: int) -> int:
             step = torch.tensor([[token]], device=model.device)
             return int(cache.read(step, last_only=True).argmax())
 
-        return Session(figures, first, advance, lambda: _masked(masks))
+        return Session(figures, first, advance, lambda: _masked(left))
 
 
 @contextmanager
-def _masked(masks: list[tuple[Any, Any]]) -> Iterator[None]:
+def _masked(left: Masks) -> Iterator[None]:
     """kvpress keeps the masks of a cache on the model's modules, where other caches would meet them: only inside."""
-    for module, indices in masks:
-        module.masked_key_indices = indices
+    put_masks(left, on=True)
     try:
         yield
     finally:
-        for module, _ in masks:
-            module.masked_key_indices = None
+        put_masks(left, on=False)
 
 
-def _take_masks(model: PreTrainedModel) -> list[tuple[Any, Any]]:
-    """The modules with the masks that the last press left on them, which are taken off."""
-    masks = [(module, module.masked_key_indices) for module in masked_modules(model)]
-    for module, _ in masks:
-        module.masked_key_indices = None
-    return masks
+def answer(request: BenchRequest) -> Iterator[dict[str, Any]]:
+    """Measure presses beside plain transformers, stage by stage: progress, what failed, and rows at the end.
+
+    Raises:
+        ConfigError, ModelError: nothing can be run at all.
+    """
+    for name in PRESSES:
+        find_press(name)  # refuses an environment without kvpress before a model is loaded
+    versions = {name: version(name) for name in ("kvpress", "torch", "transformers")}
+    bench = Bench(_subject(request), request.config)
+    all_stages = stages(request.config, lambda budget: [KVPress(name, budget) for name in PRESSES])
+    for number, stage in enumerate(all_stages):
+        yield {"message": f"{stage.length:,} tokens", "fraction": number / len(all_stages)}
+        try:
+            bench.run([stage], lambda message, fraction: None, engine="kvpress")
+        except Exception as err:  # noqa: BLE001 - kvpress raises of all kinds, and other stages may still work
+            yield {"length": stage.length, "error": first_line(err)}
+    for row in bench.result()["rows"]:
+        yield {**row, "versions": versions}
+
+
+def _subject(request: BenchRequest) -> Subject:
+    name, dtype, device = request.model, request.dtype, request.device
+    if request.num_layers is None:
+        subject = real_subject(name, dtype=dtype, device=device)
+    else:
+        subject = random_subject(name, request.num_layers, len(request.input_ids), dtype=dtype, device=device)
+    tokens = torch.tensor([request.input_ids], device=subject.model.device)  # just what our methods read
+    subject.read_tokens = lambda count: tokens[:, :count]
+    return subject

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compresskv.bench.config import BenchConfig, Stage, within_budget
 from compresskv.bench.contender import PLAIN, Contender
 from compresskv.bench.limits import Limits, decode_nbytes, measure_limits, prefill_flop
 from compresskv.bench.machine import describe, machine, versions
-from compresskv.bench.plan import Plan, Stage, within_budget
 from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
@@ -23,10 +23,10 @@ Progress = Callable[[str, float], None]
 class Bench:
     """Runs stages. What is done is there even where a run is interrupted."""
 
-    def __init__(self, subject: Subject, plan: Plan) -> None:
+    def __init__(self, subject: Subject, config: BenchConfig) -> None:
         self.subject = subject
-        self.plan = plan
-        self._tokens: Tensor = subject.read_tokens(plan.most_tokens)  # (1, N)
+        self.config = config
+        self._tokens: Tensor = subject.read_tokens(config.most_tokens)  # (1, N)
         self.rows: list[Row] = []
         self.limits: Limits | None = None
         """The best seen so far."""
@@ -52,7 +52,7 @@ class Bench:
                 done += self._work(stage) / total
                 continue
             self._note_limits()
-            share = self._work(stage) / total / (self.plan.repeats * len(stage.contenders))
+            share = self._work(stage) / total / (self.config.repeats * len(stage.contenders))
 
             def on_step(share: float = share, length: int = stage.length) -> None:
                 nonlocal done
@@ -65,8 +65,8 @@ class Bench:
                     self.subject.model,
                     self._tokens[:, : stage.length],
                     stage.contenders,
-                    num_rounds=self.plan.repeats,
-                    num_new_tokens=self.plan.new_tokens,
+                    num_rounds=self.config.repeats,
+                    num_new_tokens=self.config.new_tokens,
                     on_step=on_step,
                 )
             self.rows += self._rows(stage, samples, engine)
@@ -143,7 +143,7 @@ class Bench:
             "versions": versions(),
             "machine": machine(model.device),
             "model": describe(model, self.subject.name, random=self.subject.random),
-            "settings": asdict(self.plan),
+            "settings": asdict(self.config),
             "limits": None if limits is None else asdict(limits),
             "notes": self.subject.notes,
             "rows": [] if limits is None else [row.to_dict(limits) for row in self.rows],

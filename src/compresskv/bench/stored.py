@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from compresskv.bench.config import Stage
 from compresskv.bench.limits import Limits
-from compresskv.bench.plan import Stage
 from compresskv.bench.row import Row
 from compresskv.bench.run import Bench
 from compresskv.errors import ConfigError

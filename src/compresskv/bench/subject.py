@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.bench.geometry import random_model
 from compresskv.calibration.needles import read_haystack
 from compresskv.models.dtype import multiplies
+from compresskv.models.embedded import EMBEDDED
 from compresskv.models.load import load, torch_device, torch_dtype
 from compresskv.models.quantize import quantize_int8
 from compresskv.models.shape import decoder_config
@@ -52,7 +53,10 @@ def real_subject(
         ConfigError, ModelError: as for `load`.
     """
     model, tokenizer = load(name, dtype=dtype, device=device, on_progress=on_progress)
-    return Subject(name, model, lambda count: _text_tokens(tokenizer, count).to(model.device), random=False)
+    notes = [f"{name}'s weights were 4-bit and are de-quantised"] if name in EMBEDDED else []
+    return Subject(
+        name, model, lambda count: _text_tokens(tokenizer, count).to(model.device), random=False, notes=notes
+    )
 
 
 def random_subject(

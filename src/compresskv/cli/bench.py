@@ -14,7 +14,7 @@ from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from compresskv.bench.plan import Plan
+    from compresskv.bench.config import BenchConfig
     from compresskv.bench.run import Bench
     from compresskv.bench.stored import StoredRun
     from compresskv.bench.subject import Subject
@@ -97,24 +97,24 @@ def bench(
 
     Ratios to plain transformers are taken within rounds in which all take turns.
     """
-    plan, chosen = _plan(lengths, budgets, methods, decode, repeats, new_tokens)
-    _check_choices(model, random, layers, profile, dtype, plan.decode)
+    config, chosen = _config(lengths, budgets, methods, decode, repeats, new_tokens)
+    _check_choices(model, random, layers, profile, dtype, config.decode)
     check_outputs({"plot": plot, "output": output}, {"profile": profile, "model": model})
     _check_outputs(plot, output)
     peer_pythons = _pythons_of_peers(peers, random or model or _MODEL, random=random is not None)
     with Bar() as bar:
-        subject = _subject(model, random, layers, plan, dtype, device, bar)
+        subject = _subject(model, random, layers, config, dtype, device, bar)
         if random is None:
             from compresskv.prompts.prompt import context_length
 
-            asked, plan = plan, plan.fitted(context_length(subject.model), strict=lengths is not None)
-            subject.notes += asked.changes(plan)
-        stages = _stages(subject, plan, chosen, profile)
+            asked, config = config, config.fitted(context_length(subject.model), strict=lengths is not None)
+            subject.notes += asked.changes(config)
+        stages = _stages(subject, config, chosen, profile)
         from compresskv.bench.run import Bench
         from compresskv.bench.stored import StoredRun
         from compresskv.system.interrupts import interrupted_once
 
-        run = Bench(subject, plan)
+        run = Bench(subject, config)
         stored = StoredRun(run, output, profile)
         if measured := stored.go_on(stages):
             err.print(f"going on with {output}: {measured} of {len(stages)} prompt lengths were measured before")
@@ -129,15 +129,15 @@ def bench(
                 _report(stored, plot, output, finished=finished, as_json=as_json)
 
 
-def _plan(
+def _config(
     lengths: str | None, budgets: str, methods: str, decode: str, repeats: int, new_tokens: int
-) -> "tuple[Plan, dict[str, Method]]":
-    from compresskv.bench.plan import DEFAULT_LENGTHS, Plan, parse_bench_budgets
+) -> "tuple[BenchConfig, dict[str, Method]]":
+    from compresskv.bench.config import DEFAULT_LENGTHS, BenchConfig, parse_bench_budgets
     from compresskv.methods.registry import parse_methods
 
     given = parse_numbers("lengths", lengths, int)
     counts, has_full = parse_bench_budgets(budgets)
-    plan = Plan(
+    config = BenchConfig(
         lengths=DEFAULT_LENGTHS if given is None else tuple(dict.fromkeys(given)),
         budgets=counts,
         has_full=has_full,
@@ -145,7 +145,7 @@ def _plan(
         new_tokens=new_tokens,
         decode=tuple(dict.fromkeys(way.strip() for way in decode.split(",") if way.strip())),
     )
-    if "int8" in plan.decode:
+    if "int8" in config.decode:
         from compresskv.models.quantize import check_int8
 
         check_int8("decode")
@@ -154,7 +154,7 @@ def _plan(
         if method.lookahead:
             problem = "looks ahead: its cost falls into decoding and is not measured"
             raise ConfigError(problem, option="methods", value=label)
-    return plan, chosen
+    return config, chosen
 
 
 def _check_choices(
@@ -195,7 +195,7 @@ def _pythons_of_peers(peers: str, model: str, *, random: bool) -> dict[str, Path
     """Looked for before anything is computed."""
     if not peers.strip():
         return {}
-    from compresskv.bench.peer_request import PEERS, find_peer
+    from compresskv.bench.peers import PEERS, find_peer
     from compresskv.evaluation.configurations import parse_names
 
     names = parse_names("peers", peers, tuple(PEERS))
@@ -206,7 +206,7 @@ def _subject(
     model: str | None,
     random: str | None,
     layers: int | None,
-    plan: "Plan",
+    config: "BenchConfig",
     dtype: str | None,
     device: str | None,
     bar: Bar,
@@ -216,13 +216,13 @@ def _subject(
     if random is None:
         return real_subject(model or _MODEL, dtype=dtype, device=device, on_progress=bar)
     bar(f"building {random}", None)
-    return random_subject(random, layers, plan.most_tokens, dtype=dtype, device=device)
+    return random_subject(random, layers, config.most_tokens, dtype=dtype, device=device)
 
 
-def _stages(subject: "Subject", plan: "Plan", methods: "dict[str, Method]", profile: Path | None) -> list[Any]:
+def _stages(subject: "Subject", config: "BenchConfig", methods: "dict[str, Method]", profile: Path | None) -> list[Any]:
     """All profiles are found before the first prefill; a random model is given a random one."""
+    from compresskv.bench.config import our_stages
     from compresskv.bench.geometry import random_profile
-    from compresskv.bench.plan import our_stages
     from compresskv.methods.prepare import prepare_method
 
     own: Any = profile
@@ -233,16 +233,16 @@ def _stages(subject: "Subject", plan: "Plan", methods: "dict[str, Method]", prof
         label: prepare_method(subject.model, method, own if method.needs_profile else None)
         for label, method in methods.items()
     }
-    return our_stages(plan, prepared, subject.int8_model)
+    return our_stages(config, prepared, subject.int8_model)
 
 
 def _measure_peers(pythons: dict[str, Path], run: "Bench", stored: "StoredRun", bar: Bar) -> None:
     for name, python in pythons.items():
-        from compresskv.bench.peer_request import measure_peer
+        from compresskv.bench.peers import measure_peer
 
         if name not in stored.peers:
             plain = [row for row in run.rows if row.engine == "transformers"]
-            stored.add_peer(name, measure_peer(name, python, run.subject, run.plan, plain, bar))
+            stored.add_peer(name, measure_peer(name, python, run.subject, run.config, plain, bar))
 
 
 def _report(stored: "StoredRun", plot: Path | None, output: Path | None, *, finished: bool, as_json: bool) -> None:

@@ -91,8 +91,8 @@ def evaluate(
     Each prompt is read once, and every method and budget cuts its own cache from that.
     """
     from compresskv.evaluation.configurations import configurations, parse_budgets, parse_names
-    from compresskv.evaluation.peer_request import PeerRequest
-    from compresskv.evaluation.run import Evaluation, Plan, parse_rows
+    from compresskv.evaluation.press_request import PressRequest
+    from compresskv.evaluation.run import Evaluation, EvaluationConfig, parse_rows
     from compresskv.evaluation.runner import SETTINGS
     from compresskv.evaluation.task import tasks as known_tasks
     from compresskv.methods.registry import methods as registered
@@ -101,7 +101,7 @@ def evaluate(
 
     records = [output / name for name in ("run.json", "records.jsonl")]
     check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
-    plan = Plan(
+    config = EvaluationConfig(
         tasks=parse_names("tasks", tasks, list(known_tasks())),
         subsets=split_names(subsets),
         data=data,
@@ -120,14 +120,14 @@ def evaluate(
     chosen_settings = parse_names("settings", settings, SETTINGS)
     if profile is not None:
         read_profile(profile)
-    request = PeerRequest(model, (), split_names(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
+    request = PressRequest(model, (), split_names(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
     python = _python_of_peers() if peers else None
     with Bar() as bar:
         from compresskv.models.load import load
 
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         prepared = configurations(loaded, chosen_methods, chosen_budgets, chosen_settings, profile)
-        with Evaluation(loaded, tokenizer, plan, output) as evaluation:
+        with Evaluation(loaded, tokenizer, config, output) as evaluation:
             try:
                 evaluation.run(prepared, bar)
                 if python is not None:

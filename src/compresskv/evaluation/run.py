@@ -15,8 +15,8 @@ from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.evaluation.encode import encode
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.jsonl import task_folder
-from compresskv.evaluation.peer_records import add_peers
-from compresskv.evaluation.peer_request import PeerRequest
+from compresskv.evaluation.press_records import add_presses
+from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.records import RecordLog
 from compresskv.evaluation.runner import Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings, create_task
@@ -31,7 +31,7 @@ TOO_LONG = ("cut", "skip")
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationConfig:
     """What to run. All of it is fixed once a run has begun; only methods, budgets and peers can be added later."""
 
     tasks: tuple[str, ...]
@@ -129,20 +129,20 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        plan: Plan,
+        config: EvaluationConfig,
         folder: Path,
     ) -> None:
         """Open or resume a run.
 
         Raises:
-            DataError: the folder holds a run of another plan or model, or cannot be used.
+            DataError: the folder holds a run of another config or model, or cannot be used.
             DataError, ConfigError: as the tasks raise them. The folder is not touched then.
             PromptError: a prompt cannot be cut to the limit.
         """
-        self._model, self._tokenizer, self._plan = model, tokenizer, plan
+        self._model, self._tokenizer, self._config = model, tokenizer, config
         self._versions = versions(model)
         configuration = {
-            **plan.to_dict(),
+            **config.to_dict(),
             **self._versions,
             "device": model.device.type,
             "weights": str(fingerprint(model)),
@@ -158,9 +158,9 @@ class Evaluation(AbstractContextManager["Evaluation"]):
     def _encoded(self) -> list[Case]:
         """Prompts that are too long are cut or left out, and counted."""
         cases = []
-        for task, subsets in self._plan.chosen_tasks():
-            examples = task.examples(self._plan.task_settings(self._tokenizer, subsets))
-            for example in _sliced(examples, slice(*self._plan.rows)):
+        for task, subsets in self._config.chosen_tasks():
+            examples = task.examples(self._config.task_settings(self._tokenizer, subsets))
+            for example in _sliced(examples, slice(*self._config.rows)):
                 case = self._case(task, example)
                 if case is None:
                     self.counts.skipped += 1
@@ -172,9 +172,9 @@ class Evaluation(AbstractContextManager["Evaluation"]):
 
     def _case(self, task: Task, example: Example) -> Case | None:
         """None where the prompt is to be left out."""
-        skips = self._plan.too_long == "skip"
-        wanted = min(example.max_new_tokens, self._plan.max_new_tokens or example.max_new_tokens)
-        limits = [room_for_prompt(self._model, wanted), self._plan.max_prompt_tokens]
+        skips = self._config.too_long == "skip"
+        wanted = min(example.max_new_tokens, self._config.max_new_tokens or example.max_new_tokens)
+        limits = [room_for_prompt(self._model, wanted), self._config.max_prompt_tokens]
         max_tokens = min((limit for limit in limits if limit is not None), default=None)
         example = replace(example, max_new_tokens=wanted)
         try:
@@ -193,7 +193,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             DataError: the run holds records of other prompts or of another profile.
         """
         self._check_profiles(configurations)
-        runner = Runner(self._model, self._tokenizer, self._plan.seed, self._plan.answers, self._versions)
+        runner = Runner(self._model, self._tokenizer, self._config.seed, self._config.answers, self._versions)
         for number, case in enumerate(self.cases):
             example = case.example
             self.log.check_prompt(example.task, example.id, case.prompt.sha256)
@@ -217,10 +217,10 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     "for the run"
                 )
 
-    def run_peers(self, python: Path, request: PeerRequest, progress: Progress) -> None:
+    def run_peers(self, python: Path, request: PressRequest, progress: Progress) -> None:
         """Run kvpress presses on the same cases; those that fail are counted by name."""
-        shared = {"seed": self._plan.seed, "versions": self._versions}
-        for fraction, failure in add_peers(python, request, self.cases, self.log, self._tokenizer, shared):
+        shared = {"seed": self._config.seed, "versions": self._versions}
+        for fraction, failure in add_presses(python, request, self.cases, self.log, self._tokenizer, shared):
             progress("peers", fraction)
             if failure is None:
                 self.counts.records += 1

@@ -1,28 +1,45 @@
-"""The command line of a module that the peers' python runs: a request in, JSON lines out."""
+"""What a peer's python runs: `python -m compresskv.peers.answers MODULE FILE`. A request in, JSON lines out.
 
-import argparse
+The module's `answer` takes the request as its annotation says and yields results, one JSON line each on stdout.
+"""
+
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
-from compresskv.errors import CompressKVError, first_line
+import msgspec
 
-Write = Callable[[dict[str, Any]], None]
+from compresskv.errors import CompressKVError, ConfigError, DataError, first_line
+from compresskv.system.files import write_whole
+
+T = TypeVar("T")
 
 
-def answer_request(description: str, request_type: str, answer: Callable[[Path, Write], None]) -> int:
-    """Answer the request named on the command line on stdout: the exit code.
+def write_request(path: Path, request: Any) -> None:
+    """Store a request, a dataclass, as JSON."""
+    write_whole(path, msgspec.json.encode(request))
 
-    Args:
-        request_type: the class whose `write` stored the request.
-        answer: called with the request's file and what writes one result.
+
+def read_request(path: Path, kind: type[T]) -> T:
+    """Load what `write_request` stored.
+
+    Raises:
+        DataError: the file is missing or malformed; the message names it and the field.
+        ConfigError: the request checks itself and cannot work.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--request", type=Path, required=True, help=f"a JSON file: see {request_type}")
-    options = parser.parse_args()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, ValueError) as err:
+        if isinstance(err.__cause__, ConfigError):  # what the request says of itself
+            raise err.__cause__ from None
+        raise DataError(f"is no request for peers ({first_line(err)})", option="request", value=str(path)) from err
+
+
+def main(module: str, path: str) -> int:
+    """Answer one request: the exit code."""
     sink: Any = sys.__stdout__
 
     def write(row: dict[str, Any]) -> None:
@@ -31,8 +48,14 @@ def answer_request(description: str, request_type: str, answer: Callable[[Path, 
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not come between the results
         try:
-            answer(options.request, write)
+            answer = import_module(module).answer
+            for row in answer(read_request(Path(path), get_type_hints(answer)["request"])):
+                write(row)
         except CompressKVError as err:
             write({"fatal": first_line(err)})
             return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -12,7 +12,7 @@ from compresskv.system.memory import storage_nbytes
 
 
 @dataclass
-class PeerCache:
+class PressCache:
     """A prompt's keys and values after a press has compressed them.
 
     One at a time for each model: kvpress keeps the masks of its masking presses on the model's modules.
@@ -41,7 +41,7 @@ class PeerCache:
     def __post_init__(self) -> None:
         states = [layer_states for layer in self._layers for layer_states in (layer.keys, layer.values)]
         num_kv_heads = states[0].shape[1]
-        num_masked = sum(len(module.masked_key_indices[0]) for module in masked_modules(self.model))
+        num_masked = sum(len(indices[0]) for _, indices in masks(self.model))
         self.held_tokens = sum(self.lengths) / len(self._layers)
         self.retained_tokens = self.held_tokens - num_masked / (len(self._layers) * num_kv_heads)
         self.nbytes = storage_nbytes(states)
@@ -112,6 +112,17 @@ class PeerCache:
         return logits
 
 
-def masked_modules(model: PreTrainedModel) -> list[Any]:
-    """The modules on which a masking press left a mask."""
-    return [module for module in model.modules() if getattr(module, "masked_key_indices", None) is not None]
+Masks = list[tuple[Any, Any]]
+"""Modules, each with the indices of keys that kvpress masks on it."""
+
+
+def masks(model: PreTrainedModel) -> Masks:
+    """What the last press left on a model's modules."""
+    found = ((module, getattr(module, "masked_key_indices", None)) for module in model.modules())
+    return [(module, indices) for module, indices in found if indices is not None]
+
+
+def put_masks(found: Masks, *, on: bool) -> None:
+    """Put masks on their modules, or take them off."""
+    for module, indices in found:
+        module.masked_key_indices = indices if on else None

@@ -5,7 +5,7 @@ import importlib
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,43 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.decoding import prefill
 from compresskv.models.shape import decoder_config, num_kv_heads
-from compresskv.peers.press_cache import PeerCache
-from compresskv.peers.press_names import check_presses
+from compresskv.peers.press_cache import PressCache
 from compresskv.system.clock import now
+from compresskv.system.suggest import suggestion
+
+PRESSES = (
+    "SnapKVPress",
+    "ExpectedAttentionPress",
+    "KnormPress",
+    "ChunkKVPress(SnapKVPress)",
+    "FinchPress",
+    "AdaKVPress(SnapKVPress)",
+    "AdaKVPress(ExpectedAttentionPress)",
+    "CriticalAdaKVPress(SnapKVPress)",
+    "KVzipPress",
+)
+"""Outer(Inner), each with kvpress's own defaults. The first five free memory; the others mask, so they hold
+the whole prompt, KVzipPress twice until the next token: its keys are views that keep its own replay alive."""
+
+
+def check_presses(names: Iterable[str]) -> None:
+    """Refuse presses that the peers' process cannot run. Needs no kvpress.
+
+    Raises:
+        ConfigError: naming the first that is unknown.
+    """
+    for name in names:
+        if name not in PRESSES:
+            raise ConfigError(f"is unknown{suggestion(name, PRESSES)}", option="peers", value=name)
+
+
+def method_name(press: str) -> str:
+    """What records call a press."""
+    return f"kvpress:{press}"
 
 
 @dataclass(frozen=True)
-class Peer:
+class Press:
     """One of kvpress's presses."""
 
     name: str
@@ -39,7 +69,7 @@ class Peer:
         input_ids: Tensor,
         budget: int,
         question_start: int | None = None,
-    ) -> PeerCache:
+    ) -> PressCache:
         """Read the tokens (1, T) and compress what they left in the cache.
 
         Args:
@@ -62,7 +92,7 @@ class Peer:
             done = now(model.device)
         next_position = cache.get_seq_length() if getattr(press, "rerotate_keys", False) else num_tokens
         prefill_s, select_s = read - start - in_hooks_s, done - read + in_hooks_s
-        compressed = PeerCache(model, cache, num_tokens, next_position, logits, prefill_s, select_s)
+        compressed = PressCache(model, cache, num_tokens, next_position, logits, prefill_s, select_s)
         self._check_retained(compressed.retained_tokens, min(budget, num_tokens))
         return compressed
 
@@ -97,7 +127,7 @@ class Peer:
             raise ModelError(f"{self.name} retained {retained:g} tokens at budget={budget}")
 
 
-def peer(name: str) -> Peer:
+def find_press(name: str) -> Press:
     """A press by name.
 
     Raises:
@@ -105,7 +135,7 @@ def peer(name: str) -> Peer:
     """
     check_presses([name])
     _kvpress()
-    return Peer(name)
+    return Press(name)
 
 
 def _kvpress() -> Any:

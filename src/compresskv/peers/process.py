@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from compresskv.errors import CompressKVError, ConfigError
+from compresskv.peers import answers
+from compresskv.peers.answers import write_request
 
 PYTHON_VARIABLE = "COMPRESSKV_PEERS_PYTHON"
-EVALUATION = "compresskv.evaluation.peers"
-"""The module that answers a `PeerRequest`."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,6 @@ VLLM = Environment("COMPRESSKV_VLLM_PYTHON", ".venv-vllm", "scripts/environment-
 LLAMA_CPP = Environment("COMPRESSKV_LLAMA_CPP_PYTHON", ".venv-llama-cpp", "scripts/environment-llama-cpp", "llama_cpp")
 
 
-class Request(Protocol):
-    """What a module run by the peers' python is asked to do."""
-
-    def write(self, path: Path) -> None:
-        """Store it where the module reads it."""
-
-
 def peers_python(chosen: Path | None = None, environment: Environment = KVPRESS) -> Path:
     """The interpreter of the peers' environment.
 
@@ -67,14 +60,14 @@ def peers_python(chosen: Path | None = None, environment: Environment = KVPRESS)
 
 
 def run_peers(
-    python: Path, request: Request, module: str = EVALUATION, environment: Environment = KVPRESS
+    python: Path, request: Any, module: str, environment: Environment = KVPRESS
 ) -> Generator[dict[str, Any], None, None]:
     """Run the request in another environment; ends its process where the caller stops early or is interrupted.
 
     Args:
-        module: what answers the request, one JSON line a result.
-    Returns: each result, as soon as it is known. Of a `PeerRequest`, one for each case and configuration that is not
-        done, with the names that `Record` has; one that failed has 'error' instead of figures.
+        request: a dataclass, of the type that `answer` in the module takes.
+        module: whose `answer` yields the results.
+    Returns: each result, as soon as it is known.
     Raises:
         ConfigError: the environment is missing or lacks the peer, or nothing in the request can be run.
         CompressKVError: the process ended early or wrote what is not a result.
@@ -83,12 +76,12 @@ def run_peers(
 
 
 def _results(
-    python: Path, request: Request, module: str, environment: Environment
+    python: Path, request: Any, module: str, environment: Environment
 ) -> Generator[dict[str, Any], None, None]:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
         path = Path(folder) / "request.json"
-        request.write(path)
-        command = [str(python), "-m", module, "--request", str(path)]
+        write_request(path, request)
+        command = [str(python), "-m", answers.__name__, module, str(path)]
         with _started(command, log, environment) as process:
             try:
                 for line in process.stdout or ():

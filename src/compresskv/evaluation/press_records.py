@@ -1,4 +1,4 @@
-"""Run the peers on the cases of an evaluation; their results become records like ours."""
+"""Run kvpress's presses on the cases of an evaluation; their results become records like ours."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,17 +8,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.evaluation.peer_request import PeerCase, PeerRequest
+from compresskv.evaluation.press_request import PressCase, PressRequest
 from compresskv.evaluation.records import Record, RecordLog, config_name
 from compresskv.evaluation.runner import Case
 from compresskv.peers.process import run_peers
 
+_ANSWERS = "compresskv.evaluation.press_runner"
+"""The module that answers a request."""
 _OWN_FIELDS = {field.name for field in fields(Record)}
 
 
-def add_peers(
+def add_presses(
     python: Path,
-    request: PeerRequest,
+    request: PressRequest,
     cases: Sequence[Case],
     log: RecordLog,
     tokenizer: PreTrainedTokenizerBase,
@@ -41,7 +43,7 @@ def add_peers(
     total = sum(len(asked.pending(case)) for case in asked.cases)
     if not total:
         return
-    with contextlib.closing(run_peers(python, asked)) as rows:
+    with contextlib.closing(run_peers(python, asked, _ANSWERS)) as rows:
         for done, row in enumerate(rows, 1):
             if "error" in row:
                 config = config_name(row["method"], row["budget"], row["setting"])
@@ -51,19 +53,19 @@ def add_peers(
                 yield done / total, None
 
 
-def _pending(request: PeerRequest, cases: dict[tuple[str, str], Case], log: RecordLog) -> Iterator[PeerCase]:
+def _pending(request: PressRequest, cases: dict[tuple[str, str], Case], log: RecordLog) -> Iterator[PressCase]:
     """The cases that lack a record, each with the configurations that it has."""
     answers = {(row.task, row.example): row.token_ids or [] for row in log.records() if row.budget is None}
     configs = request.configs()
     for key, case in cases.items():
         done = tuple(config for config in configs if log.has(*key, config))
         if len(done) < len(configs):
-            yield _peer_case(case, answers.get(key, []), done)
+            yield _press_case(case, answers.get(key, []), done)
 
 
-def _peer_case(case: Case, answer: list[int], done: tuple[str, ...]) -> PeerCase:
+def _press_case(case: Case, answer: list[int], done: tuple[str, ...]) -> PressCase:
     prompt = case.prompt
-    return PeerCase(
+    return PressCase(
         task=case.example.task,
         example=case.example.id,
         input_ids=tuple(prompt.input_ids),

@@ -17,7 +17,7 @@ DEFAULT_LENGTHS = (1024, 4096, 8192)
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchConfig:
     """Everything that a user chooses but for the model."""
 
     lengths: tuple[int, ...]
@@ -66,7 +66,7 @@ class Plan:
         """The longest prompt with what is generated after it."""
         return max(self.lengths) + self.new_tokens
 
-    def fitted(self, context: int | None, *, strict: bool) -> "Plan":
+    def fitted(self, context: int | None, *, strict: bool) -> "BenchConfig":
         """The same for a model of that context length: the longest prompt may be cut to make room for what follows it.
 
         Args:
@@ -89,8 +89,8 @@ class Plan:
             raise ConfigError(problem, option="lengths", value=too_long[0])
         return replace(self, lengths=tuple(min(length, room) for length in self.lengths if length <= context))
 
-    def changes(self, fitted: "Plan") -> list[str]:
-        """What `fitted` did to this plan, one line each."""
+    def changes(self, fitted: "BenchConfig") -> list[str]:
+        """What `fitted` did to this config, one line each."""
         return [
             f"prompts of {length:,} tokens are cut to {cut:,}: the model's context holds the answer, too"
             for length, cut in zip(self.lengths, fitted.lengths, strict=False)
@@ -125,7 +125,7 @@ def parse_bench_budgets(text: str) -> tuple[tuple[int | float, ...], bool]:
 
 
 def stages(
-    plan: Plan, compressed: Callable[[int | float], Sequence[Contender]], full: Sequence[Contender] = ()
+    config: BenchConfig, compressed: Callable[[int | float], Sequence[Contender]], full: Sequence[Contender] = ()
 ) -> list[Stage]:
     """One for each length, then one for each budget, with a prompt of just that many tokens.
 
@@ -133,27 +133,27 @@ def stages(
     """
     always = [Plain(), *full]
     found = []
-    for length in sorted(set(plan.lengths)):
-        short = [Plain(max_prompt=count) for count in plan.counts if count < length]
-        own = [one for budget in plan.budgets for one in compressed(budget)]
+    for length in sorted(set(config.lengths)):
+        short = [Plain(max_prompt=count) for count in config.counts if count < length]
+        own = [one for budget in config.budgets for one in compressed(budget)]
         found.append(Stage(length, (*always, *own, *short)))
-    for count in plan.counts:
-        if count not in plan.lengths and count < max(plan.lengths):
+    for count in config.counts:
+        if count not in config.lengths and count < max(config.lengths):
             found.append(Stage(count, (*always, *compressed(count))))
     return found
 
 
 def our_stages(
-    plan: Plan, methods: Mapping[str, Method], int8_model: Callable[[], PreTrainedModel] | None = None
+    config: BenchConfig, methods: Mapping[str, Method], int8_model: Callable[[], PreTrainedModel] | None = None
 ) -> list[Stage]:
     """With our methods, by their labels; 'full' among them is not given a budget.
 
     Args:
-        int8_model: gives the model with 8-bit weights, where the plan asks for one.
+        int8_model: gives the model with 8-bit weights, where the config asks for one.
     """
     evicting = {label: method for label, method in methods.items() if method.name != FULL}
-    has_full = plan.has_full or len(evicting) < len(methods)
-    models = {way: int8_model() if way == INT8 and int8_model is not None else None for way in plan.decode}
+    has_full = config.has_full or len(evicting) < len(methods)
+    models = {way: int8_model() if way == INT8 and int8_model is not None else None for way in config.decode}
 
     def by_all_ways(one: Ours) -> list[Contender]:
         return [replace(one, decode=way, model=model) for way, model in models.items()]
@@ -161,7 +161,7 @@ def our_stages(
     def compressed(budget: int | float) -> list[Contender]:
         return [way for label, method in evicting.items() for way in by_all_ways(Ours(label, method, budget))]
 
-    return stages(plan, compressed, by_all_ways(Ours(FULL, create(FULL), None)) if has_full else ())
+    return stages(config, compressed, by_all_ways(Ours(FULL, create(FULL), None)) if has_full else ())
 
 
 def within_budget(budget: int | float | None, num_tokens: int) -> bool:

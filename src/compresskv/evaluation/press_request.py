@@ -1,21 +1,17 @@
-"""What the peers' process is asked to do: cases, presses and budgets, as JSON."""
+"""What kvpress's process is asked to do: cases, presses and budgets."""
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from compresskv.errors import ConfigError, DataError, first_line
+from compresskv.errors import ConfigError
 from compresskv.evaluation.records import SETTINGS, config_name
-from compresskv.peers.press_names import check_presses, method_name
+from compresskv.peers.presses import check_presses, method_name
 from compresskv.selection.budgets import check_budget
-from compresskv.system.files import write_text
 
 BUDGET_UNITS = ("tokens", "bytes")
 
 
 @dataclass(frozen=True)
-class PeerCase:
+class PressCase:
     """One prompt, as token ids, so that a peer reads exactly what our methods read."""
 
     task: str
@@ -31,11 +27,11 @@ class PeerCase:
 
 
 @dataclass(frozen=True)
-class PeerRequest:
+class PressRequest:
     """Cases to be run with every press, at every budget, in every setting."""
 
     model: str
-    cases: tuple[PeerCase, ...]
+    cases: tuple[PressCase, ...]
     presses: tuple[str, ...]
     budgets: tuple[int | float, ...]
     """Counts of tokens, or fractions of what is compressed: the prompt, or in the agnostic setting its context."""
@@ -66,31 +62,6 @@ class PeerRequest:
             for budget in self.budgets
         }
 
-    def pending(self, case: PeerCase) -> list[tuple[str, str, int | float]]:
+    def pending(self, case: PressCase) -> list[tuple[str, str, int | float]]:
         """(setting, press, budget) of what is to be run on a case."""
         return [config for name, config in self.configs().items() if name not in case.done]
-
-    def write(self, path: Path) -> None:
-        """Store it as JSON."""
-        write_text(path, json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> "PeerRequest":
-        """Load what `write` stored.
-
-        Raises:
-            DataError: the file is missing or malformed.
-            ConfigError: a press, budget or setting cannot work.
-        """
-        try:
-            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            cases = tuple(PeerCase(**_with_tuples(case)) for case in raw.pop("cases"))
-            return cls(cases=cases, **_with_tuples(raw))
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
-            raise DataError(f"is no request for peers ({first_line(err)})", option="request", value=str(path)) from err
-
-
-def _with_tuples(raw: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
