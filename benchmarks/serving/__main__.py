@@ -173,8 +173,8 @@ def _tokenizer(folder: str) -> Any:
 def _engines(
     model: str, dtype: str, prefix_caching: bool, max_model_len: int, num_blocks: int | None
 ) -> tuple[list[Any], list[int]]:
-    """Plain vLLM and CompressKV, and Python's help topics in tokens."""
-    from compresskv.calibration.needles import read_haystack
+    """Plain vLLM and CompressKV, and the calibration text in tokens."""
+    from compresskv.calibration.haystack import read_haystack
     from compresskv.peers.engines import start_engine
 
     folder = _folder(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compresskv
-from compresskv.calibration.needles import read_haystack
+from compresskv.calibration.haystack import read_haystack
 from compresskv.compiled import decoding
 
 

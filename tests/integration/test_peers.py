@@ -1,13 +1,13 @@
 """kvpress for real, in the environment that `scripts/peers` makes, beside our own full cache."""
 
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from compresskv.calibration.haystack import read_haystack
 from compresskv.errors import ConfigError
 from compresskv.evaluation.fidelity import reference
 from compresskv.evaluation.press_request import PressCase, PressRequest
@@ -35,7 +35,7 @@ def case() -> PressCase:
     """A prompt, and what the full cache answers. In float32, where the order of sums decides no arg-max."""
     _python()
     model, tokenizer = load(dtype="float32", device="cpu")
-    context = tokenizer(" ".join(topics[name] for name in sorted(topics)), verbose=False)["input_ids"][:NUM_CONTEXT]
+    context = tokenizer(" ".join(read_haystack()), verbose=False)["input_ids"][:NUM_CONTEXT]
     ids = [*context, *tokenizer(QUESTION)["input_ids"]]
     cache = DynamicCache()
     first = int(prefill(model, torch.tensor([ids]), cache).argmax())

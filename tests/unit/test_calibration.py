@@ -1,5 +1,6 @@
 """Where needles are hidden, what is asked about them, and which tokens they are."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -10,14 +11,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import planted
-from compresskv.calibration import needles as calibration
+from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.needles import (
-    Haystack,
+    SUMMARY,
     Needle,
     encode_questions,
     encode_request,
     question_tokens,
-    read_haystack,
     read_needles,
     split_needles,
 )
@@ -123,10 +123,10 @@ class TestNeedles:
 
 
 class TestHaystackText:
-    def test_the_default_is_in_every_python_and_long_enough_for_a_long_context(self) -> None:
+    def test_the_default_is_one_text_whatever_python_runs_and_long_enough_for_a_long_context(self) -> None:
         sentences = read_haystack()
         assert sum(len(sentence.split()) for sentence in sentences) > 40_000
-        assert read_haystack() == sentences
+        assert hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16] == "a4e6feaf30a5dbe6"
 
     def test_files_and_folders_of_text_in_a_fixed_order(self, tmp_path: Path) -> None:
         (tmp_path / "notes" / "more").mkdir(parents=True)
@@ -239,7 +239,7 @@ class TestDocuments:
 class TestQuestions:
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[str, str]], list[int], list[Any]]:
         document = Haystack(tokenizer, planted.haystack_sentences()).document(500, 4, ENDS, NEEDLES)
-        questions = [*document.questions, (calibration.SUMMARY, "")]
+        questions = [*document.questions, (SUMMARY, "")]
         return document.text, questions, *encode_questions(tokenizer, document, questions)
 
     def test_prefix_and_suffix_are_the_plainly_encoded_prompt(self, tokenizer: PreTrainedTokenizerBase) -> None:

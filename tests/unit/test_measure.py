@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,9 @@ from compresskv.attention.routing import routing
 from compresskv.cache.full import FullCache
 from compresskv.calibration import measure
 from compresskv.calibration.find import Outcome, find_profile
-from compresskv.calibration.measure import Measurement, NothingRetrievedError, mean_scores, rouge_1_recall
+from compresskv.calibration.measure import Measurement, NothingRetrievedError, mean_scores
 from compresskv.calibration.needles import SUMMARY, encode_questions
+from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import SpanLayer
 from compresskv.calibration.runs import measuring_alone
 from compresskv.calibration.settings import Settings
@@ -108,6 +110,7 @@ class TestPlantedHeads:
         assert profile.fingerprint.weights is not None
         assert json.loads(json.dumps(provenance["settings"])) == json.loads(json.dumps(dataclasses.asdict(settings)))
         assert provenance["needles"] == planted.TOPICS
+        assert re.fullmatch(r"[0-9a-f]{16}", provenance["haystack_sha256"])
         assert (provenance["runs_succeeded"], provenance["runs_failed"]) == (12, 0)
         assert set(provenance["versions"]) == {"compresskv", "transformers", "torch", "python"}
 

@@ -1,6 +1,8 @@
 """Metrics against scores worked out by hand, and against properties that hold for every prediction."""
 
 import difflib
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -133,3 +135,9 @@ def test_every_prediction_has_a_score(name: str, prediction: str, answer: str) -
 @given(answer=st.text("abc d12", min_size=1, max_size=40).filter(lambda text: metrics.normalised(text) != ""))
 def test_the_answer_itself_scores_all(name: str, answer: str) -> None:
     assert ALL[name](answer, answer) == pytest.approx(1)
+
+
+def test_a_metric_needs_nothing_of_what_calibration_measures() -> None:
+    heavy = {"torch", "compresskv.calibration.measure"}
+    code = f"import sys, compresskv.evaluation.metrics; print({heavy} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import planted
-from compresskv.calibration.needles import read_haystack, read_needles, words
+from compresskv.calibration.haystack import read_haystack
+from compresskv.calibration.needles import read_needles
+from compresskv.calibration.recall import words
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.metrics import contains

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.bench.geometry import random_model
-from compresskv.calibration.needles import read_haystack
+from compresskv.calibration.haystack import read_haystack
 from compresskv.models.dtype import multiplies
 from compresskv.models.embedded import EMBEDDED
 from compresskv.models.load import load, torch_device, torch_dtype
@@ -47,7 +47,7 @@ class Subject:
 def real_subject(
     name: str, *, dtype: str | None, device: str | None, on_progress: Callable[[str, float | None], None] | None = None
 ) -> Subject:
-    """A model by name, which reads Python's help topics.
+    """A model by name, which reads the calibration text.
 
     Raises:
         ConfigError, ModelError: as for `load`.
@@ -81,7 +81,7 @@ def random_subject(
 
 
 def _text_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
-    """(1, count): the help topics, from the beginning again where they end."""
+    """(1, count): the calibration text, from the beginning again where they end."""
     ids: list[int] = tokenizer(" ".join(read_haystack()), verbose=False)["input_ids"]
     return torch.tensor([list(itertools.islice(itertools.cycle(ids), count))])
 

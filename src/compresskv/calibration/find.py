@@ -95,6 +95,7 @@ def _provenance(model: PreTrainedModel, profiler: Measurement, runs: list[dict[s
     return {
         "settings": asdict(profiler.settings),
         "needles": [needle.id for needle in profiler.needles],
+        "haystack_sha256": profiler.text_digest,
         "decoding": "greedy, so no seed",
         "runs_succeeded": succeeded,
         "runs_failed": len(runs) - succeeded,

@@ -8,23 +8,21 @@ from typing import Any
 
 import torch
 import transformers
-from rouge import Rouge
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.cache.full import FullCache
+from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.needles import (
     SUMMARY,
     WORDING,
     Document,
-    Haystack,
     encode_questions,
     question_tokens,
-    read_haystack,
     read_needles,
     split_needles,
-    words,
 )
+from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import CutLayer, SpanLayer
 from compresskv.calibration.runs import RunLog
 from compresskv.calibration.settings import Settings
@@ -71,6 +69,8 @@ class Measurement:
         self.needles, _ = split_needles(needles)
         sentences = read_haystack([Path(path) for path in settings.haystack])
         self._haystack = Haystack(tokenizer, sentences)
+        self.text_digest = hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16]
+        """Stands for the haystack's text."""
         # All that a run depends on beside the weights: runs of another kind must not be taken for finished.
         read = (asdict(settings), self.needles, sentences, WORDING, getattr(tokenizer, "chat_template", ""))
         by = (__version__, transformers.__version__, torch.__version__, model.dtype)
@@ -191,12 +191,6 @@ class Measurement:
     def _answer(self, suffix: list[int], cache: FullCache) -> list[int]:
         logits = prefill(self.model, torch.tensor([suffix], device=input_device(self.model)), cache)
         return decode(self.model, self.tokenizer, int(logits.argmax()), cache, self.settings.max_new_tokens)
-
-
-def rouge_1_recall(reference: str, answer: str) -> float:
-    """Share of the reference's words that the answer holds, case aside."""
-    texts = [" ".join(words(text)) for text in (answer, reference)]
-    return float(Rouge(metrics=["rouge-1"]).get_scores(*texts)[0]["rouge-1"]["r"]) if all(texts) else 0.0
 
 
 def _scores(

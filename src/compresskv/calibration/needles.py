@@ -1,4 +1,4 @@
-"""Calibration prompts: needles hidden in a long text, and questions that ask for them.
+"""Calibration prompts: needles, the documents that they stand in, and questions that ask for them.
 
 Several needles share one document, each at its own depth, so that one prefill serves a question for every needle. The
 questions are asked one after another on the same prefilled document, each without the others. Differs from the
@@ -6,22 +6,18 @@ paper, which reads the whole prompt anew for each needle; measured, that costs a
 """
 
 import json
-import re
-import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.errors import ConfigError, ProfileError, PromptError
-from compresskv.prompts.document import read_text
+from compresskv.calibration.recall import words
+from compresskv.errors import ProfileError
 from compresskv.prompts.template import Message, encode_message
 
 DEFAULT_NEEDLES = Path(__file__).parent / "needles.json"
 _QUESTION = "{question} Answer in one sentence."
 _MIN_SUFFIX = 32  # tokens left to each question's own pass, so that an observation window fits into it
-_NEAR = 16  # a document this many tokens short of the wanted length is long enough
 SUMMARY = "Summarise the text above in three sentences."
 WORDING = (_QUESTION, SUMMARY)
 
@@ -99,109 +95,6 @@ def split_needles(needles: list[Needle]) -> tuple[list[Needle], list[Needle]]:
     return [needle for needle in needles if needle not in held_out], held_out
 
 
-_LONGEST_SENTENCE = 600  # characters
-
-
-def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
-    """Sentences to hide needles between: of text files or folders of them, or of Python's own help topics.
-
-    Raises:
-        ProfileError: a path is missing or is not text.
-    """
-    if not paths:
-        from pydoc_data.topics import topics
-
-        texts = [topics[name] for name in sorted(topics)]
-    else:
-        files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
-        texts = [_read_text(file) for file in files]
-    # Ends of sentences and of paragraphs; white space inside a sentence is layout, not content.
-    pieces = (" ".join(piece.split()) for text in texts for piece in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))
-    # Text without ends of sentences, such as code or Chinese, is cut by length.
-    sentences = [part for piece in pieces for part in textwrap.wrap(piece, _LONGEST_SENTENCE)]
-    if not sentences:
-        raise ProfileError("holds no text", option="haystack", value=[str(path) for path in paths])
-    return sentences
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return read_text(file)
-    except PromptError as error:
-        raise ProfileError(error.problem, option="haystack", value=str(file)) from error
-
-
-class Haystack:
-    """Sentences with their token counts, from which documents of a wanted length are made."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> None:
-        self._sentences = sentences
-        self._tokenizer = tokenizer
-        encoded = tokenizer([f" {sentence}" for sentence in sentences], add_special_tokens=False, verbose=False)
-        self._counts = [len(ids) for ids in encoded["input_ids"]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole haystack."""
-        return sum(self._counts)
-
-    def document(
-        self, length: int, rotation: int, depths: Sequence[float], needles: list[Needle], reserved: int = 0
-    ) -> Document:
-        """A text from an offset set by `rotation`, with needles at the depths.
-
-        Args:
-            length: tokens of the prompt and its answer: the document is a little shorter, never longer.
-            rotation: each needle stands at each depth once over as many as there are needles, or depths if more.
-            reserved: how many of these tokens the chat template, the question and the answer take.
-        Raises:
-            ProfileError: the haystack is shorter than that.
-            ConfigError: the length leaves no room for text beside the needles.
-        """
-        if self.num_tokens < length:
-            raise ProfileError(
-                f"the haystack has {self.num_tokens} tokens, fewer than the longest length {length}: "
-                "give a longer haystack or smaller lengths"
-            )
-        placed = _placed(rotation, depths, needles)
-        encoded = self._tokenizer([f" {needle.needle}" for _, needle in placed], add_special_tokens=False)
-        wanted = length - reserved - sum(len(ids) for ids in encoded["input_ids"])
-        if wanted < _NEAR:
-            raise ConfigError(
-                f"a length of {length} tokens leaves no room for text beside {len(placed)} needles, the question and "
-                "the answer: choose a longer one or fewer depths"
-            )
-        # 7919 is prime: successive rotations start far apart, at ever new places
-        start = rotation * 7919 % len(self._sentences)
-        sentences: list[str] = []
-        ends: list[int] = []
-        total = 0
-        for step in range(len(self._sentences)):
-            place = (start + step) % len(self._sentences)
-            if total + self._counts[place] > wanted:
-                continue  # too long to fit: look for a shorter one
-            sentences.append(self._sentences[place])
-            total += self._counts[place]
-            ends.append(total)
-            if wanted - total < _NEAR:
-                break
-        for depth, needle in reversed(placed):
-            at = sum(1 for end in ends if end <= depth / 100 * total)
-            sentences.insert(at, needle.needle)
-        return Document(f"{length}-{rotation}", " ".join(sentences), placed)
-
-
-def _placed(rotation: int, depths: Sequence[float], needles: list[Needle]) -> tuple[tuple[float, Needle], ...]:
-    """(depth, needle), by depth; the longer of the two lists is rotated, so that each meets each."""
-    count = min(len(depths), len(needles))
-    turn = [(rotation + i) % max(len(depths), len(needles)) for i in range(count)]
-    if len(depths) > len(needles):
-        pairs = [(depths[at], needles[i]) for i, at in enumerate(turn)]
-    else:
-        pairs = [(depths[i], needles[at]) for i, at in enumerate(turn)]
-    return tuple(sorted(pairs, key=lambda pair: pair[0]))
-
-
 def question_tokens(tokenizer: PreTrainedTokenizerBase, needles: list[Needle]) -> int:
     """Tokens of a prompt beside its document: the chat template's and the longest question's."""
     questions = [*(_QUESTION.format(question=needle.question) for needle in needles), SUMMARY]
@@ -245,8 +138,3 @@ def encode_questions(
         prefix_length += 1
     prefix = prompts[0][0][:prefix_length]
     return prefix, [Question(ids[prefix_length:], span) for ids, span in prompts]
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers, as ROUGE compares them."""
-    return "".join(char if char.isalnum() else " " for char in text.lower()).split()

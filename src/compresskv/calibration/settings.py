@@ -21,7 +21,7 @@ class Settings:
     error_documents: int = 2
     """Documents for each length on which layer errors are measured."""
     haystack: tuple[str, ...] = ()
-    """Text files or folders; empty: Python's own help topics."""
+    """Text files or folders; empty: `DEFAULT_HAYSTACK`, Python's help topics."""
     needles: str | None = None
     """A file of needles; None: the project's own."""
 

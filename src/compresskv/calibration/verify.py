@@ -16,17 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
 from compresskv.cache.full import FullCache
-from compresskv.calibration.measure import SUCCESS_RECALL, OnProgress, rouge_1_recall
+from compresskv.calibration.haystack import Haystack, read_haystack
+from compresskv.calibration.measure import SUCCESS_RECALL, OnProgress
 from compresskv.calibration.needles import (
     DEFAULT_NEEDLES,
     Document,
-    Haystack,
     encode_questions,
     question_tokens,
-    read_haystack,
     read_needles,
     split_needles,
 )
+from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import MaskedLayer
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.models.decoding import end_tokens, last_logits, prefill

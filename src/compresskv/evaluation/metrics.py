@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rouge import Rouge
 
-from compresskv.calibration.measure import rouge_1_recall as recall_of_words
+from compresskv.calibration.recall import rouge_1_recall as recall_of_words
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NO_CODE = ("`", "#", "//")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from compresskv.calibration.needles import Haystack, Needle, read_haystack, read_needles
+from compresskv.calibration.haystack import Haystack, read_haystack
+from compresskv.calibration.needles import Needle, read_needles
 from compresskv.errors import ConfigError, DataError, ProfileError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.key_values import draw_pair, hide_pair
