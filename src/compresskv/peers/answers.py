@@ -32,7 +32,7 @@ def read_request(path: Path, kind: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, ValueError) as err:
+    except (OSError, msgspec.MsgspecError) as err:
         if isinstance(err.__cause__, ConfigError):  # what the request says of itself
             raise err.__cause__ from None
         raise DataError(f"is no request for peers ({first_line(err)})", option="request", value=str(path)) from err

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.decoding import prefill
-from compresskv.models.shape import decoder_config, num_kv_heads
+from compresskv.models.shape import decoder_config, heads_of
 from compresskv.peers.press_cache import PressCache
 from compresskv.system.clock import now
 from compresskv.system.suggest import suggestion
@@ -111,7 +111,7 @@ class Press:
         """The share to remove. Presses round down what they keep or remove; the half keeps that away from an edge."""
         if self._kind == "KVzipPress":  # rounds once, over all layers and heads
             config = decoder_config(model)
-            num_pairs: int = config.num_hidden_layers * num_kv_heads(config)
+            num_pairs: int = config.num_hidden_layers * heads_of(config, 0).num_kv_heads
             return (num_pairs * (num_tokens - budget) + 0.5) / (num_pairs * num_tokens)
         if self._kind == "ChunkKVPress":
             num_kept: int = budget // press.chunk_length
