@@ -318,11 +318,11 @@ class TestRun:
         assert [(row["method"], row["length"]) for row in bench.result()["rows"]] == [("plain", 96), ("full", 96)]
 
     def test_rows_of_whole_stages_alone_are_taken_over(self, bench: Bench) -> None:
-        few, many = our_stages(bench.plan, {}), our_stages(bench.plan, {"snapkv": registry.create("snapkv")})
+        few, many = our_stages(bench.config, {}), our_stages(bench.config, {"snapkv": registry.create("snapkv")})
         bench.run(few, lambda message, fraction: None)
         limits, rows = Limits(1.0, 2.0), bench.rows
         for stages, taken in ((few, len(few)), (many, 0), (few[:1], 1)):
-            other = Bench(bench.subject, bench.plan)
+            other = Bench(bench.subject, bench.config)
             assert other.take_over(rows, limits, ["a note"], stages) == taken
             assert {row.length for row in other.rows} == {stage.length for stage in stages[:taken]}
             assert other.limits == (limits if taken else None)
