@@ -13,7 +13,7 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.methods import registry
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
-from compresskv.profiles.profile import Profile, normalised
+from compresskv.profiles.profile import Profile, l1_normalised
 from compresskv.selection.select import EMPTY_SLOT
 
 DEVICE = torch.device(os.environ.get("COMPRESSKV_TEST_DEVICE", "cpu"))
@@ -116,7 +116,7 @@ def random_profile(model: PreTrainedModel) -> Profile:
     own, layers = fingerprint(model), compressible_layers(model)
     generator = torch.Generator().manual_seed(len(layers))
     scores = torch.rand(len(layers), own.num_query_heads, generator=generator, device="cpu").tolist()
-    errors = normalised([2.0**layer for layer in range(len(layers))])
+    errors = l1_normalised([2.0**layer for layer in range(len(layers))])
     return Profile(
         model_id="tiny",
         fingerprint=own,

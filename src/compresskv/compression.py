@@ -14,7 +14,6 @@ from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
-from compresskv.compiled.package import Progress
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
@@ -23,6 +22,7 @@ from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
+from compresskv.system.progress import Progress
 
 
 class Compressing(AbstractContextManager[CompressedCache]):

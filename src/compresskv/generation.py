@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import defaults
 from compresskv.compiled.modes import AUTO, check_mode
-from compresskv.compiled.package import Progress
 from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
@@ -28,6 +27,7 @@ from compresskv.prompts.spoken import Spoken
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.system import memory
 from compresskv.system.clock import now
+from compresskv.system.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import planted
 import shrunk
 import tiny
 from compresskv.calibration.find import find_profile
-from compresskv.calibration.settings import Settings
+from compresskv.calibration.settings import CalibrationSettings
 from compresskv.errors import ModelError, ProfileError
 from compresskv.explain.retention import explain
 from compresskv.methods.snapkv import SnapKV
@@ -45,7 +45,7 @@ def test_ask_explain_and_profile_run(model_type: str, tmp_path: Path) -> None:
     except ModelError as error:
         assert str(error).endswith("newer transformers may have none")  # noqa: PT017 - other versions go on
         return
-    settings = Settings(lengths=(256,), depths=(50,), num_rotations=1, max_new_tokens=8, error_documents=1)
+    settings = CalibrationSettings(lengths=(256,), depths=(50,), num_rotations=1, max_new_tokens=8, error_documents=1)
     try:
         found: Profile = find_profile(model, tokenizer, "tiny", tmp_path / "runs", settings).profile
         assert found.layer_indices == tuple(compressible_layers(model))

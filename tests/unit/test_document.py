@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from compresskv.calibration.needles import read_haystack
+from compresskv.calibration.haystack import read_haystack
 from compresskv.errors import ProfileError, PromptError
 from compresskv.prompts import document
 from compresskv.prompts.document import read_document

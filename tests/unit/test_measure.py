@@ -28,7 +28,7 @@ from compresskv.calibration.needles import SUMMARY, encode_questions
 from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import SpanLayer
 from compresskv.calibration.runs import measuring_alone
-from compresskv.calibration.settings import Settings
+from compresskv.calibration.settings import CalibrationSettings
 from compresskv.errors import CompressKVError, ConfigError, ModelError, ProfileError
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.shape import compressible_layers, decoder_config
@@ -49,9 +49,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def settings(files: dict[str, Any]) -> Settings:
+def settings(files: dict[str, Any]) -> CalibrationSettings:
     """6 documents of 2 needles: 12 runs."""
-    return Settings(lengths=(256,), depths=(20, 70), max_new_tokens=12, error_documents=1, **files)
+    return CalibrationSettings(lengths=(256,), depths=(20, 70), max_new_tokens=12, error_documents=1, **files)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def noisy() -> Planted:
 
 
 @pytest.fixture(scope="module")
-def outcome(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def outcome(settings: CalibrationSettings, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return find_profile(planted.model(), planted.tokenizer(), "planted", tmp_path_factory.mktemp("log"), settings)
 
 
-def new_measurement(model: PreTrainedModel, settings: Settings, folder: Path) -> Measurement:
+def new_measurement(model: PreTrainedModel, settings: CalibrationSettings, folder: Path) -> Measurement:
     return Measurement(model, planted.tokenizer(), folder, settings, lambda *_: None)
 
 
@@ -104,7 +104,7 @@ class TestPlantedHeads:
         for run in outcome.runs:
             assert run["answer"] == planted.needle(run["needle"]).removesuffix(".")
 
-    def test_the_profile_says_where_it_comes_from(self, outcome: Outcome, settings: Settings) -> None:
+    def test_the_profile_says_where_it_comes_from(self, outcome: Outcome, settings: CalibrationSettings) -> None:
         profile, provenance = outcome.profile, outcome.profile.provenance
         assert (profile.model_id, profile.layer_indices) == ("planted", (0, 1, 2))
         assert profile.fingerprint.weights is not None
@@ -114,7 +114,9 @@ class TestPlantedHeads:
         assert (provenance["runs_succeeded"], provenance["runs_failed"]) == (12, 0)
         assert set(provenance["versions"]) == {"compresskv", "transformers", "torch", "python"}
 
-    def test_progress_goes_from_start_to_end_of_both_measurements(self, settings: Settings, tmp_path: Path) -> None:
+    def test_progress_goes_from_start_to_end_of_both_measurements(
+        self, settings: CalibrationSettings, tmp_path: Path
+    ) -> None:
         seen: dict[str, list[float]] = {}
         find_profile(
             planted.model(),
@@ -136,7 +138,7 @@ class TestPlantedHeads:
     def test_fewer_needles_than_depths_use_every_depth(self, files: dict[str, Any], tmp_path: Path) -> None:
         needles = planted.write_needles(tmp_path / "two.json", planted.TOPICS[:2])
         depths = (0, 30, 60, 90)
-        few = Settings(lengths=(256,), depths=depths, **{**files, "needles": str(needles)})
+        few = CalibrationSettings(lengths=(256,), depths=depths, **{**files, "needles": str(needles)})
         found = find_profile(planted.model(), planted.tokenizer(), "planted", tmp_path / "log", few)
         seen = sorted((run["needle"], run["depth"]) for run in found.runs)
         assert seen == [(topic, depth) for topic in planted.TOPICS[:2] for depth in depths]
@@ -185,7 +187,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, end: 
 class TestScoresAreThoseOfAnIndependentComputation:
     @pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
     def test_of_a_whole_calibration(
-        self, noisy: Planted, settings: Settings, tmp_path: Path, attn_implementation: str
+        self, noisy: Planted, settings: CalibrationSettings, tmp_path: Path, attn_implementation: str
     ) -> None:
         model, tokenizer = noisy if attn_implementation == "sdpa" else planted.build("eager", noise=0.002)
         eager, _ = planted.build("eager", noise=0.002)
@@ -233,7 +235,7 @@ class TestScoresAreThoseOfAnIndependentComputation:
         assert cache.get_seq_length() == split
 
     def test_a_branch_leaves_the_shared_prefix_as_it_is(
-        self, noisy: Planted, settings: Settings, tmp_path: Path
+        self, noisy: Planted, settings: CalibrationSettings, tmp_path: Path
     ) -> None:
         """Each question is asked without the others: in another order the numbers are the same."""
         model, tokenizer = noisy
@@ -377,7 +379,7 @@ class TestLayerErrors:
         self, model: PreTrainedModel, files: dict[str, Any], tmp_path: Path
     ) -> None:
         # Two lengths, so that a set is a sum over documents.
-        few = Settings(lengths=(256, 300), depths=(20, 70), max_new_tokens=12, error_documents=1, **files)
+        few = CalibrationSettings(lengths=(256, 300), depths=(20, 70), max_new_tokens=12, error_documents=1, **files)
         measurement, tokenizer = new_measurement(model, few, tmp_path), planted.tokenizer()
         semantic = random_scores(model.config.num_hidden_layers, model.config.num_attention_heads)
         heads = [sorted(range(len(row)), key=lambda head: -row[head])[:4] for row in semantic]
@@ -410,7 +412,9 @@ class TestLayerErrors:
         assert errors[0] < 1e-3
         assert min(errors[1:]) > 0.1
 
-    def test_runs_on_error_documents_only(self, outcome: Outcome, settings: Settings, tmp_path: Path) -> None:
+    def test_runs_on_error_documents_only(
+        self, outcome: Outcome, settings: CalibrationSettings, tmp_path: Path
+    ) -> None:
         measurement = new_measurement(planted.model(), dataclasses.replace(settings, error_documents=2), tmp_path)
         with routing(planted.model()):
             measurement.measure_errors(outcome.profile.semantic_scores)
@@ -443,7 +447,9 @@ class TestMemory:
 
     @pytest.fixture
     def measurement(self, files: dict[str, Any], tmp_path: Path) -> Measurement:
-        settings = Settings(lengths=(self.LENGTH,), depths=(20, 70), max_new_tokens=12, num_rotations=1, **files)
+        settings = CalibrationSettings(
+            lengths=(self.LENGTH,), depths=(20, 70), max_new_tokens=12, num_rotations=1, **files
+        )
         return new_measurement(planted.model(), settings, tmp_path)
 
     def test_no_matrix_of_tokens_by_tokens_is_made(self, measurement: Measurement, outcome: Outcome) -> None:
@@ -502,12 +508,12 @@ class TestGoingOn:
         monkeypatch.setattr(Measurement, "_answer", answer)
         return answers
 
-    def find(self, settings: Settings, folder: Path, on_progress: Any = None) -> Outcome:
+    def find(self, settings: CalibrationSettings, folder: Path, on_progress: Any = None) -> Outcome:
         return find_profile(planted.model(), planted.tokenizer(), "planted", folder, settings, on_progress)
 
     @pytest.mark.parametrize("num_runs", [1, 2, 5, 12])
     def test_finished_runs_are_not_measured_again(
-        self, settings: Settings, outcome: Outcome, tmp_path: Path, answered: list[int], num_runs: int
+        self, settings: CalibrationSettings, outcome: Outcome, tmp_path: Path, answered: list[int], num_runs: int
     ) -> None:
         def kill(_what: str, _done: float) -> None:
             if len(answered) >= num_runs:
@@ -525,7 +531,7 @@ class TestGoingOn:
         assert len(keys) == len(set(keys)) == 12 + 1
 
     def test_a_finished_calibration_measures_nothing(
-        self, settings: Settings, outcome: Outcome, tmp_path: Path, answered: list[int]
+        self, settings: CalibrationSettings, outcome: Outcome, tmp_path: Path, answered: list[int]
     ) -> None:
         self.find(settings, tmp_path)
         answered.clear()
@@ -533,7 +539,7 @@ class TestGoingOn:
         assert not answered
 
     def test_a_line_cut_short_costs_that_run_only(
-        self, settings: Settings, outcome: Outcome, tmp_path: Path, answered: list[int]
+        self, settings: CalibrationSettings, outcome: Outcome, tmp_path: Path, answered: list[int]
     ) -> None:
         self.find(settings, tmp_path)
         (log,) = tmp_path.glob("*.jsonl")
@@ -548,13 +554,17 @@ class TestGoingOn:
         [{"lengths": (260,)}, {"depths": (20, 71)}, {"max_new_tokens": 13}, {"num_rotations": 5}],
         ids=lambda change: next(iter(change)),
     )
-    def test_other_settings_are_another_log(self, settings: Settings, tmp_path: Path, change: dict[str, Any]) -> None:
+    def test_other_settings_are_another_log(
+        self, settings: CalibrationSettings, tmp_path: Path, change: dict[str, Any]
+    ) -> None:
         one = new_measurement(planted.model(), settings, tmp_path)
         other = new_measurement(planted.model(), dataclasses.replace(settings, **change), tmp_path)
         assert one.log.path != other.log.path
         assert not list(tmp_path.iterdir())  # nothing was measured yet
 
-    def test_a_second_process_waits_and_measures_nothing_again(self, settings: Settings, tmp_path: Path) -> None:
+    def test_a_second_process_waits_and_measures_nothing_again(
+        self, settings: CalibrationSettings, tmp_path: Path
+    ) -> None:
         model, told, outcomes = planted.model(), list[str](), list[Outcome]()
         first = find_profile(model, planted.tokenizer(), "tiny", tmp_path, settings)
         (log,) = tmp_path.glob("*.jsonl")
@@ -581,7 +591,7 @@ class TestGoingOn:
         assert log.read_bytes() == whole
 
     def test_other_text_needles_weights_template_or_dtype_are_another_log(
-        self, settings: Settings, files: dict[str, Any], noisy: Planted, tmp_path: Path
+        self, settings: CalibrationSettings, files: dict[str, Any], noisy: Planted, tmp_path: Path
     ) -> None:
         haystack, needles, folder = tmp_path / "haystack.txt", tmp_path / "needles.json", tmp_path / "log"
         planted.write_haystack(haystack)
@@ -612,7 +622,12 @@ class TestGoingOn:
 
 class TestRefusals:
     def refused(
-        self, kind: type[CompressKVError], match: str, folder: Path, model: PreTrainedModel, settings: Settings
+        self,
+        kind: type[CompressKVError],
+        match: str,
+        folder: Path,
+        model: PreTrainedModel,
+        settings: CalibrationSettings,
     ) -> CompressKVError:
         with pytest.raises(kind, match=match) as caught:
             find_profile(model, planted.tokenizer(), "tiny", folder, settings)
@@ -620,19 +635,19 @@ class TestRefusals:
         assert str(model.config._attn_implementation) in tiny.ATTENTIONS
         return caught.value
 
-    def test_no_grouped_queries(self, settings: Settings, tmp_path: Path) -> None:
+    def test_no_grouped_queries(self, settings: CalibrationSettings, tmp_path: Path) -> None:
         model = tiny.tiny_model("llama_mha")
         self.refused(ModelError, "6 KV heads for 6 query heads", tmp_path, model, settings)
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("where", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
-    def test_weights_that_are_not_numbers(self, settings: Settings, tmp_path: Path, where: str) -> None:
+    def test_weights_that_are_not_numbers(self, settings: CalibrationSettings, tmp_path: Path, where: str) -> None:
         """Those that the fingerprint samples, and those that only a forward pass reaches."""
         model, _ = planted.build()
         model.get_parameter(where).data.fill_(float("nan"))
         self.refused(ModelError, "NaN", tmp_path, model, settings)
 
-    def test_a_model_that_never_retrieves(self, settings: Settings, tmp_path: Path) -> None:
+    def test_a_model_that_never_retrieves(self, settings: CalibrationSettings, tmp_path: Path) -> None:
         model, _ = planted.build()
         for layer, head in planted.COPYING:
             model.model.layers[layer].self_attn.o_proj.weight.data[:, head * 64 : head * 64 + 64] = 0
@@ -642,21 +657,21 @@ class TestRefusals:
         assert [run["answer"] for run in error.runs] == ["dunno"] * 12
 
     def test_lengths_above_the_context(self, files: dict[str, Any], tmp_path: Path) -> None:
-        long = Settings(lengths=(256, 2049), **files)
+        long = CalibrationSettings(lengths=(256, 2049), **files)
         self.refused(ConfigError, "2049.*2048", tmp_path, planted.model(), long)
 
     def test_a_haystack_shorter_than_the_longest_length_before_any_run(
         self, files: dict[str, Any], tmp_path: Path
     ) -> None:
         short = planted.write_haystack(tmp_path / "short.txt", 60)
-        long = Settings(lengths=(256, 1500), **{**files, "haystack": (str(short),)})
+        long = CalibrationSettings(lengths=(256, 1500), **{**files, "haystack": (str(short),)})
         self.refused(
             ProfileError, r"has \d+ tokens, fewer than the longest length 1500", tmp_path, planted.model(), long
         )
         assert not list(tmp_path.glob("*.jsonl"))
 
     def test_more_needles_than_a_length_has_room_for(self, files: dict[str, Any], tmp_path: Path) -> None:
-        full = Settings(lengths=(256,), max_new_tokens=200, **files)
+        full = CalibrationSettings(lengths=(256,), max_new_tokens=200, **files)
         self.refused(ConfigError, "256 tokens leaves no room", tmp_path, planted.model(), full)
 
 
@@ -664,24 +679,24 @@ class TestSettings:
     @pytest.mark.parametrize("lengths", [(), (255,), (1024, 0), (-5,), (1024, 512, 1024)])
     def test_lengths_that_cannot_be(self, lengths: tuple[int, ...]) -> None:
         with pytest.raises(ConfigError, match="lengths="):
-            Settings(lengths=lengths)
+            CalibrationSettings(lengths=lengths)
 
     @pytest.mark.parametrize("depths", [(), (-1,), (50, 100.5), (float("nan"),), (10, float("nan")), (float("inf"),)])
     def test_depths_that_cannot_be(self, depths: tuple[float, ...]) -> None:
         with pytest.raises(ConfigError, match="depths="):
-            Settings(depths=depths)
+            CalibrationSettings(depths=depths)
 
     @pytest.mark.parametrize("name", ["max_new_tokens", "error_documents", "num_rotations"])
     def test_numbers_below_1(self, name: str) -> None:
         changes: dict[str, Any] = {name: 0}
         with pytest.raises(ConfigError, match=f"{name}=0"):
-            Settings(**changes)
+            CalibrationSettings(**changes)
 
     def test_quick_is_less_work_and_can_be_changed(self) -> None:
-        quick, default = Settings.quick(), Settings()
+        quick, default = CalibrationSettings.quick(), CalibrationSettings()
         assert sum(quick.lengths) < sum(default.lengths)
         assert quick.num_rotations is not None
-        changed = Settings.quick(lengths=(512,), depths=(30, 70))
+        changed = CalibrationSettings.quick(lengths=(512,), depths=(30, 70))
         assert (changed.lengths, changed.depths, changed.num_rotations) == ((512,), (30, 70), quick.num_rotations)
 
     @pytest.mark.parametrize(
@@ -697,9 +712,9 @@ class TestSettings:
     def test_default_lengths_are_those_that_fit_the_model(
         self, context_length: int | None, lengths: tuple[int, ...]
     ) -> None:
-        fitted = Settings(depths=(5,)).fitted(context_length)
-        assert fitted == Settings(lengths=lengths, depths=(5,))
+        fitted = CalibrationSettings(depths=(5,)).fitted(context_length)
+        assert fitted == CalibrationSettings(lengths=lengths, depths=(5,))
 
     def test_a_context_too_short_for_any_length_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="lengths="):
-            Settings().fitted(128)
+            CalibrationSettings().fitted(128)

@@ -132,7 +132,7 @@ def test_every_prediction_has_a_score(name: str, prediction: str, answer: str) -
 
 
 @pytest.mark.parametrize("name", ["contains", "qa_f1", "rouge_l", "rouge_1_recall", "code_sim"])
-@given(answer=st.text("abc d12", min_size=1, max_size=40).filter(lambda text: metrics.normalised(text) != ""))
+@given(answer=st.text("abc d12", min_size=1, max_size=40).filter(lambda text: metrics.normalize_answer(text) != ""))
 def test_the_answer_itself_scores_all(name: str, answer: str) -> None:
     assert ALL[name](answer, answer) == pytest.approx(1)
 

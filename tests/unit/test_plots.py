@@ -11,7 +11,7 @@ from compresskv.calibration import plots
 from compresskv.calibration.verify import Ablation
 from compresskv.errors import ConfigError
 from compresskv.models.fingerprint import Fingerprint
-from compresskv.profiles.profile import Profile, normalised
+from compresskv.profiles.profile import Profile, l1_normalised
 from compresskv.selection.budgets import error_aware
 
 ABLATIONS = [
@@ -25,7 +25,7 @@ ABLATIONS = [
 def make_profile(num_layers: int, num_heads: int) -> Profile:
     """Full-attention layers are every second of the model's."""
     scores = tuple(tuple(float((layer + 1) * head % 7) for head in range(num_heads)) for layer in range(num_layers))
-    errors = normalised([1.0 + layer % 5 for layer in range(num_layers)])
+    errors = l1_normalised([1.0 + layer % 5 for layer in range(num_layers)])
     return Profile(
         model_id="/home/user/models/some-model",
         fingerprint=Fingerprint("llama", 2 * num_layers, num_heads, 1, 8, 32, "0123"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
-from compresskv.profiles.profile import Profile, combined, needed_profile, normalised, read_profile
+from compresskv.profiles.profile import Profile, combined, l1_normalised, needed_profile, read_profile
 from compresskv.profiles.store import write_profile
 
 SHAPE = Fingerprint("llama", 6, 3, 1, 8, 32, "0123456789abcdef")
@@ -45,7 +45,7 @@ def test_round_trip_of_any_numbers(data: st.DataObject) -> None:
     num_layers, num_heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
     scores = st.lists(st.floats(0, 1e6), min_size=num_heads, max_size=num_heads).map(tuple)
     rows = st.lists(scores, min_size=num_layers, max_size=num_layers).map(tuple)
-    errors = st.lists(st.floats(1e-6, 1e6), min_size=num_layers, max_size=num_layers).map(normalised)
+    errors = st.lists(st.floats(1e-6, 1e6), min_size=num_layers, max_size=num_layers).map(l1_normalised)
     by_set = data.draw(st.dictionaries(st.text(max_size=5), errors, min_size=1, max_size=3))
     profile = Profile(
         model_id=data.draw(st.text(max_size=10)),
@@ -238,7 +238,7 @@ class TestErrors:
     @settings(deadline=None)
     @given(st.lists(st.floats(0, 1e9), min_size=1, max_size=30))
     def test_normalised_sums_to_one_in_proportion(self, errors: list[float]) -> None:
-        shares = normalised(errors)
+        shares = l1_normalised(errors)
         assert math.fsum(shares) == pytest.approx(1)
         if sum(errors) > 0:
             assert shares == pytest.approx([error / sum(errors) for error in errors])

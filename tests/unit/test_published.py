@@ -14,7 +14,7 @@ from compresskv.errors import CompressKVError, ModelError, ProfileError
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import load
 from compresskv.profiles import store
-from compresskv.profiles.profile import Profile, combined, normalised, read_profile
+from compresskv.profiles.profile import Profile, combined, l1_normalised, read_profile
 from compresskv.profiles.published import import_published
 from compresskv.profiles.store import default_path, resolve_profile, user_folder, write_profile
 from compresskv.selection.budgets import error_aware
@@ -55,7 +55,7 @@ def assert_is_what_the_files_say(profile: Profile, heads: dict[str, list[int]], 
         assert math.isclose(mine, theirs / math.fsum(average), rel_tol=1e-9)
     assert set(profile.layer_errors_by_set) == set(errors) - {"avg_score"}
     for name, row in profile.layer_errors_by_set.items():
-        assert row == pytest.approx(normalised(errors[name]))
+        assert row == pytest.approx(l1_normalised(errors[name]))
     for budget in (1, 8, 31, 32, 33, 64, 128, 256, 1024, 2048):
         tokens = error_aware(budget, 100_000, profile.layer_errors)
         assert sum(tokens) == budget * len(average)
@@ -88,7 +88,7 @@ def test_a_pair_for_a_models_folder(model_folder: Path, tmp_path: Path) -> None:
 def test_without_an_average_it_is_computed(model_folder: Path, tmp_path: Path) -> None:
     sets = {name: row for name, row in ERRORS.items() if name != "avg_score"}
     profile = import_published(*write_pair(tmp_path, errors=sets), str(model_folder))
-    assert profile.layer_errors == combined({name: normalised(row) for name, row in sets.items()})
+    assert profile.layer_errors == combined({name: l1_normalised(row) for name, row in sets.items()})
     assert profile.layer_errors == pytest.approx([0.3, 0.225, 0.475])
 
 

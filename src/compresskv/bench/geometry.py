@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
-from compresskv.profiles.profile import Profile, normalised
+from compresskv.profiles.profile import Profile, l1_normalised
 from compresskv.system import memory
 from compresskv.system.suggest import suggestion
 
@@ -142,7 +142,7 @@ def random_profile(model: PreTrainedModel) -> Profile:
     generator = torch.Generator().manual_seed(_SEED)
     draw: Callable[..., torch.Tensor] = torch.rand
     scores = draw(len(layers), own.num_query_heads, generator=generator).tolist()
-    errors = normalised(draw(len(layers), generator=generator).tolist())
+    errors = l1_normalised(draw(len(layers), generator=generator).tolist())
     return Profile(
         model_id=str(model.config._name_or_path),
         fingerprint=own,

@@ -16,8 +16,7 @@ from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
 from compresskv.errors import ModelError, first_line
-
-Progress = Callable[[str, float], None]
+from compresskv.system.progress import Progress
 
 
 class Bench:

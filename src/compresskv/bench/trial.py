@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.modes import ALWAYS
-from compresskv.compiled.package import Progress
 from compresskv.compression import Compressing
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
 from compresskv.system.clock import now
+from compresskv.system.progress import Progress
 
 _STEPS = 20
 

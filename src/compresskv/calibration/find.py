@@ -14,15 +14,16 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
-from compresskv.calibration.measure import Measurement, OnProgress, mean_scores
+from compresskv.calibration.measure import Measurement, mean_scores
 from compresskv.calibration.runs import measuring_alone
-from compresskv.calibration.settings import Settings
+from compresskv.calibration.settings import CalibrationSettings
 from compresskv.errors import ConfigError, ModelError
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.profiles.profile import Profile, combined
 from compresskv.prompts.prompt import context_length
+from compresskv.system.progress import Progress
 from compresskv.version import __version__
 
 
@@ -39,8 +40,8 @@ def find_profile(
     tokenizer: PreTrainedTokenizerBase,
     model_id: str,
     log_folder: Path,
-    settings: Settings | None = None,
-    on_progress: OnProgress | None = None,
+    settings: CalibrationSettings | None = None,
+    on_progress: Progress | None = None,
 ) -> Outcome:
     """Calibrate `model`.
 
@@ -55,7 +56,7 @@ def find_profile(
     Source: CompressKV (arXiv 2508.02401), sections 3.1 and 3.3. Differs: needles share documents, and the text is
     neither LongBench's nor any other benchmark's.
     """
-    chosen = settings or Settings().fitted(context_length(model))
+    chosen = settings or CalibrationSettings().fitted(context_length(model))
     _check_model(model, chosen)
     report = on_progress or _silent
     with measuring_alone(log_folder, str(fingerprint(model)), report), routing(model):
@@ -77,7 +78,7 @@ def find_profile(
     return Outcome(profile, runs)
 
 
-def _check_model(model: PreTrainedModel, settings: Settings) -> None:
+def _check_model(model: PreTrainedModel, settings: CalibrationSettings) -> None:
     heads = heads_of(decoder_config(model), compressible_layers(model)[0])
     if heads.num_kv_heads >= heads.num_query_heads:
         raise ModelError(
@@ -109,5 +110,5 @@ def _provenance(model: PreTrainedModel, profiler: Measurement, runs: list[dict[s
     }
 
 
-def _silent(_message: str, _fraction: float) -> None:
+def _silent(_message: str, _fraction: float | None) -> None:
     pass

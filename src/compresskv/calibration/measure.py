@@ -1,7 +1,7 @@
 """The two measurements of a calibration: retrieval scores of every head, the eviction error of every layer."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,21 @@ from compresskv.calibration.needles import (
 from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import CutLayer, SpanLayer
 from compresskv.calibration.runs import RunLog
-from compresskv.calibration.settings import Settings
+from compresskv.calibration.settings import CalibrationSettings
 from compresskv.errors import ModelError, ProfileError
 from compresskv.methods.compresskv import CompressKV
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.models.place import input_device
 from compresskv.models.shape import compressible_layers, decoder_config
-from compresskv.profiles.profile import Profile, Rows, normalised
+from compresskv.profiles.profile import Profile, Rows, l1_normalised
+from compresskv.system.progress import Progress
 from compresskv.version import __version__
 
 SUCCESS_RECALL = 0.5
 """A run counts if the answer's ROUGE-1 recall of the needle is above this (CompressKV, section 3.1)."""
 CUT_TOKENS = 32
 """Tokens that each layer is cut to while its error is measured (CompressKV, section 3.3)."""
-
-
-OnProgress = Callable[[str, float], None]
 
 
 class NothingRetrievedError(ProfileError):
@@ -60,8 +58,8 @@ class Measurement:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         log_folder: Path,
-        settings: Settings,
-        on_progress: OnProgress,
+        settings: CalibrationSettings,
+        on_progress: Progress,
     ) -> None:
         self.model, self.tokenizer, self.settings, self._on_progress = model, tokenizer, settings, on_progress
         self.fingerprint: Fingerprint = fingerprint(model)
@@ -152,7 +150,7 @@ class Measurement:
             for name, errors in zip(sets, self.log[key], strict=True):
                 sums[name] = sums.get(name, torch.zeros(len(errors))) + torch.tensor(errors)
             self._on_progress("layer errors", done / len(plan))
-        return {name: normalised(total.tolist()) for name, total in sums.items()}
+        return {name: l1_normalised(total.tolist()) for name, total in sums.items()}
 
     @property
     def _num_rotations(self) -> int:

@@ -1,10 +1,12 @@
 """Figures. They need matplotlib (`pip install compresskv[plot]`)."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from compresskv.calibration.verify import Ablation
 from compresskv.profiles.profile import Profile, Rows
+from compresskv.selection.budgets import error_aware
 from compresskv.system.drawing import new_figure as _figure
 from compresskv.system.drawing import save_figure as _save
 
@@ -51,7 +53,7 @@ def layer_budgets(profile: Profile, budget: int, path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    tokens = profile.layer_budgets(budget)
+    tokens = error_aware(budget, sys.maxsize, profile.layer_errors)
     figure = _figure(max(5.0, 0.2 * len(tokens) + 1.5), 3.4)
     axes = figure.add_subplot()
     axes.bar([str(index) for index in profile.layer_indices], tokens, color=_COLOURS["traditional"])

@@ -7,7 +7,7 @@ from compresskv.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """What a calibration reads. The default takes about twenty minutes on two cores for a model of 135M parameters."""
 
     lengths: tuple[int, ...] = (1024, 2048, 4096)
@@ -44,11 +44,11 @@ class Settings:
             raise ConfigError("must lie between 0 and 100 percent", option="depths", value=self.depths)
 
     @classmethod
-    def quick(cls, **changes: Any) -> "Settings":
+    def quick(cls, **changes: Any) -> "CalibrationSettings":
         """A first result in minutes: one short length, three depths, six documents."""
         return cls(**{"lengths": (1024,), "depths": (10, 50, 90), "num_rotations": 6, "error_documents": 1, **changes})
 
-    def fitted(self, context_length: int | None) -> "Settings":
+    def fitted(self, context_length: int | None) -> "CalibrationSettings":
         """The same without the lengths above a model's context; with the context's own where none is left."""
         if context_length is None or max(self.lengths) <= context_length:
             return self

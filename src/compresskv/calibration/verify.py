@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.attention.routing import routing
 from compresskv.cache.full import FullCache
 from compresskv.calibration.haystack import Haystack, read_haystack
-from compresskv.calibration.measure import SUCCESS_RECALL, OnProgress
+from compresskv.calibration.measure import SUCCESS_RECALL
 from compresskv.calibration.needles import (
     DEFAULT_NEEDLES,
     Document,
@@ -34,6 +34,7 @@ from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import context_length
+from compresskv.system.progress import Progress
 
 _ROWS = 32  # sets of masked heads that are run as one batch: decode reads the weights once for all of them
 
@@ -96,7 +97,7 @@ def verify_profile(
     tokenizer: PreTrainedTokenizerBase,
     profile: Profile,
     settings: VerifySettings | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: Progress | None = None,
 ) -> list[Ablation]:
     """Mask heads and ask for needles, by default those held out when the profile was made.
 

@@ -1,6 +1,7 @@
 """`compresskv profile`: make a model's profile, look at it, check it, import a published one."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, check_
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, counted, err, new_table, out
 from compresskv.errors import ProfileError
-from compresskv.selection.budgets import check_budget
+from compresskv.selection.budgets import check_budget, error_aware
 
 if TYPE_CHECKING:
     from compresskv.profiles.profile import Profile
@@ -95,7 +96,7 @@ def find(
 
     A quick profile is used where the model has no full one, and never replaces one.
     """
-    from compresskv.calibration.settings import Settings
+    from compresskv.calibration.settings import CalibrationSettings
 
     check_outputs({"output": output}, {"model": model, "haystack": haystack, "needles": needles})
     given: dict[str, Any] = {
@@ -105,7 +106,7 @@ def find(
         "needles": None if needles is None else str(needles),
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    settings = Settings.quick(**changes) if quick else Settings(**changes)
+    settings = CalibrationSettings.quick(**changes) if quick else CalibrationSettings(**changes)
     _check_texts(haystack, needles)
     from compresskv.calibration.find import find_profile
     from compresskv.calibration.measure import NothingRetrievedError
@@ -153,7 +154,7 @@ def show(
     check_outputs(figures, {"profile": profile})
     check_folder("plot", plot)
     loaded = _find_file(profile)
-    tokens = loaded.layer_budgets(budget)
+    tokens = error_aware(budget, sys.maxsize, loaded.layer_errors)  # of a prompt too long to cap any layer
     if as_json:
         budgets = dict(zip(map(str, loaded.layer_indices), tokens, strict=True))
         out.print_json(json.dumps({**loaded.to_dict(), "layer_budgets": budgets}))
@@ -247,7 +248,8 @@ def verify(
 
 def _check_texts(haystack: list[Path] | None, needles: Path | None) -> None:
     """Read, before a model is loaded, what is given to hide and to hide it in."""
-    from compresskv.calibration.needles import read_haystack, read_needles
+    from compresskv.calibration.haystack import read_haystack
+    from compresskv.calibration.needles import read_needles
 
     if haystack:
         read_haystack(haystack)

@@ -20,9 +20,10 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.stores.base import PACKED
 from compresskv.compiled.graph import GraphedStep
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
-from compresskv.compiled.package import NotCompilableError, Package, Progress, built_facts, load_package
+from compresskv.compiled.package import NotCompilableError, Package, built_facts, load_package
 from compresskv.compiled.step import EVEN, RAGGED, SLIDING, StepInputs
 from compresskv.models.place import input_device, is_offloaded
+from compresskv.system.progress import Progress
 
 _STEP_ARGUMENTS = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep",

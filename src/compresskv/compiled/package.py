@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,8 @@ from compresskv.system.files import write_text
 from compresskv.system.locking import held_if_free, locked
 from compresskv.system.paths import cache_dir
 from compresskv.system.processor import instruction_sets, processor_name
+from compresskv.system.progress import Progress
 from compresskv.version import __version__
-
-Progress = Callable[[str, float | None], None]
 
 
 class NotCompilableError(Exception):

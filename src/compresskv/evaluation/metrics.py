@@ -19,7 +19,7 @@ def best_of(metric: Callable[[str, str], float], prediction: str, answers: Itera
     return max((metric(prediction, answer) for answer in answers), default=0.0)
 
 
-def normalised(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation and articles, single blanks (SQuAD's rule)."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_NO_PUNCTUATION)).split())
 
@@ -31,13 +31,13 @@ def answer_line(prediction: str) -> str:
 
 def contains(prediction: str, answer: str) -> float:
     """Whether the answer's words stand in the prediction one after another, both normalised."""
-    wanted = normalised(answer)
-    return float(wanted != "" and f" {wanted} " in f" {normalised(prediction)} ")
+    wanted = normalize_answer(answer)
+    return float(wanted != "" and f" {wanted} " in f" {normalize_answer(prediction)} ")
 
 
 def qa_f1(prediction: str, answer: str) -> float:
     """Harmonic mean of precision and recall over normalised words, each counted as often as it occurs."""
-    given, wanted = normalised(prediction).split(), normalised(answer).split()
+    given, wanted = normalize_answer(prediction).split(), normalize_answer(answer).split()
     shared = (Counter(given) & Counter(wanted)).total()
     return 2 * shared / (len(given) + len(wanted)) if shared else 0.0
 

@@ -1,7 +1,7 @@
 """A whole evaluation: examples of several tasks, every configuration, records on disk, peers beside them."""
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,10 +23,10 @@ from compresskv.evaluation.task import Task, TaskSettings, create_task
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.prompts.prompt import room_for_prompt
+from compresskv.system.progress import Progress
 from compresskv.system.suggest import suggestion
 from compresskv.version import __version__
 
-Progress = Callable[[str, float], None]
 TOO_LONG = ("cut", "skip")
 
 

@@ -14,8 +14,8 @@ from compresskv.system.suggest import suggestion
 _SAME_BYTES = 1.1
 """Whole chunks and lists for each KV head make small differences."""
 
-Case = tuple[str, str]  # example and prompt: another seed or length makes another case
-Cases = dict[Case, Record]
+CaseKey = tuple[str, str]  # example and prompt: another seed or length makes another case
+Cases = dict[CaseKey, Record]
 Row = dict[str, Any]
 Table = dict[str, Any]
 
@@ -43,7 +43,7 @@ def report_data(folders: Sequence[Path], own: Iterable[str] | None = None) -> di
         DataError: a folder holds no run, or a malformed one, or there is no record at all.
         ConfigError: scipy is missing, or no record is of one of the `own` methods.
     """
-    pooled: dict[tuple[str, str], dict[tuple[str, str, Case], Record]] = defaultdict(dict)
+    pooled: dict[tuple[str, str], dict[tuple[str, str, CaseKey], Record]] = defaultdict(dict)
     for folder in folders:
         for record in read_run(folder)[1]:
             model = record.versions.get("model", "unknown model"), record.versions.get("dtype", "unknown dtype")
@@ -67,7 +67,7 @@ def _own_methods(own: Iterable[str] | None, known: set[str]) -> frozenset[str]:
 
 
 def _section(
-    model: str, dtype: str, records: dict[tuple[str, str, Case], Record], own: frozenset[str]
+    model: str, dtype: str, records: dict[tuple[str, str, CaseKey], Record], own: frozenset[str]
 ) -> dict[str, Any]:
     cells: dict[str, dict[str, Cases]] = defaultdict(lambda: defaultdict(dict))  # task -> configuration -> case
     for (task, config, case), record in records.items():
@@ -167,11 +167,11 @@ def _rival(one: Row, row: Row) -> bool:
     return same and fair and one["method"] != "full" and one["score"] is not None
 
 
-def _scores(cases: Cases) -> dict[Case, float]:
+def _scores(cases: Cases) -> dict[CaseKey, float]:
     return {case: record.metrics["score"] for case, record in cases.items() if "score" in record.metrics}
 
 
-def _from(a: dict[str, dict[Case, float]], b: dict[str, dict[Case, float]]) -> dict[str, float] | None:
+def _from(a: dict[str, dict[CaseKey, float]], b: dict[str, dict[CaseKey, float]]) -> dict[str, float] | None:
     """How far `a` lies above `b`, over the tasks and cases that both have."""
     common = [(a[task], b[task]) for task in a if a[task] and b.get(task)]
     found = macro_paired_difference(common)

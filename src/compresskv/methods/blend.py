@@ -11,7 +11,7 @@ from compresskv.methods.cake import PromptShares
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.vote import count_votes, layer_vote, window_for_budget
-from compresskv.profiles.profile import Profile, needed_profile, normalised
+from compresskv.profiles.profile import Profile, l1_normalised, needed_profile
 from compresskv.selection.scores import peak_over_groups, pool, set_first, without_padding
 from compresskv.selection.select import select_across_heads
 from compresskv.system.later import torch
@@ -109,7 +109,7 @@ class Blend(PromptShares):
         settled = min(1.0, self.settled_layers / len(layers))
         rows = []
         for preferences in super()._shares(layers):
-            wanted = zip(normalised(preferences), normalised(errors), strict=True)
+            wanted = zip(l1_normalised(preferences), l1_normalised(errors), strict=True)
             rows.append([(1 - settled) * preference + settled * error for preference, error in wanted])
         return rows
 

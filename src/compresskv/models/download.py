@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 from compresskv.errors import ModelError, first_line
 from compresskv.system.locking import locked
 from compresskv.system.paths import cache_dir
+from compresskv.system.progress import Progress
 
 if TYPE_CHECKING:
     from compresskv.models.embedded import EmbeddedModel
 
-Progress = Callable[[str, float | None], None]
 
 _CHUNK_NBYTES = 1 << 20
 _POLL_S = 0.2

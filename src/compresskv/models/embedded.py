@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compresskv.errors import ModelError
-from compresskv.models.download import Progress, cache_error, fetched_gguf
+from compresskv.models.download import cache_error, fetched_gguf
 from compresskv.system.files import write_text
 from compresskv.system.paths import cache_dir
+from compresskv.system.progress import Progress
 
 CONVERSION_FORMAT = 1  # raise it when _convert writes something else: every cache then makes the model again
 MANIFEST = "embedded.json"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from compresskv import defaults
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
-from compresskv.models.download import Progress
 from compresskv.models.embedded import EMBEDDED, ensure_embedded, suggestion
 from compresskv.models.gguf import check_weights, load_gguf
+from compresskv.system.progress import Progress
 from compresskv.system.quiet import hush_torchao, quiet
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import operator
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,6 @@ from typing import Any
 
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
-from compresskv.selection.budgets import error_aware
 
 FORMAT = "compresskv-profile"
 VERSION = 1
@@ -118,10 +116,6 @@ class Profile:
         best = max(score for row in self.semantic_scores for score in row)
         return [max(scores[head : head + groups]) / best for head in range(0, len(scores), groups)]
 
-    def layer_budgets(self, budget: int) -> list[int]:
-        """Tokens that each layer retains at a mean of `budget`, of a prompt too long to cap any of them."""
-        return error_aware(budget, sys.maxsize, self.layer_errors)
-
     @cached_property
     def digest(self) -> str:
         """12 hex digits that stand for the whole profile."""
@@ -178,7 +172,7 @@ class Profile:
             raise ProfileError(f"profile field missing or of the wrong kind: {error}") from error
 
 
-def normalised(errors: Sequence[float]) -> tuple[float, ...]:
+def l1_normalised(errors: Sequence[float]) -> tuple[float, ...]:
     """`errors` divided by their sum; uniform where all are 0."""
     total = math.fsum(errors)
     return tuple(error / total if total > 0 else 1 / len(errors) for error in errors)
@@ -187,7 +181,7 @@ def normalised(errors: Sequence[float]) -> tuple[float, ...]:
 def combined(errors_by_set: dict[str, tuple[float, ...]]) -> tuple[float, ...]:
     """Mean over calibration sets, L1-normalised again (CompressKV, section 3.3)."""
     columns = zip(*errors_by_set.values(), strict=True)
-    return normalised([math.fsum(column) / len(errors_by_set) for column in columns])
+    return l1_normalised([math.fsum(column) / len(errors_by_set) for column in columns])
 
 
 def read_profile(path: str | Path) -> Profile:

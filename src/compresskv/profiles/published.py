@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from compresskv.errors import ModelError, ProfileError, first_line
 from compresskv.models.fingerprint import Fingerprint, of_shape
-from compresskv.profiles.profile import Profile, combined, normalised
+from compresskv.profiles.profile import Profile, combined, l1_normalised
 from compresskv.system.quiet import quiet
 
 _AVERAGE = "avg_score"
@@ -41,7 +41,7 @@ def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
     errors = _read_errors(layers, len(rankings))
     num_heads = len(rankings[0])
     average = errors.pop(_AVERAGE, None)
-    by_set = {name: normalised(row) for name, row in errors.items()}
+    by_set = {name: l1_normalised(row) for name, row in errors.items()}
     shape = _shape(model_id)
     if (len(rankings), num_heads) != (shape.num_layers, shape.num_query_heads):
         problem = (
@@ -57,7 +57,7 @@ def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
         traditional_scores=None,
         num_runs=0,
         layer_errors_by_set=by_set,
-        layer_errors=normalised(average) if average is not None else combined(by_set),
+        layer_errors=l1_normalised(average) if average is not None else combined(by_set),
         provenance={
             "imported_from": [heads.name, layers.name],
             "semantic_scores": "ranks within each layer, 1 for the best head: not comparable across layers",
