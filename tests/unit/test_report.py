@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")
 from commands import runner
 from compresskv.cli.report import EPILOG, report
 from compresskv.errors import ConfigError, DataError
+from compresskv.evaluation import figures
 from compresskv.evaluation.records import Record, RecordLog
 from compresskv.evaluation.report import digits, write_pages
 from compresskv.evaluation.summary import report_data
@@ -305,3 +306,18 @@ class TestCommand:
 
     def test_its_help_ends_with_examples(self) -> None:
         assert EPILOG.startswith("\b\nExamples:\n  compresskv report ")
+
+
+def test_equal_curves_can_be_told_apart() -> None:
+    """Each is wider than those drawn over it."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        {"series": name, "method": name, "own": False, "score": [40.0], "retained_fraction": 0.1, "num_tasks": 1}
+        for name in ("adakv", "cake", "snapkv")
+    ]
+    rows[1]["score"] = [50.0]
+    lines = figures._panel(Figure().subplots(), {"rows": rows, "tasks": ["needle"]}, "score", figures._styles(rows))
+    widths = {name: line.get_linewidth() for name, line in lines.items()}
+    assert widths["adakv"] > widths["snapkv"] == widths["cake"]
+    assert lines["adakv"].get_zorder() <= lines["snapkv"].get_zorder()

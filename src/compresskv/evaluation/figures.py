@@ -84,12 +84,20 @@ def _panel(axes: Any, table: dict[str, Any], key: str, styles: dict[str, dict[st
     scale = 1 if key == "kl_divergence" else 100
     rows = [row for row in table["rows"] if row[key] is not None and row["num_tasks"] == len(table["tasks"])]
     _log_axis(axes, [100 * row["retained_fraction"] for row in rows if row["series"] in styles])
-    for series, style in styles.items():
-        points = sorted(
+    curves = {
+        series: sorted(
             (100 * row["retained_fraction"], scale * _mean(row[key])) for row in rows if row["series"] == series
         )
+        for series in styles
+    }
+    ahead = list(filter(None, curves.values()))
+    for series, points in curves.items():
         if points:
-            (lines[series],) = axes.plot(*zip(*points, strict=True), label=series, markersize=5, **style)
+            ahead.pop(0)
+            style = {**styles[series], "markersize": 5.0}
+            if equal := ahead.count(points):  # of equal curves each is wider than those drawn over it
+                style |= {"linewidth": style["linewidth"] + 3 * equal, "markersize": 5.0 + 4 * equal, "zorder": 2}
+            (lines[series],) = axes.plot(*zip(*points, strict=True), label=series, **style)
     full = [row for row in rows if row["method"] == "full"]
     if full and lines:
         height = scale * _mean(full[0][key])
