@@ -1,11 +1,14 @@
 """What cannot work is refused with one line that says so, and leaves the model as it was."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import compresskv
@@ -134,6 +137,66 @@ def test_a_cache_whose_reading_was_interrupted_says_so_and_is_good_after_reset(f
         tokens = tiny.generate(model, prompt, cache)
     with compresskv.compressing(model, "snapkv", 12) as fresh:
         assert tokens.tolist() == tiny.generate(model, prompt, fresh).tolist()
+
+
+def test_a_second_prompt_on_a_used_cache_is_refused() -> None:
+    model = tiny.tiny_model("llama")
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        tiny.generate(model, tiny.random_tokens(60), cache)
+        if Version(transformers.__version__) < Version("5.6"):
+            pytest.skip("these transformers raise an error of their own")
+        with refused(CacheStateError, r"reset\(\) the cache before another prompt"):
+            tiny.generate(model, tiny.random_tokens(50, seed=1), cache)
+
+
+def test_more_prompt_tokens_than_the_prompt_has_are_refused_at_the_first_generated_one() -> None:
+    model = tiny.tiny_model("llama")
+    ended = refused(CacheStateError, "prompt_tokens=100, but the prompt ended after 60 tokens")
+    with compresskv.compressing(model, "snapkv", 12, prompt_tokens=100) as cache, ended:
+        tiny.generate(model, tiny.random_tokens(60), cache)
+
+
+def test_training_with_gradient_checkpointing_is_refused() -> None:
+    model = tiny.build_model("llama")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    with refused(ModelError, "gradient checkpointing, which drops the cache"):
+        enter(model.train())
+
+
+def test_an_attention_implementation_that_is_set_inside_stays_and_the_cache_is_refused() -> None:
+    model = tiny.build_model("llama")
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        model.set_attn_implementation("eager")
+        with refused(CacheStateError, "the attention implementation that the model had there"):
+            tiny.generate(model, tiny.random_tokens(60), cache)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_copy_of_the_model_that_is_made_inside_is_a_model_like_any_other() -> None:
+    model, prompt = tiny.build_model("llama"), tiny.random_tokens(60)
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        expected = tiny.generate(model, prompt, cache).tolist()
+        twin = copy.deepcopy(model)
+    assert tiny.generate(twin, prompt).tolist() == tiny.generate(model, prompt).tolist()
+    with compresskv.compressing(twin, "snapkv", 12) as cache:
+        assert tiny.generate(twin, prompt, cache).tolist() == expected
+    assert twin.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_generate_may_read_the_prompt_in_chunks_of_which_nobody_is_told(method: str) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(60)
+    plain = [tiny.generate(model, prompt, **options).tolist() for options in ({}, {"prefill_chunk_size": 16})]
+    if plain[0] != plain[1]:
+        pytest.skip("these transformers read chunks wrongly")
+    kept, tokens = [], []
+    for options in ({}, {"prefill_chunk_size": 16}):
+        with compresskv.compressing(model, method, 12) as cache:
+            tokens.append(tiny.generate(model, prompt, cache, **options).tolist())
+        kept.append(tiny.kept_tokens(cache.compressed_layers[0]))
+    assert tokens[0] == tokens[1]
+    assert kept[0] == kept[1]
 
 
 def test_an_empty_layer_has_nothing_stored() -> None:

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compresskv.attention.prefill import causal_attention, is_faster
 from compresskv.attention.support import BASES, CANNOT, PREFIX, check_supported
-from compresskv.errors import ModelError
+from compresskv.errors import CacheStateError, ModelError
 from compresskv.models.shape import decoder_config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -169,8 +169,24 @@ def without_masks() -> Iterator[None]:
 _masks = threading.local()
 
 
+def expect_mask(num_tokens: int) -> None:
+    """Let the mask that is built next in this thread, if it is of so many tokens, be checked against what is given."""
+    _masks.length = num_tokens
+
+
 def _mask(base: str, *args: Any, **kwargs: Any) -> Any:
-    """transformers' mask for `base`, unless none is wanted."""
+    """transformers' mask for `base`, unless none is wanted.
+
+    Raises:
+        CacheStateError: the given mask is of fewer tokens than the cache has seen.
+    """
+    expected, _masks.length = getattr(_masks, "length", None), None
+    given = kwargs.get("attention_mask")
+    if isinstance(given, Tensor) and given.ndim == 2 and expected == kwargs.get("kv_length") != given.shape[1]:
+        raise CacheStateError(
+            f"the attention mask is of {given.shape[1]} tokens, but with those that the cache has seen there are "
+            f"{expected}: reset() the cache before another prompt"
+        )
     return None if getattr(_masks, "unwanted", False) else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
 
 
@@ -193,7 +209,7 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
     """
     config = decoder_config(model)
     with _lock:
-        count, original = _routed.get(id(config), (0, str(config._attn_implementation)))
+        count, original = _routed.get(id(config), (0, base_implementation(model)))  # copies made inside bear our name
         if count == 0:
             check_supported(model)
             config._attn_implementation = PREFIX + original
@@ -205,7 +221,7 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
             count, original = _routed.pop(id(config))
             if count > 1:
                 _routed[id(config)] = (count - 1, original)
-            else:
+            elif is_routed(config):  # else it was set anew inside, and is meant to stay
                 config._attn_implementation = original
 
 

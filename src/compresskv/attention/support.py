@@ -43,6 +43,9 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} uses a cache of its own, which cannot be compressed{_newer(config)}")
     if getattr(config, "num_kv_shared_layers", 0):
         raise ModelError(f"{name} shares KV caches between layers, which is not supported")
+    newer, older = "is_activation_checkpointing", "is_gradient_checkpointing"
+    if model.training and getattr(model, newer if hasattr(type(model), newer) else older, False):
+        raise ModelError(f"{name} is trained with gradient checkpointing, which drops the cache: call model.eval()")
     _check_modules(name, model)
     implementation = str(config._attn_implementation).removeprefix(PREFIX)
     if implementation not in BASES:

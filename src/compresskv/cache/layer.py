@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction, scaling_of
+from compresskv.attention.routing import AttentionFunction, expect_mask, scaling_of
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.masks import valid_keys
 from compresskv.cache.routed import RoutedLayer, owned
@@ -17,6 +17,7 @@ from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.retain import retained
 from compresskv.errors import CacheStateError
 from compresskv.methods.base import LayerInputs
+from compresskv.models.chunks import chunked_prompt_length, lacks_what_was_read
 from compresskv.models.shape import decoder_config
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -39,6 +40,7 @@ class CompressedLayer(RoutedLayer):
     def _forget_prompt(self) -> None:
         self.seen_tokens = 0
         self.in_prefill = True
+        self._num_newest = 0
         self.num_prompt_tokens = 0
         self.num_ahead = 0
         self._full_nbytes = 0
@@ -106,9 +108,11 @@ class CompressedLayer(RoutedLayer):
             query_length: new tokens, or their positions (transformers before 5.6).
         """
         num_new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        expect_mask(self.seen_tokens + num_new)
         return self.seen_tokens + num_new, 0
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_prompt_goes_on(key_states.shape[-2])
         self.seen_tokens += key_states.shape[-2]
         if self.store is None:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -118,6 +122,20 @@ class CompressedLayer(RoutedLayer):
             room = 0 if self.in_prefill else ROOM
             self.keys, self.values = self.store.append(key_states, value_states, room)
         return self.keys, self.values
+
+    def _check_prompt_goes_on(self, num_new: int) -> None:
+        """Raise CacheStateError if the prompt ended before `prompt_tokens`, or another one begins."""
+        wanted = self._eviction.prompt_tokens
+        if self.in_prefill and wanted is not None and num_new == 1 < self._num_newest and self.seen_tokens + 1 < wanted:
+            raise CacheStateError(
+                f"prompt_tokens={wanted}, but the prompt ended after {self.seen_tokens} tokens: give its exact length"
+            )
+        if num_new > 1 and not self.in_prefill and self._position == 0 and lacks_what_was_read():
+            raise CacheStateError(
+                f"this prompt does not begin with the {self.seen_tokens} tokens that the cache has seen: "
+                "reset() the cache before another prompt"
+            )
+        self._num_newest = num_new
 
     def _held(self) -> Store:
         """The store.
@@ -167,7 +185,7 @@ class CompressedLayer(RoutedLayer):
         """Keep the window's queries; evict once the whole prompt, and what the method looks ahead at, has been read."""
         eviction = self._eviction
         if self._prompt_end is None:
-            self._prompt_end = self.seen_tokens
+            self._prompt_end = max(self.seen_tokens, chunked_prompt_length() or 0)
         ahead = max(0, self.seen_tokens - self._prompt_end) if eviction.method.lookahead else 0
         if self._query_window is not None:
             query = torch.cat([self._query_window, query], dim=2)

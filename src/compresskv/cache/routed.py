@@ -41,7 +41,10 @@ class RoutedLayer(DynamicLayer):
             ModelError: the model does not pass these keys to its attention function.
         """
         if not is_routed(self._model_config):
-            raise CacheStateError("this cache works only inside the 'with compresskv.compressing(...)' that made it")
+            raise CacheStateError(
+                "this cache works only inside the 'with compresskv.compressing(...)' that made it, "
+                "and with the attention implementation that the model had there"
+            )
         self.check_attended()
         keys, values = self._append(key_states, value_states)
         await_attention(self)

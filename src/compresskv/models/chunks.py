@@ -1,23 +1,34 @@
-"""Prompts that transformers' `generate` reads in chunks (`prefill_chunk_size`), which it tells nobody."""
+"""What transformers' `generate` is reading while a model runs, which it tells neither the model nor its cache."""
 
 import sys
 from types import FrameType
+from typing import Any
 
-_FILE, _FUNCTION = ("transformers", "generation", "utils"), "_prefill"
+_MODULE, _FUNCTION = "transformers.generation.utils", "_prefill"
 
 
 def chunked_prompt_length() -> int | None:
-    """The length of the prompt that `generate` is reading in chunks, somewhere below us on the stack.
+    """The length of the prompt that `generate` is reading in chunks (`prefill_chunk_size`); None where it is not.
 
-    Neither the model nor the cache is told: a chunk looks like a whole prompt, and evicting after it would be wrong. So
-    this looks for the call itself. None where there is none, as in every forward pass that is no chunk.
+    A chunk looks like a whole prompt, and evicting after the first one would be wrong.
     """
+    own = _prefill()
+    if own.get("input_ids") is None or getattr(own.get("generation_config"), "prefill_chunk_size", None) is None:
+        return None
+    return int(own["input_ids"].shape[1])
+
+
+def lacks_what_was_read() -> bool:
+    """Whether `generate` cuts what a cache has seen from a prompt that is not longer: it takes it for the same text."""
+    num_new = _prefill().get("next_sequence_length")
+    return num_new is not None and num_new <= 0
+
+
+def _prefill() -> dict[str, Any]:
+    """The variables of the call that reads a prompt, somewhere below us on the stack; none where there is no such."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == _FUNCTION and frame.f_globals.get("__name__") == ".".join(_FILE):
-            config, input_ids = frame.f_locals.get("generation_config"), frame.f_locals.get("input_ids")
-            if input_ids is None or getattr(config, "prefill_chunk_size", None) is None:
-                return None
-            return int(input_ids.shape[1])
+        if frame.f_code.co_name == _FUNCTION and frame.f_globals.get("__name__") == _MODULE:
+            return frame.f_locals
         frame = frame.f_back
-    return None
+    return {}
