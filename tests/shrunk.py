@@ -41,7 +41,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"encoder_hash_byte_group_vocab", 128),
     (r"image_size|max_image_size|img_size", 32),
 ]
-_FULL = {"layer_types": ["full_attention"] * 4}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _DENSE = {"num_key_value_heads": 4}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 
@@ -50,6 +50,13 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral3": {"text_config": {"sliding_window": None}},
     "idefics2": {"text_config": {"sliding_window": None}},
+    "gemma3_text": _MIXED,
+    "gemma3": {"text_config": _MIXED},
+    "shieldgemma2": {"text_config": _MIXED},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "bailing_hybrid": {"layer_group_size": 2},
     "evolla": _DENSE,
     "dots3_note_text": _DENSE,
     "dots3_note": {"text_config": _DENSE},

@@ -8,6 +8,8 @@ import decoders
 import shrunk
 
 WORKING = [
+    "gemma3",  # windows, and a model inside a model
+    "jamba",
     "gemma4_text",  # heads that differ between layers
     "llama4_text",  # chunked attention beside full
     "cohere2",  # a window in most layers
