@@ -40,20 +40,21 @@ def make_blend(prompt: Prompt, **options: Any) -> Blend:
     return Blend(**{"profile": make_profile(scores, layers[0].keys.shape[1]), **options})
 
 
-def naive_local(layer: LayerInputs, row: int, kernel_size: int, num_sinks: int) -> np.ndarray:
-    """(H_kv, T): the largest attention over window and query heads by the value's norm, at least the head's mean, over
-    their mean sum."""
+def naive_local(layer: LayerInputs, row: int, gamma: float, kernel_size: int, num_sinks: int) -> np.ndarray:
+    """(H_kv, T): mean and variance over the window by the value's norm, divided by their mean sum over KV heads."""
     num_kv_heads, groups = layer.keys.shape[1], layer.query_window.shape[1] // layer.keys.shape[1]
     num_older, local = layer.keys.shape[2] - layer.query_window.shape[2], []
     for kv_head in range(num_kv_heads):
-        own = np.zeros(num_older)
+        worth = np.zeros(num_older)
         for head in range(kv_head * groups, (kv_head + 1) * groups):
-            for attention in naive_attention(layer, row, head):
-                own = np.maximum(own, attention)
+            seen = naive_attention(layer, row, head)
+            mean = sum(seen) / len(seen)
+            variance = sum((one - mean) ** 2 for one in seen) / len(seen)
+            worth += (mean + gamma * variance) / groups
         norms = np.sqrt((layer.values[row, kv_head, :num_older].numpy() ** 2).sum(axis=1))
-        own = naive_pool(own * norms, kernel_size)
+        own = naive_pool(worth * norms, kernel_size)
         own[:num_sinks] = 0
-        local.append(np.maximum(own, own.mean()))
+        local.append(own)
     scale = sum(own.sum() for own in local) / num_kv_heads
     return np.array([own / scale if scale > 0 else own for own in local])
 
@@ -93,15 +94,15 @@ def naive_heads(scores: list[list[float]], budget: int, guaranteed: float) -> li
 
 
 @settings(deadline=None, max_examples=60)
-@given(prompts(), st.sampled_from([0.0, 0.3, 1.0, 5.0]), st.integers(0, 5), st.data())
+@given(prompts(), st.sampled_from([0.0, 0.3, 1.0, 5.0]), st.sampled_from([0.0, 200.0]), st.integers(0, 5), st.data())
 def test_every_kv_head_weighs_the_vote_by_its_own_best_reader(
-    prompt: Prompt, vote_weight: float, num_sinks: int, data: st.DataObject
+    prompt: Prompt, vote_weight: float, gamma: float, num_sinks: int, data: st.DataObject
 ) -> None:
     layers, head_scores = prompt
     kernel_size, vote_kernel_size = data.draw(st.sampled_from([(1, 25), (3, 1), (1, 5)]))
     num_heads = data.draw(st.integers(1, 30))
     method = make_blend(
-        prompt, vote_weight=vote_weight, num_sinks=num_sinks, num_heads=num_heads,
+        prompt, vote_weight=vote_weight, gamma=gamma, num_sinks=num_sinks, num_heads=num_heads,
         kernel_size=kernel_size, vote_kernel_size=vote_kernel_size,
     )  # fmt: skip
     best = max(max(row) for row in head_scores)
@@ -113,7 +114,7 @@ def test_every_kv_head_weighs_the_vote_by_its_own_best_reader(
         assert bool(torch.isinf(scores[..., :num_sinks]).all())
         for row in range(batch_size):
             vote = naive_vote(layers, row, head_scores, num_heads, vote_kernel_size)
-            local = naive_local(layers[place], row, kernel_size, num_sinks)
+            local = naive_local(layers[place], row, gamma, kernel_size, num_sinks)
             for kv_head in range(num_kv_heads):
                 read = max(head_scores[place][kv_head * groups + i] for i in range(groups)) / best
                 expected = (local[kv_head] + vote_weight * read * vote)[num_sinks:]
@@ -130,7 +131,7 @@ def test_a_vote_without_weight_leaves_no_trace_of_the_profile(prompt: Prompt) ->
     for place, layer in enumerate(layers):
         assert torch.equal(own[place], other[place])
         for row in range(len(layer.keys)):
-            expected = naive_local(layer, row, 1, 4)[:, 4:]
+            expected = naive_local(layer, row, 200.0, 1, 4)[:, 4:]
             np.testing.assert_allclose(own[place][row, :, 4:], expected, atol=1e-5, rtol=1e-3)
 
 
@@ -281,6 +282,7 @@ def test_no_prompt_starves_one_of_few_layers(layer_idx: int) -> None:
         *(("settled_layers", value) for value in (-0.5, math.inf)),
         *(("guaranteed", value) for value in (-0.1, 1.1, math.nan)),
         *(("vote_weight", value) for value in (-0.1, math.inf, math.nan)),
+        *(("gamma", value) for value in (-1.0, math.inf)),
         *((tau, value) for tau in ("tau1", "tau2") for value in (0.0, -1.0)),
     ],
 )
@@ -290,5 +292,5 @@ def test_an_option_that_cannot_work_is_not_taken(option: str, value: Any) -> Non
 
 
 def test_options_at_the_edge_are_taken() -> None:
-    least = Blend(window_size=1, vote_kernel_size=1, vote_weight=0, num_heads=1, num_sinks=0, guaranteed=0)
+    least = Blend(window_size=1, gamma=0, vote_kernel_size=1, vote_weight=0, num_heads=1, num_sinks=0, guaranteed=0)
     assert replace(least, guaranteed=1).guaranteed == 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compresskv.selection.pieces import attention_in_pieces, moments_in_pieces, sums_in_pieces
-from compresskv.selection.scores import heads_window_attention, sum_over_window, window_attention, window_statistics
+from compresskv.selection.scores import heads_window_attention, sum_over_window, window_attention, window_moments
 
 NUM_TOKENS, WINDOW = 50, 6
 OPTIONS = [{"scaling": 0.5}, {"scaling": 2.0, "softcap": 3.0}]
@@ -33,9 +33,7 @@ def test_pieces_make_up_the_whole(options: dict[str, float], size: int, tensors:
         return attention_in_pieces(queries, pieces, NUM_TOKENS, heads, **options)
 
     torch.testing.assert_close(torch.cat(list(attention()), dim=-1), window_attention(queries, keys, **options))
-    for found, expected in zip(
-        moments_in_pieces(attention()), window_statistics(queries, keys, **options)[:2], strict=True
-    ):
+    for found, expected in zip(moments_in_pieces(attention()), window_moments(queries, keys, **options), strict=True):
         torch.testing.assert_close(found, expected)
     some = heads_window_attention(queries, keys, [3, 0], **options)
     torch.testing.assert_close(sums_in_pieces(attention([3, 0])), sum_over_window(some))

@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 from compresskv.errors import ConfigError
 from compresskv.methods.ranges import Range, ranges
 from compresskv.selection import budgets
-from compresskv.selection.scores import (
-    WindowStatistics,
-    heads_window_attention,
-    sum_over_window,
-    window_statistics,
-)
+from compresskv.selection.scores import heads_window_attention, sum_over_window, window_moments
 from compresskv.selection.select import select, select_rows
 
 if TYPE_CHECKING:
@@ -88,16 +83,11 @@ class LayerInputs:
 
     @cached_property
     def attention_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of attention over the window's queries; see `window_statistics`."""
-        return self.window_statistics[:2]
-
-    @cached_property
-    def window_statistics(self) -> WindowStatistics:
-        """Mean, variance and maximum of attention over the window's queries.
+        """Mean and variance of attention over the window's queries, (B, H_q, T) each; 0 for the window's own tokens.
 
         Kept, since budgets and scores may both need them: treat them as read-only.
         """
-        return window_statistics(
+        return window_moments(
             self.query_window,
             self.keys,
             scaling=self.scaling,

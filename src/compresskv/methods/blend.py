@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compresskv.methods.base import LayerInputs, Observation
-from compresskv.methods.cake import PromptShares
+from compresskv.methods.cake import CAKE, mean_plus_variance
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.vote import count_votes, layer_vote, window_for_budget
 from compresskv.profiles.profile import Profile, l1_normalised, needed_profile
-from compresskv.selection.scores import peak_over_groups, pool, set_first, without_padding
+from compresskv.selection.scores import mean_over_groups, pool, set_first, without_padding
 from compresskv.selection.select import select_across_heads
 from compresskv.system.later import torch
 
@@ -22,22 +22,21 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class Blend(PromptShares):
+class Blend(CAKE):
     """Local scores plus the retrieval heads' vote, which counts in a KV head as much as that head retrieves.
 
-    Local scores are, in each KV head, the most that any query of the window attends to a token, in any query head that
-    reads it, times the norm of the token's value; no less than their mean over the prompt, so that the vote decides
-    between tokens that the head hardly looks at; divided by their mean sum over the layer's KV heads. The vote (see
-    `Vote`) sums to 1; in a KV head it is weighted by `vote_weight` times the best semantic retrieval score among the
-    query heads that read it, divided by the model's best.
+    Local scores are CAKE's (attention from the window, and its variance), without pooling, times the norm of the
+    token's value, divided by their mean sum over the layer's KV heads. The vote (see `Vote`) sums to 1; in a KV head it
+    is weighted by `vote_weight` times the best semantic retrieval score among the query heads that read it, divided by
+    the model's best.
 
     The budgets of `settled_layers` layers are dealt to all layers by the profile's eviction errors, whatever the
-    prompt, and the rest by the prompt (`PromptShares`): where few layers attend in full, no prompt can starve one of
-    them. The KV heads of a layer share by AdaKV's rule. The `num_sinks` first tokens are always kept. Small budgets
-    narrow the window (`window_for_budget`).
+    prompt, and the rest by CAKE's preferences: where few layers attend in full, no prompt can starve one of them. The
+    KV heads of a layer share by AdaKV's rule. The `num_sinks` first tokens are always kept. Small budgets narrow the
+    window (`window_for_budget`).
 
-    Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491), AdaKV (2407.11550)
-    and, the maximum with the mean below it, DefensiveKV (2510.13334). docs/evaluation.md tells what each contributes.
+    Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491) and AdaKV
+    (2407.11550). docs/evaluation.md tells what each contributes.
     """
 
     name = "blend"
@@ -78,15 +77,14 @@ class Blend(PromptShares):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T): the local scores, before they are divided."""
-        peak = peak_over_groups(inputs.window_statistics.peak, inputs.keys.shape[1])
-        return pool(peak * torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32), self.kernel_size)
+        worth = mean_over_groups(mean_plus_variance(inputs, self.gamma), inputs.keys.shape[1])
+        return pool(worth * torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32), self.kernel_size)
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """The layer's preference, its local scores, divided so that their mean sum is 1, and the votes of its heads."""
         observed = super().observe(inputs)
         assert observed.scores is not None
         local = set_first(without_padding(observed.scores, inputs.valid), self.num_sinks, 0, inputs.valid)
-        local = without_padding(local.maximum(_own_mean(local, inputs.valid)), inputs.valid)
         scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
         profile = needed_profile(self.name, self.profile)
         vote = layer_vote(inputs, profile, self.num_heads, self.vote_kernel_size, all_heads=True)
@@ -120,10 +118,3 @@ class Blend(PromptShares):
     def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
         """(B, H_kv, R)."""
         return select_across_heads(scores, budgets, self.window_size, row_lengths, self.guaranteed)
-
-
-def _own_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, H, 1): the mean of each head's scores (B, H, T) over the row's own tokens; 0 at padding."""
-    if valid is None:
-        return scores.mean(dim=-1, keepdim=True)
-    return scores.sum(dim=-1, keepdim=True) / valid.sum(dim=-1)[:, None, None]

@@ -20,24 +20,34 @@ if TYPE_CHECKING:
 GAMMA = 200.0
 
 
+@register
 @dataclass(frozen=True)
-class PromptShares(SnapKV):
-    """Base of methods whose layers share the budget by the prompt: by entropy and variance of their attention.
+class CAKE(SnapKV):
+    """Mean attention plus `gamma` times its variance over the window; layers share by entropy and variance.
 
     A layer's preference is H^(1/tau1) * V^(1/tau2): H is the entropy of its attention over tokens, V the variance
     over the window's queries, each summed over the tokens before the window and averaged over heads.
 
-    Source: CAKE (arXiv 2503.12491), section 4.2. Differs: tau1 and tau2, which the paper chooses for each model, are 1;
+    Source: CAKE (arXiv 2503.12491), sections 4.2 and 4.3; window and gamma are the paper's, tau1 and tau2, which it
+    chooses for each model, are 1. Differs:
     layers are cut together at the end of prefill (the paper cuts them in a cascade, to the same result), and budgets
     sum exactly.
     """
 
+    name = "cake"
+    summary = "attention and its variance; layers share by the prompt"
+    source = "arXiv 2503.12491"
     decides_together = True
-    limits = ranges(tau1=Range(0, above=True), tau2=Range(0, above=True))
+    limits = ranges(gamma=Range(0), tau1=Range(0, above=True), tau2=Range(0, above=True))
 
     window_size: int = 32
+    gamma: float = GAMMA
     tau1: float = 1.0
     tau2: float = 1.0
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, H_kv, T)."""
+        return pool(mean_over_groups(mean_plus_variance(inputs, self.gamma), inputs.keys.shape[1]), self.kernel_size)
 
     def observe(self, inputs: LayerInputs) -> Observation:
         """Scores and preference."""
@@ -72,26 +82,6 @@ class PromptShares(SnapKV):
         entropy = -(mean * mean.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(dim=-1).mean(dim=-1)
         restless = variance.sum(dim=-1).mean(dim=-1)
         return entropy.clamp(min=0) ** (1 / self.tau1) * restless ** (1 / self.tau2)
-
-
-@register
-@dataclass(frozen=True)
-class CAKE(PromptShares):
-    """Mean attention plus `gamma` times its variance over the window; layers share by entropy and variance.
-
-    Source: CAKE (arXiv 2503.12491), sections 4.2 and 4.3; window and gamma are the paper's. Differs: as `PromptShares`.
-    """
-
-    name = "cake"
-    summary = "attention and its variance; layers share by the prompt"
-    source = "arXiv 2503.12491"
-    limits = ranges(gamma=Range(0))
-
-    gamma: float = GAMMA
-
-    def score(self, inputs: LayerInputs) -> Tensor:
-        """(B, H_kv, T)."""
-        return pool(mean_over_groups(mean_plus_variance(inputs, self.gamma), inputs.keys.shape[1]), self.kernel_size)
 
 
 def mean_plus_variance(inputs: LayerInputs, gamma: float = GAMMA) -> Tensor:

@@ -53,11 +53,7 @@ def attention_in_pieces(
 
 
 def moments_in_pieces(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance as in `window_statistics`, of attention that comes in pieces: two of (B, H, T) float32.
-
-    Args:
-        pieces: see `attention_in_pieces`.
-    """
+    """`window_moments` of attention that comes in pieces, see `attention_in_pieces`: two of (B, H, T) float32."""
     means, variances, window_size = [], [], 0
     for attention in pieces:
         mean, window_size = attention.mean(dim=2), attention.shape[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from compresskv.system.later import no_grad, torch
 
@@ -194,16 +194,7 @@ def set_first(scores: Tensor, count: int, value: float, valid: Tensor | None) ->
     return scores
 
 
-class WindowStatistics(NamedTuple):
-    """Attention from the window's queries to each token, (B, H_q, T) float32 each; 0 for the window's own tokens."""
-
-    mean: Tensor
-    variance: Tensor
-    peak: Tensor
-    """The most that any query attends."""
-
-
-def window_statistics(
+def window_moments(
     query_window: Tensor,
     keys: Tensor,
     *,
@@ -211,26 +202,22 @@ def window_statistics(
     softcap: float | None = None,
     valid: Tensor | None = None,
     sinks: Tensor | None = None,
-) -> WindowStatistics:
-    """Mean, variance and maximum of attention over the window's queries.
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of attention over the window's queries; 0 for the window's own tokens.
 
     Args: as for `window_attention`.
+    Returns: two of (B, H_q, T) float32.
     """
     attention = window_attention(query_window, keys, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
     window_size = attention.shape[2]
-    mean, peak = attention.mean(dim=2), attention.amax(dim=2)
+    mean = attention.mean(dim=2)
     variance = attention.sub_(mean[:, :, None]).square_().mean(dim=2)
-    return WindowStatistics(*(without_window(values, window_size) for values in (mean, variance, peak)))
+    return without_window(mean, window_size), without_window(variance, window_size)
 
 
 def mean_over_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
     """(B, H_q, T) to (B, H_kv, T): the mean over the query heads that read each KV head."""
     return scores.view(scores.shape[0], num_kv_heads, -1, scores.shape[-1]).mean(dim=2)
-
-
-def peak_over_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
-    """(B, H_q, T) to (B, H_kv, T): the maximum over the query heads that read each KV head."""
-    return scores.view(scores.shape[0], num_kv_heads, -1, scores.shape[-1]).amax(dim=2)
 
 
 def pool(scores: Tensor, kernel_size: int) -> Tensor:
