@@ -35,7 +35,8 @@ def explained(error: Any) -> str:
     if kind == "BadOptionUsage" and "requires" in message:
         return f"{error.option_name} needs a value"
     if getattr(error, "param", None) is not None:
-        problem = "is no whole number" if "integer" in message else f": {message}"
+        whole = "valid int" in message  # "valid integer" from typer 0.29 on
+        problem = "is no whole number" if whole else f": {message}"
         return told(f"{_named(error.param)} {_typed_value(error.param)}".rstrip(), problem)
     return f"{command}: {message[:1].lower()}{message[1:]}"
 
