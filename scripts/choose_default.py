@@ -10,7 +10,7 @@ from compresskv.errors import CompressKVError
 from compresskv.evaluation.configurations import configurations, parse_budgets
 from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.regret import Losses, choose, leave_one_out, losses, worst
-from compresskv.evaluation.run import Evaluation, Plan, parse_rows
+from compresskv.evaluation.run import Evaluation, EvaluationConfig, parse_rows
 from compresskv.methods.registry import parse_methods
 from compresskv.models.load import load
 
@@ -83,7 +83,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _plans(options: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
+def _plans(options: argparse.Namespace) -> Iterator[tuple[str, EvaluationConfig]]:
     """What is run with each model, by the name of its folder."""
     shared = {"answers": options.answers, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
     made = {
@@ -91,16 +91,19 @@ def _plans(options: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
         "lengths": tuple(map(int, options.lengths.split(","))),
         "depths": tuple(map(float, options.depths.split(","))),
     }
-    yield "needle", Plan(tasks=("needle",), subsets=("single", "paraphrase", "multi", "uuid"), **made, **shared)
-    yield "ruler", Plan(tasks=("ruler",), limit=2, **made, **shared)
+    yield (
+        "needle",
+        EvaluationConfig(tasks=("needle",), subsets=("single", "paraphrase", "multi", "uuid"), **made, **shared),
+    )
+    yield "ruler", EvaluationConfig(tasks=("ruler",), limit=2, **made, **shared)
     if options.data is not None:
         read = {
             "data": options.data,
             "rows": parse_rows(options.rows),
             "max_prompt_tokens": options.max_prompt_tokens,
         }
-        yield "longbench", Plan(tasks=("longbench",), subsets=tuple(LONGBENCH.split(",")), **read, **shared)
-        yield "babilong", Plan(tasks=("babilong",), subsets=tuple(BABILONG.split(",")), **read, **shared)
+        yield "longbench", EvaluationConfig(tasks=("longbench",), subsets=tuple(LONGBENCH.split(",")), **read, **shared)
+        yield "babilong", EvaluationConfig(tasks=("babilong",), subsets=tuple(BABILONG.split(",")), **read, **shared)
 
 
 def _known(records: list[Record], candidates: set[str]) -> list[Record]:

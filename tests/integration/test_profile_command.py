@@ -359,7 +359,8 @@ def test_the_embedded_model_is_calibrated_shown_and_verified(tmp_path: Path) -> 
         environment = os.environ | {"COMPRESSKV_CACHE": str(tmp_path / "cache"), "COLUMNS": "80"}
         command = [sys.executable, "-m", "compresskv", "profile", *args]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=550, check=False)
-        assert (done.returncode, done.stderr.decode().replace(FIGURES, "")) == (0, "")
+        told = re.sub(r".* \(\d+ s\)\n", "", done.stderr.decode())  # a slow machine says that it is at work
+        assert (done.returncode, told.replace(FIGURES, "")) == (0, "")
         return done.stdout.decode()
 
     run("smollm2-135m", "--quick", "--lengths", "512", "--depths", "30,70", "-o", "profile.json")

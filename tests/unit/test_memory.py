@@ -44,7 +44,7 @@ def test_the_peak_is_that_since_the_reset() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or not _resettable(), reason="this system cannot reset the peak")
 def test_asking_leaves_the_callers_measurement_alone() -> None:
-    model, tokenizer = tiny.tiny_model("llama"), planted.bytes_tokenizer()
+    model, tokenizer = tiny.build_model("llama"), planted.bytes_tokenizer()
     model.resize_token_embeddings(len(tokenizer))
     _touch()
     before = peak_nbytes(CPU)
