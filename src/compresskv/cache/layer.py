@@ -17,7 +17,7 @@ from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.retain import retained
 from compresskv.errors import CacheStateError
 from compresskv.methods.base import LayerInputs
-from compresskv.models.chunks import chunked_prompt_length, lacks_what_was_read
+from compresskv.models.chunks import chunked_prompt_length, is_generating, lacks_what_was_read
 from compresskv.models.shape import decoder_config
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -40,7 +40,6 @@ class CompressedLayer(RoutedLayer):
     def _forget_prompt(self) -> None:
         self.seen_tokens = 0
         self.in_prefill = True
-        self._num_newest = 0
         self.num_prompt_tokens = 0
         self.num_ahead = 0
         self._full_nbytes = 0
@@ -126,7 +125,8 @@ class CompressedLayer(RoutedLayer):
     def _check_prompt_goes_on(self, num_new: int) -> None:
         """Raise CacheStateError if the prompt ended before `prompt_tokens`, or another one begins."""
         wanted = self._eviction.prompt_tokens
-        if self.in_prefill and wanted is not None and num_new == 1 < self._num_newest and self.seen_tokens + 1 < wanted:
+        unfinished = self.in_prefill and wanted is not None and self.seen_tokens + 1 < wanted
+        if unfinished and num_new == 1 and is_generating():
             raise CacheStateError(
                 f"prompt_tokens={wanted}, but the prompt ended after {self.seen_tokens} tokens: give its exact length"
             )
@@ -135,7 +135,6 @@ class CompressedLayer(RoutedLayer):
                 f"this prompt does not begin with the {self.seen_tokens} tokens that the cache has seen: "
                 "reset() the cache before another prompt"
             )
-        self._num_newest = num_new
 
     def _held(self) -> Store:
         """The store.

@@ -24,6 +24,19 @@ def lacks_what_was_read() -> bool:
     return num_new is not None and num_new <= 0
 
 
+def is_generating() -> bool:
+    """Whether `generate` has read its prompt and goes on with what it generated."""
+    frame: FrameType | None = sys._getframe(1)
+    found = False
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _MODULE:
+            if frame.f_code.co_name == _FUNCTION:
+                return False
+            found = True
+        frame = frame.f_back
+    return found
+
+
 def _prefill() -> dict[str, Any]:
     """The variables of the call that reads a prompt, somewhere below us on the stack; none where there is no such."""
     frame: FrameType | None = sys._getframe(1)
