@@ -24,7 +24,7 @@ from compresskv.system.paths import cache_dir
 from compresskv.system.progress import Progress
 
 if TYPE_CHECKING:
-    from compresskv.models.embedded import EmbeddedModel
+    from compresskv.models.catalogue import EmbeddedModel
 
 
 _CHUNK_NBYTES = 1 << 20
