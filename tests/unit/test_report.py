@@ -14,6 +14,7 @@ pytest.importorskip("scipy", reason="the 'eval' extra is not installed")
 pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")
 
 from commands import runner
+from compresskv.cli import terminal
 from compresskv.cli.report import EPILOG, report
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation import figures
@@ -269,7 +270,7 @@ class TestCommand:
     def test_it_prints_the_overall_table_and_where_the_page_is(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setenv("COLUMNS", "100")
+        monkeypatch.setattr(terminal.out, "_width", 100)
         report([folder])
         shown = capsys.readouterr()
         assert re.search(r"compresskv @ 100 +75\.0.*-8\.3 +\+50\.0 +10\.0", shown.out)
