@@ -13,7 +13,7 @@ from reference import ships_log
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from benchmarks.serving.load import Load, run_load
-from compresskv.peers import vllm as bench
+from compresskv.peers import engines as bench
 from compresskv.serving import scheduler
 from compresskv.serving.counters import counters
 from compresskv.serving.pages import find_layout
