@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import transformers
+from packaging.version import Version
 
 import decoders
 import shrunk
@@ -50,6 +52,8 @@ def test_it_equals_the_masked_reference(model_type: str) -> None:
     outcome = decoders.examine(known(model_type))
     if outcome.reason.endswith(decoders.NEWER):
         pytest.skip("these transformers keep its cache in another class")
+    if model_type == "jamba" and outcome.word == "refused" and Version(transformers.__version__) < Version("5.6"):
+        pytest.skip(f"these transformers build it otherwise: {outcome.reason}")
     assert outcome == decoders.Outcome("works")
 
 
