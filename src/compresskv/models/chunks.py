@@ -1,6 +1,7 @@
 """What transformers' `generate` is reading while a model runs, which it tells neither the model nor its cache."""
 
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -26,22 +27,19 @@ def lacks_what_was_read() -> bool:
 
 def is_generating() -> bool:
     """Whether `generate` has read its prompt and goes on with what it generated."""
-    frame: FrameType | None = sys._getframe(1)
-    found = False
-    while frame is not None:
-        if frame.f_globals.get("__name__") == _MODULE:
-            if frame.f_code.co_name == _FUNCTION:
-                return False
-            found = True
-        frame = frame.f_back
-    return found
+    running = [frame.f_code.co_name for frame in _frames()]
+    return bool(running) and _FUNCTION not in running
 
 
 def _prefill() -> dict[str, Any]:
     """The variables of the call that reads a prompt, somewhere below us on the stack; none where there is no such."""
+    return next((frame.f_locals for frame in _frames() if frame.f_code.co_name == _FUNCTION), {})
+
+
+def _frames() -> Iterator[FrameType]:
+    """The calls of `generate` and its parts that are below us on the stack, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == _FUNCTION and frame.f_globals.get("__name__") == _MODULE:
-            return frame.f_locals
+        if frame.f_globals.get("__name__") == _MODULE:
+            yield frame
         frame = frame.f_back
-    return {}
