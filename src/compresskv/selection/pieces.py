@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from compresskv.selection.scores import window_products, without_window
+from compresskv.selection.scores import moments_over_window, window_products, without_window
 from compresskv.system.later import torch
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ def moments_in_pieces(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """`window_moments` of attention that comes in pieces, see `attention_in_pieces`: two of (B, H, T) float32."""
     means, variances, window_size = [], [], 0
     for attention in pieces:
-        mean, window_size = attention.mean(dim=2), attention.shape[2]
+        window_size = attention.shape[2]
+        mean, variance = moments_over_window(attention)
         means.append(mean)
-        variances.append(attention.sub_(mean[:, :, None]).square_().mean(dim=2))
+        variances.append(variance)
     mean, variance = torch.cat(means, dim=-1), torch.cat(variances, dim=-1)
     return without_window(mean, window_size), without_window(variance, window_size)
 

@@ -210,9 +210,14 @@ def window_moments(
     """
     attention = window_attention(query_window, keys, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
     window_size = attention.shape[2]
-    mean = attention.mean(dim=2)
-    variance = attention.sub_(mean[:, :, None]).square_().mean(dim=2)
+    mean, variance = moments_over_window(attention)
     return without_window(mean, window_size), without_window(variance, window_size)
+
+
+def moments_over_window(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the W queries of (B, H, W, n) attention, which is overwritten: two of (B, H, n)."""
+    mean = attention.mean(dim=2)
+    return mean, attention.sub_(mean[:, :, None]).square_().mean(dim=2)
 
 
 def mean_over_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
