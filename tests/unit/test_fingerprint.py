@@ -1,12 +1,12 @@
 """The identity of a model: the same for every way of loading it, different for other weights."""
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from compresskv.errors import ModelError

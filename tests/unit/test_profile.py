@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
@@ -28,7 +29,7 @@ PROFILE = Profile(
     layer_errors=(0.3, 0.225, 0.475),
     provenance={"torch": "2.13.0", "seed": 7, "lengths": [1024, 2048], "text": "naïve\nlines"},
 )
-IMPORTED = replace(PROFILE, fingerprint=replace(SHAPE, weights=None), traditional_scores=None, num_runs=0)
+IMPORTED = replace(PROFILE, fingerprint=structs.replace(SHAPE, weights=None), traditional_scores=None, num_runs=0)
 
 
 @pytest.mark.parametrize("profile", [PROFILE, IMPORTED])
@@ -49,7 +50,7 @@ def test_round_trip_of_any_numbers(data: st.DataObject) -> None:
     by_set = data.draw(st.dictionaries(st.text(max_size=5), errors, min_size=1, max_size=3))
     profile = Profile(
         model_id=data.draw(st.text(max_size=10)),
-        fingerprint=replace(SHAPE, num_layers=num_layers, num_query_heads=num_heads),
+        fingerprint=structs.replace(SHAPE, num_layers=num_layers, num_query_heads=num_heads),
         layer_indices=tuple(range(num_layers)),
         semantic_scores=data.draw(rows.filter(lambda rows: any(map(any, rows)))),
         traditional_scores=data.draw(st.none() | rows),
@@ -65,7 +66,7 @@ KEYS = [
     *((key,) for key in PROFILE.to_dict()),
     ("model", "id"),
     ("model", "fingerprint"),
-    *(("model", "fingerprint", key) for key in SHAPE.to_dict() if key != "weights"),
+    *(("model", "fingerprint", key) for key in SHAPE.__struct_fields__ if key != "weights"),
     ("layer_errors", "sets"),
     ("layer_errors", "combined"),
 ]
@@ -194,10 +195,10 @@ class TestHeads:
     def test_a_kv_head_is_weighed_by_its_own_best_reader_against_the_whole_models_best(self) -> None:
         """Query heads that read one KV head adjoin: pairs of (0, 2) and (1, 3) would give other weights."""
         scores = ((0.5, 0.0, 1.0, 0.25), (0.0, 0.0, 0.0, 0.0), (0.0, 2.0, 0.0, 0.125))
-        shape = replace(SHAPE, num_query_heads=4, num_kv_heads=2)
+        shape = structs.replace(SHAPE, num_query_heads=4, num_kv_heads=2)
         profile = replace(PROFILE, fingerprint=shape, semantic_scores=scores, traditional_scores=None)
         assert [profile.kv_head_weights(layer) for layer in (0, 2, 5)] == [[0.25, 0.5], [0.0, 0.0], [1.0, 0.0625]]
-        each = replace(profile, fingerprint=replace(shape, num_kv_heads=4))
+        each = replace(profile, fingerprint=structs.replace(shape, num_kv_heads=4))
         assert each.kv_head_weights(0) == [0.25, 0.0, 0.5, 0.125]
         assert PROFILE.kv_head_weights(0) == [pytest.approx(1.25 / 3)]
 
@@ -207,7 +208,7 @@ class TestHeads:
         heads = num_kv_heads * groups
         row = st.lists(st.floats(0, 1e6), min_size=heads, max_size=heads).map(tuple)
         scores = data.draw(st.tuples(row, row, row).filter(lambda rows: any(map(any, rows))))
-        shape = replace(SHAPE, num_query_heads=heads, num_kv_heads=num_kv_heads)
+        shape = structs.replace(SHAPE, num_query_heads=heads, num_kv_heads=num_kv_heads)
         profile = replace(PROFILE, fingerprint=shape, semantic_scores=scores, traditional_scores=None)
         best = max(map(max, scores))
         for layer, own in zip((0, 2, 5), scores, strict=True):

@@ -2,12 +2,12 @@
 
 import json
 import os
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict, replace
 
 from compresskv.errors import DataError
 from compresskv.evaluation.records import Record, RecordLog, read_run
@@ -219,13 +219,13 @@ class TestRead:
     @pytest.mark.parametrize(
         ("row", "told"),
         [
-            ({}, "missing"),
-            ([], "not an object"),
-            ({**asdict(A), "budget": "128"}, 'budget="128" has the wrong type'),
-            ({**asdict(A), "prompt_tokens": True}, "prompt_tokens=true has the wrong type"),
-            ({**asdict(A), "metrics": {"score": None}}, 'metrics={"score": null} has the wrong type'),
-            ({**asdict(A), "prompt_tokens": 0}, "prompt_tokens=0 is not positive"),
-            ({**asdict(A), "nonsense": 1}, "unknown field 'nonsense'"),
+            ({}, "field 'task' is missing"),
+            ([], "it is a list, not an object"),
+            ({**asdict(A), "budget": "128"}, "field 'budget' is text, not a whole number or a number or null"),
+            ({**asdict(A), "prompt_tokens": True}, "field 'prompt_tokens' is true or false, not a whole number"),
+            ({**asdict(A), "metrics": {"score": None}}, "field 'metrics[...]' is null, not a number"),
+            ({**asdict(A), "prompt_tokens": 0}, "field 'prompt_tokens' is not a whole number >= 1"),
+            ({**asdict(A), "nonsense": 1}, "field 'nonsense' is unknown"),
             ({**asdict(A), "kl_divergence": float("nan")}, "NaN is not JSON"),
         ],
     )

@@ -3,12 +3,12 @@
 import json
 import re
 import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 pytest.importorskip("scipy", reason="the 'eval' extra is not installed")
 pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,7 +86,7 @@ def passes(model: PreTrainedModel) -> Iterator[list[int]]:
 
 
 def timeless(record: Record) -> dict[str, Any]:
-    return {name: value for name, value in asdict(record).items() if not name.endswith("_s")}
+    return {name: value for name, value in structs.asdict(record).items() if not name.endswith("_s")}
 
 
 def by_config(records: Iterator[Record]) -> dict[str, Record]:
@@ -227,7 +228,7 @@ class TestAware:
             assert record.kl_divergence == pytest.approx(other.kl_divergence, abs=1e-5)
             without = {"prediction": None, "metrics": {}, "token_ids": None} if name != "full" else {}
             without["kl_divergence"] = record.kl_divergence
-            assert timeless(record) == timeless(replace(other, **without))
+            assert timeless(record) == timeless(structs.replace(other, **without))
 
     def test_the_model_gets_its_attention_back_when_a_method_fails(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The fixture that watches shared models would tell."""
@@ -349,7 +350,7 @@ class TestAgnostic:
         for record in records.values():
             if record.setting == "agnostic":
                 aware = records[record.config.removesuffix(" (agnostic)")]
-                assert timeless(replace(record, setting="aware")) == timeless(aware)
+                assert timeless(structs.replace(record, setting="aware")) == timeless(aware)
 
 
 def test_a_run_without_evicting_methods_is_the_full_cache_alone(tokenizer: PreTrainedTokenizerBase) -> None:

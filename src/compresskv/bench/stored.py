@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from compresskv.bench.limits import Limits
 from compresskv.bench.row import Row
 from compresskv.bench.run import Bench
 from compresskv.errors import ConfigError
+from compresskv.system.convert import convert
 from compresskv.system.files import write_text
 
 _UNFINISHED = "unfinished"
@@ -43,9 +43,7 @@ class StoredRun:
         if stored is None:
             return 0
         with suppress(KeyError, TypeError, ValueError):  # written by hand, or by another version
-            names = [field.name for field in fields(Row)]
-            rows = [Row(**{name: row[name] for name in names}) for row in stored["rows"]]
-            limits = Limits(**stored["limits"])
+            rows, limits = [convert(row, Row) for row in stored["rows"]], convert(stored["limits"], Limits)
             self.peers = dict(stored[_UNFINISHED]["peers"])
             return self._run.take_over(rows, limits, stored["notes"], stages)
         return 0

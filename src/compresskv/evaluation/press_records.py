@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from compresskv.peers.process import run_peers
 
 _ANSWERS = "compresskv.evaluation.press_runner"
 """The module that answers a request."""
-_OWN_FIELDS = {field.name for field in fields(Record)}
+_OWN_FIELDS = set(Record.__struct_fields__)
 
 
 def add_presses(

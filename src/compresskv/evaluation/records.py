@@ -2,15 +2,14 @@
 
 import json
 import warnings
-from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from compresskv.errors import DataError
+from compresskv.system.convert import convert
 from compresskv.system.files import write_text
 from compresskv.system.jsonl_log import JsonlLog, parse_line, split_lines
 
@@ -20,8 +19,7 @@ SETTINGS = ("aware", "agnostic")
 """Whether tokens are chosen with the question in the prompt, or before it comes."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one configuration did on one example. `None` where a figure was not measured or has no meaning."""
 
     task: str
@@ -36,7 +34,7 @@ class Record:
     """'aware': the question was in the prompt when tokens were chosen; 'agnostic': it came after."""
     prompt_sha256: str
     """First 16 hex digits of the hash of the prompt's token ids."""
-    prompt_tokens: int
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1)]
     truncated_tokens: int
     retained_tokens: float
     """Prompt tokens kept, mean over layers and KV heads."""
@@ -45,7 +43,7 @@ class Record:
     kv_nbytes_full: int
     prediction: str | None = None
     """None where no answer was generated."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
     """Task metrics in 0..1, with 'score'; empty where there is no prediction."""
     evidence_recall: float | None = None
     """Share of the evidence tokens retained, mean over layers and KV heads."""
@@ -61,10 +59,10 @@ class Record:
     decode_s: float | None = None
     token_ids: list[int] | None = None
     """The generated tokens."""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = msgspec.field(default_factory=dict)
     """The example's: length, depth, ..."""
     seed: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
     """compresskv, torch, transformers, python, and the model's name and dtype."""
 
     @property
@@ -84,26 +82,12 @@ class Record:
 
     @classmethod
     def from_dict(cls, row: Any) -> "Record":
-        """The record that `dataclasses.asdict` made into `row`.
+        """The record whose fields `row` holds, as JSON has them.
 
         Raises:
             ValueError: it is none; the message names the field.
         """
-        if not isinstance(row, dict):
-            raise ValueError("not an object")
-        hints = _hints()
-        for name, value in row.items():
-            if name not in hints:
-                raise ValueError(f"unknown field {name!r}")
-            if not _fits(value, hints[name]):
-                raise ValueError(f"{name}={json.dumps(value)[:60]} has the wrong type")
-        try:
-            record = cls(**row)
-        except TypeError as error:
-            raise ValueError(str(error).partition(" ")[2]) from None  # 'missing 1 required positional argument: ...'
-        if record.prompt_tokens < 1:
-            raise ValueError(f"prompt_tokens={record.prompt_tokens} is not positive")
-        return record
+        return convert(row, cls)
 
 
 def config_name(method: str, budget: int | float | None, setting: str) -> str:
@@ -190,7 +174,7 @@ class RecordLog:
         if record.key in self._records:
             raise ValueError(f"record {record.key} is in the run already")
         try:
-            self._log.append(asdict(record))
+            self._log.append(msgspec.structs.asdict(record))
         except OSError as error:
             raise self._error(error) from error
         self._records[record.key] = record
@@ -273,23 +257,3 @@ def _told(value: Any) -> str:
         separator = ":" if None in value else ","
         return separator.join("" if one is None else str(one) for one in value)
     return json.dumps(value)
-
-
-@cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(Record)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a field's type; a whole number will do for a float."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(_fits(one, get_args(hint)[1]) for one in value.values())
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
-    if hint is Any:
-        return True
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint

@@ -6,8 +6,10 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec.structs import replace
 
 from compresskv.errors import ModelError
 from compresskv.models.place import weight_of
@@ -23,8 +25,7 @@ _NUM_VALUES = 64
 _SMALLEST = 2.0**-10
 
 
-@dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The identity of a model's weights. `weights` is None where only the shape is known (imported profiles)."""
 
     architecture: str
@@ -44,10 +45,6 @@ class Fingerprint:
         if self.weights is None or other.weights is None:
             return replace(self, weights=None) == replace(other, weights=None)
         return self == other
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in a profile."""
-        return asdict(self)
 
 
 _REMEMBERED = "_compresskv_fingerprint"

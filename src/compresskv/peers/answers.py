@@ -12,7 +12,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from compresskv.errors import CompressKVError, ConfigError, DataError, first_line
+from compresskv.errors import CompressKVError, DataError, first_line
+from compresskv.system.convert import convert
 from compresskv.system.files import write_whole
 
 T = TypeVar("T")
@@ -31,10 +32,10 @@ def read_request(path: Path, kind: type[T]) -> T:
         ConfigError: the request checks itself and cannot work.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as err:
-        if isinstance(err.__cause__, ConfigError):  # what the request says of itself
-            raise err.__cause__ from None
+        return convert(json.loads(path.read_bytes()), kind)
+    except CompressKVError:  # what the request says of itself
+        raise
+    except (OSError, ValueError) as err:
         raise DataError(f"is no request for peers ({first_line(err)})", option="request", value=str(path)) from err
 
 

@@ -3,23 +3,24 @@
 import hashlib
 import json
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.errors import ConfigError, PlanError
+from compresskv.errors import PlanError
 from compresskv.methods.base import LayerInputs, Method
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.selection.budgets import Budget, check_budget
+from compresskv.system.convert import convert
 from compresskv.system.files import write_text
 
 FORMAT = "compresskv-plan"
@@ -39,6 +40,21 @@ class LayerPlan:
     """For each KV head, or once for all of them, the prompt tokens kept, ascending."""
     scores: tuple[Scores, ...]
     """What each was chosen by; None where it is kept whatever its score (recent tokens, sinks, a budget for all)."""
+
+
+class _Prompt(TypedDict):
+    num_tokens: int
+    sha256: str
+
+
+class _Parts(TypedDict):
+    """What a file holds otherwise than a plan does (columns, one list where all layers share it), or must hold."""
+
+    prompt: _Prompt
+    versions: dict[str, str]
+    layers: list[int]
+    positions: list[Any]
+    scores: list[Any]
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,9 @@ class Plan:
 
         Raises:
             PlanError: a layer without positions, or positions that are not ascending prompt tokens.
+            ConfigError: the budget is none.
         """
+        check_budget(self.budget)
         _check(self.num_prompt_tokens > 0 and bool(self.layers), "it has no tokens or no layers")
         indices = [-1, *(layer.layer_idx for layer in self.layers)]
         _check(all(a < b for a, b in pairwise(indices)), "its layers are not ascending numbers of layers")
@@ -142,26 +160,14 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: one list where all layers share it."""
-        data: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.model,
-            "prompt": {"num_tokens": self.num_prompt_tokens, "sha256": self.prompt_sha256},
-            "method": self.method,
-            "budget": list(self.budget) if isinstance(self.budget, tuple) else self.budget,
-            "profile": self.profile,
-            "versions": self.versions,
-            "layers": [layer.layer_idx for layer in self.layers],
-        }
-        first = self.layers[0]
-        if len(first.positions) == 1 and all(
-            (one.positions, one.scores) == (first.positions, first.scores) for one in self.layers
-        ):
-            return data | {"positions": list(first.positions[0]), "scores": list(first.scores[0])}
-        return data | {
-            "positions": [[list(kept) for kept in layer.positions] for layer in self.layers],
-            "scores": [[list(scores) for scores in layer.scores] for layer in self.layers],
-        }
+        own = msgspec.json.decode(msgspec.json.encode(self))
+        layers = own.pop("layers")
+        prompt = {"num_tokens": own.pop("num_prompt_tokens"), "sha256": own.pop("prompt_sha256")}
+        columns = {name: [layer[name] for layer in layers] for name in ("positions", "scores")}
+        if all(len(column[0]) == 1 and all(one == column[0] for one in column) for column in columns.values()):
+            columns = {name: column[0][0] for name, column in columns.items()}
+        indices = [layer["layer_idx"] for layer in layers]
+        return {"format": FORMAT, "version": VERSION, "prompt": prompt, **own, "layers": indices, **columns}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
@@ -174,31 +180,18 @@ class Plan:
         version = data.get("version")
         _check(version is not True and version == VERSION, f"its version is {version!r}, this release reads {VERSION}")
         try:
-            positions, scores = data["positions"], data["scores"]
-            indices = [_integer(layer_idx) for layer_idx in data["layers"]]
+            parts = convert(data, _Parts)
+            indices, positions, scores = parts["layers"], parts["positions"], parts["scores"]
             if positions and not isinstance(positions[0], list):
                 positions, scores = [[positions]] * len(indices), [[scores]] * len(indices)
-            return cls(
-                model=_text(data["model"]),
-                num_prompt_tokens=_integer(data["prompt"]["num_tokens"]),
-                prompt_sha256=_text(data["prompt"]["sha256"]),
-                method=_text(data["method"]),
-                budget=_budget(data["budget"]),
-                profile=None if data["profile"] is None else _text(data["profile"]),
-                layers=tuple(
-                    LayerPlan(
-                        layer_idx,
-                        tuple(tuple(map(_integer, kept)) for kept in own_positions),
-                        tuple(tuple(None if one is None else float(one) for one in row) for row in own_scores),
-                    )
-                    for layer_idx, own_positions, own_scores in zip(indices, positions, scores, strict=True)
-                ),
-                versions=dict(data["versions"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(f"field missing or of the wrong kind: {error}") from error
+            _check(len(indices) == len(positions) == len(scores), "it has not positions and scores for each layer")
+            names = ("layer_idx", "positions", "scores")
+            layers = [dict(zip(names, layer, strict=True)) for layer in zip(indices, positions, scores, strict=True)]
+            prompt = parts["prompt"]
+            flat = {"num_prompt_tokens": prompt["num_tokens"], "prompt_sha256": prompt["sha256"], "layers": layers}
+            return convert({**data, **flat}, cls)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
 
     def write(self, path: str | Path) -> None:
         """Save as JSON.
@@ -271,26 +264,6 @@ class Planned(Method):
             for head, kept in enumerate(own.positions):
                 scores[row, head, [start + position for position in kept]] = 1
         return scores
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{value} is not an integer")
-    return operator.index(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _budget(value: Any) -> int | float | tuple[int, ...]:
-    try:
-        check_budget(value)
-    except ConfigError as error:
-        raise TypeError(str(error)) from None
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(holds: bool, what: str) -> None:

@@ -3,20 +3,40 @@
 import hashlib
 import json
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
+from compresskv.system.convert import convert
 
 FORMAT = "compresskv-profile"
 VERSION = 1
 
 Rows = tuple[tuple[float, ...], ...]
+
+
+class _Model(TypedDict):
+    id: str
+    fingerprint: Fingerprint
+
+
+class _Errors(TypedDict):
+    sets: dict[str, tuple[float, ...]]
+    combined: tuple[float, ...]
+
+
+class _Parts(TypedDict):
+    """What a file holds otherwise than a profile does, or must hold."""
+
+    model: _Model
+    layer_errors: _Errors
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -123,20 +143,13 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
-        traditional = self.traditional_scores
+        own = msgspec.json.decode(msgspec.json.encode(self))
         return {
             "format": FORMAT,
             "version": VERSION,
-            "model": {"id": self.model_id, "fingerprint": self.fingerprint.to_dict()},
-            "layer_indices": list(self.layer_indices),
-            "num_runs": self.num_runs,
-            "semantic_scores": [list(row) for row in self.semantic_scores],
-            "traditional_scores": None if traditional is None else [list(row) for row in traditional],
-            "layer_errors": {
-                "sets": {name: list(errors) for name, errors in self.layer_errors_by_set.items()},
-                "combined": list(self.layer_errors),
-            },
-            "provenance": self.provenance,
+            "model": {"id": own.pop("model_id"), "fingerprint": own.pop("fingerprint")},
+            "layer_errors": {"sets": own.pop("layer_errors_by_set"), "combined": own.pop("layer_errors")},
+            **own,
         }
 
     @classmethod
@@ -147,29 +160,16 @@ class Profile:
             ProfileError: a field is missing, of the wrong kind, or holds numbers that cannot be.
         """
         _check(isinstance(data, dict) and data.get("format") == FORMAT, "format", f"is not {FORMAT!r}")
-        _check(
-            data.get("version") == VERSION,
-            "version",
-            f"is {data.get('version')!r}, this release reads {VERSION}",
-        )
+        version = data.get("version")
+        _check(version == VERSION, "version", f"is {version!r}, this release reads {VERSION}")
         try:
-            traditional = data["traditional_scores"]
-            errors = data["layer_errors"]
-            return cls(
-                model_id=str(data["model"]["id"]),
-                fingerprint=Fingerprint(**data["model"]["fingerprint"]),
-                layer_indices=tuple(map(operator.index, data["layer_indices"])),
-                semantic_scores=_rows(data["semantic_scores"]),
-                traditional_scores=None if traditional is None else _rows(traditional),
-                num_runs=operator.index(data["num_runs"]),
-                layer_errors_by_set={name: _numbers(row) for name, row in errors["sets"].items()},
-                layer_errors=_numbers(errors["combined"]),
-                provenance=dict(data["provenance"]),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            if isinstance(error, ProfileError):
-                raise
-            raise ProfileError(f"profile field missing or of the wrong kind: {error}") from error
+            parts = convert(data, _Parts)
+            model, errors = parts["model"], parts["layer_errors"]
+            flat = {"model_id": model["id"], "fingerprint": model["fingerprint"]}
+            flat |= {"layer_errors_by_set": errors["sets"], "layer_errors": errors["combined"]}
+            return convert({**data, **flat}, cls)
+        except ValueError as error:
+            raise ProfileError(str(error)) from error
 
 
 def l1_normalised(errors: Sequence[float]) -> tuple[float, ...]:
@@ -209,14 +209,6 @@ def _check(holds: bool, name: str, what: str) -> None:
 
 def _usable(numbers: Sequence[float]) -> bool:
     return all(math.isfinite(number) and number >= 0 for number in numbers)
-
-
-def _numbers(row: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(float(number) for number in row)
-
-
-def _rows(rows: Sequence[Sequence[Any]]) -> Rows:
-    return tuple(_numbers(row) for row in rows)
 
 
 def needed_profile(name: str, profile: Profile | None, *, across_layers: bool = False) -> Profile:
