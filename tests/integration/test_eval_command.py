@@ -144,6 +144,9 @@ class TestAddedLater:
     def test_another_option_is_refused_by_name(self, call: Callable[..., Result], tmp_path: Path) -> None:
         call(*QUICK, "-o", tmp_path)
         assert_refused(call(*QUICK, "-o", tmp_path, "--seed", "1"), "--seed 0, not 1", "give another folder")
+        moved = [*QUICK, "--model", "/nowhere/model", "-o", tmp_path]  # found out before the model is looked for
+        assert_refused(call(*moved, "--seed", "1"), "--seed 0, not 1")
+        assert_refused(call(*moved), "--model '/nowhere/model'")
         assert_refused(call(*QUICK, "-o", tmp_path, "--no-answers"), "--answers true, not false")
 
     def test_both_settings(self, call: Callable[..., Result], tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from msgspec.structs import asdict
 from torch import Tensor
 
 import planted
 import tiny
+from compresskv.attention import prefill as attention_prefill
+from compresskv.attention import routing
 from compresskv.errors import CompressKVError, ConfigError, DataError, PromptError
 from compresskv.evaluation import press_records, task
 from compresskv.evaluation.configurations import configurations, parse_budgets
@@ -265,6 +268,8 @@ class TestAnotherPlan:
         run(methods="full")
         before = records()
         Path("a.txt").touch()
+        with pytest.raises(DataError, match=re.escape(told)):
+            toy(**changes).check_folder(Path(FOLDER), planted.model().config._name_or_path)  # before a model is loaded
         with pytest.raises(DataError, match=re.escape(told)) as caught:
             run(toy(**changes))
         assert "\n" not in str(caught.value)
@@ -290,6 +295,9 @@ class TestAnotherPlan:
 
     def test_another_model_is_refused(self) -> None:
         run(methods="full")
+        toy().check_folder(Path(FOLDER), planted.model().config._name_or_path)
+        with pytest.raises(DataError, match=r'model=".*", not "other"'):
+            toy().check_folder(Path(FOLDER), "some/other")
         with pytest.raises(DataError, match="dtype="):
             Evaluation(tiny.build_model("llama").bfloat16(), planted.tokenizer(), toy(), Path(FOLDER))
 
@@ -311,6 +319,47 @@ class TestAnotherPlan:
         with opened(), pytest.raises(DataError, match="in use by another process"):
             opened()
         assert run(methods="full").records == 3
+
+
+class TestPrefill:
+    """Fast reading is for bfloat16 on some processors: it is noted, and a run keeps to it."""
+
+    @pytest.fixture
+    def num_fast(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Lengths of the prompts that were read fast."""
+        lengths: list[int] = []
+        own = routing.causal_attention
+
+        def counted(query: Tensor, *args: Any) -> Tensor:
+            lengths.append(query.shape[2])
+            return own(query, *args)
+
+        monkeypatch.setattr(attention_prefill, "_multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(routing, "causal_attention", counted)
+        return lengths
+
+    @pytest.mark.parametrize(
+        ("asked", "variable", "noted"),
+        [(None, "0", "fast"), (True, "0", "exact"), (None, "1", "exact"), (False, "1", "fast")],
+    )
+    def test_records_note_how_prompts_were_read(
+        self, num_fast: list[int], monkeypatch: pytest.MonkeyPatch, asked: bool | None, variable: str, noted: str
+    ) -> None:
+        monkeypatch.setenv("COMPRESSKV_EXACT_PREFILL", variable)
+        model = tiny.tiny_model("llama", dtype=torch.bfloat16)
+        config = toy(subsets=("long",), exact_prefill=asked)
+        with Evaluation(model, planted.tokenizer(), config, Path(FOLDER)) as evaluation:
+            evaluation.run(configurations(model, parse_methods("methods", "full,snapkv"), [30]), silent)
+        assert {record.versions["prefill"] for record in records()} == {noted}
+        assert bool(num_fast) == (noted == "fast")
+        other = toy(subsets=("long",), exact_prefill=noted == "fast")
+        with pytest.raises(DataError, match=f'prefill="{noted}", not '):
+            Evaluation(model, planted.tokenizer(), other, Path(FOLDER))
+
+    def test_a_model_in_float32_is_always_read_exactly(self, num_fast: list[int]) -> None:
+        run(toy(subsets=("long",)), methods="full")
+        assert {record.versions["prefill"] for record in records()} == {"exact"}
+        assert not num_fast
 
 
 class TestTooLong:

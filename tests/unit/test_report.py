@@ -19,7 +19,7 @@ from compresskv.cli.report import EPILOG, report
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation import figures
 from compresskv.evaluation.records import Record, RecordLog
-from compresskv.evaluation.report import digits, write_pages
+from compresskv.evaluation.report import digits, heading, write_pages
 from compresskv.evaluation.summary import report_data
 
 VERSIONS = {"model": "org/tiny", "dtype": "float32", "torch": "2.13.0"}
@@ -174,6 +174,25 @@ class TestPooled:
         write_pages(report_data([tmp_path / "a", tmp_path / "b"]), tmp_path / "out")
         names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
         assert names == {"tiny-bfloat16-score.png", "tiny-float32-score.png"}
+
+    def test_prompts_read_exactly_and_fast_are_kept_apart_with_peers_beside_both(self, tmp_path: Path) -> None:
+        def read(records: list[Record], prefill: str) -> list[Record]:
+            return [replace(one, versions={**VERSIONS, "dtype": "bfloat16", "prefill": prefill}) for one in records]
+
+        peers = [replace(one, method="kvpress:Press", shared_prefill=False) for one in read(SNAP, "exact")]
+        runs = [run(tmp_path / "a", *peers, *read(SNAP, "fast")), run(tmp_path / "b", *read(SNAP, "exact"))]
+        found = {one["prefill"]: one for one in report_data(runs)["models"]}
+        assert sorted(found) == ["exact", "fast"]
+        for section in found.values():
+            assert {row["method"] for row in section["overall"]["rows"]} == {"snapkv", "kvpress:Press"}
+            assert {row["num_cases"] for row in section["overall"]["rows"]} == {3}
+        assert [heading(one) for one in found.values()] == ["org/tiny (bfloat16)", "org/tiny (bfloat16, fast prefill)"]
+
+    @pytest.mark.parametrize(("dtype", "prefill"), [("float32", "exact"), ("bfloat16", "unknown")])
+    def test_records_that_do_not_note_how_they_were_read(self, tmp_path: Path, dtype: str, prefill: str) -> None:
+        old = [replace(one, versions={**VERSIONS, "dtype": dtype}) for one in SNAP]
+        (section,) = report_data([run(tmp_path / "a", *old)])["models"]
+        assert section["prefill"] == prefill
 
     def test_own_methods_are_among_those_of_the_runs(self, tmp_path: Path) -> None:
         folder = run(tmp_path, *OURS, *SNAP)

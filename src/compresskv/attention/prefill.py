@@ -21,14 +21,22 @@ def exact_by_default() -> bool:
     return os.environ.get("COMPRESSKV_EXACT_PREFILL", "0") not in ("", "0")
 
 
+def reads_exactly(device: torch.device, dtype: torch.dtype, exact_prefill: bool | None = None) -> bool:
+    """Whether prompts are read by PyTorch's attention alone: that is asked for, or nothing else is meant for these.
+
+    Args:
+        exact_prefill: as for `compressing`.
+    """
+    asked = exact_by_default() if exact_prefill is None else exact_prefill
+    return asked or device.type != "cpu" or dtype != torch.bfloat16 or not _multiplies_bfloat16()
+
+
 def is_faster(query: Tensor, keys: Tensor) -> bool:
     """Whether `causal_attention` is meant for these: a whole prompt, and a processor that multiplies bfloat16."""
     return (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        not reads_exactly(query.device, query.dtype, exact_prefill=False)
         and query.shape[2] == keys.shape[2]
         and _LEAST_TOKENS <= keys.shape[2] <= _MOST_TOKENS
-        and _multiplies_bfloat16()
         and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
     )
 

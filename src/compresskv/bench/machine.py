@@ -1,4 +1,4 @@
-"""What a result names beside its figures: versions, and the machine they were measured on."""
+"""What a result names beside its figures: the model, and the machine they were measured on."""
 
 import os
 import platform
@@ -6,24 +6,12 @@ import sys
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from compresskv.models.quantize import weights_dtype
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.system import memory
 from compresskv.system.processor import processor_name
-from compresskv.version import __version__
-
-
-def versions() -> dict[str, str]:
-    """Of what was measured."""
-    return {
-        "compresskv": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def machine(device: torch.device) -> dict[str, Any]:

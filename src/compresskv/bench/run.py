@@ -11,11 +11,12 @@ from torch import Tensor
 from compresskv.bench.config import BenchConfig, Stage, within_budget
 from compresskv.bench.contender import PLAIN, Contender
 from compresskv.bench.limits import Limits, decode_nbytes, measure_limits, prefill_flop
-from compresskv.bench.machine import describe, machine, versions
+from compresskv.bench.machine import describe, machine
 from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
 from compresskv.errors import ModelError, first_line
+from compresskv.system.libraries import versions
 from compresskv.system.progress import Progress
 
 

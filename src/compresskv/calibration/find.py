@@ -4,13 +4,10 @@ Both take the same documents, prefilled once for all their questions. Layer erro
 choose, so they come second, on a few documents that are read again.
 """
 
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
@@ -23,8 +20,8 @@ from compresskv.models.quantize import weights_dtype
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.profiles.profile import Profile, combined
 from compresskv.prompts.prompt import context_length
+from compresskv.system.libraries import versions
 from compresskv.system.progress import Progress
-from compresskv.version import __version__
 
 
 @dataclass
@@ -101,12 +98,7 @@ def _provenance(model: PreTrainedModel, profiler: Measurement, runs: list[dict[s
         "runs_succeeded": succeeded,
         "runs_failed": len(runs) - succeeded,
         "dtype": weights_dtype(model),
-        "versions": {
-            "compresskv": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -81,6 +81,10 @@ def evaluate(
         ),
     ] = "tokens",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    exact_prefill: Annotated[
+        bool | None,
+        typer.Option(help="Read prompts by PyTorch's attention alone. Default: what COMPRESSKV_EXACT_PREFILL says."),
+    ] = None,
     profile: ProfileOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -115,6 +119,7 @@ def evaluate(
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         answers=answers,
+        exact_prefill=exact_prefill,
     )
     chosen_methods, chosen_budgets = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets)
     chosen_settings = parse_names("settings", settings, SETTINGS)
@@ -122,6 +127,7 @@ def evaluate(
         read_profile(profile)
     request = PressRequest(model, (), split_names(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
     python = _python_of_peers() if peers else None
+    config.check_folder(output, model)
     with Bar() as bar:
         from compresskv.models.load import load
 

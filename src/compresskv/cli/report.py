@@ -53,7 +53,7 @@ def report(
 
 def _overall(section: dict[str, Any]) -> Table:
     """The overall table, without what a terminal of 100 columns has no room for."""
-    from compresskv.evaluation.report import COLUMNS
+    from compresskv.evaluation.report import COLUMNS, heading
 
     overall = section["overall"]
     rows, tasks = overall["rows"], overall["tasks"]
@@ -66,7 +66,7 @@ def _overall(section: dict[str, Any]) -> Table:
         del cells["tasks"]
     cells = {title: column for title, column in cells.items() if any(column)}
     numbers = [column for column in cells if column != "configuration"]
-    table = new_table(*cells, numbers=numbers, title=f"{section['model']} ({section['dtype']})\n{name}")
+    table = new_table(*cells, numbers=numbers, title=f"{heading(section)}\n{name}")
     table.columns[0].min_width = 18
     for at, row in enumerate(rows):
         table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)

@@ -49,14 +49,18 @@ class CapturedPrompt:
     Batches of one prompt, without padding. All of it happens inside `routing(model)`.
     """
 
-    def __init__(self, model: PreTrainedModel, window_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, window_size: int, *, exact_prefill: bool | None = None) -> None:
         """Make an empty one.
 
         Args:
             window_size: the largest observation window of the methods to come, what they look ahead at included.
+            exact_prefill: as for `compressing`.
         """
         self._model = model
         self.cache = FullCache(model, lambda layer_idx, _: WindowLayer(layer_idx, model, window_size))
+        if exact_prefill is not None:
+            for layer in self.cache.routed:
+                layer.exact_prefill = exact_prefill
         self.input_ids: list[int] = []
 
     def read(self, input_ids: Sequence[int]) -> Tensor:

@@ -63,7 +63,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The example's: length, depth, ..."""
     seed: int = 0
     versions: dict[str, str] = msgspec.field(default_factory=dict)
-    """compresskv, torch, transformers, python, and the model's name and dtype."""
+    """compresskv, torch, transformers, python, the model's name and dtype; how it was read: 'prefill', where noted."""
 
     @property
     def config(self) -> str:
@@ -126,7 +126,7 @@ class RecordLog:
         except OSError as error:
             raise self._error(error) from error
         try:
-            self._claim(json.loads(json.dumps(configuration, allow_nan=False)))
+            self._claim(configuration)
             self._log = JsonlLog(folder / _RECORDS, Record.from_dict)
         except OSError as error:
             self.close()
@@ -185,21 +185,46 @@ class RecordLog:
 
     def _claim(self, configuration: dict[str, Any]) -> None:
         """Compare with run.json, or write it."""
-        path, records = self._folder / _CONFIGURATION, self._folder / _RECORDS
-        if not path.exists():
-            if records.exists() and records.stat().st_size:
-                problem = f"has {_RECORDS} but no {_CONFIGURATION}: give another folder"
-                raise DataError(problem, option="output", value=str(self._folder))
-            write_text(path, json.dumps(configuration, indent=1) + "\n")
-            return
-        difference = _difference(_read_configuration(path), configuration)
-        if difference is not None:
-            option, old, new = difference
-            problem = f"was made with {option}={_told(old)}, not {_told(new)}: give another folder"
-            raise DataError(problem, option="output", value=str(self._folder))
+        if not _compare(self._folder, configuration, is_whole=True):
+            write_text(self._folder / _CONFIGURATION, json.dumps(configuration, indent=1, allow_nan=False) + "\n")
 
     def _error(self, error: OSError) -> DataError:
-        return DataError(f"cannot keep records: {error.strerror}", option="output", value=str(self._folder))
+        return _unusable(self._folder, error)
+
+
+def check_run(folder: Path, known: dict[str, Any]) -> None:
+    """Refuse a folder that belongs to another run. Nothing is made or locked.
+
+    Args:
+        known: what is known so far of the configuration to come, JSON values only.
+    Raises:
+        DataError: as `RecordLog` does.
+    """
+    try:
+        _compare(folder, known, is_whole=False)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _compare(folder: Path, configuration: dict[str, Any], *, is_whole: bool) -> bool:
+    """Whether the folder holds a run, of the same configuration; what that one lacks counts if it `is_whole`."""
+    path, records = folder / _CONFIGURATION, folder / _RECORDS
+    if not path.exists():
+        if records.exists() and records.stat().st_size:
+            problem = f"has {_RECORDS} but no {_CONFIGURATION}: give another folder"
+            raise DataError(problem, option="output", value=str(folder))
+        return False
+    old, new = _read_configuration(path), json.loads(json.dumps(configuration, allow_nan=False))
+    difference = _difference(old, new if is_whole else {**old, **new})
+    if difference is not None:
+        option, before, after = difference
+        problem = f"was made with {option}={_told(before)}, not {_told(after)}: give another folder"
+        raise DataError(problem, option="output", value=str(folder))
+    return True
+
+
+def _unusable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"cannot keep records: {error.strerror}", option="output", value=str(folder))
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:

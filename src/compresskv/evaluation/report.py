@@ -95,8 +95,14 @@ def write_pages(data: dict[str, Any], output: Path) -> Path:
     return path
 
 
+def heading(section: dict[str, Any]) -> str:
+    """What a section is about: the model, its dtype, and how prompts were read, if not exactly."""
+    read = "" if section["prefill"] == "exact" else f", {section['prefill']} prefill"
+    return f"{section['model']} ({section['dtype']}{read})"
+
+
 def _section(section: dict[str, Any], drawn: dict[str, Path]) -> list[str]:
-    lines = [f"## {section['model']} ({section['dtype']})", "", *_header(section)]
+    lines = [f"## {heading(section)}", "", *_header(section)]
     groups = [table for table in section["groups"] if len(table["tasks"]) > 1]
     overall = section["overall"]
     if len(overall["tasks"]) > 1:

@@ -1,31 +1,29 @@
 """A whole evaluation: examples of several tasks, every configuration, records on disk, peers beside them."""
 
-import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresskv.attention.prefill import reads_exactly
 from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.evaluation.encode import encode
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.jsonl import task_folder
 from compresskv.evaluation.press_records import add_presses
 from compresskv.evaluation.press_request import PressRequest
-from compresskv.evaluation.records import RecordLog
+from compresskv.evaluation.records import RecordLog, check_run
 from compresskv.evaluation.runner import Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings, create_task
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.prompts.prompt import room_for_prompt
+from compresskv.system.libraries import versions
 from compresskv.system.progress import Progress
 from compresskv.system.suggest import suggestion
-from compresskv.version import __version__
 
 TOO_LONG = ("cut", "skip")
 
@@ -52,6 +50,8 @@ class EvaluationConfig:
     """Shortens the benchmark's own answer lengths; None leaves them."""
     answers: bool = True
     """Whether compressed caches decode answers."""
+    exact_prefill: bool | None = None
+    """As for `compressing`. What comes of it on this machine is what a run must keep to, and records note it."""
 
     def __post_init__(self) -> None:
         for option in ("lengths", "depths"):
@@ -105,7 +105,17 @@ class EvaluationConfig:
     def to_dict(self) -> dict[str, Any]:
         """For run.json: paths by their names alone, so that a run can be resumed from another folder."""
         paths = {"data": None if self.data is None else self.data.name, "haystack": [p.name for p in self.haystack]}
-        return {**asdict(self), **paths}
+        return {name: value for name, value in asdict(self).items() if name != "exact_prefill"} | paths
+
+    def check_folder(self, folder: Path, model: str) -> None:
+        """Refuse the folder of another run, as far as that shows before a model is loaded.
+
+        Args:
+            model: what it will be loaded by.
+        Raises:
+            DataError: naming what differs.
+        """
+        check_run(folder, {**self.to_dict(), **versions(), "model": Path(model).name})
 
 
 @dataclass
@@ -140,7 +150,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             PromptError: a prompt cannot be cut to the limit.
         """
         self._model, self._tokenizer, self._config = model, tokenizer, config
-        self._versions = versions(model)
+        self._versions = _named(model, config.exact_prefill)
         configuration = {
             **config.to_dict(),
             **self._versions,
@@ -193,7 +203,8 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             DataError: the run holds records of other prompts or of another profile.
         """
         self._check_profiles(configurations)
-        runner = Runner(self._model, self._tokenizer, self._config.seed, self._config.answers, self._versions)
+        config = self._config
+        runner = Runner(self._model, self._tokenizer, config.seed, config.answers, self._versions, config.exact_prefill)
         for number, case in enumerate(self.cases):
             example = case.example
             self.log.check_prompt(example.task, example.id, case.prompt.sha256)
@@ -219,7 +230,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
 
     def run_peers(self, python: Path, request: PressRequest, progress: Progress) -> None:
         """Run kvpress presses on the same cases; those that fail are counted by name."""
-        shared = {"seed": self._config.seed, "versions": self._versions}
+        shared = {"seed": self._config.seed, "versions": {**self._versions, "prefill": "exact"}}
         for fraction, failure in add_presses(python, request, self.cases, self.log, self._tokenizer, shared):
             progress("peers", fraction)
             if failure is None:
@@ -252,13 +263,11 @@ def parse_rows(text: str) -> tuple[int | None, int | None, int | None]:
     return start, stop, step
 
 
-def versions(model: PreTrainedModel) -> dict[str, str]:
+def _named(model: PreTrainedModel, exact_prefill: bool | None) -> dict[str, str]:
     """What a record names beside its figures."""
     return {
-        "compresskv": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "model": Path(model.config._name_or_path).name,
         "dtype": weights_dtype(model),
+        "prefill": "exact" if reads_exactly(model.device, model.dtype, exact_prefill) else "fast",
     }

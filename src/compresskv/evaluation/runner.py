@@ -74,6 +74,8 @@ class Runner:
     answers: bool = True
     """Whether compressed caches decode an answer; without, only recall and fidelity are measured."""
     versions: dict[str, str] = field(default_factory=dict)
+    exact_prefill: bool | None = None
+    """As for `compressing`."""
 
     def run(self, case: Case, configurations: Sequence[Configuration]) -> Iterator[Record]:
         """One record for each configuration, in order, from one prefill."""
@@ -96,7 +98,7 @@ class _Reading:
 
     def records(self, configurations: Sequence[Configuration]) -> Iterator[Record]:
         runner, prompt = self._runner, self._case.prompt
-        captured = CapturedPrompt(runner.model, self._window_size)
+        captured = CapturedPrompt(runner.model, self._window_size, exact_prefill=runner.exact_prefill)
         document = None
         start = self._now()
         if any(configuration.setting == "agnostic" for configuration in configurations):

@@ -16,6 +16,10 @@ _SAME_BYTES = 1.1
 
 CaseKey = tuple[str, str]  # example and prompt: another seed or length makes another case
 Cases = dict[CaseKey, Record]
+Records = dict[tuple[str, str, CaseKey], Record]
+"""By task, configuration and case."""
+Read = tuple[str, str, str]
+"""Model, dtype, and how prompts were read: 'exact', 'fast' or 'unknown'."""
 Row = dict[str, Any]
 Table = dict[str, Any]
 
@@ -34,8 +38,9 @@ _MEANS: dict[str, Callable[[Record], float | None]] = {
 def report_data(folders: Sequence[Path], own: Iterable[str] | None = None) -> dict[str, Any]:
     """Everything that a report says, JSON values only. Scores and shares are 0..1.
 
-    The runs' records are pooled; of the same case and configuration in two runs, the later run counts. Models, and
-    dtypes of a model, are kept apart. A mean over tasks weighs each task alike.
+    The runs' records are pooled; of the same case and configuration in two runs, the later run counts. Models, dtypes
+    of a model, and prompts read exactly and fast are kept apart; peers, which read exactly, stand beside either. A mean
+    over tasks weighs each task alike.
 
     Args:
         own: methods to compare with the best of the others; None: those that are `ours`.
@@ -43,17 +48,27 @@ def report_data(folders: Sequence[Path], own: Iterable[str] | None = None) -> di
         DataError: a folder holds no run, or a malformed one, or there is no record at all.
         ConfigError: scipy is missing, or no record is of one of the `own` methods.
     """
-    pooled: dict[tuple[str, str], dict[tuple[str, str, CaseKey], Record]] = defaultdict(dict)
-    for folder in folders:
-        for record in read_run(folder)[1]:
-            model = record.versions.get("model", "unknown model"), record.versions.get("dtype", "unknown dtype")
-            case = record.example, record.prompt_sha256
-            pooled[model][record.task, record.config, case] = record
+    pooled = _pooled([record for folder in folders for record in read_run(folder)[1]])
     if not pooled:
         raise DataError(f"no records yet in {', '.join(map(repr, map(str, folders)))}")
     compared = _own_methods(own, {record.method for records in pooled.values() for record in records.values()})
-    sections = [_section(*model, records, compared) for model, records in sorted(pooled.items())]
+    sections = [_section(*read, records, compared) for read, records in sorted(pooled.items())]
     return {"runs": [str(folder) for folder in folders], "models": sections}
+
+
+def _pooled(records: Sequence[Record]) -> dict[Read, Records]:
+    pooled: dict[Read, Records] = defaultdict(dict)
+    for record in sorted(records, key=lambda one: not one.shared_prefill):  # stable; peers come last
+        read = _read(record)
+        beside = [read] if record.shared_prefill else [other for other in pooled if other[:2] == read[:2]]
+        for one in beside or [read]:
+            pooled[one][record.task, record.config, (record.example, record.prompt_sha256)] = record
+    return pooled
+
+
+def _read(record: Record) -> Read:
+    model, dtype = record.versions.get("model", "unknown model"), record.versions.get("dtype", "unknown dtype")
+    return model, dtype, record.versions.get("prefill", "unknown" if dtype == "bfloat16" else "exact")
 
 
 def _own_methods(own: Iterable[str] | None, known: set[str]) -> frozenset[str]:
@@ -66,9 +81,7 @@ def _own_methods(own: Iterable[str] | None, known: set[str]) -> frozenset[str]:
     return frozenset(own)
 
 
-def _section(
-    model: str, dtype: str, records: dict[tuple[str, str, CaseKey], Record], own: frozenset[str]
-) -> dict[str, Any]:
+def _section(model: str, dtype: str, prefill: str, records: Records, own: frozenset[str]) -> dict[str, Any]:
     cells: dict[str, dict[str, Cases]] = defaultdict(lambda: defaultdict(dict))  # task -> configuration -> case
     for (task, config, case), record in records.items():
         cells[task][config][case] = record
@@ -86,6 +99,7 @@ def _section(
     return {
         "model": model,
         "dtype": dtype,
+        "prefill": prefill,
         **_counts(list(records.values())),
         "overall": overall,
         "groups": group_tables,

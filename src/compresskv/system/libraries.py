@@ -1,0 +1,18 @@
+"""What computed a result."""
+
+import platform
+
+import torch
+import transformers
+
+from compresskv.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """Of this package and what it rests on, as results name them."""
+    return {
+        "compresskv": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
