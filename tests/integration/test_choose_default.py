@@ -9,7 +9,6 @@ import pytest
 import planted
 from compresskv.evaluation.records import read_run
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "choose_default.py"
 CANDIDATES = ["snapkv[window_size=16,kernel_size=15]", "streaming_llm"]
 
 
@@ -27,7 +26,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     monkeypatch.chdir(place)
     options = ["--haystack", "haystack.txt", "--lengths", "1000", "--depths", "50", "--budgets", "40"]
     monkeypatch.setattr(sys, "argv", ["x", "first", "second", *options, "--candidates", ",".join(CANDIDATES)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    runpy.run_module("benchmarks.choice", run_name="__main__")
     return capfd.readouterr().out
 
 

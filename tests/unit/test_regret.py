@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.choice.regret import NEGLIGIBLE, Cell, choose, leave_one_out, losses, worst
 from compresskv.evaluation.records import Record
-from compresskv.evaluation.regret import NEGLIGIBLE, Cell, choose, leave_one_out, losses, worst
 
 HIGH = 10.0  # losses that NEGLIGIBLE hardly changes
 

@@ -1,15 +1,16 @@
-"""Candidate settings on several models: what each loses where, and which to choose by the worst case."""
+"""`scripts/choose-default`: what candidate settings lose on several models, and which to choose by the worst case."""
 
 import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from benchmarks.choice.regret import Losses, choose, leave_one_out, losses, worst
 from compresskv import defaults
 from compresskv.errors import CompressKVError
 from compresskv.evaluation.configurations import configurations, parse_budgets
 from compresskv.evaluation.records import Record, read_run
-from compresskv.evaluation.regret import Losses, choose, leave_one_out, losses, worst
 from compresskv.evaluation.run import Evaluation, EvaluationConfig, parse_rows
 from compresskv.methods.registry import parse_methods
 from compresskv.models.load import load
@@ -86,7 +87,7 @@ def _options() -> argparse.Namespace:
 def _plans(options: argparse.Namespace) -> Iterator[tuple[str, EvaluationConfig]]:
     """What is run with each model, by the name of its folder."""
     shared = {"answers": options.answers, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
-    made = {
+    made: dict[str, Any] = {
         "haystack": tuple(options.haystack),
         "lengths": tuple(map(int, options.lengths.split(","))),
         "depths": tuple(map(float, options.depths.split(","))),
@@ -97,7 +98,7 @@ def _plans(options: argparse.Namespace) -> Iterator[tuple[str, EvaluationConfig]
     )
     yield "ruler", EvaluationConfig(tasks=("ruler",), limit=2, **made, **shared)
     if options.data is not None:
-        read = {
+        read: dict[str, Any] = {
             "data": options.data,
             "rows": parse_rows(options.rows),
             "max_prompt_tokens": options.max_prompt_tokens,

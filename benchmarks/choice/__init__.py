@@ -1,0 +1,1 @@
+"""Which settings to make the default: candidates on several models, judged by the worst case."""
