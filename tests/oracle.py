@@ -112,10 +112,21 @@ def masking(model: PreTrainedModel, evictions: Evictions) -> Iterator[None]:
     config = decoder_config(model)
     own, config._attn_implementation = config._attn_implementation, "oracle_eager"
     try:
-        with evicted(evictions):
+        with evicted(_with_readers(config, evictions)):
             yield
     finally:
         config._attn_implementation = own
+
+
+def _with_readers(config: Any, evictions: Evictions) -> Evictions:
+    """Layers without keys of their own read those of the last layer of their kind that has some, and miss the same."""
+    num_own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    extended = dict(evictions)
+    for layer in range(num_own, config.num_hidden_layers):
+        own = [source for source in range(num_own) if config.layer_types[source] == config.layer_types[layer]]
+        if own[-1] in evictions:
+            extended[layer] = evictions[own[-1]]
+    return extended
 
 
 def _masked_eager_attention(

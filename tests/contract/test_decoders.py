@@ -13,6 +13,7 @@ WORKING = [
     "gemma3",  # windows, and a model inside a model
     "jamba",
     "gemma4_text",  # heads that differ between layers
+    "gemma3n_text",  # layers that attend to the keys of others
     "llama4_text",  # chunked attention beside full
     "cohere2",  # a window in most layers
     "lfm2_moe",  # convolutions between attention layers

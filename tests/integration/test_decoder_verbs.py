@@ -17,7 +17,7 @@ from compresskv.methods.snapkv import SnapKV
 from compresskv.models.shape import compressible_layers
 from compresskv.profiles.profile import Profile
 
-TYPES = ["gpt_oss", "gemma4_text", "llama4", "qwen3_next", "lfm2_moe", "qwen2_5_vl"]
+TYPES = ["gpt_oss", "gemma4_text", "gemma3n_text", "llama4", "qwen3_next", "lfm2_moe", "qwen2_5_vl"]
 
 
 def saved(model_type: str, folder: Path) -> Path:

@@ -9,6 +9,7 @@ identity: it holds for several caches of one model, for threads, and for models 
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from compresskv.models.shape import decoder_config
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 _updated = threading.local()  # .layer: the Routed that this thread updated last and that awaits its attention
+_shared = threading.local()  # .pairs: weak references to keys that later layers attend to as well, and to their Routed
 
 
 class Routed(Protocol):
@@ -40,6 +42,8 @@ class Routed(Protocol):
     """The same of the values."""
     awaits_attention: bool
     """Whether what was stored last has not been attended to."""
+    shares_keys: bool
+    """Whether later layers of the model, which have none of their own, may attend to its keys."""
     exact_prefill: bool
     """Whether prompts are read by the model's own attention function even where `causal_attention` is faster."""
 
@@ -53,6 +57,22 @@ class Routed(Protocol):
             query: (B, H_q, T_new, D), post-RoPE.
             mask: (B, 1, T_new, columns) bool or additive float; None where nothing is masked but the future.
             kwargs: the attention module, and what it gave to the attention function (scaling, softcap, ...).
+        """
+
+    def attend_shared(
+        self,
+        attention: AttentionFunction,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for a later layer that is handed these keys and values of this one; it evicts nothing.
+
+        Args:
+            query: (B, H_q, T_last, D), of the last of the new tokens: some models read no others there.
+            keys, values: what this layer's last update returned.
         """
 
 
@@ -84,14 +104,13 @@ def _attention_forward(
     """The registered function: the layer's `attend` where the keys are a routed layer's, else the base function."""
     function = _base_function(base, type(module))  # type: ignore[arg-type]  # torch's stubs hide type.__hash__
     layer: Routed | None = getattr(_updated, "layer", None)
-    if layer is None or layer.keys is not key:
+    is_own = layer is not None and layer.keys is key
+    if not is_own:
+        layer = _sharing(key)
+    if layer is None:
         return function(module, query, key, value, attention_mask, **kwargs)
-    if layer.values is not value:
-        raise ModelError(f"layer {layer.layer_idx}: this model changes values between cache and attention{CANNOT}")
-    if attention_mask is not None and attention_mask.shape[1] > 1:
-        raise ModelError(f"layer {layer.layer_idx}: this model masks each of its attention heads on its own{CANNOT}")
-    _updated.layer = None
-    layer.awaits_attention = False
+    if is_own:
+        _take_over(layer, value, attention_mask)
 
     plain = base == "sdpa" and is_plain(module, **kwargs)
     is_causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
@@ -103,7 +122,35 @@ def _attention_forward(
             return causal_attention(query, key, value, kwargs.get("scaling")), None
         return function(module, query, key, value, mask, **kwargs)
 
-    return layer.attend(attention, query, attention_mask, module=module, **kwargs)
+    if is_own:
+        return layer.attend(attention, query, attention_mask, module=module, **kwargs)
+    return layer.attend_shared(attention, query, key, value, attention_mask, module=module)
+
+
+def _take_over(layer: Routed, value: Tensor, mask: Tensor | None) -> None:
+    """Let a layer attend to what it stored last, and note it where later layers do so, too.
+
+    Raises:
+        ModelError: the model's attention is not one over these values alone.
+    """
+    if layer.values is not value:
+        raise ModelError(f"layer {layer.layer_idx}: this model changes values between cache and attention{CANNOT}")
+    if mask is not None and mask.shape[1] > 1:
+        raise ModelError(f"layer {layer.layer_idx}: this model masks each of its attention heads on its own{CANNOT}")
+    _updated.layer = None
+    layer.awaits_attention = False
+    if layer.shares_keys:
+        kept = [pair for pair in getattr(_shared, "pairs", []) if pair[0]() is not None]
+        _shared.pairs = [*kept, (weakref.ref(layer.keys), weakref.ref(layer))]
+
+
+def _sharing(key: Tensor) -> Routed | None:
+    """The layer whose last update returned these keys, where it is not that layer's own attention that has them."""
+    for keys, layer in getattr(_shared, "pairs", []):
+        if keys() is key:
+            found: Routed | None = layer()
+            return found
+    return None
 
 
 def is_plain(

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 
 from compresskv.errors import ModelError
-from compresskv.models.shape import compressible_layers, decoder_config
+from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
 
 BASES = ("eager", "sdpa")
 """The attention implementations that a model may have when it is given a compressed cache."""
@@ -41,8 +41,8 @@ def check_supported(model: PreTrainedModel) -> None:
         )
     if not _uses_default_cache(model):
         raise ModelError(f"{name} uses a cache of its own, which cannot be compressed{_newer(config)}")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ModelError(f"{name} shares KV caches between layers, which is not supported")
+    if shares_keys(config):
+        _check_sharing(name, model)
     newer, older = "is_activation_checkpointing", "is_gradient_checkpointing"
     if model.training and getattr(model, newer if hasattr(type(model), newer) else older, False):
         raise ModelError(f"{name} is trained with gradient checkpointing, which drops the cache: call model.eval()")
@@ -58,6 +58,15 @@ def check_supported(model: PreTrainedModel) -> None:
 def best_implementation(model_class: Any) -> str:
     """'sdpa', or 'eager' where the class says that sdpa cannot compute its attention."""
     return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+
+
+def _check_sharing(name: str, model: PreTrainedModel) -> None:
+    """Raise ModelError where layers are not handed the very keys of those that they share them with."""
+    if not hasattr(cache_utils, "DummyLayer"):
+        kind = "a cache of its own, which shares keys between layers and"
+        raise ModelError(f"{name} uses {kind} cannot be compressed: newer transformers may have none")
+    if len(set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}) > 1:
+        raise ModelError(f"{name} shares keys between layers that lie on several devices{CANNOT}")
 
 
 def _uses_default_cache(model: PreTrainedModel) -> bool:

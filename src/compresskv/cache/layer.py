@@ -170,6 +170,20 @@ class CompressedLayer(RoutedLayer):
             self._observe(query, mask, **kwargs)
         return output
 
+    def attend_shared(
+        self,
+        attention: AttentionFunction,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of a later layer: over all of the prompt while it is read, then over what is stored."""
+        if keys.shape[2] == self.seen_tokens:  # nothing was evicted before this pass
+            return super().attend_shared(attention, query, keys, values, mask)
+        return self._held().attend(attention, kwargs["module"], query, mask)
+
     @torch.no_grad()
     def _observe(
         self,

@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from compresskv.attention.prefill import exact_by_default
 from compresskv.attention.routing import AttentionFunction, await_attention, is_routed
 from compresskv.attention.support import CANNOT
+from compresskv.cache.masks import causal_mask
 from compresskv.errors import CacheStateError, ModelError
-from compresskv.models.shape import compressible_layers, decoder_config
+from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
 
 
 class RoutedLayer(DynamicLayer):
@@ -24,6 +25,7 @@ class RoutedLayer(DynamicLayer):
         self.layer_idx = layer_idx
         self._model_config = model_config
         self.awaits_attention = False
+        self.shares_keys = shares_keys(model_config)
         self.exact_prefill = exact_by_default()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
@@ -73,6 +75,15 @@ class RoutedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Run `attention(query, mask)` over this layer's keys and values; see `Routed.attend`."""
         return attention(query, *self.stored(), mask)
+
+    def attend_shared(
+        self, attention: AttentionFunction, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run `attention` for a later layer over all of these keys and values; see `Routed.attend_shared`."""
+        num_last, num_keys = query.shape[2], keys.shape[2]
+        if mask is None and 1 < num_last < num_keys:
+            mask = causal_mask(num_last, num_keys, query.device)
+        return attention(query, keys, values, mask)
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """The keys and values held, (B, H_kv, stored, D) each.

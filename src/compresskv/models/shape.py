@@ -37,12 +37,22 @@ def heads_of(config: PretrainedConfig, layer_idx: int) -> Heads:
     )
 
 
+def shares_keys(config: PretrainedConfig) -> bool:
+    """Whether some layers of a decoder with this config attend to the keys of others, as in Gemma 3n."""
+    return bool(getattr(config, "num_kv_shared_layers", 0))
+
+
 def full_attention_layers(config: PretrainedConfig) -> list[int]:
     """The numbers of the layers that attend to the whole prompt, in a decoder with this config."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicLayer
 
-    layers = DynamicCache(config=config).layers
-    return [layer_idx for layer_idx, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    return [layer_idx for layer_idx, kind in enumerate(_layer_kinds(config)) if kind is DynamicLayer]
+
+
+def _layer_kinds(config: PretrainedConfig) -> list[type]:
+    from transformers.cache_utils import DynamicCache
+
+    return [type(layer) for layer in DynamicCache(config=config).layers]
 
 
 def compressible_layers(model: PreTrainedModel) -> list[int]:
@@ -51,7 +61,10 @@ def compressible_layers(model: PreTrainedModel) -> list[int]:
     Raises:
         ModelError: there is none.
     """
-    indices = full_attention_layers(decoder_config(model))
+    config = decoder_config(model)
+    indices = full_attention_layers(config)
     if not indices:
-        raise ModelError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress")
+        both = any("AndFullAttention" in kind.__name__ for kind in _layer_kinds(config))
+        problem = "only such as are linear attention as well" if both else "so there is nothing to compress"
+        raise ModelError(f"{type(model).__name__} has no full-attention layer, {problem}")
     return indices
