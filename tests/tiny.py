@@ -1,12 +1,21 @@
 """Tiny random models of every family that the tests run, with seeded weights, prompts and profiles."""
 
+import functools
 import math
 import os
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from compresskv import CompressedCache
 from compresskv.cache.layer import CompressedLayer
@@ -149,6 +158,26 @@ def kept_counts(cache: CompressedCache) -> Tensor:
     return torch.tensor(
         [[[len(head) for head in row] for row in kept_tokens(layer)] for layer in cache.compressed_layers]
     )
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Words that are the numbers of their tokens, with a chat template. Shared: leave it as it is."""
+    return build_tokenizer()
+
+
+def build_tokenizer(first: int = 3) -> PreTrainedTokenizerBase:
+    """A new one, in which the word '3' is the token `first`, and so on."""
+    numbers = {str(3 + token - first): token for token in range(first, VOCAB_SIZE)}
+    built = Tokenizer(models.WordLevel({"<pad>": PAD, "<begin>": 1, "<end>": 2} | numbers, unk_token="3"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "<begin> {% for one in messages %}{{ one['content'] }} <end> {% endfor %}4 5"
+    return PreTrainedTokenizerFast(tokenizer_object=built, chat_template=template, eos_token="<end>", pad_token="<pad>")
+
+
+def random_words(num_words: int, seed: int = 0) -> str:
+    """Text of as many tokens."""
+    return " ".join(map(str, random_tokens(num_words, seed=seed)[0].tolist()))
 
 
 def random_tokens(num_tokens: int, batch_size: int = 1, seed: int = 0) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PlanError,
         ProfileError,
         PromptError,
+        SessionError,
     )
     from compresskv.generation import Generation, GenerationStats, ask
     from compresskv.methods.base import LayerInputs, Method
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from compresskv.plans.make import make_plan
     from compresskv.plans.plan import Plan, read_plan
     from compresskv.profiles.profile import Profile, read_profile
+    from compresskv.sessions.begin import open_session, read
+    from compresskv.sessions.session import Session
 
 _HOME = {
     "CacheStateError": "errors",
@@ -43,10 +46,14 @@ _HOME = {
     "Profile": "profiles.profile",
     "ProfileError": "errors",
     "PromptError": "errors",
+    "Session": "sessions.session",
+    "SessionError": "errors",
     "ask": "generation",
     "compressing": "compression",
     "load": "models.load",
     "make_plan": "plans.make",
+    "open_session": "sessions.begin",
+    "read": "sessions.begin",
     "read_plan": "plans.plan",
     "read_profile": "profiles.profile",
     "register": "methods.registry",
@@ -67,10 +74,14 @@ __all__ = [
     "Profile",
     "ProfileError",
     "PromptError",
+    "Session",
+    "SessionError",
     "ask",
     "compressing",
     "load",
     "make_plan",
+    "open_session",
+    "read",
     "read_plan",
     "read_profile",
     "register",

@@ -3,3 +3,6 @@
 METHOD = "blend"
 BUDGET = 256
 MODEL = "smollm2-135m"
+SESSION_METHOD = "snapkv"
+SESSION_BUDGET = 0.15
+"""Of a document that is read before anything is asked."""

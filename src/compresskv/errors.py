@@ -48,6 +48,10 @@ class PlanError(CompressKVError, ValueError):
     """A plan is malformed, or belongs to another model or prompt."""
 
 
+class SessionError(CompressKVError):
+    """A saved session is malformed, altered, of a newer release, or of another model."""
+
+
 class DataError(CompressKVError):
     """Benchmark data or records are missing, malformed, or belong to another run."""
 

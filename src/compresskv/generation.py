@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import defaults
+from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
@@ -157,43 +158,92 @@ def ask(
         logits = prefill(model, input_ids, cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
         prefill_s = now(input_ids.device) - start
-        first = int(logits.argmax())
-        first_s = now(input_ids.device) - start
-        spoken = None if on_text is None else Spoken(tokenizer, on_text)
-
-        def tell(token: int) -> None:
-            if spoken is not None:
-                spoken.put(token)
-            if on_token is not None:
-                on_token(token)
-
-        if max_new_tokens > 1:
-            compressed.prepare_decoding()
-        token_ids = decode(model, tokenizer, first, cache, max_new_tokens, tell)
-        if spoken is not None:
-            spoken.end()
-        decode_s = now(input_ids.device) - start - first_s - cache.compile_s
+        answered = speak(
+            model,
+            tokenizer,
+            cache,
+            int(logits.argmax()),
+            max_new_tokens,
+            start=start,
+            prepare=compressed.prepare_decoding,
+            on_text=on_text,
+            on_token=on_token,
+        )
         retained = [layer.mean_retained for layer in cache.compressed_layers]
     stats = GenerationStats(
         method=chosen.label,
         budget=budget if isinstance(budget, (int, float)) else list(budget),
         prompt_tokens=input_ids.shape[1],
         truncated_tokens=prompt.num_truncated,
-        generated_tokens=len(token_ids),
         retained_per_layer=retained,
         kv_nbytes_full=cache.full_nbytes,
         kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,
-        time_to_first_token_s=first_s,
-        decode_s=decode_s,
-        compiled_tokens=cache.num_compiled_steps,
-        compile_s=cache.compile_s,
-        not_compiled=cache.not_compiled,
-        peak_memory_nbytes=memory.peak_nbytes(input_device(model)),
-        dtype=weights_dtype(model),
+        **answered.cost(model, cache),
     )
-    answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    return Generation(answer, token_ids, stats, plan)
+    return Generation(answered.text, answered.token_ids, stats, plan)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was said on a cache that held a prompt."""
+
+    text: str
+    token_ids: list[int]
+    first_s: float
+    """Seconds until the first token."""
+    decode_s: float
+    """Seconds after it."""
+
+    def cost(self, model: PreTrainedModel, cache: CompressedCache) -> dict[str, Any]:
+        """The part of `GenerationStats` that every answer has."""
+        return {
+            "generated_tokens": len(self.token_ids),
+            "time_to_first_token_s": self.first_s,
+            "decode_s": self.decode_s - cache.compile_s,
+            "compiled_tokens": cache.num_compiled_steps,
+            "compile_s": cache.compile_s,
+            "not_compiled": cache.not_compiled,
+            "peak_memory_nbytes": memory.peak_nbytes(input_device(model)),
+            "dtype": weights_dtype(model),
+        }
+
+
+def speak(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: CompressedCache,
+    first: int,
+    max_new_tokens: int,
+    *,
+    start: float,
+    prepare: Callable[[], None],
+    on_text: Callable[[str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Answered:
+    """Decode an answer greedily from its `first` token.
+
+    Args:
+        start: when the question came, on `system.clock`.
+        prepare: called before tokens are decoded one by one.
+    """
+    device = input_device(model)
+    first_s = now(device) - start
+    spoken = None if on_text is None else Spoken(tokenizer, on_text)
+
+    def tell(token: int) -> None:
+        if spoken is not None:
+            spoken.put(token)
+        if on_token is not None:
+            on_token(token)
+
+    if max_new_tokens > 1:
+        prepare()
+    token_ids = decode(model, tokenizer, first, cache, max_new_tokens, tell)
+    if spoken is not None:
+        spoken.end()
+    text = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+    return Answered(text, token_ids, first_s, now(device) - start - first_s)
 
 
 def _half(on_prefill: Callable[[int, int], None] | None, half: int) -> Callable[[int, int], None] | None:

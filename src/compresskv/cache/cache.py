@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from compresskv.cache.eviction import Eviction, EvictionObserver
+from compresskv.cache.full import branch
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
 from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_window
 from compresskv.errors import CacheStateError, ConfigError
@@ -127,6 +128,24 @@ class CompressedCache(RoutedCache):
         else:
             self.layers[layer_idx] = copy.deepcopy(source)
             trim_sliding_window(self.layers[layer_idx])
+
+    @torch.no_grad()
+    def branch(self, room: int | None = None) -> "CompressedCache":
+        """A cache that goes on from here and leaves this one as it is, without copying keys and values.
+
+        Args:
+            room: None: its first token copies what is held, as it must where several go on at a time. Else the tokens
+                that are written behind what is held, in this cache's own tensors: for one branch at a time; while it
+                is in use, this cache must not grow.
+        """
+        branched: CompressedCache = branch(self)
+        if room is not None:
+            branched.layers = [
+                own.lend(room) if isinstance(own, CompressedLayer) else other
+                for own, other in zip(self.layers, branched.layers, strict=True)
+            ]
+        branched.num_compiled_steps, branched.compile_s, branched.not_compiled = 0, 0.0, None
+        return branched
 
     def crop(self, max_length: int) -> None:
         """Remove generated tokens from the end; see `CompressedLayer.crop`.

@@ -218,11 +218,28 @@ class CompressedLayer(RoutedLayer):
         copied.store = copy.copy(self.store)
         return copied
 
+    def lend(self, room: int) -> "CompressedLayer":
+        """A layer that goes on from here alone, and writes up to `room` tokens into this one's store; `Store.lend`."""
+        lent = copy.copy(self)
+        if self.store is not None:
+            lent.store = self.store.lend(room)
+            self._show_states()
+            lent._show_states()
+        return lent
+
     def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
         """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `end_prefill` comes next."""
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.store, self.seen_tokens = DenseStore(keys, values), keys.shape[2]
         self._show_states()
+
+    def adopt_store(self, store: Store) -> None:
+        """Hold what is left of a prompt that was read and cut elsewhere."""
+        self.store, self.seen_tokens, self.num_prompt_tokens = store, store.held.num_seen, store.held.num_seen
+        self.in_prefill = False
+        self._show_states()
+        assert self.keys is not None
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def adopt_retained(self, keys: Tensor, values: Tensor, tokens: Tensor) -> None:
         """Take a prompt's keys and values (B, H_kv, T, D), and keep of each row the tokens that were chosen for it.

@@ -21,6 +21,8 @@ class Message:
     """Characters of the rendered text that each token holds; None where the tokenizer cannot tell."""
     start: int
     """Where the message's own text begins in the rendered text."""
+    text: str = ""
+    """The rendered text."""
 
     def tokens_of(self, start: int, end: int) -> slice:
         """The tokens that hold these characters of the message's own text.
@@ -65,7 +67,17 @@ def encode_message(
     fast = bool(getattr(tokenizer, "is_fast", False))
     # A template writes its special tokens itself.
     encoded: Any = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=fast, verbose=False)
-    return Message(encoded["input_ids"], encoded["offset_mapping"] if fast else None, start)
+    return Message(encoded["input_ids"], encoded["offset_mapping"] if fast else None, start, text)
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> list[int]:
+    """A rendered text, or a part of one, as `encode_message` does.
+
+    Args:
+        begins: whether the prompt begins with it: a tokenizer's own special tokens stand there alone.
+    """
+    encoded: Any = tokenizer(text, add_special_tokens=begins and not has_chat_template(tokenizer), verbose=False)
+    return list(encoded["input_ids"])
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -85,8 +97,8 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, content: str) -> tup
     problem = "it does not write the document and the question as they are"
     for in_parts in (False, True):
         try:
-            text = _render(tokenizer, content, name, in_parts)
-            head, found, _ = _render(tokenizer, _STAND_IN, name, in_parts).partition(_STAND_IN)
+            text = _render(tokenizer, [("user", content)], name, in_parts)
+            head, found, _ = _render(tokenizer, [("user", _STAND_IN)], name, in_parts).partition(_STAND_IN)
         except Exception as error:  # noqa: BLE001 - a template is a program of its own, which may raise anything
             problem = f"it fails ({first_line(error)})"
             continue
@@ -94,6 +106,26 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, content: str) -> tup
         if found and start is not None:
             return text, start
     raise PromptError(f"the model's chat template cannot be used: {problem}")
+
+
+def render_turn(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    """What the template writes after an answer where the user goes on with `content`, up to where the next one begins.
+
+    Raises:
+        PromptError: the template takes no conversation, or does not write what the user says.
+    """
+    name = _template_name(tokenizer)
+    problem = "it does not write what is said"
+    for in_parts in (False, True):
+        said = [("user", "?"), ("assistant", _STAND_IN), ("user", content)]
+        try:
+            _, found, after = _render(tokenizer, said, name, in_parts).partition(_STAND_IN)
+        except Exception as error:  # noqa: BLE001 - as above
+            problem = f"it fails ({first_line(error)})"
+            continue
+        if found and content.strip() in after:
+            return after
+    raise PromptError(f"the model's chat template cannot be used for a conversation: {problem}")
 
 
 def _template_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -107,10 +139,11 @@ def _template_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
     raise PromptError(f"the model has several chat templates ({names}) and none is the default one")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, content: str, name: str | None, in_parts: bool) -> str:
-    shown: Any = [{"type": "text", "text": content}] if in_parts else content
-    message: Any = [{"role": "user", "content": shown}]
-    rendered = tokenizer.apply_chat_template(message, chat_template=name, add_generation_prompt=True, tokenize=False)
+def _render(tokenizer: PreTrainedTokenizerBase, said: list[tuple[str, str]], name: str | None, in_parts: bool) -> str:
+    messages: Any = [
+        {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text} for role, text in said
+    ]
+    rendered = tokenizer.apply_chat_template(messages, chat_template=name, add_generation_prompt=True, tokenize=False)
     return str(rendered)
 
 

@@ -3,12 +3,25 @@
 import os
 import stat
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Write atomically: a reader sees the old file or the new one, even after a full disk or a power cut.
+    """Write atomically: see `replacing`.
+
+    Raises:
+        OSError: the place cannot be written; what was there is there still.
+    """
+    with replacing(path) as place:
+        place.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` in the end: a reader sees the old file or the new one, even
+    after a full disk or a power cut.
 
     What is no file (a device, a pipe) is written to as it is; a link is followed, and an existing file's permissions
     and, as far as this process may, its owner are kept.
@@ -17,19 +30,19 @@ def write_whole(path: str | Path, data: bytes) -> None:
         OSError: the place cannot be written; what was there is there still.
     """
     if Path(path).exists() and not Path(path).is_file():
-        Path(path).write_bytes(data)  # renaming would put a file in the place of /dev/null
+        yield Path(path)  # renaming would put a file in the place of /dev/null
         return
     path = Path(os.path.realpath(path))
     before = _replaceable(path)
     temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
     try:
-        with temporary.open("xb") as file:
-            if before is not None:
-                with suppress(OSError, AttributeError):  # AttributeError: Windows has no owners
-                    os.chown(temporary, before.st_uid, before.st_gid)
-                temporary.chmod(stat.S_IMODE(before.st_mode))
-            file.write(data)
-            file.flush()
+        temporary.touch(exist_ok=False)
+        if before is not None:
+            with suppress(OSError, AttributeError):  # AttributeError: Windows has no owners
+                os.chown(temporary, before.st_uid, before.st_gid)
+            temporary.chmod(stat.S_IMODE(before.st_mode))
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:

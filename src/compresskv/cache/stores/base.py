@@ -1,5 +1,6 @@
 """What holds one layer's keys and values: the interface that every store implements."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,6 +123,17 @@ class Store(ABC):
     @abstractmethod
     def __copy__(self) -> "Store":
         """A store that goes on from here alone; tensors are shared until one of them changes."""
+
+    def lend(self, room: int) -> "Store":
+        """A store that goes on from here alone, as a copy does, and writes behind what is held in the same tensors.
+
+        So what is held is copied for none of many that go on from here, one after the other. While one of them is in
+        use, nothing else may be lent, and this one must not grow.
+
+        Args:
+            room: tokens that it may add before it needs tensors of its own.
+        """
+        return copy.copy(self)
 
     # What it holds
 

@@ -1,5 +1,6 @@
 """Keys and values of one layer whose KV heads hold equal numbers of tokens: one tensor of each."""
 
+import copy
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -90,6 +91,12 @@ class DenseStore(Store):
     def __copy__(self) -> "DenseStore":
         """A store that goes on from here alone; tensors are shared until it appends."""
         return DenseStore(*self.states, self.held)
+
+    def lend(self, room: int) -> "DenseStore":
+        """See `Store.lend`."""
+        lent = copy.copy(self)
+        lent._keys, lent._values = self._keys.lend(room), self._values.lend(room)
+        return lent
 
     def state(self) -> dict[str, Tensor]:
         """With keys and values (B, H_kv, n, D)."""

@@ -36,6 +36,15 @@ class Growing:
             self._storage[:, :, held:] = 0  # a masked slot may be read, and what it holds must be a number
         return self._storage
 
+    def lend(self, room: int) -> "Growing":
+        """One that begins with what is held, and grows in the same tensor by up to `room` tokens before it copies."""
+        storage = self.reserve(room, self._held, 0)
+        self._held = storage[:, :, : self._held.shape[2]]
+        storage[:, :, self._held.shape[2] :] = 0  # of the one that had it before: a masked slot must be a number
+        lent = Growing(self._held)
+        lent._storage = storage
+        return lent
+
     def advance(self, num_new: int) -> Tensor:
         """Count tokens that were written into what `reserve` gave; all that is held then, a view."""
         assert self._storage is not None

@@ -1,5 +1,6 @@
 """Keys and values of one layer whose KV heads hold different numbers of tokens: each head has a part of its own."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
@@ -81,6 +82,16 @@ class RaggedStore(Store):
         copied.__dict__.update(self.__dict__)
         copied._shared = True
         return copied
+
+    def lend(self, room: int) -> "RaggedStore":
+        """See `Store.lend`."""
+        self._reserve(room, self._keys, 0)
+        for packed in self.tensors:
+            for start, count in zip(self._starts, self.counts, strict=True):
+                packed[:, start + count : start + count + self._room] = 0
+        lent = copy.copy(self)
+        lent._shared = False
+        return lent
 
     @property
     def num_heads(self) -> int:

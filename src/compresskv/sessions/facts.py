@@ -1,0 +1,57 @@
+"""What can be said of a session without its model: what the file tells about itself."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Where a session comes from and what it keeps. Plain values, for JSON."""
+
+    model: str
+    """As it was loaded."""
+    fingerprint: str
+    """Architecture, shape and weights."""
+    names: tuple[str, ...]
+    """Of the documents, as far as they have any."""
+    method: str
+    """Name and the options that differ from its defaults."""
+    budget: int | float | list[int]
+    profile: str | None
+    """Digest of the method's profile."""
+    num_tokens: int
+    """Of the chat head and the document."""
+    sha256: str
+    """Stands for their token ids; see `prompt_digest`."""
+    mean_retained: float
+    """Tokens kept, mean over layers and KV heads."""
+    kv_nbytes: int
+    """Bytes of what is kept."""
+    kv_nbytes_full: int
+    """Bytes that the full cache would have."""
+    read_s: float
+    """Seconds that reading took."""
+    created: str
+    """When, in UTC (ISO 8601)."""
+    dtype: str
+    """Of the model's weights."""
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Facts":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it holds something else.
+        """
+        kinds: dict[str, type] = dict.fromkeys(("model", "fingerprint", "method", "sha256", "created", "dtype"), str)
+        kinds |= dict.fromkeys(("num_tokens", "kv_nbytes", "kv_nbytes_full"), int)
+        kinds |= {"versions": dict, "names": list}
+        for name, kind in kinds.items():
+            if not isinstance(data[name], kind):
+                raise TypeError(f"{name} is {data[name]!r}")
+        return cls(**{**data, "names": tuple(map(str, data["names"]))})

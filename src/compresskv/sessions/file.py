@@ -1,0 +1,99 @@
+"""A session's file: safetensors with JSON beside them, written aside and renamed. Nothing in it is ever executed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compresskv.cache.state import State
+from compresskv.errors import SessionError
+from compresskv.prompts.turns import Ending
+from compresskv.sessions.facts import Facts
+from compresskv.sessions.header import FORMAT, VERSION, facts_of, read_metadata
+from compresskv.sessions.integers import pack, unpack
+from compresskv.system.files import replacing
+
+_INTEGERS, _TOKENS = "integers", "tokens"
+_PACKED = (torch.int64, torch.bool)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a session's file holds."""
+
+    facts: Facts
+    token_ids: list[int]
+    ending: Ending
+    state: State
+
+
+def write_session(path: str | Path, contents: Contents) -> None:
+    """Save atomically: see `replacing`.
+
+    Raises:
+        SessionError: the place cannot be written; what was there is there still.
+    """
+    tensors, layers = contents.state
+    packed = {name: tensor for name, tensor in tensors.items() if tensor.dtype in _PACKED}
+    kept = {name: tensor.cpu() for name, tensor in tensors.items() if name not in packed}
+    kept[_INTEGERS], shapes = pack(list(packed.values()))
+    kept[_TOKENS], token_shapes = pack([torch.tensor(contents.token_ids)])
+    told = {
+        "facts": contents.facts.to_dict(),
+        "ending": [contents.ending.text, list(contents.ending.token_ids), contents.ending.unread],
+        "layers": layers,
+        "integers": list(zip(packed, shapes, strict=True)),
+        "tokens": token_shapes,
+    }
+    text = json.dumps(told)
+    metadata = {"format": FORMAT, "version": str(VERSION), "session": text, "sha256": _digest(text, kept)}
+    try:
+        with replacing(path) as place:
+            save_file(kept, place, metadata)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SessionError(f"cannot write the session to {str(path)!r}: {reason}") from error
+
+
+def read_session(path: str | Path) -> Contents:
+    """Load and check a session. Keys and values lie in the file, mapped into memory, until they are first used.
+
+    Raises:
+        SessionError: as for `read_metadata`; or the file is cut short or was altered.
+    """
+    metadata = read_metadata(path)
+    facts = facts_of(path, metadata)
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            text = file.metadata()["session"]
+        if _digest(text, held) != metadata["sha256"]:
+            raise ValueError("its digest is another")
+        names = [name for name, _ in metadata["integers"]]
+        integers = unpack(held.pop(_INTEGERS), [shape for _, shape in metadata["integers"]])
+        (token_ids,) = unpack(held.pop(_TOKENS), metadata["tokens"])
+        text, read, unread = metadata["ending"]
+        ending = Ending(text, tuple(read), unread)
+        tensors = held | dict(zip(names, integers, strict=True))
+        return Contents(facts, token_ids.tolist(), ending, (tensors, metadata["layers"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise SessionError(f"session {str(path)!r} is damaged: it was cut short, or altered ({error})") from error
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of all that is held: against damage, not against forgery."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,80 @@
+"""The head of a session's file, which tells what it is: read without PyTorch, and without what follows."""
+
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from compresskv.errors import SessionError
+from compresskv.sessions.facts import Facts
+
+FORMAT = "compresskv-session"
+VERSION = 1
+_LENGTH = 8
+_MOST_NBYTES = 100_000_000  # what safetensors reads
+_START = b'{"__metadata__":{'
+
+
+def is_session(path: str | Path) -> bool:
+    """Whether a file begins as a session's does; no other file does so, of text or not. False where there is none."""
+    try:
+        with Path(path).open("rb") as file:
+            return Path(path).is_file() and _head(file) is not None
+    except OSError:
+        return False
+
+
+def read_facts(path: str | Path) -> Facts:
+    """What a session's file tells about itself; what it holds is not looked at.
+
+    Raises:
+        SessionError: as for `read_metadata`.
+    """
+    return facts_of(path, read_metadata(path))
+
+
+def facts_of(path: str | Path, metadata: dict[str, Any]) -> Facts:
+    """The facts among a file's metadata.
+
+    Raises:
+        SessionError: they are not what they should be.
+    """
+    try:
+        return Facts.from_dict(metadata["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SessionError(f"session {str(path)!r} is damaged: {error!r} in its head") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """All that a session's file has in JSON.
+
+    Raises:
+        SessionError: no such file, no session, one of a newer release, or a damaged one; the message names it.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            head = _head(file)
+    except OSError as error:
+        raise SessionError(f"session {str(path)!r}: {error.strerror}") from error
+    if head is None:
+        raise SessionError(f"{str(path)!r} is not a session: make one with `compresskv read`")
+    try:
+        metadata = json.loads(head)["__metadata__"]
+        version = int(metadata["version"])
+        if version != VERSION:
+            raise SessionError(
+                f"session {str(path)!r} is of format {version}, this release reads {VERSION}: "
+                "read the document again, or use the release that wrote it"
+            )
+        return {**json.loads(metadata["session"]), "sha256": metadata["sha256"]}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise SessionError(f"session {str(path)!r} is damaged: its head cannot be read") from error
+
+
+def _head(file: BinaryIO) -> bytes | None:
+    """The JSON that a safetensors file begins with; None where it is no session."""
+    start = file.read(_LENGTH + len(_START))
+    length = int.from_bytes(start[:_LENGTH], "little")
+    if start[_LENGTH:] != _START or length > _MOST_NBYTES:
+        return None
+    head = start[_LENGTH:] + file.read(length - len(_START))
+    return head if f'"format":"{FORMAT}"'.encode() in head else None

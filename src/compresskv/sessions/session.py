@@ -1,0 +1,170 @@
+"""A document that was read once, and is asked often."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskv.attention.routing import routing
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.state import cache_state
+from compresskv.compiled.decoding import CompiledDecoding
+from compresskv.compiled.modes import AUTO, NEVER, check_mode
+from compresskv.errors import CacheStateError, PromptError, SessionError
+from compresskv.generation import Generation, GenerationStats, speak
+from compresskv.models.decoding import prefill
+from compresskv.models.place import input_device
+from compresskv.prompts.prompt import room_for_prompt
+from compresskv.prompts.turns import Ending, question_tokens
+from compresskv.sessions.facts import Facts
+from compresskv.sessions.file import Contents, write_session
+from compresskv.system.clock import now
+from compresskv.system.progress import Progress
+
+
+class Session:
+    """A document's compressed cache, and what goes on from it. Made by `read` and `open_session`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: CompressedCache,
+        token_ids: list[int],
+        ending: Ending,
+        facts: Facts,
+    ) -> None:
+        self.facts = facts
+        """Where it comes from and what it keeps."""
+        self.token_ids = token_ids
+        """Of the chat head and the document, as they were read."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._document = cache
+        self._ending = ending
+        self._lent = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the document's keys and values hold now, with the room that questions are written to."""
+        return self._document.nbytes
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 128,
+        compile: str = AUTO,
+        on_text: Callable[[str], None] | None = None,
+        on_token: Callable[[int], None] | None = None,
+        on_compile: Progress | None = None,
+    ) -> Generation:
+        """Answer a question about the document greedily. Questions do not see one another.
+
+        The document's keys and values are neither copied nor changed: question and answer are written behind them.
+
+        Args:
+            max_new_tokens, compile, on_text, on_token, on_compile: as for `compresskv.ask`.
+        Raises:
+            ConfigError: a value out of range.
+            PromptError: an empty question, or one that does not fit into the model's context.
+        """
+        check_mode(compile)
+        token_ids = question_tokens(self._tokenizer, self._ending, question)
+        self._check_fits(self._document.get_seq_length() + len(token_ids), max_new_tokens)
+        start = now(input_device(self._model))
+        with self._branch(len(token_ids) + max_new_tokens) as cache:
+            return self._answer(cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
+
+    @contextmanager
+    def _branch(self, room: int) -> Iterator[CompressedCache]:
+        """What goes on from the document: in its own tensors, or with copies where another thread does so now."""
+        lent = self._lent.acquire(blocking=False)
+        try:
+            yield self._document.branch(room if lent else None)
+        finally:
+            if lent:
+                self._lent.release()
+
+    def _answer(
+        self,
+        cache: CompressedCache,
+        token_ids: list[int],
+        start: float,
+        max_new_tokens: int,
+        compile: str,
+        on_compile: Progress | None,
+        on_text: Callable[[str], None] | None,
+        on_token: Callable[[int], None] | None,
+    ) -> Generation:
+        model, device = self._model, input_device(self._model)
+        with routing(model), _decoding(model, cache, compile, on_compile) as prepare:
+            logits = prefill(model, torch.tensor([token_ids], device=device), cache)
+            cache.check_attended()
+            prefill_s = now(device) - start
+            answered = speak(
+                model,
+                self._tokenizer,
+                cache,
+                int(logits.argmax()),
+                max_new_tokens,
+                start=start,
+                prepare=prepare,
+                on_text=on_text,
+                on_token=on_token,
+            )
+        num_before = self.facts.num_tokens
+        num_prompt = cache.get_seq_length() - len(answered.token_ids) + 1
+        stats = GenerationStats(
+            method=self.facts.method,
+            budget=self.facts.budget,
+            prompt_tokens=num_prompt,
+            truncated_tokens=0,
+            retained_per_layer=[layer.mean_retained + num_prompt - num_before for layer in cache.compressed_layers],
+            kv_nbytes_full=self.facts.kv_nbytes_full,
+            kv_nbytes=self.facts.kv_nbytes,
+            prefill_s=prefill_s,
+            **answered.cost(model, cache),
+        )
+        return Generation(answered.text, answered.token_ids, stats)
+
+    def _check_fits(self, num_tokens: int, max_new_tokens: int) -> None:
+        """Refuse what would go beyond the model's positions.
+
+        Raises:
+            ConfigError: max_new_tokens cannot be used.
+            PromptError: there is no room.
+        """
+        room = room_for_prompt(self._model, max_new_tokens)
+        if room is not None and num_tokens > room:
+            raise PromptError(
+                f"document and question have {num_tokens} tokens, but the model's context leaves room for {room} "
+                "before the answer"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the document's cache to a file, which `open_session` reads. It holds the text, as token ids.
+
+        Raises:
+            SessionError: the place cannot be written, or a layer holds what cannot be saved; nothing is written.
+        """
+        try:
+            state = cache_state(self._document)
+        except CacheStateError as error:
+            raise SessionError(f"this session cannot be saved: {error}") from error
+        write_session(path, Contents(self.facts, self.token_ids, self._ending, state))
+
+
+@contextmanager
+def _decoding(
+    model: PreTrainedModel, cache: CompressedCache, compile: str, on_progress: Progress | None
+) -> Iterator[Callable[[], None]]:
+    """Steps are compiled where that is asked for; what to call before the first one."""
+    if compile == NEVER:
+        yield lambda: None
+        return
+    with CompiledDecoding(model, cache, compile, on_progress) as compiled:
+        yield compiled.prepare

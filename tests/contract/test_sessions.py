@@ -1,0 +1,175 @@
+"""What is read once answers any number of questions as if each were the first, before it is saved and after."""
+
+import gc
+import hashlib
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import compresskv
+import tiny
+from compresskv import CompressedCache, ConfigError, PromptError, Session, SessionError
+from compresskv.attention.routing import routing
+from compresskv.models.shape import compressible_layers
+from compresskv.prompts.prompt import build_prompt
+
+NUM_WORDS = 90
+BUDGETS: list[Any] = [24, 0.4, [20, 40, 24, 28, 80, 22]]
+FAMILIES = [*tiny.FAMILIES, "gemma2", "gpt_oss"]
+QUESTIONS = [tiny.random_words(7, seed=1), tiny.random_words(3, seed=2)]
+
+
+def read(model: PreTrainedModel, method: str = "adakv", budget: Any = 24, **options: Any) -> Session:
+    if not isinstance(budget, (int, float)):
+        budget = budget[: len(compressible_layers(model))]
+    options |= tiny.options_for(model, method)
+    return compresskv.read(
+        model, tiny.tokenizer(), tiny.random_words(NUM_WORDS), method=method, budget=budget, **options
+    )
+
+
+def answers(session: Session, max_new_tokens: int = 8) -> list[list[int]]:
+    return [session.ask(question, max_new_tokens=max_new_tokens, compile="never").token_ids for question in QUESTIONS]
+
+
+def logits(session: Session) -> Tensor:
+    """What the model says after some more tokens, and after one of them."""
+    document, more = torch.tensor([session.token_ids]), tiny.random_tokens(5, seed=8)
+    with session._branch(5) as cache, routing(session._model):
+        return tiny.read(session._model, cache, torch.cat([document, more], dim=1), [4, 1])
+
+
+def digest(session: Session) -> str:
+    """Of all that is kept of the document."""
+    found = hashlib.sha256()
+    for layer in session._document.compressed_layers:
+        assert layer.store is not None
+        for keys, values in layer.store.heads():
+            for states in (keys, values):
+                found.update(states.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def places(session: Session) -> list[int]:
+    return [tensor.data_ptr() for layer in session._document.compressed_layers for tensor in layer.tensors]
+
+
+def kept(session: Session) -> list[Any]:
+    return [tiny.kept_tokens(layer) for layer in session._document.compressed_layers]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_session_goes_on_bit_for_bit_as_before(family: str, method: str, budget: Any, tmp_path: Path) -> None:
+    model = tiny.tiny_model(family, "eager" if family in ("gpt_oss", "gemma2") else "sdpa")
+    session = read(model, method, budget)
+    expected = logits(session)
+    session.save(tmp_path / "saved.kvc")
+    opened = compresskv.open_session(tmp_path / "saved.kvc", model, tiny.tokenizer())
+    assert torch.equal(logits(opened), expected)
+    assert answers(opened, 2) == answers(session, 2)
+    assert opened.facts == session.facts
+    assert kept(opened) == kept(session)
+    assert digest(opened) == digest(session)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_question_sees_what_it_would_see_alone(family: str, method: str) -> None:
+    model, tokenizer, document = tiny.tiny_model(family), tiny.tokenizer(), tiny.random_words(NUM_WORDS)
+    session = read(model, method)
+    for question in (*QUESTIONS, *QUESTIONS):
+        whole = build_prompt(tokenizer, document, question).input_ids
+        num_document = len(session.token_ids)
+        with compresskv.compressing(model, method, 24) as cache:
+            wanted = tiny.read(model, cache, whole, [num_document, whole.shape[1] - num_document])[0, -1].argmax()
+        assert whole[0, :num_document].tolist() == session.token_ids
+        assert session.ask(question, max_new_tokens=1).token_ids == [int(wanted)]
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "snapkv"), ("gemma3", "adakv"), ("llama", "full")])
+def test_many_questions_neither_copy_nor_change_the_document_and_leak_nothing(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branches, branch = weakref.WeakSet[CompressedCache](), CompressedCache.branch
+
+    def noted(cache: CompressedCache, room: int | None) -> CompressedCache:
+        branches.add(branched := branch(cache, room))
+        return branched
+
+    monkeypatch.setattr(CompressedCache, "branch", noted)
+    session = read(tiny.tiny_model(family), method)
+    before, first = digest(session), answers(session)
+    at, nbytes = places(session), session.nbytes
+    for number in range(40):
+        session.ask(tiny.random_words(1 + number % 7, seed=number), max_new_tokens=1 + number % 8, compile="never")
+        assert places(session) == at
+    assert session.nbytes == nbytes
+    assert digest(session) == before
+    assert answers(session) == first
+    gc.collect()
+    assert not branches
+
+
+def test_questions_of_several_threads_do_not_see_one_another() -> None:
+    session = read(tiny.tiny_model("llama"))
+    expected, found, inside = answers(session), [], threading.Event()
+
+    def interrupt(_: int) -> None:
+        if not inside.is_set():
+            inside.set()
+            other = threading.Thread(target=lambda: found.append(answers(session)))
+            other.start()
+            other.join()
+
+    own = session.ask(QUESTIONS[0], max_new_tokens=8, compile="never", on_token=interrupt)
+    assert own.token_ids == expected[0]
+    assert found == [expected]
+
+
+@pytest.mark.parametrize("chunk", [1000, 37, 16])
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reading_in_chunks_keeps_what_reading_at_once_does(family: str, method: str, chunk: int) -> None:
+    model = tiny.tiny_model(family)
+    whole, steps = read(model, method), []
+    session = read(model, method, chunk=chunk, on_read=lambda done, total: steps.append((done, total)))
+    torch.testing.assert_close(logits(session), logits(whole), atol=1e-4, rtol=0)
+    total = -(-len(session.token_ids) // chunk) * len(compressible_layers(model))
+    assert steps == [(done, total) for done in range(1, total + 1)]
+
+
+def test_what_cannot_be_read_or_asked_is_refused() -> None:
+    model, tokenizer = tiny.tiny_model("llama"), tiny.tokenizer()
+    with pytest.raises(PromptError, match="the document is empty"):
+        compresskv.read(model, tokenizer, "  ")
+    with pytest.raises(PromptError, match="512, 256 are needed for a question and its answer"):
+        compresskv.read(model, tokenizer, tiny.random_words(300))
+    with pytest.raises(ConfigError, match="lookahead=2: a document is cut before anything is asked"):
+        read(model, "snapkv", lookahead=2)
+    with pytest.raises(ConfigError, match="chunk=0 must be an int of at least 1"):
+        read(model, chunk=0)
+    session = read(model)
+    with pytest.raises(PromptError, match="the question is empty"):
+        session.ask(" ")
+    with pytest.raises(PromptError, match="the model's context leaves room for 384 before the answer"):
+        session.ask(tiny.random_words(300))
+
+
+def test_a_session_of_another_model_dtype_or_tokenizer_is_refused(tmp_path: Path) -> None:
+    model, path = tiny.tiny_model("llama"), tmp_path / "saved.kvc"
+    read(model).save(path)
+    with pytest.raises(SessionError, match=r"belongs to another model: it is for llama-.*, this is qwen2-"):
+        compresskv.open_session(path, tiny.tiny_model("qwen2"), tiny.tokenizer())
+    halved = tiny.build_model("llama").to(torch.bfloat16)
+    with pytest.raises(SessionError, match="in float32, this model is in bfloat16: load it with dtype=float32"):
+        compresskv.open_session(path, halved, tiny.tokenizer())
+    with pytest.raises(SessionError, match="was read with another tokenizer"):
+        compresskv.open_session(path, model, tiny.build_tokenizer(first=5))

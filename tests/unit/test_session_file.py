@@ -1,0 +1,108 @@
+"""A session's file tells what it is, keeps what it was given, and a damaged one is refused in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import compresskv
+import tiny
+from compresskv import Session, SessionError
+from compresskv.sessions.header import is_session, read_facts
+from compresskv.sessions.integers import pack, unpack
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return compresskv.read(
+        tiny.tiny_model("gemma3"), tiny.tokenizer(), tiny.random_words(90), method="adakv", budget=24
+    )
+
+
+@pytest.fixture
+def saved(session: Session, tmp_path: Path) -> Path:
+    session.save(tmp_path / "saved.kvc")
+    return tmp_path / "saved.kvc"
+
+
+def test_integers_come_back_and_take_little_room() -> None:
+    positions = torch.sort(torch.randperm(4000)[:600]).values.expand(1, 3, -1)
+    tensors = [positions, torch.tensor([True, False]), torch.tensor(-7), torch.empty(0, 3, dtype=torch.int64)]
+    packed, shapes = pack(tensors)
+    assert packed.dtype == torch.uint8
+    assert len(packed) < positions.numel()
+    assert all(torch.equal(*pair) for pair in zip(unpack(packed, shapes), tensors, strict=True))
+    big = torch.tensor([2**62, -(2**62), 0])
+    assert torch.equal(unpack(*pack([big]))[0], big)
+    with pytest.raises(ValueError, match="numbers"):
+        unpack(packed, [*shapes, [1]])
+    with pytest.raises(ValueError, match="numbers"):
+        unpack(packed[:-3], shapes)
+
+
+def test_the_head_tells_what_it_is_without_pytorch(saved: Path, session: Session) -> None:
+    assert read_facts(saved) == session.facts
+    code = (
+        "import sys; from compresskv.sessions.header import read_facts; "
+        f"print(read_facts({str(saved)!r}).method, 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["adakv", "False"]
+
+
+def test_only_sessions_are_taken_for_sessions(saved: Path, tmp_path: Path) -> None:
+    assert is_session(saved)
+    text = tmp_path / "text.kvc"
+    for data in (b"", b"A text.", b'{"__metadata__":{"format":"compresskv-session"}}', saved.read_bytes()[:40]):
+        text.write_bytes(data)
+        assert not is_session(text)
+        with pytest.raises(SessionError, match="is not a session: make one with `compresskv read`"):
+            read_facts(text)
+    assert not is_session(tmp_path)
+    assert not is_session(tmp_path / "none")
+    with pytest.raises(SessionError, match="none': No such file or directory"):
+        read_facts(tmp_path / "none")
+
+
+def test_any_damage_is_refused_in_one_line(saved: Path) -> None:
+    model, tokenizer, data = tiny.tiny_model("gemma3"), tiny.tokenizer(), saved.read_bytes()
+    compresskv.open_session(saved, model, tokenizer)
+    length = int.from_bytes(data[:8], "little")
+    places = [60, length // 2, length + 4, length + 3000, len(data) - 1]
+    altered = [data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :] for place in places]
+    for damaged in (*altered, data[:-1], data[: length + 100], data[: length // 2], data + b"x"):
+        saved.write_bytes(damaged)
+        with pytest.raises(SessionError) as refused:
+            compresskv.open_session(saved, model, tokenizer)
+        assert "\n" not in str(refused.value)
+        assert "saved.kvc" in str(refused.value)
+
+
+def test_a_newer_format_is_refused(saved: Path) -> None:
+    data = saved.read_bytes()
+    assert data.count(b'"version":"1"') == 1
+    saved.write_bytes(data.replace(b'"version":"1"', b'"version":"2"'))
+    with pytest.raises(SessionError, match="is of format 2, this release reads 1: read the document again"):
+        compresskv.open_session(saved, tiny.tiny_model("gemma3"), tiny.tokenizer())
+
+
+def test_it_is_plain_safetensors_that_holds_the_text(saved: Path, session: Session) -> None:
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    told = json.loads(metadata["session"])
+    assert told["facts"]["num_tokens"] == len(session.token_ids)
+    assert tiny.tokenizer().decode(session.token_ids).split()[1:] == tiny.random_words(90).split()
+
+
+def test_a_failed_save_leaves_what_was_there(saved: Path, session: Session, tmp_path: Path) -> None:
+    before = saved.read_bytes()
+    with pytest.raises(SessionError, match=r"cannot write the session to .*: No such file or directory"):
+        session.save(tmp_path / "no" / "folder.kvc")
+    saved.chmod(0o400)
+    session.save(tmp_path / "other.kvc")
+    assert saved.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.kvc", "saved.kvc"]
