@@ -23,6 +23,7 @@ from compresskv.methods import registry
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.profiles.profile import Profile, l1_normalised
+from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.select import EMPTY_SLOT
 
 DEVICE = torch.device(os.environ.get("COMPRESSKV_TEST_DEVICE", "cpu"))
@@ -74,6 +75,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3"]
 ATTENTIONS = ["eager", "sdpa"]
 METHODS = list(registry.methods())
+STORES = list(PRECISIONS)
+PACKED_STORES = [name for name, precision in PRECISIONS.items() if precision.is_packed]
 EVICTING_METHODS = [name for name in METHODS if name != "full"]
 
 

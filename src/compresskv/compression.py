@@ -22,6 +22,7 @@ from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
+from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.progress import Progress
 
 
@@ -103,6 +104,7 @@ def compressing(
     profile: Profile | str | Path | None = None,
     prompt_tokens: int | None = None,
     exact_prefill: bool | None = None,
+    store: str = NATIVE,
     compile: str = NEVER,
     on_compile: Progress | None = None,
     **options: Any,
@@ -128,6 +130,9 @@ def compressing(
             multiplies it, whole prompts of 256 to 16,384 tokens are read two to three times as fast by matrix products
             that round logits and weights to bfloat16 (docs/speed.md). None: as the variable COMPRESSKV_EXACT_PREFILL
             says, which holds for all commands and full caches, too; False where it is not set.
+        store: in how many bits a number what is kept is held once the prompt was read: 'native', as the model computes
+            it; 'int8'; 'int4k8', keys in 8 bits and values in 4; or 'int4' (docs/stores.md). Budgets count tokens in
+            all of them. New tokens are packed a few at a time.
         compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
             'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
             Where it cannot be done, decoding goes on without, and the cache's `not_compiled` says why.
@@ -144,6 +149,7 @@ def compressing(
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")
         method = method.as_method(model)
+    find_precision(store)
     chosen = prepare_method(model, method, profile, **options)
     warn_of_slow_dtype(model)
     return Compressing(
@@ -152,6 +158,7 @@ def compressing(
         budget,
         compile=compile,
         on_progress=on_compile,
+        store=store,
         prompt_tokens=prompt_tokens,
         exact_prefill=exact_prefill,
     )

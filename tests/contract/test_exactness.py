@@ -1,7 +1,7 @@
 """After eviction, every logit is that of the full cache with the evicted entries masked out."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 import compresskv
 import tiny
 from compresskv import CacheStateError
-from compresskv.cache.stores import retain
+from compresskv.cache.stores import packed, retain
 from compresskv.cache.stores.base import Store
+from compresskv.cache.stores.positions import Positions
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.methods.base import LayerInputs
 from compresskv.methods.snapkv import SnapKV
@@ -21,6 +22,7 @@ from compresskv.selection.scores import window_attention
 from compresskv.selection.select import select_rows
 from oracle import Evictions, evictions, oracle_logits
 from reference_store import ReferenceStore
+from rounding_store import rounding
 
 NUM_PROMPT = 96
 # one-token decoding, a second question of 7 tokens, decoding again
@@ -36,11 +38,12 @@ def run(
     budget: Budget,
     sequence: Tensor,
     attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Evictions]:
     model = tiny.tiny_model(family, attn_implementation)
     if not isinstance(budget, (int, float)):
         budget = budget[: len(compressible_layers(model))]
-    with compresskv.compressing(model, method, budget, **tiny.options_for(model, method)) as cache:
+    with compresskv.compressing(model, method, budget, **tiny.options_for(model, method), **options) as cache:
         logits = tiny.read(model, cache, sequence, STEPS, attention_mask)
     return logits[:, NUM_PROMPT - 1 :], evictions(cache)
 
@@ -154,6 +157,52 @@ def test_logits_are_exact_in_every_store(
     logits, evicted = run(family, attn_implementation, method, 24, sequence, mask)
     assert evicted
     assert_exact(family, logits, evicted, sequence, mask)
+
+
+# The same with every number rounded by hand: the oracle above knows nothing of bits. Tails are short, so that what
+# comes later is packed too.
+@pytest.mark.parametrize("budget", [24, 0.4, UNEQUAL, 1.0], ids=["tokens", "fraction", "per_layer", "all"])
+@pytest.mark.parametrize("name", tiny.PACKED_STORES)
+@pytest.mark.parametrize("method", ["full", "snapkv", "adakv", "compresskv", "blend"])
+@pytest.mark.parametrize("model", ["llama sdpa", "gemma3 eager", "gemma2 eager", "llama_mha sdpa", "qwen3 sdpa"])
+def test_logits_of_packed_stores_are_those_of_rounded_entries(
+    model: str, method: str, name: str, budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "TAIL", 3)
+    prompt, prompt_mask = tiny.left_padded([tiny.random_tokens(length, seed=length) for length in (NUM_PROMPT, 50)])
+    more = tiny.random_tokens(sum(STEPS) - NUM_PROMPT, batch_size=2)
+    sequence, mask = torch.cat([prompt, more], dim=1), torch.cat([prompt_mask, torch.ones_like(more)], dim=1)
+    arguments = (*model.split(), method, budget, sequence, mask)
+    logits, evicted = run(*arguments, store=name)
+    exact, _ = run(*arguments)
+    monkeypatch.setitem(retain.PACKED_STORES, name, rounding(name))
+    expected, in_reference = run(*arguments, store=name)
+    assert evicted.keys() == in_reference.keys() == set(compressible_layers(tiny.tiny_model(*model.split())))
+    assert torch.equal(logits[:, 0], exact[:, 0]), "the prompt's last logits come before anything is packed"
+    lost = (logits[:, 1:] - exact[:, 1:]).abs().mean(dim=(0, 2))
+    assert lost.min() > 1e-4, "otherwise this tests nothing"
+    # A number that lies between two codes, but for rounding, may get either.
+    assert ((logits[:, 1:] - expected[:, 1:]).abs().mean(dim=(0, 2)) < 0.02 * lost).all()
+
+
+# Sinks are weights of all heads at once, which the naive store cannot use.
+@pytest.mark.parametrize("name", tiny.PACKED_STORES)
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_packed_stores_with_sinks(method: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, kind = tiny.random_tokens(sum(STEPS), batch_size=2), retain.PACKED_STORES[name]
+    logits, _ = run("gpt_oss", "eager", method, 24, sequence, store=name)
+
+    class Unpacked(RaggedStore):
+        precision = kind.precision
+
+        @classmethod
+        def gathered(cls, source: Store, held: Positions, slots: Tensor) -> RaggedStore:
+            heads = kind.gathered(source, held, slots).heads()
+            return RaggedStore([[states[side][:, 0] for states in heads] for side in (0, 1)], held)
+
+    monkeypatch.setitem(retain.PACKED_STORES, name, Unpacked)
+    expected, _ = run("gpt_oss", "eager", method, 24, sequence, store=name)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("store", [None, RaggedStore, ReferenceStore])

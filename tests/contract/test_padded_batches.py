@@ -19,10 +19,16 @@ BUDGETS = [24, 0.4, 0.55, 0.85, 200]
 
 
 def run(
-    family: str, attn_implementation: str, method: str, budget: Budget, prompt: Tensor, mask: Tensor
+    family: str,
+    attn_implementation: str,
+    method: str,
+    budget: Budget,
+    prompt: Tensor,
+    mask: Tensor,
+    store: str = "native",
 ) -> tuple[Tensor, CompressedCache]:
     model = tiny.tiny_model(family, attn_implementation)
-    with compresskv.compressing(model, method, budget, **tiny.options_for(model, method)) as cache:
+    with compresskv.compressing(model, method, budget, store=store, **tiny.options_for(model, method)) as cache:
         return tiny.generate(model, prompt, cache, attention_mask=mask), cache
 
 
@@ -38,14 +44,15 @@ def kept_of_row(layer: CompressedLayer, row: int, length: int) -> list[list[int]
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
+@pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 def test_each_row_keeps_and_generates_what_it_does_alone(
-    family: str, attn_implementation: str, method: str, budget: Budget
+    family: str, store: str, attn_implementation: str, method: str, budget: Budget
 ) -> None:
     rows = [tiny.random_tokens(length, seed=length) for length in LENGTHS]
-    tokens, together = run(family, attn_implementation, method, budget, *tiny.left_padded(rows))
+    tokens, together = run(family, attn_implementation, method, budget, *tiny.left_padded(rows), store)
     for i, row in enumerate(rows):
-        tokens_alone, alone = run(family, attn_implementation, method, budget, row, torch.ones_like(row))
+        tokens_alone, alone = run(family, attn_implementation, method, budget, row, torch.ones_like(row), store)
         for in_batch, own in zip(together.compressed_layers, alone.compressed_layers, strict=True):
             kept = kept_of_row(in_batch, i, LENGTHS[i])
             assert kept == tiny.kept_tokens(own)[0], f"row {i}, layer {in_batch.layer_idx}"

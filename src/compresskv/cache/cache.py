@@ -18,6 +18,7 @@ from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
 from compresskv.models.shape import compressible_layers
 from compresskv.selection import budgets
+from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.memory import storage_nbytes
 
 
@@ -43,6 +44,7 @@ class CompressedCache(RoutedCache):
         exact_prefill: bool | None = None,
         on_layer: Callable[[int, int], None] | None = None,
         observer: EvictionObserver | None = None,
+        store: str = NATIVE,
     ) -> None:
         """Build an empty cache.
 
@@ -51,11 +53,13 @@ class CompressedCache(RoutedCache):
             exact_prefill: as for `compressing`.
             on_layer: called in prefill with (layers done, layers).
             observer: told of every eviction, to time it.
+            store: as for `compressing`.
         Raises:
             ModelError: the model has no full-attention layer.
-            ConfigError: the budget cannot work.
+            ConfigError: the budget cannot work, or an unknown store.
         """
-        eviction = Eviction(method, budget, len(compressible_layers(model)), prompt_tokens, on_layer, observer)
+        num_layers, precision = len(compressible_layers(model)), find_precision(store)
+        eviction = Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision)
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         if exact_prefill is not None:

@@ -11,13 +11,14 @@ from torch import Tensor
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import LayerInputs, Method, Observation
 from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
 
 
 class Retaining(Protocol):
     """A cache layer as the eviction sees it."""
 
-    def retain(self, tokens: Tensor, scores: Tensor) -> None:
+    def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """Keep the named prompt tokens and free all others. `scores` (B, H or 1, T) are what they were chosen by."""
 
 
@@ -50,8 +51,10 @@ class Eviction:
         prompt_tokens: int | None,
         on_layer: Callable[[int, int], None] | None,
         observer: EvictionObserver | None = None,
+        precision: Precision = PRECISIONS[NATIVE],
     ) -> None:
         self.method = method
+        self.precision = precision
         self.budget = check_budget(budget, num_layers)
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
             raise ConfigError(f"prompt_tokens={prompt_tokens!r} must be an int of at least 1")
@@ -87,6 +90,7 @@ class Eviction:
         if position == 0:
             self._groups = self._grouped(row_lengths, num_ahead)
         if not self._groups:
+            self._keep_all(layer, row_lengths, inputs)
             return
         own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
         own = [one.with_window(group.method.window_size) for one, group in zip(own, self._groups, strict=True)]
@@ -106,6 +110,15 @@ class Eviction:
                     scores.append(group.method.score(rows))
             self._retain(layer, position, scores)
 
+    def _keep_all(self, layer: Retaining, row_lengths: list[int], inputs: LayerInputs) -> None:
+        """Evict nothing; what is to be packed is kept token by token all the same."""
+        if self.precision.is_packed:
+            num_tokens = inputs.keys.shape[2]
+            tokens = torch.arange(num_tokens, device=inputs.keys.device).expand(len(row_lengths), 1, -1)
+            if inputs.valid is not None:
+                tokens = tokens.masked_fill(~inputs.valid[:, None], EMPTY_SLOT)
+            layer.retain(tokens)
+
     def _decide(self) -> None:
         """Cut all layers that wait."""
         shared = isinstance(self.budget, (int, float))  # what the caller gives for each layer is not shared out again
@@ -117,7 +130,7 @@ class Eviction:
 
     def _retain(self, layer: Retaining, position: int, scores: list[Tensor]) -> None:
         """Cut one layer by the scores of each group's rows."""
-        if all(group.keeps_all_of(position) for group in self._groups):
+        if all(group.keeps_all_of(position) for group in self._groups) and not self.precision.is_packed:
             return
         chosen = [group.selected(position, own) for group, own in zip(self._groups, scores, strict=True)]
         rows = [group.rows for group in self._groups]

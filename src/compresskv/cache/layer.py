@@ -287,7 +287,7 @@ class CompressedLayer(RoutedLayer):
         Raises:
             CacheStateError: a token is not stored.
         """
-        self.store = retained(self._held(), tokens)
+        self.store = retained(self._held(), tokens, self._eviction.precision)
         self._show_states()
         self._retained_nbytes = self.nbytes
 

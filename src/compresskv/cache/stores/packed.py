@@ -1,0 +1,209 @@
+"""Keys and values of one layer in few bits a number, whatever each KV head holds."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compresskv.attention.routing import AttentionFunction
+from compresskv.cache.stores.base import ROOM, Store
+from compresskv.cache.stores.dense import DenseStore
+from compresskv.cache.stores.growing import Growing
+from compresskv.cache.stores.packed_states import PackedStates, turned, turned_back
+from compresskv.cache.stores.positions import Positions
+from compresskv.cache.stores.ragged import RaggedStore
+from compresskv.selection.precision import PRECISIONS, Precision
+from compresskv.selection.select import EMPTY_SLOT
+
+TAIL = 32
+"""New tokens are packed once there are so many."""
+
+
+class PackedStore(Store):
+    """Packed keys and values of each KV head, then a tail of new tokens as the model gave them.
+
+    Attention unpacks a layer for the length of a call; nothing else ever holds it unpacked.
+    """
+
+    precision: ClassVar[Precision]
+
+    def __init__(self, keys: PackedStates, values: PackedStates, tail: tuple[Tensor, Tensor], held: Positions) -> None:
+        """Hold these; `tail`, keys and values (B, H_kv, n, D), comes behind what is packed in each head."""
+        super().__init__(held)
+        self._keys, self._values = keys, values
+        self._tail = [Growing(states) for states in tail]
+
+    @classmethod
+    def fits(cls, held: Positions) -> bool:
+        """Any choice does."""
+        return True
+
+    @classmethod
+    @torch.no_grad()
+    def gathered(cls, source: Store, held: Positions, slots: Tensor) -> "PackedStore":
+        """See `Store.gathered`. What is packed in the same way already is not packed anew."""
+        longest, counts = slots.shape[2], held.counts(source.num_heads)
+        own = [_of_head(slots, head)[..., longest - count :] for head, count in enumerate(counts)]
+        if isinstance(source, cls):
+            return source._regathered(held, own)
+        taken = [source.take(one, head) for head, one in enumerate(own)]
+        used = None
+        if held.has_empty_slots and held.chosen is not None:
+            chosen = [_of_head(held.chosen, head)[:, 0] for head in range(len(counts))]
+            used = [one[:, longest - count :] != EMPTY_SLOT for one, count in zip(chosen, counts, strict=True)]
+        bits = cls._bits()
+        keys, values = (PackedStates.of([pair[side][:, 0] for pair in taken], used, bits[side]) for side in (0, 1))
+        empty = (source.states[0][:, :, :0], source.states[1][:, :, :0])
+        return cls(keys, values, (empty[0].clone(), empty[1].clone()), held)
+
+    @classmethod
+    def _bits(cls) -> tuple[int, int]:
+        """Of keys and of values."""
+        bits = cls.precision.key_bits, cls.precision.value_bits
+        assert bits[0] is not None
+        assert bits[1] is not None
+        return bits[0], bits[1]
+
+    def _regathered(self, held: Positions, slots: list[Tensor]) -> "PackedStore":
+        """The named slots of each head, (B, 1, R) in terms of `explicit`."""
+        keys, values = self._packed_whole()
+        longest = max(keys.counts)
+        own = [(one[:, 0] - (longest - count)).clamp(min=0) for one, count in zip(slots, keys.counts, strict=True)]
+        tail_keys, tail_values = (growing.held[:, :, :0].clone() for growing in self._tail)
+        return type(self)(keys.gathered(own), values.gathered(own), (tail_keys, tail_values), held)
+
+    def _packed_whole(self) -> tuple[PackedStates, PackedStates]:
+        """With the tail."""
+        keys, values = (growing.held.detach() for growing in self._tail)
+        return self._keys.extended(keys), self._values.extended(values)
+
+    @torch.no_grad()
+    def _pack_tail(self) -> None:
+        """Once it is long enough. What was read before it keeps its codes."""
+        if self._num_unpacked >= TAIL:
+            self._keys, self._values = self._packed_whole()
+            self._tail = [Growing(growing.held[:, :, :0].clone()) for growing in self._tail]
+
+    @property
+    def _num_unpacked(self) -> int:
+        return self._tail[0].held.shape[2]
+
+    def take(self, slots: Tensor, head: int | None = None) -> tuple[Tensor, Tensor]:
+        """See `Store.take`: unpacked."""
+        return self._opened(back=True).take(slots, head)
+
+    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+        """Store new tokens behind the tail, which is packed first where it is long; they alone are given back."""
+        self._pack_tail()
+        for growing, states in zip(self._tail, (key_states, value_states), strict=True):
+            growing.append(states, room)
+        self.held = self.held.appended(key_states.shape[2])
+        return key_states, value_states
+
+    def attend(
+        self, attention: AttentionFunction, module: nn.Module, query: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Over the layer, unpacked for this call; what is turned is multiplied by turned queries."""
+        if self._keys.is_turned:
+            query = turned(query).to(query.dtype)
+        output, weights = self._opened(back=False).attend(attention, module, query, mask)
+        if self._values.is_turned:
+            output = turned_back(output).to(output.dtype)
+        return output, weights
+
+    def _opened(self, *, back: bool) -> Store:
+        """A store of the same, unpacked: turned as it is stored or, with `back`, as it was given."""
+        parts = []
+        for packed, growing in ((self._keys, self._tail[0]), (self._values, self._tail[1])):
+            tail = growing.held
+            if packed.is_turned and not back:
+                tail = turned(tail).to(tail.dtype)
+            heads = zip(packed.heads(back=back), tail.unbind(dim=1), strict=True)
+            parts.append([torch.cat([head.to(tail.dtype), own], dim=1) for head, own in heads])
+        if len(set(self._keys.counts)) == 1:
+            keys, values = (torch.stack(own, dim=1) for own in parts)
+            return DenseStore(keys, values, self.held)
+        return RaggedStore(parts, self.held)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads."""
+        return len(self._keys.counts)
+
+    @property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """(B, H_kv, 0, D): what is packed cannot be shown."""
+        keys, values = (growing.held[:, :, :0] for growing in self._tail)
+        return keys, values
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Codes, ranges and means of keys and of values; the tail of both."""
+        return [*self._keys.tensors, *self._values.tensors, *(growing.held for growing in self._tail)]
+
+    def crop(self, num_removed: int) -> None:
+        """Forget the last tokens, packed ones too."""
+        self.held = self.held.appended(-num_removed)
+        left = max(0, self._num_unpacked - num_removed)
+        packed = num_removed - (self._num_unpacked - left)
+        self._tail = [Growing(growing.held[:, :, :left]) for growing in self._tail]
+        if packed:
+            self._keys, self._values = self._keys.cropped(packed), self._values.cropped(packed)
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply `function` to the rows of all that is held."""
+        self.held = self.held.of_rows(function)
+        self._keys, self._values = self._keys.map_rows(function), self._values.map_rows(function)
+        self._tail = [Growing(function(growing.held)) for growing in self._tail]
+
+    def __copy__(self) -> "PackedStore":
+        """A store that goes on from here alone; tensors are shared until it appends."""
+        keys, values = (growing.held for growing in self._tail)
+        return type(self)(self._keys, self._values, (keys, values), self.held)
+
+    def state(self) -> dict[str, Tensor]:
+        """With the codes, ranges and means of keys and of values, and the tail (B, H_kv, n, D) of both."""
+        state = {"packed": torch.tensor(self._keys.counts, device="cpu"), **super().state()}
+        sides = (("keys", self._keys, self._tail[0]), ("values", self._values, self._tail[1]))
+        for name, packed, growing in sides:
+            state |= {f"{name}.{part}": tensor for part, tensor in packed.state().items()}
+            state[f"{name}.tail"] = growing.held.contiguous()
+        return state
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "PackedStore":
+        """See `Store.from_state`."""
+        counts = state["packed"].tolist()
+        keys, values = (
+            PackedStates.from_state(
+                {part: state[f"{name}.{part}"] for part in ("codes", "ranges", "centre") if f"{name}.{part}" in state},
+                counts,
+                bits,
+            )
+            for name, bits in zip(("keys", "values"), cls._bits(), strict=True)
+        )
+        return cls(keys, values, (state["keys.tail"], state["values.tail"]), cls.positions_from_state(state))
+
+
+class Int8Store(PackedStore):
+    """Keys and values in 8 bits."""
+
+    precision = PRECISIONS["int8"]
+
+
+class Int4Store(PackedStore):
+    """Keys and values in 4 bits."""
+
+    precision = PRECISIONS["int4"]
+
+
+class Int4K8Store(PackedStore):
+    """Keys in 8 bits, values in 4."""
+
+    precision = PRECISIONS["int4k8"]
+
+
+def _of_head(slots: Tensor, head: int) -> Tensor:
+    """(B, 1, R) of (B, 1 or H, R)."""
+    return slots[:, head : head + 1] if slots.shape[1] > 1 else slots

@@ -1,0 +1,61 @@
+"""In how many bits what is kept is held: the names of the stores, and what they cost."""
+
+from dataclasses import dataclass
+
+from compresskv.errors import ConfigError
+from compresskv.system.suggest import suggestion
+
+NATIVE = "native"
+RANGE_NBYTES = 4
+"""Of each packed vector: its lowest number and the step between two codes, in 16 bits each."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of each number of the keys and of the values that a cache keeps of a prompt."""
+
+    name: str
+    key_bits: int | None
+    """None: as the model computes them."""
+    value_bits: int | None
+    summary: str
+    """One line for users."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether anything is held in fewer bits than the model computes with."""
+        return self.key_bits is not None
+
+    def nbytes(self, head_dim: int, itemsize: int) -> int:
+        """What one token takes in one KV head, its ranges included.
+
+        Args:
+            head_dim: numbers of a key, and of a value.
+            itemsize: bytes of a number of the model's own.
+        """
+        return sum(
+            head_dim * itemsize if bits is None else head_dim * bits // 8 + RANGE_NBYTES
+            for bits in (self.key_bits, self.value_bits)
+        )
+
+
+PRECISIONS = {
+    one.name: one
+    for one in (
+        Precision(NATIVE, None, None, "as the model computes them"),
+        Precision("int8", 8, 8, "8 bits a number"),
+        Precision("int4k8", 8, 4, "keys in 8 bits, values in 4"),
+        Precision("int4", 4, 4, "4 bits a number, two in a byte"),
+    )
+}
+
+
+def find_precision(name: str) -> Precision:
+    """A precision by its name.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    if not isinstance(name, str) or name not in PRECISIONS:
+        raise ConfigError(f"is unknown{suggestion(str(name), list(PRECISIONS))}", option="store", value=name)
+    return PRECISIONS[name]

@@ -1,0 +1,95 @@
+"""The naive store with every number rounded as a packed store rounds it: what packed ones must agree with."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compresskv.cache.stores import packed
+from compresskv.cache.stores.base import ROOM, Store
+from compresskv.cache.stores.packed_vectors import PackedVectors, rotation
+from compresskv.cache.stores.positions import Positions
+from compresskv.selection.precision import PRECISIONS, Precision
+from reference_store import Entry, ReferenceStore
+
+
+class RoundingStore(ReferenceStore):
+    """Entries from position `first_exact` on are as the model gave them."""
+
+    precision: ClassVar[Precision]
+
+    @classmethod
+    def gathered(cls, source: Store, held: Positions, slots: Tensor) -> "RoundingStore":
+        assert held.chosen is not None
+        own = source if isinstance(source, ReferenceStore) else ReferenceStore.of(source)
+        if isinstance(own, RoundingStore):
+            own._round()
+        kept = own.retained(held.chosen)
+        store = cls(kept.entries, kept.held.num_seen, kept.held.floor)
+        store.held, store.first_exact = held, held.num_seen
+        if isinstance(own, RoundingStore):
+            store.centres = own.centres
+        else:
+            store.centres = [[centres(held) for held in heads] for heads in store.entries]
+            store.first_exact = 0
+            store._round()
+        return store
+
+    first_exact: int
+    centres: list[list[tuple[Tensor, Tensor]]]
+    """Of each row and head: the mean of its turned keys, and of its turned values."""
+
+    def _round(self) -> None:
+        bits = self.precision.key_bits, self.precision.value_bits
+        for heads, means in zip(self.entries, self.centres, strict=True):
+            for held, own in zip(heads, means, strict=True):
+                held[:] = [self._rounded(entry, own, bits) for entry in held]
+        self.first_exact = self.held.num_seen
+
+    def _rounded(self, entry: Entry, means: tuple[Tensor, Tensor], bits: tuple[int | None, int | None]) -> Entry:
+        position, *states = entry
+        if position < self.first_exact:
+            return entry
+        key, value = (rounded(*each) for each in zip(states, means, bits, strict=True))
+        return position, key, value
+
+    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+        if self.held.num_seen - self.first_exact >= packed.TAIL:
+            self._round()
+        return super().append(key_states, value_states, room)
+
+    def crop(self, num_removed: int) -> None:
+        super().crop(num_removed)
+        self.first_exact = min(self.first_exact, self.held.num_seen)
+
+    def map_rows(self, function: object) -> None:
+        rows = function(torch.arange(len(self.entries))).tolist()  # type: ignore[operator]
+        super().map_rows(function)  # type: ignore[arg-type]
+        self.centres = [self.centres[row] for row in rows]
+
+    def __copy__(self) -> "RoundingStore":
+        copied = type(self)([[list(held) for held in heads] for heads in self.entries], 0, 0)
+        copied.held, copied.first_exact, copied.centres = self.held, self.first_exact, self.centres
+        return copied
+
+
+def rounding(name: str) -> type[RoundingStore]:
+    """In place of a packed store, by the name of its precision."""
+    return type("Rounding", (RoundingStore,), {"precision": PRECISIONS[name]})
+
+
+def centres(held: list[Entry]) -> tuple[Tensor, Tensor]:
+    keys, values = (torch.stack([turned(entry[part]) for entry in held]).mean(dim=0).half().float() for part in (1, 2))
+    return keys, values
+
+
+def turned(vector: Tensor) -> Tensor:
+    return rotation(len(vector), vector.device) @ vector.float()
+
+
+def rounded(vector: Tensor, centre: Tensor, bits: int | None) -> Tensor:
+    assert bits is not None
+    if bits == 8:
+        return PackedVectors.of(vector, 8).unpacked().to(vector.dtype)
+    codes = PackedVectors.of(turned(vector) - centre, 4).unpacked()
+    return (rotation(len(vector), vector.device).T @ (codes + centre)).to(vector.dtype)
