@@ -66,10 +66,13 @@ def kept(session: Session) -> list[Any]:
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_session_goes_on_bit_for_bit_as_before(family: str, method: str, budget: Any, tmp_path: Path) -> None:
+def test_a_saved_session_goes_on_bit_for_bit_as_before(
+    family: str, store: str, method: str, budget: Any, tmp_path: Path
+) -> None:
     model = tiny.tiny_model(family, "eager" if family in ("gpt_oss", "gemma2") else "sdpa")
-    session = read(model, method, budget)
+    session = read(model, method, budget, store=store)
     expected = logits(session)
     session.save(tmp_path / "saved.kvc")
     opened = compresskv.open_session(tmp_path / "saved.kvc", model, tiny.tokenizer())
@@ -94,9 +97,10 @@ def test_a_question_sees_what_it_would_see_alone(family: str, method: str) -> No
         assert session.ask(question, max_new_tokens=1).token_ids == [int(wanted)]
 
 
+@pytest.mark.parametrize("store", ["native", "int4"])
 @pytest.mark.parametrize(("family", "method"), [("llama", "snapkv"), ("gemma3", "adakv"), ("llama", "full")])
 def test_many_questions_neither_copy_nor_change_the_document_and_leak_nothing(
-    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+    family: str, method: str, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     branches, branch = weakref.WeakSet[CompressedCache](), CompressedCache.branch
 
@@ -105,7 +109,7 @@ def test_many_questions_neither_copy_nor_change_the_document_and_leak_nothing(
         return branched
 
     monkeypatch.setattr(CompressedCache, "branch", noted)
-    session = read(tiny.tiny_model(family), method)
+    session = read(tiny.tiny_model(family), method, store=store)
     before, first = digest(session), answers(session)
     at, nbytes = places(session), session.nbytes
     for number in range(40):

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
-from compresskv.cache.stores.retain import STORES
+from compresskv.cache.stores.retain import PACKED_STORES, STORES
 from compresskv.errors import CacheStateError
 
 _NUMBERS = ("num_prompt_tokens", "num_ahead", "_full_nbytes", "_retained_nbytes")
-_STORES = {kind.__name__: kind for kind in STORES}
+_STORES = {kind.__name__: kind for kind in (*STORES, *PACKED_STORES.values())}
 _MADE_ANEW = ("dtype", "device")
 
 State = tuple[dict[str, Tensor], list[dict[str, Any]]]

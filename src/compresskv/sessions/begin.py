@@ -25,6 +25,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import context_length
 from compresskv.prompts.turns import first_part
 from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import read_session
 from compresskv.sessions.reading import OnRead, read_document
@@ -43,6 +44,7 @@ def read(
     method: str | Method = defaults.SESSION_METHOD,
     budget: Budget = defaults.SESSION_BUDGET,
     profile: Profile | str | Path | None = None,
+    store: str = NATIVE,
     chunk: int | None = None,
     name: str | None = None,
     on_read: OnRead | None = None,
@@ -51,7 +53,7 @@ def read(
     """Read a document once, without knowing what will be asked, and keep a part of its KV cache.
 
     Args:
-        method, budget, profile, options: as for `compressing`; a share is of the document.
+        method, budget, profile, store, options: as for `compressing`; a share is of the document.
         chunk: tokens to read at a time, to bound what reading needs beside the cache; None: all at once.
         name: what the document is called.
         on_read: called with (steps done, steps) meanwhile.
@@ -63,6 +65,7 @@ def read(
     part = first_part(tokenizer, text)
     chosen = prepare_method(model, method, profile, **options)
     check_budget(budget)
+    find_precision(store)
     warn_of_slow_dtype(model)
     limit = context_length(model)
     if limit is not None and len(part.input_ids) + _LEAST_ROOM > limit:
@@ -71,7 +74,7 @@ def read(
             f"{_LEAST_ROOM} are needed for a question and its answer: shorten it"
         )
     start = now(input_device(model))
-    cache = read_document(model, part.input_ids, chosen, budget, chunk=chunk, on_read=on_read)
+    cache = read_document(model, part.input_ids, chosen, budget, store=store, chunk=chunk, on_read=on_read)
     own = getattr(chosen, "profile", None)
     facts = Facts(
         model=str(model.config._name_or_path),
@@ -88,6 +91,7 @@ def read(
         read_s=now(input_device(model)) - start,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         dtype=weights_dtype(model),
+        store=store,
         versions={package: version(package) for package in ("compresskv", "torch", "transformers")},
     )
     return Session(model, tokenizer, cache, part.input_ids, part.ending, facts)

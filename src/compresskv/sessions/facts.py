@@ -35,6 +35,8 @@ class Facts:
     """When, in UTC (ISO 8601)."""
     dtype: str
     """Of the model's weights."""
+    store: str
+    """In how many bits a number it is kept; see `compressing`."""
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,7 +50,9 @@ class Facts:
         Raises:
             KeyError, TypeError, ValueError: it holds something else.
         """
-        kinds: dict[str, type] = dict.fromkeys(("model", "fingerprint", "method", "sha256", "created", "dtype"), str)
+        kinds: dict[str, type] = dict.fromkeys(
+            ("model", "fingerprint", "method", "sha256", "created", "dtype", "store"), str
+        )
         kinds |= dict.fromkeys(("num_tokens", "kv_nbytes", "kv_nbytes_full"), int)
         kinds |= {"versions": dict, "names": list}
         for name, kind in kinds.items():

@@ -12,6 +12,7 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
 from compresskv.selection.budgets import Budget
+from compresskv.selection.precision import NATIVE
 
 OnRead = Callable[[int, int], None]
 """Called with (steps done, steps); a step is one layer's reading of one chunk."""
@@ -23,12 +24,14 @@ def read_document(
     method: Method,
     budget: Budget,
     *,
+    store: str = NATIVE,
     chunk: int | None = None,
     on_read: OnRead | None = None,
 ) -> CompressedCache:
     """Read a document and cut it.
 
     Args:
+        store: as for `compressing`.
         chunk: tokens to read at a time; None: all at once. What is kept is the same up to rounding: nothing is evicted
             before all was read.
     Raises:
@@ -42,7 +45,7 @@ def read_document(
     chunks = [token_ids[start : start + step] for start in range(0, len(token_ids), step)]
     done = _Steps(len(chunks), on_read)
     with routing(model):
-        cache = CompressedCache(model, method, budget, prompt_tokens=len(token_ids), on_layer=done)
+        cache = CompressedCache(model, method, budget, prompt_tokens=len(token_ids), on_layer=done, store=store)
         for part in chunks:
             prefill(model, torch.tensor([list(part)], device=input_device(model)), cache)
         cache.check_attended()
