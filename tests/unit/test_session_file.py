@@ -12,6 +12,7 @@ from safetensors import safe_open
 import compresskv
 import tiny
 from compresskv import Session, SessionError
+from compresskv.sessions.file import Contents, Said, read_session, write_session
 from compresskv.sessions.header import is_session, read_facts
 from compresskv.sessions.integers import pack, unpack
 
@@ -96,6 +97,17 @@ def test_it_is_plain_safetensors_that_holds_the_text(saved: Path, session: Sessi
     told = json.loads(metadata["session"])
     assert told["facts"]["num_tokens"] == len(session.token_ids)
     assert tiny.tokenizer().decode(session.token_ids).split()[1:] == tiny.random_words(90).split()
+
+
+def test_a_conversation_may_lie_in_its_documents_tensors(session: Session, tmp_path: Path) -> None:
+    tensors = {"0.keys": torch.arange(12.0).reshape(1, 1, 4, 3)[:, :, :2]}
+    said = Said(({"0.keys": torch.as_strided(tensors["0.keys"], (1, 1, 4, 3), (12, 12, 3, 1))}, []), [2], [5])
+    contents = Contents(session.facts, session.token_ids, session._ending, (tensors, []), said)
+    write_session(tmp_path / "saved.kvc", contents)
+    found = read_session(tmp_path / "saved.kvc")
+    assert found.said is not None
+    assert torch.equal(found.said.state[0]["0.keys"], said.state[0]["0.keys"])
+    assert torch.equal(found.state[0]["0.keys"], tensors["0.keys"])
 
 
 def test_a_failed_save_leaves_what_was_there(saved: Path, session: Session, tmp_path: Path) -> None:

@@ -125,12 +125,21 @@ def open_session(path: str | Path, model: PreTrainedModel, tokenizer: PreTrained
         )
     if not contents.ending.is_of(tokenizer):
         raise SessionError(f"session {str(path)!r} was read with another tokenizer")
-    cache = CompressedCache(model, create("full"), 1)
     try:
-        restore_cache(cache, _on_devices(contents.state, model))
+        cache = _restored(model, contents.state, contents.facts.store)
+        session = Session(model, tokenizer, cache, contents.token_ids, contents.ending, contents.facts)
+        if contents.said is not None:
+            talk = _restored(model, contents.said.state, contents.facts.store)
+            session.resume(talk, contents.said.starts, contents.said.answer)
     except (CacheStateError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"session {str(path)!r} does not fit this model: {error}") from error
-    return Session(model, tokenizer, cache, contents.token_ids, contents.ending, contents.facts)
+    return session
+
+
+def _restored(model: PreTrainedModel, state: State, store: str) -> CompressedCache:
+    cache = CompressedCache(model, create("full"), 1, store=store)
+    restore_cache(cache, _on_devices(state, model))
+    return cache
 
 
 def _on_devices(state: State, model: PreTrainedModel) -> State:

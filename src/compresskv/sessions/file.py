@@ -19,7 +19,7 @@ from compresskv.sessions.header import FORMAT, VERSION, facts_of, read_metadata
 from compresskv.sessions.integers import pack, unpack
 from compresskv.system.files import replacing
 
-_INTEGERS, _TOKENS = "integers", "tokens"
+_INTEGERS, _TOKENS, _SAID = "integers", "tokens", "said."
 _PACKED = (torch.int64, torch.bool)
 
 
@@ -31,6 +31,16 @@ class Contents:
     token_ids: list[int]
     ending: Ending
     state: State
+    said: "Said | None" = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """A conversation; see `Conversation`."""
+
+    state: State
+    starts: list[int]
+    answer: list[int]
 
 
 def write_session(path: str | Path, contents: Contents) -> None:
@@ -40,8 +50,11 @@ def write_session(path: str | Path, contents: Contents) -> None:
         SessionError: the place cannot be written; what was there is there still.
     """
     tensors, layers = contents.state
+    said = contents.said
+    if said is not None:
+        tensors = tensors | {_SAID + name: tensor for name, tensor in said.state[0].items()}
     packed = {name: tensor for name, tensor in tensors.items() if tensor.dtype in _PACKED}
-    kept = {name: tensor.cpu() for name, tensor in tensors.items() if name not in packed}
+    kept = _apart({name: tensor.cpu() for name, tensor in tensors.items() if name not in packed})
     kept[_INTEGERS], shapes = pack(list(packed.values()))
     kept[_TOKENS], token_shapes = pack([torch.tensor(contents.token_ids)])
     told = {
@@ -50,6 +63,7 @@ def write_session(path: str | Path, contents: Contents) -> None:
         "layers": layers,
         "integers": list(zip(packed, shapes, strict=True)),
         "tokens": token_shapes,
+        "said": None if said is None else [said.state[1], said.starts, said.answer],
     }
     text = json.dumps(told)
     metadata = {"format": FORMAT, "version": str(VERSION), "session": text, "sha256": _digest(text, kept)}
@@ -81,9 +95,24 @@ def read_session(path: str | Path) -> Contents:
         text, read, unread = metadata["ending"]
         ending = Ending(text, tuple(read), unread)
         tensors = held | dict(zip(names, integers, strict=True))
-        return Contents(facts, token_ids.tolist(), ending, (tensors, metadata["layers"]))
+        later = {name.removeprefix(_SAID): tensors.pop(name) for name in [*tensors] if name.startswith(_SAID)}
+        said = None
+        if metadata["said"] is not None:
+            layers, starts, answer = metadata["said"]
+            said = Said((later, layers), starts, answer)
+        return Contents(facts, token_ids.tolist(), ending, (tensors, metadata["layers"]), said)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"session {str(path)!r} is damaged: it was cut short, or altered ({error})") from error
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with none in another's storage, as safetensors wants it: a conversation may lie behind its document."""
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in storages else tensor
+        storages.add(place)
+    return tensors
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

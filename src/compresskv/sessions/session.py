@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,12 +15,13 @@ from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import AUTO, NEVER, check_mode
 from compresskv.errors import CacheStateError, PromptError, SessionError
 from compresskv.generation import Generation, GenerationStats, speak
-from compresskv.models.decoding import prefill
+from compresskv.models.decoding import end_tokens, prefill
 from compresskv.models.place import input_device
 from compresskv.prompts.prompt import room_for_prompt
-from compresskv.prompts.turns import Ending, question_tokens
+from compresskv.prompts.turns import Ending, question_tokens, turn_tokens
+from compresskv.sessions.conversation import TURNS_BUDGET, Conversation
 from compresskv.sessions.facts import Facts
-from compresskv.sessions.file import Contents, write_session
+from compresskv.sessions.file import Contents, Said, write_session
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -45,7 +46,11 @@ class Session:
         self._tokenizer = tokenizer
         self._document = cache
         self._ending = ending
+        self._conversation: Conversation | None = None
         self._lent = threading.Lock()
+        self.turns_budget = TURNS_BUDGET
+        """Tokens of turns that a conversation keeps: where it has more, the oldest turns are forgotten until half of
+        that is left."""
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +83,56 @@ class Session:
         start = now(input_device(self._model))
         with self._branch(len(token_ids) + max_new_tokens) as cache:
             return self._answer(cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
+
+    def say(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = 128,
+        compile: str = AUTO,
+        on_text: Callable[[str], None] | None = None,
+        on_token: Callable[[int], None] | None = None,
+        on_compile: Progress | None = None,
+    ) -> Generation:
+        """Go on in the conversation: what was said before is seen, as far as `turns_budget` goes.
+
+        An answer that was interrupted ends the conversation: the next turn begins a new one.
+
+        Args:
+            max_new_tokens, compile, on_text, on_token, on_compile: as for `compresskv.ask`.
+        Raises:
+            ConfigError, PromptError: as for `ask`; or the model's chat template takes no conversation.
+        """
+        check_mode(compile)
+        talk = self._conversation
+        if talk is None:
+            token_ids, seen = question_tokens(self._tokenizer, self._ending, text), self.facts.num_tokens
+        else:
+            ends = end_tokens(self._model, self._tokenizer)
+            token_ids, seen = turn_tokens(self._tokenizer, talk.answer, ends, text), talk.cache.get_seq_length()
+        self._check_fits(seen + len(token_ids), max_new_tokens)
+        start = now(input_device(self._model))
+        if talk is None:
+            lease = ExitStack()
+            room = len(token_ids) + max_new_tokens + self.turns_budget
+            talk = Conversation(lease.enter_context(self._branch(room)), seen, lease=lease)
+        talk.starts.append(seen)
+        try:
+            found = self._answer(talk.cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
+        except BaseException:  # half a turn was read
+            talk.lease.close()
+            self._conversation = None
+            raise
+        talk.answer = found.token_ids
+        talk.forget_oldest(self.turns_budget)
+        self._conversation = talk
+        return found
+
+    def forget(self) -> None:
+        """End the conversation: the next turn begins a new one."""
+        if self._conversation is not None:
+            self._conversation.lease.close()
+            self._conversation = None
 
     @contextmanager
     def _branch(self, room: int) -> Iterator[CompressedCache]:
@@ -116,14 +171,13 @@ class Session:
                 on_text=on_text,
                 on_token=on_token,
             )
-        num_before = self.facts.num_tokens
-        num_prompt = cache.get_seq_length() - len(answered.token_ids) + 1
+        num_said = len(answered.token_ids) - 1  # read, of the answer
         stats = GenerationStats(
             method=self.facts.method,
             budget=self.facts.budget,
-            prompt_tokens=num_prompt,
+            prompt_tokens=cache.get_seq_length() - num_said,
             truncated_tokens=0,
-            retained_per_layer=[layer.mean_retained + num_prompt - num_before for layer in cache.compressed_layers],
+            retained_per_layer=[layer.num_retained - num_said for layer in cache.compressed_layers],
             kv_nbytes_full=self.facts.kv_nbytes_full,
             kv_nbytes=self.facts.kv_nbytes,
             prefill_s=prefill_s,
@@ -141,21 +195,27 @@ class Session:
         room = room_for_prompt(self._model, max_new_tokens)
         if room is not None and num_tokens > room:
             raise PromptError(
-                f"document and question have {num_tokens} tokens, but the model's context leaves room for {room} "
-                "before the answer"
+                f"document and question have {num_tokens} tokens, with what was said before, but the model's context "
+                f"leaves room for {room} before the answer"
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the document's cache to a file, which `open_session` reads. It holds the text, as token ids.
+        """Write what is kept, and the conversation, to a file that `open_session` reads. It holds the text, as tokens.
 
         Raises:
             SessionError: the place cannot be written, or a layer holds what cannot be saved; nothing is written.
         """
+        talk = self._conversation
         try:
             state = cache_state(self._document)
+            said = None if talk is None else Said(cache_state(talk.cache), talk.starts, talk.answer)
         except CacheStateError as error:
             raise SessionError(f"this session cannot be saved: {error}") from error
-        write_session(path, Contents(self.facts, self.token_ids, self._ending, state))
+        write_session(path, Contents(self.facts, self.token_ids, self._ending, state, said))
+
+    def resume(self, cache: CompressedCache, starts: list[int], answer: list[int]) -> None:
+        """Go on with a conversation that was saved; see `Conversation`."""
+        self._conversation = Conversation(cache, self.facts.num_tokens, starts, answer)
 
 
 @contextmanager
