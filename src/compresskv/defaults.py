@@ -1,6 +1,8 @@
 """What is used where nothing is said."""
 
 METHOD = "blend"
+SERVED_METHOD = "vote"
+"""In vLLM, whose block table takes the same tokens in all layers."""
 BUDGET = 256
 MODEL = "smollm2-135m"
 SESSION_METHOD = "snapkv"

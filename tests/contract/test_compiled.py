@@ -19,7 +19,7 @@ import compresskv
 import tiny
 from compresskv.attention.routing import routing
 from compresskv.cache.stores.base import ROOM
-from compresskv.compiled import decoding, package
+from compresskv.compiled import decoding, export, package
 from compresskv.compiled.narrow import narrow_weights
 from compresskv.compiled.step import Step
 from compresskv.compression import Compressing
@@ -228,7 +228,7 @@ def test_weights_read_in_16_bits_are_the_same_weights(family: str, dtype: torch.
     assert {one.dtype for one in copies.values()} == {dtype}
     with routing(model):
         (expected, _), (found, _) = (
-            Step(model, kinds, narrow)(*package.example_inputs(model, kinds).as_args()) for narrow in (None, copies)
+            Step(model, kinds, narrow)(*export.example_inputs(model, kinds).as_args()) for narrow in (None, copies)
         )
     assert torch.equal(found, expected)
 

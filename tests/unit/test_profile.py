@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
@@ -162,6 +163,13 @@ def _assert_refused(path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"profile={str(path)!r} ")
     assert "\n" not in message
+
+
+def test_texts_of_types_of_their_own_are_stored_as_texts() -> None:
+    """torch.__version__ is one."""
+    profile = replace(PROFILE, provenance={"torch": torch.__version__})
+    assert profile.to_dict()["provenance"] == {"torch": str(torch.__version__)}
+    assert Profile.from_dict(profile.to_dict()).digest == profile.digest
 
 
 def test_the_field_is_named() -> None:

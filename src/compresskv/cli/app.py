@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compresskv import defaults
 from compresskv.cli import INTERRUPTED
 from compresskv.cli.ask import ask
 from compresskv.cli.bench import EPILOG as BENCH_EPILOG
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_EPILOG = """\b
+_EPILOG = f"""\b
 Examples:
   compresskv ask report.txt "Who signed the contract?"
   compresskv ask report.txt "Who signed the contract?" --budget 3% --compare full,snapkv
@@ -51,9 +52,9 @@ Examples:
   compresskv eval --tasks needle --output runs/needle
   compresskv bench --lengths 1024,4096
   compresskv compile
-  compresskv serve smollm2-135m --budget 5%
+  compresskv serve {defaults.MODEL} --budget 5%
   compresskv methods
-  compresskv profile show smollm2-135m
+  compresskv profile show {defaults.MODEL}
 """
 
 

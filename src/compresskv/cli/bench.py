@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from compresskv.bench.subject import Subject
     from compresskv.methods.base import Method
 
-_MODEL = defaults.MODEL
 EPILOG = """\b
 Examples:
   compresskv bench --lengths 1024,4096 --budgets 128,256
@@ -52,7 +51,7 @@ def bench(
     ] = "128,256,full",
     methods: Annotated[
         str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHODS")
-    ] = "snapkv,blend",
+    ] = f"snapkv,{defaults.METHOD}",
     random: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +100,7 @@ def bench(
     _check_choices(model, random, layers, profile, dtype, config.decode)
     check_outputs({"plot": plot, "output": output}, {"profile": profile, "model": model})
     _check_outputs(plot, output)
-    peer_pythons = _pythons_of_peers(peers, random or model or _MODEL, random=random is not None)
+    peer_pythons = _pythons_of_peers(peers, random or model or defaults.MODEL, random=random is not None)
     with Bar() as bar:
         subject = _subject(model, random, layers, config, dtype, device, bar)
         if random is None:
@@ -214,7 +213,7 @@ def _subject(
     from compresskv.bench.subject import random_subject, real_subject
 
     if random is None:
-        return real_subject(model or _MODEL, dtype=dtype, device=device, on_progress=bar)
+        return real_subject(model or defaults.MODEL, dtype=dtype, device=device, on_progress=bar)
     bar(f"building {random}", None)
     return random_subject(random, layers, config.most_tokens, dtype=dtype, device=device)
 

@@ -23,7 +23,6 @@ Examples:
   compresskv compile --method snapkv --json
 """
 _PROMPT_TOKENS = 320
-_BUDGET = defaults.BUDGET
 
 
 def compile_step(
@@ -48,7 +47,7 @@ def compile_step(
         subject = real_subject(model, dtype=dtype, device="cpu", on_progress=bar)
         prepared = prepare_method(subject.model, chosen, profile if chosen.needs_profile else None)
         building = Building(bar)
-        trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, _BUDGET, building)
+        trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, defaults.BUDGET, building)
     if trial.compiled_ms is None:
         raise ModelError(f": {trial.not_compiled}", option="model", value=model)
     if as_json:

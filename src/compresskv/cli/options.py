@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float)
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help=f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}.", metavar="MODEL"
-    ),
-]
+_MODEL_HELP = f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}."
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP, metavar="MODEL")]
 MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].")]
-BudgetOption = Annotated[str, typer.Option(help="Tokens kept per layer (256) or share of the prompt (0.03, 3%).")]
+BudgetOption = Annotated[
+    str, typer.Option(help=f"Tokens kept per layer ({defaults.BUDGET}) or share of the prompt (0.03, 3%).")
+]
 TruncateOption = Annotated[
     str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")
 ]

@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from compresskv import defaults
 from compresskv.cli.group import Group
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, check_folder, check_writable, parse_numbers
+from compresskv.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    check_folder,
+    check_writable,
+    parse_numbers,
+)
 from compresskv.cli.outputs import check_outputs
+from compresskv.cli.profile_tables import answers, layer_table, print_heads
 from compresskv.cli.terminal import Bar, counted, err, new_table, out
 from compresskv.errors import ProfileError
 from compresskv.selection.budgets import check_budget, error_aware
@@ -52,7 +60,6 @@ profile_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelArgument = Annotated[str, typer.Argument(help=f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}.")]
 FileArgument = Annotated[str, typer.Argument(help="A profile file, or a model's name to show its own profile.")]
 HaystackOption = Annotated[
     list[Path] | None,
@@ -127,7 +134,7 @@ def find(
             outcome = find_profile(loaded, tokenizer, model, store.user_folder() / "runs", settings, bar)
         except NothingRetrievedError as error:
             bar.stop()
-            err.print(_answers(error.runs), soft_wrap=False)
+            err.print(answers(error.runs), soft_wrap=False)
             raise
     store.write_profile(outcome.profile, path)
     if as_json:
@@ -135,7 +142,7 @@ def find(
         return
     failed = outcome.profile.provenance["runs_failed"]
     out.print(f"{path}\n{counted(outcome.profile.num_runs, 'run')} counted, {failed} failed to answer and left out.")
-    _print_heads(outcome.profile)
+    print_heads(outcome.profile)
 
 
 @profile_app.command(epilog=_SHOW_EPILOG)
@@ -159,9 +166,9 @@ def show(
         budgets = dict(zip(map(str, loaded.layer_indices), tokens, strict=True))
         out.print_json(json.dumps({**loaded.to_dict(), "layer_budgets": budgets}))
     else:
-        _print_heads(loaded)
+        print_heads(loaded)
         out.print(f"\nlayer budgets at a mean of {counted(budget, 'token')}")
-        out.print(_layer_table(loaded, tokens), soft_wrap=False)
+        out.print(layer_table(loaded, tokens), soft_wrap=False)
     if plot is not None:
         from compresskv.calibration import plots
 
@@ -268,34 +275,3 @@ def _find_file(name: str) -> "Profile":
         if stored.model_id == name:
             return stored
     raise ProfileError(f"{name!r} is neither a profile file nor a model with a stored profile")
-
-
-def _print_heads(profile: "Profile") -> None:
-    if not profile.num_runs:
-        out.print(f"{profile.model_id}: imported; its heads are ranked within each layer only")
-        return
-    scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
-    out.print(f"{profile.model_id}: best heads (mean of {counted(profile.num_runs, 'run')})")
-    columns = ("rank", "layer", "head", "semantic score")
-    table = new_table(*columns, numbers=columns)
-    for rank, (layer, head) in enumerate(profile.semantic_heads[:20], start=1):
-        table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")
-    out.print(table, soft_wrap=False)
-
-
-def _layer_table(profile: "Profile", tokens: list[int]) -> Table:
-    table = new_table("layer", "best 4 heads", "error", "tokens", numbers=("layer", "error", "tokens"))
-    for layer, error, count in zip(profile.layer_indices, profile.layer_errors, tokens, strict=True):
-        heads = ", ".join(map(str, profile.top_heads(layer, 4)))
-        table.add_row(str(layer), heads, f"{error:.4f}", str(count))
-    return table
-
-
-def _answers(runs: list[dict[str, Any]]) -> Table:
-    numbers = ("tokens", "depth", "recall")
-    table = new_table("needle", *numbers, "answer", numbers=numbers, title="what the model answered")
-    for run in runs[:20]:
-        table.add_row(
-            run["needle"], str(run["length"]), f"{run['depth']:g} %", f"{run['recall']:.2f}", run["answer"][:120]
-        )
-    return table

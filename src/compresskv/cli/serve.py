@@ -41,7 +41,7 @@ def serve(
     budget: BudgetOption = str(defaults.BUDGET),
     method: Annotated[
         str, typer.Option(help="A method that keeps the same tokens in all layers: vote, streaming_llm.")
-    ] = "vote",
+    ] = defaults.SERVED_METHOD,
     settings: SettingsOption = None,
     profile: ProfileOption = None,
 ) -> None:

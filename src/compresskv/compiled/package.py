@@ -3,13 +3,10 @@
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import shutil
-import sys
 import time
 import uuid
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import base_implementation, routing
+from compresskv.compiled.export import example_inputs, export_step, find_compiler
 from compresskv.compiled.narrow import narrow_weights
-from compresskv.compiled.step import RAGGED, Step, StepInputs, narrow_names
+from compresskv.compiled.step import Step, StepInputs, narrow_names
 from compresskv.errors import first_line
-from compresskv.models.shape import compressible_layers, decoder_config, heads_of
+from compresskv.models.shape import decoder_config
 from compresskv.system.files import write_text
 from compresskv.system.locking import held_if_free, locked
 from compresskv.system.paths import cache_dir
@@ -195,13 +193,6 @@ def _reason(error: Exception) -> str:
     return f"its decode step cannot be compiled ({first_line(error)})"
 
 
-def _find_compiler() -> None:
-    """Fail for want of a C++ compiler at once, not after a minute's work on what it is to be given."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    get_cpp_compiler()
-
-
 def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, report: Progress) -> Package:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
@@ -209,7 +200,7 @@ def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, r
         if built_facts(model, kinds) is not None:  # by another process, unless it is damaged
             with contextlib.suppress(NotCompilableError):
                 return Package(folder, model, kinds)
-        _find_compiler()
+        find_compiler()
         report("compiling the decode step, once for this model", None)
         _build(model, kinds, folder)
     return Package(folder, model, kinds)
@@ -230,7 +221,7 @@ def _build(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None
     temporary.mkdir()
     try:
         start = time.perf_counter()
-        _compile(model, kinds, temporary)
+        export_step(model, kinds, temporary / _PROGRAM, temporary / _CONSTANTS)
         compiled = time.perf_counter()
         package = Package(temporary, model, kinds)
         facts = Facts(compile_s=compiled - start, load_s=_IMPORTS_S + time.perf_counter() - compiled)
@@ -256,56 +247,6 @@ def _check(package: Package, model: PreTrainedModel, kinds: tuple[str, ...]) -> 
     error = float((found.float() - expected.float()).abs().max()) / scale
     if not error <= _TOLERANCE[expected.dtype]:  # NaN is none
         raise NotCompilableError(f"the compiled step's logits are wrong by {error:.1%} of the largest")
-
-
-def _compile(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None:
-    if "distutils" in sys.modules and "setuptools" not in sys.modules:
-        # setuptools, which the compiler imports, wants to replace Python's distutils, and fails where it was imported
-        os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
-    from compresskv.compiled.matvec import OneRowProducts, whole_loads  # PyTorch's compiler takes seconds to import
-
-    example = example_inputs(model, kinds)
-    by_tokens = [{1 if keys.ndim == 3 else 2: torch.export.Dim.DYNAMIC} for keys in example.keys]
-    options = {
-        "aot_inductor.package": True,
-        "aot_inductor.package_constants_in_so": False,  # weights would be stored once more
-        "post_grad_custom_pre_pass": OneRowProducts(),
-    }
-    with routing(model), torch.no_grad(), whole_loads(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, about its own changes
-        exported = torch.export.export(
-            Step(model, kinds, narrow_weights(model).copies(model)),
-            example.as_args(),
-            dynamic_shapes=(None, None, None, None, by_tokens, by_tokens),
-            strict=False,  # plain Python runs, with tensors that note what is done to them
-        )
-        constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
-        torch.save(constants, folder / _CONSTANTS)
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(folder / _PROGRAM), inductor_configs=options
-        )
-
-
-def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs:
-    """Small random inputs of different lengths, so that no two are taken to be equal."""
-    config, device = decoder_config(model), model.device
-    generator = torch.Generator().manual_seed(0)
-    held: tuple[list[Tensor], list[Tensor]] = [], []
-    for layer_idx, kind in enumerate(kinds):
-        heads = heads_of(config, layer_idx)
-        num_tokens = 2 * heads.num_kv_heads + 3 * layer_idx
-        shape: tuple[int, ...] = (1, num_tokens, heads.head_dim)
-        if kind != RAGGED:
-            shape = (1, heads.num_kv_heads, *shape[1:])
-        for states in held:
-            # small, as real ones are beside the hidden state: large ones would magnify what rounding does
-            states.append(
-                (0.1 * torch.randn(shape, generator=generator, device=generator.device)).to(device, model.dtype)
-            )
-    num_heads = heads_of(config, compressible_layers(model)[0]).num_kv_heads
-    starts = 2 * torch.arange(num_heads, device=device).expand(len(kinds), -1)
-    token, position = (torch.full((1, 1), value, device=device) for value in (3, 1000))  # never one tensor for both
-    return StepInputs(token, position, starts.clone(), starts + 1, *held)
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:

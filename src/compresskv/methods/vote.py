@@ -80,14 +80,14 @@ class Vote(Method):
         """(B, 1, T)."""
         local = mean_over_groups(mean_plus_variance(inputs), inputs.num_kv_heads)
         local = set_first(without_padding(local, inputs.valid), self.num_sinks, 0, inputs.valid)
-        return normalised(local).sqrt_().mean(dim=1, keepdim=True)
+        return summing_to_one(local).sqrt_().mean(dim=1, keepdim=True)
 
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """The same (B, 1, T) for every layer."""
         scores = count_votes(layers)
         if self.local_weight:
             wanted = torch.stack(super().score_layers(layers)).sum(dim=0)
-            scores = scores + self.local_weight * normalised(wanted)
+            scores = scores + self.local_weight * summing_to_one(wanted)
         return [set_first(scores, self.num_sinks, torch.inf, layers[0].valid)] * len(layers)
 
 
@@ -116,7 +116,7 @@ def layer_vote(
         return None
     attention = inputs.attention_moments[0][:, heads] if all_heads else inputs.attention_sums(heads)
     pooled = pool(attention, kernel_size)
-    own = normalised(without_padding(pooled, inputs.valid))  # (B, n, T)
+    own = summing_to_one(without_padding(pooled, inputs.valid))  # (B, n, T)
     scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
     weights = own.new_tensor([scores[first + head] for head in heads])
     return (own * weights[:, None]).sum(dim=1, keepdim=True)
@@ -124,9 +124,9 @@ def layer_vote(
 
 def count_votes(layers: Sequence[Observation]) -> Tensor:
     """(B, 1, T): the vote of all layers; sums to 1."""
-    return normalised(torch.stack([layer.vote for layer in layers if layer.vote is not None]).sum(dim=0))
+    return summing_to_one(torch.stack([layer.vote for layer in layers if layer.vote is not None]).sum(dim=0))
 
 
-def normalised(scores: Tensor) -> Tensor:
+def summing_to_one(scores: Tensor) -> Tensor:
     """(B, H, T) non-negative, each head's divided by their sum."""
     return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -4,13 +4,12 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
-import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -160,7 +159,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: one list where all layers share it."""
-        own = msgspec.json.decode(msgspec.json.encode(self))
+        own = json.loads(json.dumps(asdict(self)))
         layers = own.pop("layers")
         prompt = {"num_tokens": own.pop("num_prompt_tokens"), "sha256": own.pop("prompt_sha256")}
         columns = {name: [layer[name] for layer in layers] for name in ("positions", "scores")}

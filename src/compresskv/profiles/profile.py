@@ -4,12 +4,12 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
-import msgspec
+from msgspec import structs
 
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
@@ -143,7 +143,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
-        own = msgspec.json.decode(msgspec.json.encode(self))
+        own = json.loads(json.dumps(asdict(self), default=structs.asdict))
         return {
             "format": FORMAT,
             "version": VERSION,

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, methods, parse_methods
 from compresskv.selection.budgets import check_budget, parse_budget
 from compresskv.serving.switch import KEY, VARIABLES, given_settings
 
-_DEFAULT_METHOD = "vote"
 _LARGEST = 2**63 - 1  # that vLLM can send between its processes
 
 
@@ -54,7 +54,7 @@ class Settings:
     """What is evicted. Hashable; travels between vLLM's processes as `to_dict`."""
 
     budget: int | float
-    method: str = _DEFAULT_METHOD
+    method: str = defaults.SERVED_METHOD
     """The method's label: its name and the options that differ from its defaults."""
     profile: str | None = None
     """A profile file; None finds the model's own."""
@@ -169,7 +169,7 @@ def _budget(given: Any) -> int | float:
 
 def _label(method: Any, options: Mapping[str, Any]) -> str:
     """The label of a method that was named, with its options beside it or in its label."""
-    name = _DEFAULT_METHOD if method is None else str(method)
+    name = defaults.SERVED_METHOD if method is None else str(method)
     if not options:
         return _method(name).label
     if "[" in name:

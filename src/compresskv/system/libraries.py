@@ -12,7 +12,7 @@ def versions() -> dict[str, str]:
     """Of this package and what it rests on, as results name them."""
     return {
         "compresskv": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a type of its own
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }

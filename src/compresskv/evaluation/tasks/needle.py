@@ -50,7 +50,7 @@ def read_facts() -> list[Fact]:
 
 
 @dataclass(frozen=True)
-class _Case:
+class _Place:
     """A place in the grid."""
 
     seed: int
@@ -107,7 +107,7 @@ class NeedleTask(Task):
         """
         hider = _Hider(settings)
         try:
-            return [hider.example(case) for case in _grid(settings, self.chosen_subsets(settings))]
+            return [hider.example(place) for place in _grid(settings, self.chosen_subsets(settings))]
         except ProfileError as error:  # what a haystack raises, since profiles are made of it too
             raise DataError(str(error)) from error
 
@@ -124,12 +124,12 @@ class NeedleTask(Task):
         }
 
 
-def _grid(settings: TaskSettings, subsets: tuple[str, ...]) -> list[_Case]:
+def _grid(settings: TaskSettings, subsets: tuple[str, ...]) -> list[_Place]:
     for depth in settings.depths:
         if not 0 <= depth <= 100:
             raise ConfigError("is no percentage: choose from 0 to 100", option="depths", value=depth)
     return [
-        _Case(settings.seed, subset, length, depth, number)
+        _Place(settings.seed, subset, length, depth, number)
         for subset in dict.fromkeys(subsets)
         for length in dict.fromkeys(settings.lengths)
         for depth in dict.fromkeys(settings.depths)
@@ -138,7 +138,7 @@ def _grid(settings: TaskSettings, subsets: tuple[str, ...]) -> list[_Case]:
 
 
 class _Hider:
-    """Makes examples of cases."""
+    """Makes the examples of places."""
 
     def __init__(self, settings: TaskSettings) -> None:
         self._tokenizer = settings.tokenizer
@@ -150,61 +150,61 @@ class _Hider:
         """Read and tokenized once, and only where a subset hides sentences."""
         return Haystack(self._tokenizer, read_haystack(self._haystack_paths))
 
-    def example(self, case: _Case) -> Example:
+    def example(self, place: _Place) -> Example:
         try:
-            return self._pair(case) if case.subset == "uuid" else self._sentences(case)
+            return self._pair(place) if place.subset == "uuid" else self._sentences(place)
         except ConfigError as error:
             problem = (
                 "leaves no room for text beside what is hidden in it, the question and the answer of "
-                f"needle/{case.subset}: choose a longer one"
+                f"needle/{place.subset}: choose a longer one"
             )
-            raise ConfigError(problem, option="lengths", value=case.length) from error
+            raise ConfigError(problem, option="lengths", value=place.length) from error
 
-    def _sentences(self, case: _Case) -> Example:
-        facts = case.facts(self._facts)
+    def _sentences(self, place: _Place) -> Example:
+        facts = place.facts(self._facts)
         if len(facts) == 1:
             question = _SINGLE_QUESTION.format(facts[0].question)
         else:
             numbered = (f"{number}. {fact.question}" for number, fact in enumerate(facts, 1))
             question = _MULTI_QUESTION.format("\n".join(numbered))
-        # One stands at the case's depth, the others follow evenly, from the end on to the beginning.
-        depths = [(case.depth + step * 100 / len(facts)) % 100 for step in range(1, len(facts))]
+        # One stands at the place's depth, the others follow evenly, from the end on to the beginning.
+        depths = [(place.depth + step * 100 / len(facts)) % 100 for step in range(1, len(facts))]
         text = self._haystack.document(
-            case.length, case.rotation, [case.depth, *depths], list(facts), self._reserved(case, question)
+            place.length, place.rotation, [place.depth, *depths], list(facts), self._reserved(place, question)
         ).text
         kinds = {fact.kind for fact in facts}
         kind = kinds.pop() if len(kinds) == 1 else "mixed"
-        return _example(case, text, question, [(fact.needle, fact.answer) for fact in facts], kind)
+        return _example(place, text, question, [(fact.needle, fact.answer) for fact in facts], kind)
 
-    def _pair(self, case: _Case) -> Example:
-        draw = case.generator()
+    def _pair(self, place: _Place) -> Example:
+        draw = place.generator()
         pair = draw_pair(draw)
         question = _UUID_QUESTION.format(pair.key)
-        num_tokens = case.length - self._reserved(case, question)
-        text = hide_pair(self._tokenizer, pair, depth=case.depth, num_tokens=num_tokens, draw=draw)
-        return _example(case, text, question, [(pair.line, pair.value)], "uuid")
+        num_tokens = place.length - self._reserved(place, question)
+        text = hide_pair(self._tokenizer, pair, depth=place.depth, num_tokens=num_tokens, draw=draw)
+        return _example(place, text, question, [(pair.line, pair.value)], "uuid")
 
-    def _reserved(self, case: _Case, question: str) -> int:
+    def _reserved(self, place: _Place, question: str) -> int:
         """Tokens of the chat template, of what follows the document, and of the answer."""
         message = encode_message(self._tokenizer, f".{_BREAK}{question}")
-        return len(message.input_ids) + _MAX_NEW_TOKENS[case.subset]
+        return len(message.input_ids) + _MAX_NEW_TOKENS[place.subset]
 
 
-def _example(case: _Case, text: str, question: str, hidden: list[tuple[str, str]], kind: str) -> Example:
+def _example(place: _Place, text: str, question: str, hidden: list[tuple[str, str]], kind: str) -> Example:
     """`hidden` holds (what stands in the text, its key answer), in the order of the questions."""
     starts = [text.index(what) for what, _ in hidden]
     return Example(
-        task=f"needle/{case.subset}",
-        id=case.id,
+        task=f"needle/{place.subset}",
+        id=place.id,
         prefix="",
         context=text,
         suffix=f"{_BREAK}{question}",
         answers=tuple(answer for _, answer in hidden),
-        max_new_tokens=_MAX_NEW_TOKENS[case.subset],
+        max_new_tokens=_MAX_NEW_TOKENS[place.subset],
         evidence=tuple((start, start + len(what)) for start, (what, _) in zip(starts, hidden, strict=True)),
         meta={
-            "length": case.length,
-            "depth": case.depth,
+            "length": place.length,
+            "depth": place.depth,
             "kind": kind,
             "reference": " ".join(what for what, _ in hidden),
         },

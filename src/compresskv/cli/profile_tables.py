@@ -1,0 +1,44 @@
+"""What `compresskv profile` prints of a profile."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from compresskv.cli.terminal import counted, new_table, out
+
+if TYPE_CHECKING:
+    from compresskv.profiles.profile import Profile
+
+
+def print_heads(profile: "Profile") -> None:
+    """The twenty best heads, or that an imported profile does not know them."""
+    if not profile.num_runs:
+        out.print(f"{profile.model_id}: imported; its heads are ranked within each layer only")
+        return
+    scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
+    out.print(f"{profile.model_id}: best heads (mean of {counted(profile.num_runs, 'run')})")
+    columns = ("rank", "layer", "head", "semantic score")
+    table = new_table(*columns, numbers=columns)
+    for rank, (layer, head) in enumerate(profile.semantic_heads[:20], start=1):
+        table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")
+    out.print(table, soft_wrap=False)
+
+
+def layer_table(profile: "Profile", tokens: list[int]) -> Table:
+    """A row a layer: its best heads, its share of the errors, and its tokens."""
+    table = new_table("layer", "best 4 heads", "error", "tokens", numbers=("layer", "error", "tokens"))
+    for layer, error, count in zip(profile.layer_indices, profile.layer_errors, tokens, strict=True):
+        heads = ", ".join(map(str, profile.top_heads(layer, 4)))
+        table.add_row(str(layer), heads, f"{error:.4f}", str(count))
+    return table
+
+
+def answers(runs: list[dict[str, Any]]) -> Table:
+    """What a model said that found no needle."""
+    numbers = ("tokens", "depth", "recall")
+    table = new_table("needle", *numbers, "answer", numbers=numbers, title="what the model answered")
+    for run in runs[:20]:
+        table.add_row(
+            run["needle"], str(run["length"]), f"{run['depth']:g} %", f"{run['recall']:.2f}", run["answer"][:120]
+        )
+    return table
