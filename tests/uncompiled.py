@@ -18,11 +18,11 @@ class UncompiledPackage:
     def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], *_: Any, **__: Any) -> None:
         self.kinds = kinds
         self._step = Step(model, kinds)
-        self._weights = package.weights_of(model)
+        self._state = package.state_of(model)
 
     @torch.no_grad()
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
         return self._step(*inputs.as_args())
 
     def fits(self, model: PreTrainedModel) -> bool:
-        return package.weights_of(model) == self._weights
+        return package.state_of(model) == self._state

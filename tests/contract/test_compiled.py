@@ -352,9 +352,11 @@ def test_a_changed_model_is_noticed(change: str) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("change", ["hook", "weights"])
+@pytest.mark.parametrize("change", ["hook", "weights", "number", "list", "dict"])
 def test_a_model_that_changed_between_prompts_is_noticed_on_the_same_cache(change: str) -> None:
     model, prompt = tiny.build_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    attention = model.model.layers[0].self_attn
+    attention.adapters, attention.scales = ["first"], {"first": 1.0}  # as libraries of adapters keep theirs
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
         made = decoding._loaded[model][decoding._kinds(cache)]
@@ -362,6 +364,12 @@ def test_a_model_that_changed_between_prompts_is_noticed_on_the_same_cache(chang
         cache.reset()
         if change == "hook":
             model.model.layers[0].register_forward_hook(lambda *_: None)
+        elif change == "number":
+            attention.scaling *= 2
+        elif change == "list":
+            attention.adapters[0] = "second"
+        elif change == "dict":
+            attention.scales["first"] = 0.5
         else:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, dims=0), requires_grad=False)
         found = tiny.generate(model, prompt, cache)

@@ -24,6 +24,8 @@ PREFIX = "compresskv_"
 CANNOT = ", so its cache cannot be compressed"
 """The end of what is said of a model's attention."""
 
+_PROMPTS_OF_EMBEDDINGS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"}
+"""The kinds of peft's prompt learning that put learned embeddings before the prompt, which are read like tokens."""
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """The table that a module must look its attention function up in."""
 
@@ -43,8 +45,9 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} uses a cache of its own, which cannot be compressed{_newer(config)}")
     if shares_keys(config):
         _check_sharing(name, model)
+    _check_adapter(name, model)
     newer, older = "is_activation_checkpointing", "is_gradient_checkpointing"
-    if model.training and getattr(model, newer if hasattr(type(model), newer) else older, False):
+    if model.training and getattr(model, newer if hasattr(model, newer) else older, False):
         raise ModelError(f"{name} is trained with gradient checkpointing, which drops the cache: call model.eval()")
     _check_modules(name, model)
     implementation = str(config._attn_implementation).removeprefix(PREFIX)
@@ -67,6 +70,15 @@ def _check_sharing(name: str, model: PreTrainedModel) -> None:
         raise ModelError(f"{name} uses {kind} cannot be compressed: newer transformers may have none")
     if len(set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}) > 1:
         raise ModelError(f"{name} shares keys between layers that lie on several devices{CANNOT}")
+
+
+def _check_adapter(name: str, model: PreTrainedModel) -> None:
+    """Raise ModelError where peft puts learned keys and values before the prompt, in a cache of its own."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    kind = str(getattr(adapter, "peft_type", "")).removeprefix("PeftType.")
+    if getattr(adapter, "is_prompt_learning", False) and kind not in _PROMPTS_OF_EMBEDDINGS:
+        kept = "keeps learned keys and values in a cache of its own"
+        raise ModelError(f"{name}: its {kind} adapter {kept}, which cannot be compressed: LoRA and prompt tuning can")
 
 
 def _uses_default_cache(model: PreTrainedModel) -> bool:

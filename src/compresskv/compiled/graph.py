@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import routing
-from compresskv.compiled.package import NotCompilableError, weights_of
+from compresskv.compiled.package import NotCompilableError, state_of
 from compresskv.compiled.step import SLIDING, Step, StepInputs
 from compresskv.errors import first_line
 
@@ -71,7 +71,7 @@ class GraphedStep:
         """
         if SLIDING in kinds:
             raise NotCompilableError("layers with a sliding window hold other tensors after each token")
-        self._weights = weights_of(model)
+        self._state = state_of(model)
         self._kept = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise NotCompilableError("accelerate moves what its modules are given")
@@ -101,8 +101,8 @@ class GraphedStep:
         return own.logits.clone(), []  # the next replay writes there again
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether the model's tensors lie where they lay."""
-        return weights_of(model) == self._weights
+        """Whether the model's tensors lie where they lay, and its modules are set as they were."""
+        return state_of(model) == self._state
 
     @torch.no_grad()
     def _make_recording(self, inputs: StepInputs) -> _Recording:

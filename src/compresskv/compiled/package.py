@@ -73,7 +73,7 @@ class Package:
             NotCompilableError: the files are damaged.
         """
         self.kinds = kinds
-        self._weights, self._narrow = weights_of(model), narrow_weights(model)
+        self._state, self._narrow = state_of(model), narrow_weights(model)
         copies = self._narrow.copies(model)
         narrow = {own: copies[name] for own, name in narrow_names(copies).items()}
         try:
@@ -91,8 +91,8 @@ class Package:
         return logits, sliding
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether the model still has the tensors that this was loaded with: it may have been moved or converted."""
-        return weights_of(model) == self._weights and self._narrow.fits(model)
+        """Whether the model is as it was when this was loaded: it may have been moved, converted, or given an adapter."""
+        return state_of(model) == self._state and self._narrow.fits(model)
 
 
 def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
@@ -105,7 +105,7 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
     own = Path(__file__).parent
     what = [
         json.dumps(config, sort_keys=True, default=str),
-        [(name, type(module).__qualname__, _settings(module)) for name, module in model.named_modules()],
+        _settings(model),
         base_implementation(model),
         _layout(model),
         sorted((name, str(dtype)) for name, dtype in narrow_weights(model).dtypes.items()),
@@ -119,13 +119,27 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
     return cache_dir() / "compiled" / f"{decoder_config(model).model_type}-{digest}"
 
 
-def _settings(module: nn.Module) -> list[tuple[str, str]]:
-    """Numbers and switches that a module's code may read."""
-    return sorted(
-        (name, str(value))
-        for name, value in vars(module).items()
-        if type(value) in (bool, int, float) and name != _HOOKS_INSTALLED
-    )
+def _settings(model: PreTrainedModel) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Of each module: its class, and plain values that its code may read, such as which adapter is active."""
+    return [
+        (
+            name,
+            type(module).__qualname__,
+            sorted(
+                (own, repr(value))
+                for own, value in vars(module).items()
+                if own != _HOOKS_INSTALLED and _is_plain(value)
+            ),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) in (list, tuple, dict):
+        parts: Any = value
+        return all(map(_is_plain, [*parts, *parts.values()] if type(value) is dict else parts))
+    return type(value) in (bool, int, float, str)
 
 
 def _layout(model: PreTrainedModel) -> list[Any]:
@@ -137,12 +151,13 @@ def _layout(model: PreTrainedModel) -> list[Any]:
     ]
 
 
-def weights_of(model: PreTrainedModel) -> list[Any]:
-    """Where each tensor's numbers lie, and how."""
-    return [
+def state_of(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """Where each tensor's numbers lie, and how; and what else a step was made of."""
+    lying = [
         (name, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         for name, tensor in _tensors(model).items()
     ]
+    return lying, _settings(model)
 
 
 def built_facts(model: PreTrainedModel, kinds: tuple[str, ...]) -> Facts | None:
