@@ -74,7 +74,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3"]
 ATTENTIONS = ["eager", "sdpa"]
-METHODS = list(registry.methods())
+REPLAYING_METHODS = [name for name, method in registry.methods().items() if method.replays]
+METHODS = [name for name in registry.methods() if name not in REPLAYING_METHODS]
 STORES = list(PRECISIONS)
 PACKED_STORES = [name for name, precision in PRECISIONS.items() if precision.is_packed]
 EVICTING_METHODS = [name for name in METHODS if name != "full"]

@@ -139,7 +139,7 @@ def compressing(
         on_compile: called with a message when a step is being built.
         options: the method's own options, such as window_size.
     Raises:
-        ConfigError: an unknown method, option or mode, or a value out of range.
+        ConfigError: an unknown method, option or mode, a value out of range, or a method that replays the prompt.
         ProfileError: no profile of this model, or one of another model.
         PlanError: a plan of another model.
         ModelError: a model that cannot be used; where no profile is needed, on entering.
@@ -151,6 +151,11 @@ def compressing(
         method = method.as_method(model)
     find_precision(store)
     chosen = prepare_method(model, method, profile, **options)
+    if chosen.replays:
+        raise ConfigError(
+            f"method {chosen.name!r} reads the prompt twice and must know its tokens: give compressing a plan by "
+            "compresskv.make_plan, or use compresskv.ask"
+        )
     warn_of_slow_dtype(model)
     return Compressing(
         model,

@@ -14,11 +14,12 @@ from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
-from compresskv.models.decoding import decode, prefill
+from compresskv.models.decoding import decode
 from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.models.place import input_device
 from compresskv.models.quantize import weights_dtype
+from compresskv.plans.capture import read_prompt
 from compresskv.plans.make import make_plan
 from compresskv.plans.plan import Plan, Planned
 from compresskv.profiles.profile import Profile
@@ -155,7 +156,7 @@ def ask(
     evicting = chosen if plan is None else Planned(plan=plan)
     compressed = Compressing(model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_prefill)
     with compressed as cache:
-        logits = prefill(model, input_ids, cache)
+        logits = read_prompt(model, prompt.input_ids[0].tolist(), cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
         prefill_s = now(input_ids.device) - start
         answered = speak(

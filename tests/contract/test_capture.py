@@ -9,10 +9,10 @@ import compresskv
 import tiny
 from compresskv import CompressedCache
 from compresskv.attention.routing import routing
-from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.shape import compressible_layers
+from compresskv.plans.capture import CapturedPrompt
 from compresskv.selection.budgets import Budget
 
 NUM_PROMPT = 90

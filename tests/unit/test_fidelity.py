@@ -13,10 +13,10 @@ from transformers import DynamicCache, PreTrainedModel
 import tiny
 from compresskv import CompressedCache
 from compresskv.attention.routing import routing
-from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.fidelity import Reference, evidence_recall, fidelity, reference, teacher_forced
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.decoding import decode
+from compresskv.plans.capture import CapturedPrompt
 from compresskv.selection.select import EMPTY_SLOT
 
 NUM_PROMPT, NUM_NEW = 90, 12

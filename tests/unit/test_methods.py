@@ -18,7 +18,9 @@ from compresskv.methods.base import LayerInputs, Method
 from compresskv.methods.cake import CAKE
 from compresskv.methods.compresskv import CompressKV
 from compresskv.methods.headkv import HeadKV
+from compresskv.methods.keydiff import KeyDiff
 from compresskv.methods.knorm import KNorm
+from compresskv.methods.kvzip import KVzip
 from compresskv.methods.snapkv import SnapKV
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
@@ -378,6 +380,70 @@ class TestAdaKV:
     @given(inputs())
     def test_scores_are_snapkvs(self, layer: LayerInputs) -> None:
         assert torch.equal(AdaKV().score(layer), SnapKV().score(layer))
+
+
+def naive_together(layers: list[list[list[float]]], budget: int, num_sure: int) -> list[list[list[int]]]:
+    """For each layer and KV head, the tokens kept: the first `num_sure` of every head's own, then the best of all."""
+    kept: dict[tuple[int, int], set[int]] = {}
+    contested = []
+    for layer, heads in enumerate(layers):
+        for head, own in enumerate(heads):
+            ranked = sorted(range(len(own)), key=lambda token: (-own[token], token))
+            kept[layer, head] = set(ranked[:num_sure])
+            contested += [(-own[token], layer, head, token) for token in ranked[num_sure:]]
+    free = budget * len(kept) - sum(map(len, kept.values()))
+    for _, layer, head, token in sorted(contested)[:free]:
+        kept[layer, head].add(token)
+    return [[sorted(kept[layer, head]) for head in range(len(heads))] for layer, heads in enumerate(layers)]
+
+
+class TestRankedTogether:
+    @settings(deadline=None, max_examples=100)
+    @given(st.integers(1, 3), st.integers(1, 3), st.integers(4, 20), st.integers(0, 3), st.data())
+    def test_the_best_of_all_layers_and_heads_stay_and_every_heads_first(
+        self, num_layers: int, num_heads: int, num_tokens: int, num_sinks: int, data: st.DataObject
+    ) -> None:
+        values = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])  # few, so that ties are common
+        own = st.lists(values, min_size=num_tokens, max_size=num_tokens)
+        heads = st.lists(own, min_size=num_heads, max_size=num_heads)
+        replayed = [torch.tensor([data.draw(heads)]) for _ in range(num_layers)]
+        budget = data.draw(st.integers(num_sinks + 1, num_tokens))
+        states = torch.zeros(1, num_heads, num_tokens, 4)
+        method = KVzip(num_sinks=num_sinks)
+        layers = [LayerInputs(i, states[:, :, :0], states, states, 1.0, replayed=one) for i, one in enumerate(replayed)]
+        observed = [method.observe(layer) for layer in layers]
+        counts = method.share_heads(observed, [[budget]] * num_layers, [num_tokens])
+        kept = [
+            method.select(scores, rows, [num_tokens])[0].tolist()
+            for scores, rows in zip(method.score_layers(observed), counts, strict=True)
+        ]
+        kept = [[[token for token in head if token != EMPTY_SLOT] for head in layer] for layer in kept]
+        scores = [layer.scores[0].tolist() for layer in observed if layer.scores is not None]
+        assert kept == naive_together(scores, budget, max(1, num_sinks))
+        assert torch.equal(layers[0].replayed, replayed[0])  # type: ignore[arg-type]
+
+    def test_all_of_the_budget_guaranteed_is_equal_numbers(self) -> None:
+        replayed = torch.rand(1, 3, 50, generator=torch.Generator().manual_seed(1))
+        states, method = torch.zeros(1, 3, 50, 4), KVzip(guaranteed=1.0)
+        observed = [method.observe(LayerInputs(0, states[:, :, :0], states, states, 1.0, replayed=replayed))]
+        assert method.share_heads(observed, [[20]], [50]) == [[[20, 20, 20]]]
+
+
+class TestKeyDiff:
+    @settings(deadline=None, max_examples=30)
+    @given(inputs(), st.data())
+    def test_scores_equal_the_formula_of_each_rows_own_tokens(self, layer: LayerInputs, data: st.DataObject) -> None:
+        num_tokens = layer.num_tokens
+        lengths = [data.draw(st.integers(1, num_tokens)) for _ in layer.keys]
+        valid = torch.arange(num_tokens) >= num_tokens - torch.tensor(lengths)[:, None]
+        scores = KeyDiff().score(replace(layer, valid=valid))
+        for row, length in enumerate(lengths):
+            for head in range(layer.num_kv_heads):
+                keys = layer.keys[row, head, num_tokens - length :].double().numpy()
+                units = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+                mean = units.mean(axis=0)
+                expected = -units @ mean / np.linalg.norm(mean)
+                np.testing.assert_allclose(scores[row, head, num_tokens - length :].numpy(), expected, atol=1e-4)
 
 
 class TestHeadKV:

@@ -11,7 +11,7 @@ import tiny
 from compresskv.attention import prefill as prompt_attention
 from compresskv.attention.prefill import causal_attention, is_faster
 from compresskv.attention.routing import routing
-from compresskv.evaluation.capture import CapturedPrompt
+from compresskv.plans.capture import CapturedPrompt
 
 
 def states(num_heads: int, num_tokens: int, seed: int, batch_size: int = 1) -> Tensor:

@@ -204,8 +204,8 @@ class _Group:
         """Scores of all layers, once all were observed; budgets that the prompt tells are shared out first."""
         if shared:
             means = [[budgets[position][0] for budgets in self.budgets] for position in range(len(self.observed))]
-            by_layer = self.method.share_budgets(self.observed, means, self.lengths)
-            self.budgets = [[[count] for count in row] for row in zip(*by_layer, strict=True)]
+            by_layer = self.method.share_heads(self.observed, means, self.lengths)
+            self.budgets = [list(row) for row in zip(*by_layer, strict=True)]
         scores = self.method.score_layers(self.observed)
         self.observed = []
         return scores

@@ -265,6 +265,7 @@ class CompressedLayer(RoutedLayer):
         softcap: float | None,
         num_ahead: int = 0,
         sinks: Tensor | None = None,
+        replayed: Tensor | None = None,
     ) -> None:
         """End prefill: what is stored is the whole prompt, and is cut as soon as the method can choose.
 
@@ -274,7 +275,10 @@ class CompressedLayer(RoutedLayer):
         self.in_prefill, self.num_prompt_tokens, self.num_ahead = False, self.seen_tokens, num_ahead
         self._retained_nbytes = self.nbytes
         self._full_nbytes = self._retained_nbytes * (self.seen_tokens - num_ahead) // self.seen_tokens
-        inputs = LayerInputs(self.layer_idx, query_window, *self._held().states, scaling, softcap, valid, sinks=sinks)
+        keys, values = self._held().states
+        inputs = LayerInputs(
+            self.layer_idx, query_window, keys, values, scaling, softcap, valid, sinks=sinks, replayed=replayed
+        )
         self._eviction.end_of_prompt(self, self._position, inputs, num_ahead)
 
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:

@@ -10,9 +10,9 @@ from transformers.cache_utils import Cache
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.full import branch
-from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.models.decoding import decode
 from compresskv.models.place import input_device
+from compresskv.plans.capture import CapturedPrompt
 from compresskv.system.clock import now
 
 _MAX_LOG_PROBS = 1 << 25  # 128 MiB of float32

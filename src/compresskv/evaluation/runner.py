@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.errors import ConfigError
-from compresskv.evaluation.capture import CapturedPrompt
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.fidelity import (
@@ -26,6 +25,7 @@ from compresskv.evaluation.task import Task
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.place import input_device
+from compresskv.plans.capture import CapturedPrompt
 from compresskv.system.clock import now
 
 __all__ = ["SETTINGS", "Case", "Configuration", "Runner"]

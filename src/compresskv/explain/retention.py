@@ -13,8 +13,8 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
-from compresskv.models.decoding import decode, prefill
-from compresskv.models.place import input_device
+from compresskv.models.decoding import decode
+from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.selection.select import EMPTY_SLOT
@@ -173,7 +173,7 @@ def explain(
     if method.lookahead:
         raise ConfigError(f"lookahead={method.lookahead} cannot be explained: nothing is evicted before the answer")
     with Compressing(model, method, budget, on_layer=on_prefill) as cache:
-        logits = prefill(model, input_ids.to(input_device(model)), cache)
+        logits = read_prompt(model, input_ids[0].tolist(), cache)
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes
         answer = None
         if max_new_tokens > 0:

@@ -45,6 +45,9 @@ class LayerInputs:
     """The number in the model of the first query head given here: ranks of tensor parallelism hold some each."""
     sinks: Tensor | None = None
     """(H_q,), learned attention sinks: logits that take a share of every query's attention, as in gpt-oss."""
+    replayed: Tensor | None = None
+    """(B, H_kv, T) float32: the largest attention that each token gets while the text is read once more; None where it
+    is not. See `compresskv.plans.replay`."""
 
     def of_rows(self, rows: list[int]) -> LayerInputs:
         """The same of some rows of the batch."""
@@ -137,6 +140,9 @@ class Method:
     needs_profile: ClassVar[bool] = False
     decides_together: ClassVar[bool] = False
     """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
+    replays: ClassVar[bool] = False
+    """Whether the text is read once more, right after itself, for `LayerInputs.replayed`. Who reads the prompt must
+    know its token ids for that: `make_plan`, `ask` and evaluations do, `compressing` does not."""
     shares_positions: ClassVar[bool] = False
     """Whether all layers and KV heads keep the same tokens, the one form that fits an engine with one block table for
     all layers. Such a method scores by queries and keys alone."""
@@ -248,6 +254,15 @@ class Method:
         Returns: (L, B), each row with the same sum over layers.
         """
         return budgets
+
+    def share_heads(
+        self, layers: Sequence[Observation], budgets: list[list[int]], row_lengths: list[int]
+    ) -> list[list[list[int]]]:
+        """`share_budgets`, for methods in which KV heads of all layers share.
+
+        Returns: (L, B, 1 or H_kv): one number for all KV heads of a layer, or one for each of them.
+        """
+        return [[[count] for count in rows] for rows in self.share_budgets(layers, budgets, row_lengths)]
 
     def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
         """The tokens that one layer keeps; see `compresskv.selection.select.select_rows`."""

@@ -17,9 +17,8 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
-from compresskv.models.decoding import prefill
 from compresskv.models.fingerprint import fingerprint
-from compresskv.models.place import input_device
+from compresskv.plans.capture import read_prompt
 from compresskv.plans.plan import LayerPlan, Plan, prompt_digest
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
@@ -67,7 +66,7 @@ def make_plan(
 
     Keys and values are freed layer by layer, so memory stays that of one whole layer even for methods that decide for
     all layers together. Reading the prompt again with the plan as method is the bounded way to use those: it costs a
-    second prefill.
+    second prefill. Methods that replay the text hold the full cache while they do.
 
     Args:
         token_ids: the prompt's.
@@ -84,7 +83,7 @@ def make_plan(
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
     with routing(model):
         cache = PlanningCache(model, chosen, budget, on_layer=on_layer)
-        prefill(model, torch.tensor([list(token_ids)], device=input_device(model)), cache)
+        read_prompt(model, token_ids, cache)
     own = getattr(chosen, "profile", None)
     return Plan(
         model=str(fingerprint(model)),

@@ -97,8 +97,8 @@ def select_across_heads(
     return select_rows(scores, counts, window_size, row_lengths)
 
 
-def _head_counts(scores: Tensor, budget: int, window_size: int, guaranteed: float) -> list[int]:
-    """Tokens for each head at a mean of `budget`; scores (H_kv, T)."""
+def _head_counts(scores: Tensor, budget: int, window_size: int, guaranteed: float, least: int = 0) -> list[int]:
+    """Tokens for each head at a mean of `budget`, not fewer than `least`; scores (H_kv, T)."""
     num_heads, num_tokens = scores.shape
     num_older = num_tokens - window_size
     spare = min(budget, num_tokens) - window_size
@@ -106,7 +106,7 @@ def _head_counts(scores: Tensor, budget: int, window_size: int, guaranteed: floa
         return [min(budget, num_tokens)] * num_heads
     scores = scores.masked_fill(scores.isnan(), -torch.inf)
     num_infinite = int(torch.isinf(scores[:, :num_older]).sum(dim=-1).amax())  # sinks: each head keeps its own
-    sure = max(int(guaranteed * spare), min(num_infinite, spare))
+    sure = max(int(guaranteed * spare), min(max(num_infinite, least), spare))
     num_contested = (spare - sure) * num_heads  # one head could win all of them
     best = scores[:, :num_older].topk(min(sure + num_contested, num_older), dim=-1).values
     won = _won(best[:, sure:], num_contested)
@@ -122,3 +122,16 @@ def _won(scores: Tensor, count: int) -> Tensor:
     better, equal = (scores > least).sum(dim=-1), (scores == least).sum(dim=-1)
     left = count - better.sum() - (equal.cumsum(0) - equal)  # for each head, what lower ones left of the equal ones
     return better + left.clamp(min=0).minimum(equal)
+
+
+def head_counts_of_all(scores: list[Tensor], budget: int, window_size: int, guaranteed: float = 0.0) -> list[list[int]]:
+    """How many tokens each KV head keeps where those of all layers are ranked in one list.
+
+    Args:
+        scores: for each of L layers (H_kv, T); H_kv may differ.
+        budget: tokens for each head, on average over all heads of all layers.
+        guaranteed: share of an even budget that each head is sure of, 0 to 1; 0 is sure of one token.
+    Returns: (L, H_kv); the sum is exactly min(budget, T) times the number of heads.
+    """
+    counts = iter(_head_counts(torch.cat(scores), budget, window_size, guaranteed, least=1))
+    return [[next(counts) for _ in own] for own in scores]

@@ -1,5 +1,6 @@
 """One prefill that serves every method: the full cache, with the last queries of the prompt kept."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from compresskv.methods.registry import create
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
+from compresskv.plans.replay import NUM_SINKS, Replayed, replay
 from compresskv.selection.budgets import Budget
+from compresskv.selection.replay import largest_attention
 from compresskv.selection.select import EMPTY_SLOT
 
 
@@ -30,17 +33,38 @@ class WindowLayer(RoutedLayer):
         self.scaling = 1.0
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
+        self.replayed: Replayed | None = None
+        self.noted: Tensor | None = None
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Plain attention; the queries are noted."""
+        """Plain attention; the queries are noted, or what those of a replay attend to."""
+        if self.replayed is not None:
+            self._note(query, self.replayed)
+            return super().attend(attention, query, mask, **kwargs)
         recent = query if self.query_window is None else torch.cat([self.query_window, query], dim=2)
         # a view would keep the whole prompt's queries alive
         self.query_window = recent[:, :, max(0, recent.shape[2] - self._window_size) :].clone()
         self.scaling, self.softcap = scaling_of(query, kwargs.get("scaling")), kwargs.get("softcap")
         self.sinks = kwargs.get("s_aux")
         return super().attend(attention, query, mask, **kwargs)
+
+    def _note(self, query: Tensor, piece: Replayed) -> None:
+        """Note what a replay's queries (1, H_q, R, D) attend to among the tokens that they repeat."""
+        keys, _ = self.stored()
+        num_sinks, num_new = min(NUM_SINKS, piece.start), query.shape[2]
+        among = [keys[:, :, :num_sinks], keys[:, :, piece.start : piece.stop], keys[:, :, keys.shape[2] - num_new :]]
+        found = largest_attention(
+            query,
+            torch.cat(among, dim=2),
+            num_sinks + piece.stop - piece.start,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+        assert self.noted is not None
+        self.noted[:, :, piece.start : piece.stop] = found[:, :, num_sinks:]
 
 
 class CapturedPrompt:
@@ -62,16 +86,19 @@ class CapturedPrompt:
             for layer in self.cache.routed:
                 layer.exact_prefill = exact_prefill
         self.input_ids: list[int] = []
+        self._replayed: list[Tensor] | None = None
 
     def read(self, input_ids: Sequence[int]) -> Tensor:
         """Read more of the prompt: the last position's logits (vocab,)."""
         self.input_ids = [*self.input_ids, *input_ids]
+        self._replayed = None
         return prefill(self._model, torch.tensor([list(input_ids)], device=input_device(self._model)), self.cache)
 
     def fork(self) -> "CapturedPrompt":
         """What was read so far, to stay as it is when this one reads on."""
         forked = object.__new__(CapturedPrompt)
         forked._model, forked.cache, forked.input_ids = self._model, self.cache.branch(), list(self.input_ids)
+        forked._replayed = self._replayed
         return forked
 
     @property
@@ -79,7 +106,13 @@ class CapturedPrompt:
         """Bytes that its keys and values hold, in all layers."""
         return layers_nbytes(self.cache.layers)
 
-    @torch.no_grad()
+    @property
+    def replayed(self) -> list[Tensor]:
+        """What a second reading of the prompt looks at, for each full-attention layer: read when it is first asked."""
+        if self._replayed is None:
+            self._replayed = replay(self._model, self.cache, self.input_ids)
+        return self._replayed
+
     def compress(self, method: Method, budget: Budget, num_ahead: int = 0) -> CompressedCache:
         """The cache that `compressing` would hold after reading the same prompt.
 
@@ -87,6 +120,14 @@ class CapturedPrompt:
             num_ahead: how many of the tokens read last were generated, for the method to look ahead at.
         """
         cache = CompressedCache(self._model, method, budget)
+        self.fill(cache, num_ahead)
+        return cache
+
+    @torch.no_grad()
+    def fill(self, cache: CompressedCache, num_ahead: int = 0) -> None:
+        """Let an empty cache hold what its method keeps of the prompt; this one stays as it is."""
+        method = cache.method
+        replayed = iter(self.replayed) if method.replays else itertools.repeat(None)
         for layer_idx, source in enumerate(self.cache.branch().layers):
             if isinstance(source, WindowLayer):
                 layer: Any = cache.layers[layer_idx]
@@ -94,10 +135,10 @@ class CapturedPrompt:
                 queries = source.query_window
                 assert queries is not None
                 window = queries[:, :, max(0, queries.shape[2] - method.window_size - num_ahead) :]
-                layer.end_prefill(window, None, source.scaling, source.softcap, num_ahead, source.sinks)
+                scaling, softcap, sinks = source.scaling, source.softcap, source.sinks
+                layer.end_prefill(window, None, scaling, softcap, num_ahead, sinks, next(replayed))
             else:
                 cache.layers[layer_idx] = source
-        return cache
 
     @torch.no_grad()
     def side_by_side(self, caches: Sequence[CompressedCache]) -> CompressedCache:
@@ -113,6 +154,19 @@ class CapturedPrompt:
                 _repeat(source, len(caches))
                 cache.layers[layer_idx] = source
         return cache
+
+
+def read_prompt(model: PreTrainedModel, token_ids: Sequence[int], cache: CompressedCache) -> Tensor:
+    """Read one prompt into an empty cache, twice where its method asks for that: the last position's logits (vocab,).
+
+    It happens inside `routing(model)`.
+    """
+    if not cache.method.replays:
+        return prefill(model, torch.tensor([list(token_ids)], device=input_device(model)), cache)
+    captured = CapturedPrompt(model, max(1, cache.method.window_size))
+    logits = captured.read(token_ids)
+    captured.fill(cache)
+    return logits
 
 
 def _repeat(layer: Any, count: int) -> None:
