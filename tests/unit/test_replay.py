@@ -134,6 +134,17 @@ def test_every_question_is_answered_after_the_document_was_cut() -> None:
     assert right["snapkv"] <= 1, "of the needle at the document's end"
 
 
+def test_a_session_reads_twice_in_chunks_too() -> None:
+    model, tokenizer = planted.model(), planted.tokenizer()
+    sentences = planted.haystack_sentences(40)
+    sentences[9:9] = [planted.needle("cedar")]
+    for chunk in (None, 100):
+        session = compresskv.read(model, tokenizer, " ".join(sentences), method="kvzip", budget=0.15, chunk=chunk)
+        answer = session.ask("What of cedar?", max_new_tokens=12, compile="never")
+        assert answer.answer == planted.needle("cedar")[:-1]
+        assert answer.stats.kv_nbytes < 0.16 * answer.stats.kv_nbytes_full
+
+
 def test_compressing_does_not_know_the_tokens_and_says_where_they_are_known() -> None:
     model = tiny.tiny_model("llama")
     with pytest.raises(ConfigError, match=r"'kvzip' reads the prompt twice.*make_plan"):

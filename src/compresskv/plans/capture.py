@@ -1,7 +1,7 @@
 """One prefill that serves every method: the full cache, with the last queries of the prompt kept."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -163,8 +163,14 @@ def read_prompt(model: PreTrainedModel, token_ids: Sequence[int], cache: Compres
     """
     if not cache.method.replays:
         return prefill(model, torch.tensor([list(token_ids)], device=input_device(model)), cache)
+    return read_twice(model, [token_ids], cache)
+
+
+def read_twice(model: PreTrainedModel, chunks: Iterable[Sequence[int]], cache: CompressedCache) -> Tensor:
+    """Read one prompt in chunks, then once more for what `cache`, which is empty, keeps of it; see `read_prompt`."""
     captured = CapturedPrompt(model, max(1, cache.method.window_size))
-    logits = captured.read(token_ids)
+    for chunk in chunks:
+        logits = captured.read(chunk)
     captured.fill(cache)
     return logits
 

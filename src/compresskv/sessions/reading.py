@@ -11,6 +11,7 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
+from compresskv.plans.capture import read_twice
 from compresskv.selection.budgets import Budget
 from compresskv.selection.precision import NATIVE
 
@@ -46,8 +47,11 @@ def read_document(
     done = _Steps(len(chunks), on_read)
     with routing(model):
         cache = CompressedCache(model, method, budget, prompt_tokens=len(token_ids), on_layer=done, store=store)
-        for part in chunks:
-            prefill(model, torch.tensor([list(part)], device=input_device(model)), cache)
+        if method.replays:
+            read_twice(model, chunks, cache)
+        else:
+            for part in chunks:
+                prefill(model, torch.tensor([list(part)], device=input_device(model)), cache)
         cache.check_attended()
     return cache
 
