@@ -5,6 +5,6 @@ SERVED_METHOD = "vote"
 """In vLLM, whose block table takes the same tokens in all layers."""
 BUDGET = 256
 MODEL = "smollm2-135m"
-SESSION_METHOD = "snapkv"
-SESSION_BUDGET = 0.15
+SESSION_METHOD = "kvzip"
+SESSION_BUDGET = 0.25
 """Of a document that is read before anything is asked."""

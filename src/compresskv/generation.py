@@ -14,7 +14,7 @@ from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
-from compresskv.models.decoding import decode
+from compresskv.models.decoding import OnToken, decode
 from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.models.place import input_device
@@ -114,7 +114,7 @@ def ask(
     two_pass: bool = False,
     compile: str = AUTO,
     on_text: Callable[[str], None] | None = None,
-    on_token: Callable[[int], None] | None = None,
+    on_token: OnToken | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     on_compile: Progress | None = None,
     **options: Any,
@@ -129,7 +129,7 @@ def ask(
             by methods that decide for all layers together.
         compile: as for `compressing`.
         on_text: called with pieces of the answer as they come, in whole words.
-        on_token: called with each token of the answer as it comes.
+        on_token: called with each token of the answer as it comes; True from it ends the answer.
         on_prefill: called with (layers done, layers) while the prompt is read.
         on_compile: called with a message when a step is being compiled.
     Raises:
@@ -220,7 +220,7 @@ def speak(
     start: float,
     prepare: Callable[[], None],
     on_text: Callable[[str], None] | None = None,
-    on_token: Callable[[int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> Answered:
     """Decode an answer greedily from its `first` token.
 
@@ -232,11 +232,10 @@ def speak(
     first_s = now(device) - start
     spoken = None if on_text is None else Spoken(tokenizer, on_text)
 
-    def tell(token: int) -> None:
+    def tell(token: int) -> object:
         if spoken is not None:
             spoken.put(token)
-        if on_token is not None:
-            on_token(token)
+        return None if on_token is None else on_token(token)
 
     if max_new_tokens > 1:
         prepare()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors import safe_open
 import compresskv
 import tiny
 from compresskv import Session, SessionError
+from compresskv.sessions import file
 from compresskv.sessions.file import Contents, Said, read_session, write_session
 from compresskv.sessions.header import is_session, read_facts
 from compresskv.sessions.integers import pack, unpack
@@ -118,3 +120,20 @@ def test_a_failed_save_leaves_what_was_there(saved: Path, session: Session, tmp_
     session.save(tmp_path / "other.kvc")
     assert saved.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.kvc", "saved.kvc"]
+
+
+def test_an_interrupted_save_leaves_no_half_file(
+    saved: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, save_file = saved.read_bytes(), file.save_file
+
+    def interrupt(*args: Any) -> None:
+        save_file(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(file, "save_file", interrupt)
+    for place in (saved, tmp_path / "new.kvc"):
+        with pytest.raises(KeyboardInterrupt):
+            session.save(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.kvc"]
+    assert saved.read_bytes() == before

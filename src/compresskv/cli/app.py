@@ -14,6 +14,8 @@ from compresskv.cli.ask import ask
 from compresskv.cli.bench import EPILOG as BENCH_EPILOG
 from compresskv.cli.bench import bench
 from compresskv.cli.catalogue import methods, models
+from compresskv.cli.chat import EPILOG as CHAT_EPILOG
+from compresskv.cli.chat import chat
 from compresskv.cli.compile import EPILOG as COMPILE_EPILOG
 from compresskv.cli.compile import compile_step
 from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
@@ -22,11 +24,14 @@ from compresskv.cli.explain import EPILOG as EXPLAIN_EPILOG
 from compresskv.cli.explain import explain
 from compresskv.cli.group import Group
 from compresskv.cli.profile import profile_app
+from compresskv.cli.read import EPILOG as READ_EPILOG
+from compresskv.cli.read import read
 from compresskv.cli.report import EPILOG as REPORT_EPILOG
 from compresskv.cli.report import report
 from compresskv.cli.serve import CONTEXT as SERVE_CONTEXT
 from compresskv.cli.serve import EPILOG as SERVE_EPILOG
 from compresskv.cli.serve import serve
+from compresskv.cli.session import session_app
 from compresskv.cli.terminal import warnings_in_one_line
 from compresskv.cli.usage import UsageError, explained, is_help
 from compresskv.errors import CompressKVError
@@ -48,6 +53,9 @@ _EPILOG = f"""\b
 Examples:
   compresskv ask report.txt "Who signed the contract?"
   compresskv ask report.txt "Who signed the contract?" --budget 3% --compare full,snapkv
+  compresskv read report.txt
+  compresskv ask report.kvc "Who signed the contract?"
+  compresskv chat report.kvc
   compresskv explain report.txt "Who signed the contract?" --html kept.html
   compresskv eval --tasks needle --output runs/needle
   compresskv bench --lengths 1024,4096
@@ -79,6 +87,7 @@ Examples:
   compresskv ask log.txt "Who is the cook?" --method snapkv --budget 0.05
   compresskv ask log.txt "Who is the cook?" --compare full,streaming_llm --json
   cat log.txt | compresskv ask - "Who is the cook?" --model ./my-model --truncate middle
+  compresskv ask log.kvc "Who is the cook?"
 """
 
 METHODS_EPILOG = """\b
@@ -93,6 +102,8 @@ Examples:
 """
 
 app.command(epilog=ASK_EPILOG, short_help="Answer a question about a document.")(ask)
+app.command(epilog=READ_EPILOG, short_help="Read documents once, to be asked later.")(read)
+app.command(epilog=CHAT_EPILOG, short_help="Talk about a document.")(chat)
 app.command(epilog=METHODS_EPILOG)(methods)
 app.command(epilog=MODELS_EPILOG, short_help="List models that need no hub.")(models)
 app.command("eval", epilog=EVAL_EPILOG, short_help="Measure on benchmarks what methods lose.")(evaluate)
@@ -101,6 +112,7 @@ app.command(epilog=EXPLAIN_EPILOG, short_help="Show on a page which tokens are k
 app.command(epilog=BENCH_EPILOG, short_help="Measure speed and memory.")(bench)
 app.command("compile", epilog=COMPILE_EPILOG, short_help="Build a model's compiled step once.")(compile_step)
 app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT, short_help="Serve a model by vLLM.")(serve)
+app.add_typer(session_app, name="session", short_help="Show what a session holds.")
 app.add_typer(profile_app, name="profile", short_help="Make, show, verify or import a profile.")
 
 

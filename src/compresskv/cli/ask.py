@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from compresskv.cli.kept import check_unused, load_session, names_session
 from compresskv.cli.options import CompileOption
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.request import Checked, Request, with_request
-from compresskv.cli.terminal import Bar, Building, Steps, err, megabytes, new_table, out
+from compresskv.cli.terminal import Bar, Building, Steps, Stream, err, megabytes, new_table, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError
 
@@ -38,7 +38,8 @@ def ask(
 ) -> None:
     """Answer a question about a document, keeping a small part of its KV cache.
 
-    The answer goes to standard output, what it cost to standard error.
+    A file of 'compresskv read' is asked without reading the document again. The answer goes to standard output, what it
+    cost to standard error.
     """
     check_mode(compile)
     check_outputs({"save_plan": save_plan}, given.inputs)
@@ -47,6 +48,10 @@ def ask(
     if save_plan is not None and (save_plan.is_dir() or not save_plan.parent.is_dir()):
         problem = "cannot be written: no such folder, or a folder itself"
         raise ConfigError(problem, option="save_plan", value=save_plan)
+    if names_session(given.document):
+        check_unused(two_pass=(two_pass, False), save_plan=(save_plan, None))
+        _ask_session(given, compile)
+        return
     checked = given.checked()
     two_pass |= save_plan is not None
     if two_pass and any(one.lookahead for one in checked.methods):
@@ -74,7 +79,7 @@ def _answer(
     reset_peak(model.device)  # each answer's own
     with Bar() as bar:
         steps = Steps(bar, method.name, given.max_new_tokens)
-        stream = _Stream(bar) if not given.as_json and not given.compare else None
+        stream = Stream(bar) if not given.as_json and not given.compare else None
         generation = answer(
             model,
             tokenizer,
@@ -96,6 +101,26 @@ def _answer(
     return generation
 
 
+def _ask_session(given: Request, compile: str) -> None:
+    """The answer from what was kept of a document that was read before."""
+    given.check_session()
+    session = load_session(given.document, given.model, given.dtype, given.device)
+    with Bar() as bar:
+        steps = Steps(bar, "session", given.max_new_tokens)
+        stream = None if given.as_json else Stream(bar)
+        generation = session.ask(
+            given.question,
+            max_new_tokens=given.max_new_tokens,
+            compile=compile,
+            on_text=stream,
+            on_token=None if stream is not None else steps.answering,
+            on_compile=Building(bar),
+        )
+    if stream is not None:
+        stream.finish()
+    _report([generation], replace(given, model=session.facts.model), compile)
+
+
 def _with_command(generation: "Generation", given: Request, method: "Method") -> "Generation":
     """Where the answer says that `compresskv compile` would help, the whole command for this model and method."""
     if (reason := generation.stats.not_compiled) is None:
@@ -107,25 +132,6 @@ def _with_command(generation: "Generation", given: Request, method: "Method") ->
         command += ["--dtype", given.dtype]
     reason = reason.replace("'compresskv compile'", f"`{shlex.join(command)}`")
     return replace(generation, stats=replace(generation.stats, not_compiled=reason))
-
-
-class _Stream:
-    """Writes the answer as it comes; the progress bar makes way first."""
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-        self._started = False
-
-    def __call__(self, text: str) -> None:
-        self._bar.stop()
-        self._started = True
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def finish(self) -> None:
-        if self._started:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
 
 
 def _report(generations: "list[Generation]", given: Request, compile: str) -> None:

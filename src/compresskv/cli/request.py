@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from compresskv import defaults
+from compresskv.cli.kept import check_unused
 from compresskv.cli.options import (
     BudgetOption,
     DeviceOption,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 class Request:
     """A question about a document, by one method or several; each field is a parameter of the command."""
 
-    document: Annotated[str, typer.Argument(help="A text file, or - for standard input.")]
+    document: Annotated[str, typer.Argument(help="A text file, - for standard input, or a session.")]
     question: Annotated[str, typer.Argument(help="What to ask about it.")]
     model: ModelOption = defaults.MODEL
     method: MethodOption = defaults.METHOD
@@ -52,6 +53,24 @@ class Request:
     def inputs(self) -> dict[str, Any]:
         """What is read, and must not be written over."""
         return {"document": self.document, "profile": self.profile, "model": self.model}
+
+    def check_session(self, least_tokens: int = 1) -> None:
+        """What `checked` is for a document, for one that was read before.
+
+        Raises:
+            CompressKVError: anything that can be found wrong without the model.
+        """
+        own = ("document", "question", "model", "max_new_tokens", "dtype", "device", "as_json")
+        check_unused(
+            **{
+                field.name: (getattr(self, field.name), field.default)
+                for field in fields(self)
+                if field.name not in own
+            }
+        )
+        if self.max_new_tokens < least_tokens:
+            raise ConfigError(f"must be at least {least_tokens}", option="max_new_tokens", value=self.max_new_tokens)
+        check_request("document", self.question, "never")
 
     def checked(self, least_tokens: int = 1) -> "Checked":
         """The document, the budget and the methods.

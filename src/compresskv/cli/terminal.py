@@ -1,5 +1,6 @@
 """What the commands share when they write to a terminal: consoles, progress, numbers."""
 
+import sys
 import threading
 import time
 import warnings
@@ -142,6 +143,27 @@ class Steps:
         """One more token has come."""
         self._num_tokens += 1
         self._bar(f"{self._name}: answering", self._num_tokens / self._most)
+
+
+class Stream:
+    """Writes an answer as it comes; the progress bar makes way first."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._started = False
+
+    def __call__(self, text: str) -> None:
+        """Some more of it."""
+        self._bar.stop()
+        self._started = True
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        """It has ended."""
+        if self._started:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
 
 
 class Building:

@@ -12,6 +12,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.models.place import input_device
 
+OnToken = Callable[[int], object]
+"""Called with each token as it comes; the text ends where it returns True."""
+
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
@@ -70,19 +73,18 @@ def decode(
     first: int,
     cache: Cache,
     max_new_tokens: int,
-    on_token: Callable[[int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> list[int]:
     """Continue greedily from the token `first` until the end-of-text token or `max_new_tokens`.
 
     Args:
-        on_token: called with each token, the first and the last included, as it comes.
+        on_token: called with each token, the first and the last included, as it comes; True from it ends the text.
     """
     ends = end_tokens(model, tokenizer)
     token_ids = [first]
     while True:
-        if on_token is not None:
-            on_token(token_ids[-1])
-        if token_ids[-1] in ends or len(token_ids) >= max_new_tokens:
+        stopped = on_token is not None and on_token(token_ids[-1]) is True
+        if stopped or token_ids[-1] in ends or len(token_ids) >= max_new_tokens:
             break
         token_ids.append(int(decode_one_token(model, token_ids[-1], cache).argmax()))
     return token_ids

@@ -15,7 +15,7 @@ from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import AUTO, NEVER, check_mode
 from compresskv.errors import CacheStateError, PromptError, SessionError
 from compresskv.generation import Generation, GenerationStats, speak
-from compresskv.models.decoding import end_tokens, prefill
+from compresskv.models.decoding import OnToken, end_tokens, prefill
 from compresskv.models.place import input_device
 from compresskv.prompts.prompt import room_for_prompt
 from compresskv.prompts.turns import Ending, question_tokens, turn_tokens
@@ -57,6 +57,11 @@ class Session:
         """Bytes that the document's keys and values hold now, with the room that questions are written to."""
         return self._document.nbytes
 
+    @property
+    def num_said(self) -> int:
+        """Tokens of the conversation that are held beside the document."""
+        return 0 if self._conversation is None else self._conversation.num_kept
+
     def ask(
         self,
         question: str,
@@ -64,7 +69,7 @@ class Session:
         max_new_tokens: int = 128,
         compile: str = AUTO,
         on_text: Callable[[str], None] | None = None,
-        on_token: Callable[[int], None] | None = None,
+        on_token: OnToken | None = None,
         on_compile: Progress | None = None,
     ) -> Generation:
         """Answer a question about the document greedily. Questions do not see one another.
@@ -91,7 +96,7 @@ class Session:
         max_new_tokens: int = 128,
         compile: str = AUTO,
         on_text: Callable[[str], None] | None = None,
-        on_token: Callable[[int], None] | None = None,
+        on_token: OnToken | None = None,
         on_compile: Progress | None = None,
     ) -> Generation:
         """Go on in the conversation: what was said before is seen, as far as `turns_budget` goes.
@@ -153,7 +158,7 @@ class Session:
         compile: str,
         on_compile: Progress | None,
         on_text: Callable[[str], None] | None,
-        on_token: Callable[[int], None] | None,
+        on_token: OnToken | None,
     ) -> Generation:
         model, device = self._model, input_device(self._model)
         with routing(model), _decoding(model, cache, compile, on_compile) as prepare:

@@ -1,0 +1,213 @@
+"""`compresskv chat`: a conversation about a document, in the terminal."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compresskv import defaults
+from compresskv.cli.kept import SUFFIX, check_unused, load_session, names_session
+from compresskv.cli.options import (
+    BudgetOption,
+    CompileOption,
+    DeviceOption,
+    DtypeOption,
+    MethodOption,
+    ModelOption,
+    ProfileOption,
+    create_methods,
+)
+from compresskv.cli.read import SESSION_BUDGET, ChunkOption, load_for_reading, read_with_bar
+from compresskv.cli.terminal import Bar, Building, Stream, err, megabytes
+from compresskv.compiled.modes import check_mode
+from compresskv.errors import CompressKVError, ConfigError
+from compresskv.prompts.document import read_document
+from compresskv.prompts.request import check_request
+
+if TYPE_CHECKING:
+    from compresskv.generation import Generation
+    from compresskv.sessions.session import Session
+
+EPILOG = """\b
+Examples:
+  compresskv chat report.txt
+  compresskv chat report.kvc --max-new-tokens 300
+  printf 'Who signed it?\\nWhen?\\n' | compresskv chat report.kvc
+"""
+
+_HELP = """\
+/save [FILE]  write the document and this conversation to a file
+/forget       begin a new conversation about the same document
+/stats        what is kept, and what the last answer cost
+/help         this list
+/quit         end; so does Ctrl-D
+Ctrl-C ends an answer. What begins with // is said with one stroke."""
+
+
+def chat(
+    document: Annotated[str, typer.Argument(help="A text file, or a file of 'compresskv read'.", metavar="FILE")],
+    model: ModelOption = defaults.MODEL,
+    method: MethodOption = defaults.SESSION_METHOD,
+    budget: BudgetOption = SESSION_BUDGET,
+    chunk: ChunkOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 256,
+    profile: ProfileOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    compile: CompileOption = "auto",
+) -> None:
+    """Talk about a document: what was said before is seen, and the document is read only once.
+
+    Lines come from the terminal, or from standard input where that is none. /help lists commands.
+    """
+    check_mode(compile)
+    if max_new_tokens < 1:
+        raise ConfigError("must be at least 1", option="max_new_tokens", value=max_new_tokens)
+    if document == "-":
+        raise ConfigError("standard input is what you say: name a file", option="document", value=document)
+    if names_session(document):
+        check_unused(
+            method=(method, defaults.SESSION_METHOD),
+            budget=(budget, SESSION_BUDGET),
+            chunk=(chunk, None),
+            profile=(profile, None),
+        )
+        session = load_session(document, model, dtype, device)
+    else:
+        from compresskv.selection.budgets import parse_budget
+
+        chosen, share = create_methods(method, "", None)[0], parse_budget(budget)
+        text = read_document(document)
+        check_request(text, "?", "never")
+        loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
+        session = read_with_bar(loaded, tokenizer, text, chosen, share, chunk=chunk, document=document)
+    _Chat(session, Path(f"{Path(document).stem}{SUFFIX}"), max_new_tokens, compile).run(_lines())
+
+
+class _Chat:
+    """What is done with each line."""
+
+    def __init__(self, session: "Session", place: Path, max_new_tokens: int, compile: str) -> None:
+        self._session = session
+        self._place = place
+        self._max_new_tokens = max_new_tokens
+        self._compile = compile
+        self._last: Generation | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/save": self._save,
+            "/forget": self._forget,
+            "/stats": self._stats,
+            "/help": lambda _: err.print(_HELP),
+        }
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Until the lines end, or one says so."""
+        facts = self._session.facts
+        err.print(
+            f"[{', '.join(facts.names) or 'document'}: {facts.num_tokens:,} tokens, "
+            f"{facts.mean_retained / facts.num_tokens:.0%} kept; /help lists commands]"
+        )
+        for line in lines:
+            name, _, rest = line.strip().partition(" ")
+            if name in ("/quit", "/exit"):
+                return
+            if not name:
+                continue
+            try:
+                if name.startswith("/") and not name.startswith("//"):
+                    self._command(name, rest.strip())
+                else:
+                    self._say(line.strip().removeprefix("/") if name.startswith("//") else line)
+            except CompressKVError as error:
+                err.print(f"compresskv: {' '.join(str(error).split())}")
+
+    def _command(self, name: str, rest: str) -> None:
+        if name not in self._commands:
+            err.print(f"compresskv: {name} is no command: /help lists them")
+            return
+        self._commands[name](rest)
+
+    def _say(self, text: str) -> None:
+        with Bar() as bar, _interruptible() as is_stopped:
+            bar("reading", None)
+            stream = Stream(bar)
+            self._last = self._session.say(
+                text,
+                max_new_tokens=self._max_new_tokens,
+                compile=self._compile,
+                on_text=stream,
+                on_token=lambda _: is_stopped(),
+                on_compile=Building(bar),
+            )
+        stream.finish()
+
+    def _save(self, given: str) -> None:
+        place = Path(given).expanduser() if given else self._place
+        self._session.save(place)
+        err.print(f"[saved: {place}, {megabytes(place.stat().st_size)} MB]")
+
+    def _forget(self, _: str) -> None:
+        self._session.forget()
+        err.print("[a new conversation]")
+
+    def _stats(self, _: str) -> None:
+        facts, last = self._session.facts, self._last
+        err.print(
+            f"[{facts.method}: {facts.mean_retained:,.0f} of {facts.num_tokens:,} tokens kept per layer; KV cache "
+            f"{megabytes(facts.kv_nbytes_full)} -> {megabytes(facts.kv_nbytes)} MB; {self._session.num_said:,} tokens "
+            f"of the conversation beside it]"
+        )
+        if last is not None:
+            speed = last.stats.decode_tokens_per_s
+            then = "" if speed is None else f", then {speed:.0f} tokens/s"
+            err.print(f"[last answer: first token after {last.stats.time_to_first_token_s:.1f} s{then}]")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C once: what is asked then says True. Twice: it interrupts, as elsewhere."""
+    pressed: list[int] = []
+
+    def note(*_: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(1)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, with history and editing where that can be had; or the lines of standard input."""
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed: nothing can be said")
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    read_line = _editor()
+    while True:
+        try:
+            yield read_line()
+        except KeyboardInterrupt:
+            continue  # as shells do: the line is dropped
+        except EOFError:
+            return
+
+
+def _editor() -> Callable[[], str]:
+    """Reads one line: by prompt_toolkit, or by what Python has."""
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError:
+        with suppress(ImportError):
+            import readline  # noqa: F401 - input() edits by it
+        return lambda: input("> ")
+    editor: Any = PromptSession()
+    return lambda: str(editor.prompt("> "))

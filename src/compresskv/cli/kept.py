@@ -1,0 +1,49 @@
+"""What commands do with a session in place of a document."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compresskv import defaults
+from compresskv.cli.terminal import Bar
+from compresskv.errors import ConfigError
+from compresskv.sessions.header import is_session, read_facts
+
+if TYPE_CHECKING:
+    from compresskv.sessions.session import Session
+
+SUFFIX = ".kvc"
+
+
+def names_session(document: str) -> bool:
+    """Whether a command's document is a session."""
+    return document != "-" and is_session(document)
+
+
+def check_unused(**options: tuple[Any, Any]) -> None:
+    """Refuse options that say how a document is to be read, where it was read before.
+
+    Args:
+        options: what is given, and what is where nothing is given.
+    Raises:
+        ConfigError: one of them is given.
+    """
+    for option, (value, default) in options.items():
+        if value != default:
+            problem = "has no place here: a session was read and cut before"
+            raise ConfigError(problem, option=option, value=None if value is True else value)
+
+
+def load_session(path: str | Path, model: str, dtype: str | None, device: str | None) -> "Session":
+    """The session of a file with its model: the one that it was read with, unless another place of it is given.
+
+    Raises:
+        SessionError, ModelError, ConfigError: as for `open_session` and `load`.
+    """
+    facts = read_facts(path)
+    from compresskv.models.load import load
+    from compresskv.sessions.begin import open_session
+
+    own = facts.model if model == defaults.MODEL and facts.model else model
+    with Bar() as bar:
+        loaded, tokenizer = load(own, dtype=facts.dtype if dtype is None else dtype, device=device, on_progress=bar)
+    return open_session(path, loaded, tokenizer)

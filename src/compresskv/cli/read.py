@@ -1,0 +1,167 @@
+"""`compresskv read`: documents are read once and kept in files, to be asked later."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compresskv import defaults
+from compresskv.cli.kept import SUFFIX, names_session
+from compresskv.cli.options import (
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    ProfileOption,
+    SettingsOption,
+    check_writable,
+    create_methods,
+)
+from compresskv.cli.outputs import check_outputs
+from compresskv.cli.terminal import Bar, err, megabytes, out
+from compresskv.errors import ConfigError
+from compresskv.prompts.document import read_document
+from compresskv.prompts.request import check_request
+from compresskv.sessions.header import is_session
+
+if TYPE_CHECKING:
+    from compresskv.methods.base import Method
+    from compresskv.sessions.session import Session
+
+EPILOG = """\b
+Examples:
+  compresskv read report.txt
+  compresskv read report.txt -o kept/report.kvc --budget 25%
+  compresskv read january.txt february.txt -o kept --chunk 1024
+  compresskv ask report.kvc "Who signed the contract?"
+"""
+
+ChunkOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens to read at a time, for less memory. Default: all at once.", metavar="N"),
+]
+SESSION_BUDGET = f"{defaults.SESSION_BUDGET:.0%}"
+
+
+def read(
+    documents: Annotated[list[str], typer.Argument(help="Text files, or - for standard input.", metavar="FILE...")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write, or folder. Default: FILE.kvc in this folder.", metavar="OUT"
+        ),
+    ] = None,
+    model: ModelOption = defaults.MODEL,
+    method: MethodOption = defaults.SESSION_METHOD,
+    budget: BudgetOption = SESSION_BUDGET,
+    chunk: ChunkOption = None,
+    profile: ProfileOption = None,
+    settings: SettingsOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read documents once, without knowing what will be asked, and keep a part of each one's KV cache in a file.
+
+    The file is asked by `compresskv ask` and `compresskv chat`, as often as you like. It holds the document's text.
+    """
+    from compresskv.selection.budgets import parse_budget
+
+    for document in documents:
+        if names_session(document):
+            raise ConfigError("is a session: it was read before, ask it", option="documents", value=document)
+    places = _places(documents, output)
+    check_outputs({"output": list(places)}, {"document": documents, "profile": profile, "model": model})
+    for place in places:
+        _check_place(place)
+    chosen = create_methods(method, "", settings)[0]
+    share = parse_budget(budget)
+    texts = [read_document(document) for document in documents]
+    for text in texts:
+        check_request(text, "?", "never")
+    loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
+    told = []
+    for document, text, place in zip(documents, texts, places, strict=True):
+        session = read_with_bar(loaded, tokenizer, text, chosen, share, chunk=chunk, document=document)
+        session.save(place)
+        told.append({**session.facts.to_dict(), "file": str(place), "file_nbytes": place.stat().st_size})
+        if not as_json:
+            out.print(str(place))
+            err.print(f"[{_cost(session)}; file {megabytes(place.stat().st_size)} MB]")
+    if as_json:
+        out.print_json(json.dumps(told))
+
+
+def read_with_bar(
+    loaded: Any,
+    tokenizer: Any,
+    text: str,
+    method: "Method",
+    budget: int | float,
+    *,
+    chunk: int | None = None,
+    document: str = "-",
+) -> "Session":
+    """The document's session; meanwhile a bar tells how much of it was read, and how long the rest will take."""
+    from compresskv.sessions.begin import read as read_session
+
+    name = "standard input" if document == "-" else Path(document).name
+    with Bar() as bar:
+        return read_session(
+            loaded,
+            tokenizer,
+            text,
+            method=method,
+            budget=budget,
+            chunk=chunk,
+            name=name,
+            on_read=lambda done, steps: bar(f"reading {name}", done / steps),
+        )
+
+
+def load_for_reading(
+    model: str, method: "Method", profile: Path | None, dtype: str | None, device: str | None
+) -> "tuple[Any, Any, Method]":
+    """The model, its tokenizer, and the method with its profile."""
+    from compresskv.methods.prepare import prepare_method
+    from compresskv.models.load import load
+
+    with Bar() as bar:
+        loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
+    return loaded, tokenizer, prepare_method(loaded, method, profile)
+
+
+def _places(documents: list[str], output: Path | None) -> list[Path]:
+    """One file for each document."""
+    if len(documents) == 1 and output is not None and not output.is_dir():
+        return [output]
+    if output is not None and not output.is_dir():
+        if output.exists() or output.suffix:
+            raise ConfigError(f"is a file: name a folder for {len(documents)} documents", option="output", value=output)
+        output.mkdir(parents=True)
+    folder = Path() if output is None else output
+    names = ["document" if document == "-" else Path(document).stem for document in documents]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"several documents would be written to {name}{SUFFIX}: read them one by one")
+    return [folder / f"{name}{SUFFIX}" for name in names]
+
+
+def _check_place(place: Path) -> None:
+    """Refuse, before a model is loaded, what cannot be written, and what is no session and would be lost."""
+    check_writable("output", place)
+    if place.is_file() and place.stat().st_size and not is_session(place):
+        raise ConfigError("exists and is no session: name another file", option="output", value=place)
+
+
+def _cost(session: "Session") -> str:
+    facts = session.facts
+    kept = f"{facts.mean_retained:,.0f} kept per layer ({facts.mean_retained / facts.num_tokens:.1%})"
+    sizes = f"{megabytes(facts.kv_nbytes_full)} -> {megabytes(facts.kv_nbytes)} MB"
+    return (
+        f"{facts.method}: {facts.num_tokens:,} tokens read in {facts.read_s:.1f} s, {kept}; KV cache {sizes}; "
+        f"{facts.dtype}"
+    )

@@ -1,0 +1,130 @@
+"""Documents that are read once, saved, shown, asked and talked about on the command line."""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import planted
+from commands import Result, runner
+
+QUESTION = "What of amber?"
+ANSWER = "amber1 amber2 amber3 amber4 amber5 amber6"
+OTHER = "birch1 birch2 birch3 birch4 birch5 birch6"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and documents."""
+    folder = tmp_path_factory.mktemp("place")
+    planted.save(folder / "model")
+    sentences = planted.haystack_sentences(40)
+    sentences[10:10], sentences[30:30] = [planted.needle("amber")], [planted.needle("birch")]
+    (folder / "doc.txt").write_text(" ".join(sentences), encoding="utf-8")
+    (folder / "other.txt").write_text(" ".join(sentences[5:]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def call(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(place / "cache"))
+    return runner(monkeypatch, capfd, columns=100)
+
+
+@pytest.fixture
+def kept(place: Path, call: Callable[..., Result]) -> Path:
+    if not (place / "doc.kvc").exists():
+        assert call("read", "doc.txt", "--model", "model", "--method", "full").code == 0
+    return place / "doc.kvc"
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.count("\n") == 1
+    for word in words:
+        assert word in result.err
+
+
+def test_a_document_is_read_and_asked_twice(kept: Path, call: Callable[..., Result]) -> None:
+    for question, answer in ((QUESTION, ANSWER), ("What of birch?", OTHER), (QUESTION, ANSWER)):
+        result = call("ask", "doc.kvc", question)
+        assert (result.code, result.out.strip()) == (0, answer)
+        assert "first token after" in result.err
+    told = json.loads(call("ask", "doc.kvc", QUESTION, "--json", "--model", "model").out)
+    assert told["answer"] == ANSWER
+    assert told["model"] == "model"
+
+
+def test_show_tells_what_a_file_holds(kept: Path, call: Callable[..., Result]) -> None:
+    shown = call("session", "show", "doc.kvc")
+    assert shown.code == 0
+    for word in ("doc.txt", "model (llama-", "float32", "full", "just now", "(100.0%)"):
+        assert word in shown.out
+    told = json.loads(call("session", "show", "doc.kvc", "--json").out)
+    assert told["names"] == ["doc.txt"]
+    assert told["file_nbytes"] == kept.stat().st_size
+    assert told["kv_nbytes"] < told["file_nbytes"] < 1.05 * told["kv_nbytes"]
+
+
+def test_several_documents_are_one_file_each(place: Path, call: Callable[..., Result]) -> None:
+    result = call("read", "doc.txt", "other.txt", "-o", "kept", "--model", "model", "--chunk", "50", "--json")
+    assert result.code == 0
+    told = json.loads(result.out)
+    assert [one["file"] for one in told] == [str(Path("kept", name)) for name in ("doc.kvc", "other.kvc")]
+    assert [one["mean_retained"] / one["num_tokens"] for one in told] == pytest.approx([0.25, 0.25], abs=0.01)
+    assert sorted(path.name for path in (place / "kept").iterdir()) == ["doc.kvc", "other.kvc"]
+
+
+def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call: Callable[..., Result]) -> None:
+    base = ["--model", "model"]
+    refused(call("read", "doc.txt", "-o", "doc.txt", *base), "--output 'doc.txt' would replace the document itself")
+    refused(call("read", "doc.txt", "-o", "model/config.json", *base), "would replace the model itself")
+    (place / "notes.md").write_text("mine", encoding="utf-8")
+    refused(call("read", "doc.txt", "-o", "notes.md", *base), "--output 'notes.md' exists and is no session")
+    refused(call("read", "doc.txt", "other.txt", "-o", "one.kvc", *base), "name a folder for 2 documents")
+    refused(call("read", "doc.txt", "doc.txt", *base), "several documents would be written to doc.kvc")
+    refused(call("read", "doc.kvc", *base), "documents 'doc.kvc' is a session: it was read before")
+    refused(call("read", "none.txt", *base), "document 'none.txt'")
+    refused(call("read", "doc.txt", "--budget", "0", *base), "--budget '0' must be at least 1 token")
+    refused(call("read", "doc.txt", "--chunk", "0", *base), "--chunk 0 must be an int of at least 1")
+    refused(call("session", "show", "doc.txt"), "'doc.txt' is not a session: make one with `compresskv read`")
+    refused(call("ask", "doc.kvc", QUESTION, "--budget", "3"), "--budget '3' has no place here")
+    refused(call("ask", "doc.kvc", QUESTION, "--two-pass"), "--two-pass has no place here")
+    refused(call("ask", "doc.kvc", " "), "the question is empty")
+    refused(call("chat", "doc.kvc", "--chunk", "3"), "--chunk 3 has no place here")
+    refused(call("chat", "-"), "standard input is what you say")
+    damaged = place / "damaged.kvc"
+    damaged.write_bytes(kept.read_bytes()[:-9])
+    refused(call("ask", "damaged.kvc", QUESTION), "session 'damaged.kvc' is damaged")
+
+
+def test_a_conversation_comes_from_standard_input(
+    kept: Path, place: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [QUESTION, "", "/stats", "/save talk.kvc", "/nope", "/forget", "What of birch?", "/forget", "/stats"]
+    lines += ["/quit", "never"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    result = call("chat", "doc.kvc")
+    assert result.code == 0
+    assert result.out.splitlines() == [ANSWER, OTHER]
+    words = ("100% kept", "saved: talk.kvc", "/nope is no command", " 0 tokens of the conversation")
+    assert [word for word in words if word not in result.err] == []
+    (said,) = re.findall(r" [1-9]\d* tokens of the conversation", result.err)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/stats\n"))
+    assert said in call("chat", "talk.kvc").err
+
+
+def test_a_text_is_read_for_a_conversation(
+    place: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n/save\n"))
+    monkeypatch.chdir(place)
+    result = call("chat", "other.txt", "--model", "model", "--method", "full")
+    assert result.out.splitlines() == [ANSWER]
+    assert (place / "other.kvc").exists()
