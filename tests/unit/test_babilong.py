@@ -80,10 +80,10 @@ def test_no_data(tmp_path: Path, data: str | None) -> None:
 def test_malformed_row(tmp_path: Path, field: str) -> None:
     for changed in (3, " "):
         write(tmp_path, "1k/qa1", ROW, ROW | {field: changed})
-        with pytest.raises(DataError, match=rf"^1k/qa1\.jsonl line 2: '{field}' is "):
+        with pytest.raises(DataError, match=rf"^1k/qa1\.jsonl line 2: field '{field}' is "):
             examples(tmp_path)
     write(tmp_path, "1k/qa1", {name: text for name, text in ROW.items() if name != field})
-    with pytest.raises(DataError, match=rf"^1k/qa1\.jsonl line 1: the field '{field}' is missing$"):
+    with pytest.raises(DataError, match=rf"^1k/qa1\.jsonl line 1: field '{field}' is missing$"):
         examples(tmp_path)
 
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from compresskv.errors import ConfigError
-from compresskv.system.convert import convert
+from compresskv.system.convert import Text, convert
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Outer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: tuple[tuple[float, ...], ...] = ()
     by_name: dict[str, float] = msgspec.field(default_factory=dict)
     either: int | float | None = None
+    title: Text = "a"
+    words: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(default_factory=lambda: ["a"])
 
     def __post_init__(self) -> None:
         if self.name == "bad":
@@ -50,6 +52,8 @@ def test_what_fits_is_taken() -> None:
         ({**FITTING, "by_name": {"x": None}}, "field 'by_name[...]' is null, not a number"),
         ({**FITTING, "by_name": {3: 1.0}}, "field 'by_name' is a whole number, not text"),
         ({**FITTING, "either": "x"}, "field 'either' is text, not a whole number or a number or null"),
+        ({**FITTING, "title": " "}, "field 'title' is empty"),
+        ({**FITTING, "words": []}, "field 'words' is empty"),
         ({**FITTING, "more": 1}, "field 'more' is unknown"),
         ({}, "field 'name' is missing"),
         ([], "it is a list, not an object"),

@@ -115,18 +115,18 @@ def test_what_the_line_holds_is_kept(data: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"context": ...}, "the field 'context' is missing"),
-        ({"context": 7}, "'context' is not text"),
-        ({"context": " "}, "'context' is empty"),
-        ({"input": ["x"]}, "'input' is not text"),
-        ({"answers": "Ann"}, "'answers' is not a list of texts"),
-        ({"answers": []}, "'answers' is not a list of texts"),
-        ({"answers": ["Ann", 1]}, "'answers' is not a list of texts"),
-        ({"length": "2"}, "'length' is not a whole number of 0 or more"),
-        ({"length": True}, "'length' is not a whole number of 0 or more"),
-        ({"length": -1}, "'length' is not a whole number of 0 or more"),
-        ({"all_classes": "Ann"}, "'all_classes' is not a list of texts"),
-        ({"_id": ...}, "the field '_id' is missing"),
+        ({"context": ...}, "field 'context' is missing"),
+        ({"context": 7}, "field 'context' is a whole number, not text"),
+        ({"context": " "}, "field 'context' is empty"),
+        ({"input": ["x"]}, "field 'input' is a list, not text or null"),
+        ({"answers": "Ann"}, "field 'answers' is text, not a list"),
+        ({"answers": []}, "field 'answers' is empty"),
+        ({"answers": ["Ann", 1]}, "field 'answers[1]' is a whole number, not text"),
+        ({"length": "2"}, "field 'length' is text, not a whole number"),
+        ({"length": True}, "field 'length' is true or false, not a whole number"),
+        ({"length": -1}, "field 'length' is not a whole number >= 0"),
+        ({"all_classes": "Ann"}, "field 'all_classes' is text, not a list or null"),
+        ({"_id": ...}, "field '_id' is missing"),
         ({"_id": "zero"}, "the _id 'zero' occurs twice"),
     ],
 )
@@ -141,7 +141,7 @@ def test_malformed_row(data: Path, changes: dict[str, Any], says: str) -> None:
     ("content", "says"),
     [
         (b'{}\n{"input": ', " line 2: not valid JSON: .+"),
-        (b"{}\n[1]", " line 2: not a JSON object"),
+        (b"{}\n[1]", " line 2: it is a list, not an object"),
         (b"{}\n" + b"[" * 100_000, " line 2: not valid JSON: .+"),
         (b'{}\n{"input": "\xff"}', " line 2: not UTF-8 text"),
         (b"\n\n", ": the file holds no rows"),
@@ -156,7 +156,7 @@ def test_malformed_file(data: Path, content: bytes, says: str) -> None:
 
 def test_trec_needs_its_classes(data: Path) -> None:
     write(data, "trec", row())
-    with pytest.raises(DataError, match=r"^trec\.jsonl line 1: 'all_classes' is not a list of texts$"):
+    with pytest.raises(DataError, match=r"^trec\.jsonl line 1: field 'all_classes' is empty or missing$"):
         examples(data)
 
 

@@ -1,4 +1,4 @@
-"""A benchmark's files: where they are, and JSONL rows whose errors name file and line."""
+"""A benchmark's files: where they are, and their JSONL rows; errors name file and line."""
 
 import json
 import zipfile
@@ -6,63 +6,31 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
 from compresskv.errors import DataError, first_line
 from compresskv.evaluation.task import TaskSettings
+from compresskv.system.convert import convert
+
+T = TypeVar("T")
 
 Folder: TypeAlias = Path | zipfile.Path
 """A folder on disk, or one inside a zip archive."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One object of a file, with checked access to its fields."""
+class Line(Generic[T]):
+    """One row of a file, and where it stands."""
 
+    number: int
+    """From 1."""
+    row: T
     where: str
     """'hotpotqa.jsonl line 3'."""
-    number: int
-    """Its line, from 1."""
-    fields: dict[str, Any]
-
-    def text(self, name: str) -> str:
-        """A field that must say something."""
-        value = self._required(name)
-        if not isinstance(value, str):
-            raise self.error(f"{name!r} is not text")
-        if not value.strip():
-            raise self.error(f"{name!r} is empty")
-        return value
-
-    def optional_text(self, name: str) -> str:
-        """A field that may be empty, null or absent."""
-        value = self.fields.get(name)
-        if not isinstance(value, str | None):
-            raise self.error(f"{name!r} is not text")
-        return value or ""
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts, at least one."""
-        value = self._required(name)
-        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-            raise self.error(f"{name!r} is not a list of texts")
-        return tuple(value)
-
-    def integer(self, name: str) -> int:
-        """A whole number, not negative."""
-        value = self._required(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise self.error(f"{name!r} is not a whole number of 0 or more")
-        return value
 
     def error(self, problem: str) -> DataError:
         """An error that says where."""
         return DataError(f"{self.where}: {problem}")
-
-    def _required(self, name: str) -> Any:
-        if name not in self.fields:
-            raise self.error(f"the field {name!r} is missing")
-        return self.fields[name]
 
 
 def task_folder(task: str, data: Path | None, needs: str) -> Path:
@@ -99,37 +67,39 @@ def existing_files(folder: Folder, files: Mapping[str, str], settings: TaskSetti
     return found
 
 
-def read_rows(folder: Folder, name: str, limit: int | None = None) -> Iterator[Row]:
+def read_lines(folder: Folder, name: str, kind: type[T], limit: int | None = None) -> Iterator[Line[T]]:
     """The first `limit` rows of a file, or all; blank lines are passed over.
 
+    Args:
+        kind: what a row holds, as for `convert`.
     Raises:
-        DataError: the file cannot be read, holds no rows, or a line is no JSON object.
+        DataError: the file cannot be read, holds no rows, or a line is no such row.
     """
     empty = True
-    for row in islice(_rows(folder, name), limit):
+    for number, line in islice(_lines(folder, name), limit):
         empty = False
-        yield row
+        where = f"{name} line {number}"
+        yield Line(number, _row(where, line, kind), where)
     if empty:
         raise DataError(f"{name}: the file holds no rows")
 
 
-def _rows(folder: Folder, name: str) -> Iterator[Row]:
+def _lines(folder: Folder, name: str) -> Iterator[tuple[int, bytes]]:
     try:
         with (folder / name).open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _row(f"{name} line {number}", number, line)
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     except (OSError, zipfile.BadZipFile) as err:
         raise DataError(f"{name}: cannot be read: {first_line(err)}") from err
 
 
-def _row(where: str, number: int, line: bytes) -> Row:
+def _row(where: str, line: bytes, kind: type[T]) -> T:
     try:
         fields = json.loads(line)
     except UnicodeDecodeError as err:
         raise DataError(f"{where}: not UTF-8 text") from err
     except (ValueError, RecursionError) as err:
         raise DataError(f"{where}: not valid JSON: {first_line(err)}") from err
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: not a JSON object")
-    return Row(where, number, fields)
+    try:
+        return convert(fields, kind)
+    except ValueError as err:
+        raise DataError(f"{where}: {err}") from err

@@ -1,7 +1,7 @@
 """JSON's values as our own types; what does not fit is told in plain words."""
 
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -9,6 +9,8 @@ from compresskv.errors import CompressKVError
 
 T = TypeVar("T")
 
+Text = Annotated[str, msgspec.Meta(pattern=r"\S")]
+"""A text that says something."""
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -19,6 +21,7 @@ _WORDS = {
     "object": "an object",
 }
 _MISFIT = re.compile(r"Expected `([^`]+)`, got `([^`]+)`$")
+_EMPTY = (r"matching regex '\\S'", "of length >= 1")
 _BOUND = re.compile(r"Expected `([^`]+)` ([<>].*)$")
 _NAME = re.compile(r"Object (missing required|contains unknown) field `([^`]+)`$")
 
@@ -47,6 +50,8 @@ def _told(message: str) -> str:
         problem = "is missing" if name[1].startswith("missing") else "is unknown"
     elif misfit := _MISFIT.match(problem):
         problem = f"is {_in_words(misfit[2])}, not {_in_words(misfit[1])}"
+    elif problem.endswith(_EMPTY):
+        problem = "is empty"
     elif bound := _BOUND.match(problem):
         problem = f"is not {_in_words(bound[1])} {bound[2]}"
     else:

@@ -4,10 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
+import msgspec
+
 from compresskv.evaluation import metrics
 from compresskv.evaluation.example import Example
-from compresskv.evaluation.jsonl import Row, existing_files, read_rows, task_folder
+from compresskv.evaluation.jsonl import Line, existing_files, read_lines, task_folder
 from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.system.convert import Text
 
 _LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k")
 _TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
@@ -25,6 +28,12 @@ _CANDIDATES = (
 )
 """What a question may have as its answer; an answer that names two of them is a guess."""
 _MAX_NEW_TOKENS = 15
+
+
+class _Row(msgspec.Struct):
+    input: Text
+    question: Text
+    target: Text
 
 
 @register_task
@@ -46,7 +55,9 @@ class BABILong(Task):
         folder = task_folder(self.name, settings.data, self.needs)
         found = existing_files(folder, files, settings)
         return [
-            _example(subset, row) for subset, name in found.items() for row in read_rows(folder, name, settings.limit)
+            _example(subset, line)
+            for subset, name in found.items()
+            for line in read_lines(folder, name, _Row, settings.limit)
         ]
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
@@ -78,14 +89,15 @@ def _file_name(subset: str) -> str:
     return f"{length}/{task}.jsonl"
 
 
-def _example(subset: str, row: Row) -> Example:
+def _example(subset: str, line: Line[_Row]) -> Example:
+    row = line.row
     return Example(
         task=f"babilong/{subset}",
-        id=str(row.number),
+        id=str(line.number),
         prefix=_PREFIX,
-        context=row.text("input"),
-        suffix=_SUFFIX.format(question=row.text("question").strip()),
-        answers=(row.text("target").strip(),),
+        context=row.input,
+        suffix=_SUFFIX.format(question=row.question.strip()),
+        answers=(row.target.strip(),),
         max_new_tokens=_MAX_NEW_TOKENS,
         meta={"length": 1000 * int(subset.split("-")[1].removesuffix("k"))},
     )

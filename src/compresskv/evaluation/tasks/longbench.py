@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+import msgspec
 
 from compresskv.errors import DataError, first_line
 from compresskv.evaluation import metrics
 from compresskv.evaluation.example import Example
-from compresskv.evaluation.jsonl import Folder, Row, existing_files, read_rows, task_folder
+from compresskv.evaluation.jsonl import Folder, Line, existing_files, read_lines, task_folder
 from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.system.convert import Text
 
 HUB_REPOSITORY = "THUDM/LongBench"
 _PROMPTS, _LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
@@ -52,6 +55,15 @@ _SUBSETS = {
 }
 
 
+class _Row(msgspec.Struct):
+    id: Text = msgspec.field(name="_id")
+    context: Text
+    answers: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    length: Annotated[int, msgspec.Meta(ge=0)]
+    input: str | None = None
+    all_classes: list[str] | None = None
+
+
 @register_task
 class LongBench(Task):
     """Question answering, summaries, few-shot learning, synthetic tasks and code completion over long documents."""
@@ -74,10 +86,10 @@ class LongBench(Task):
         for subset, name in existing_files(rows, files, settings).items():
             prompt, max_new_tokens = _prompt(prompts, subset), _max_new_tokens(lengths, subset)
             seen: set[str] = set()
-            for row in read_rows(rows, name, settings.limit):
-                case = _example(subset, row, prompt, max_new_tokens)
+            for line in read_lines(rows, name, _Row, settings.limit):
+                case = _example(subset, line, prompt, max_new_tokens)
                 if case.id in seen:
-                    raise row.error(f"the _id {case.id!r} occurs twice")
+                    raise line.error(f"the _id {case.id!r} occurs twice")
                 seen.add(case.id)
                 cases.append(case)
         return cases
@@ -92,19 +104,21 @@ class LongBench(Task):
         return {"score": metrics.best_of(metric, line, example.answers)}
 
 
-def _example(subset: str, row: Row, prompt: tuple[str, str], max_new_tokens: int) -> Example:
-    kind = _SUBSETS[subset]
-    meta: dict[str, Any] = {"length": row.integer("length"), "category": kind.category}
-    if kind.metric is metrics.classification or row.fields.get("all_classes"):
-        meta["all_classes"] = list(row.texts("all_classes"))
-    prefix, suffix = (template.format(input=row.optional_text("input")) for template in prompt)
+def _example(subset: str, line: Line[_Row], prompt: tuple[str, str], max_new_tokens: int) -> Example:
+    row, kind = line.row, _SUBSETS[subset]
+    meta: dict[str, Any] = {"length": row.length, "category": kind.category}
+    if row.all_classes:
+        meta["all_classes"] = row.all_classes
+    elif kind.metric is metrics.classification:
+        raise line.error("field 'all_classes' is empty or missing")
+    prefix, suffix = (template.format(input=row.input or "") for template in prompt)
     return Example(
         task=f"longbench/{subset}",
-        id=row.text("_id"),
+        id=row.id,
         prefix=prefix,
-        context=row.text("context"),
+        context=row.context,
         suffix=suffix,
-        answers=row.texts("answers"),
+        answers=row.answers,
         max_new_tokens=max_new_tokens,
         chat=kind.chat,
         meta=meta,
