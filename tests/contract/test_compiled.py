@@ -184,7 +184,7 @@ def test_the_model_gets_its_forward_back() -> None:
 
 
 def test_an_unknown_mode() -> None:
-    with pytest.raises(compresskv.ConfigError, match="compile='maybe' must be one of never, auto, always"):
+    with pytest.raises(compresskv.ConfigError, match="compile='maybe' is unknown: choose from never, auto, always"):
         context(tiny.tiny_model("llama"), "snapkv", "maybe")
 
 

@@ -125,7 +125,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--plot", "."], "--plot '.' is a folder"),
         (["--output", "."], "--output '.' is a folder"),
         (["--output", "/proc/run.json"], "--output '/proc/run.json' cannot be written"),
-        (["--decode", "fast"], "--decode 'fast' must be among eager, compiled, int8"),
+        (["--decode", "fast"], "--decode 'fast' is unknown: choose from eager, compiled, int8"),
         (["--peers", "llama.cpp"], "--peers 'llama.cpp' needs a real model, not --random 'tiny'"),
         (["--peers", "kvpres"], "--peers 'kvpres' is unknown: did you mean 'kvpress'?"),
         (["--dtype", "float3"], "--dtype 'float3'"),

@@ -194,7 +194,7 @@ class TestBadInput:
             (["--budgets", "0"], ["--budgets '0'"]),
             (["--budgets", ""], ["--budgets ''"]),
             (["--settings", "agnostc"], ["--settings 'agnostc'", "did you mean 'agnostic'"]),
-            (["--too-long", "ship"], ["--too-long 'ship'", "cut, skip"]),
+            (["--too-long", "ship"], ["--too-long 'ship'", "did you mean 'skip'"]),
             (["--max-prompt-tokens", "0"], ["--max-prompt-tokens 0"]),
             (["--max-prompt-tokens", "3"], ["no room for a prompt in 3 tokens"]),
             (["--max-new-tokens", "-1"], ["--max-new-tokens -1"]),

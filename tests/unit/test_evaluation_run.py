@@ -402,7 +402,7 @@ class TestPlan:
             ({"tasks": ("needel",)}, "unknown task 'needel': did you mean 'needle'?"),
             ({"subsets": ("shrot",)}, "subsets='shrot' is unknown: did you mean 'short'?"),
             ({"subsets": ("short", "uuid")}, "subsets='uuid' is unknown: choose from short, long"),
-            ({"too_long": "ship"}, "too_long='ship' is unknown: choose from cut, skip"),
+            ({"too_long": "ship"}, "too_long='ship' is unknown: did you mean 'skip'?"),
             ({"max_prompt_tokens": 0}, "max_prompt_tokens=0 must be at least 1"),
             ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 1"),
         ],

@@ -221,7 +221,7 @@ class TestHub:
             file.writestr("data/musique.jsonl", json.dumps(row()) + "\n" + json.dumps(row(_id="two")))
             file.writestr("data/lcc.jsonl", "[]")
         assert [example.id for example in examples(data, "musique")] == ["one", "two"]
-        with pytest.raises(DataError, match=r"^lcc\.jsonl line 1: not a JSON object$"):
+        with pytest.raises(DataError, match=r"^lcc\.jsonl line 1: it is a list, not an object$"):
             examples(data)
         with pytest.raises(DataError, match=r"no hotpotqa\.jsonl$"):
             examples(data, "hotpotqa")

@@ -41,7 +41,7 @@ def test_an_unknown_press_is_refused_where_the_request_is_made(name: str, hint: 
 def test_a_request_that_cannot_work_is_refused_where_it_is_made() -> None:
     with pytest.raises(ConfigError, match="budget=0 must be at least 1"):
         PressRequest("m", (), (), budgets=(0,))
-    with pytest.raises(ConfigError, match="setting='blind' is unknown"):
+    with pytest.raises(ConfigError, match="settings='blind' is unknown"):
         PressRequest("m", (), (), (), settings=("blind",))
     with pytest.raises(ConfigError, match=r"^peer_budget='kb' is unknown: choose from tokens, bytes$"):
         PressRequest("m", (), (), (), peer_budget="kb")

@@ -11,6 +11,7 @@ from compresskv.evaluation.configurations import parse_budgets
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create
 from compresskv.selection.budgets import check_budget, resolve
+from compresskv.system.check import check_known, check_least
 
 FULL = "full"
 DEFAULT_LENGTHS = (1024, 4096, 8192)
@@ -43,15 +44,12 @@ class BenchConfig:
             problem = "names no number: give prompt lengths in tokens, such as 1024,4096"
             raise ConfigError(problem, option="lengths", value=self.lengths)
         for length in self.lengths:
-            if length < 1:
-                raise ConfigError("must be at least 1 token", option="lengths", value=length)
+            check_least("lengths", length)
         for budget in self.budgets:
             check_budget(budget)
-        if self.repeats < 1:
-            raise ConfigError("must be at least 1", option="repeats", value=self.repeats)
+        check_least("repeats", self.repeats)
         for way in self.decode or ("",):
-            if way not in (EAGER, COMPILED, INT8):
-                raise ConfigError(f"must be among {EAGER}, {COMPILED}, {INT8}", option="decode", value=way)
+            check_known("decode", way, (EAGER, COMPILED, INT8))
         if self.new_tokens < 2:
             problem = "must be at least 2: the first is part of the prefill"
             raise ConfigError(problem, option="new_tokens", value=self.new_tokens)

@@ -12,7 +12,7 @@ from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.profiles.profile import Profile, l1_normalised
 from compresskv.system import memory
-from compresskv.system.suggest import suggestion
+from compresskv.system.check import check_known, check_least
 
 _SHARE = 0.5
 """Of the memory that is available, for weights and caches; activations need the rest."""
@@ -61,8 +61,7 @@ def find_geometry(name: str) -> Geometry:
     Raises:
         ConfigError: unknown.
     """
-    if name not in GEOMETRIES:
-        raise ConfigError(f"is unknown{suggestion(name, list(GEOMETRIES))}", option="random", value=name)
+    check_known("random", name, GEOMETRIES)
     return GEOMETRIES[name]
 
 
@@ -88,8 +87,7 @@ def random_model(
         ModelError: it cannot be built.
     """
     geometry = find_geometry(name)
-    if num_layers is not None and num_layers < 1:
-        raise ConfigError("must be at least 1", option="layers", value=num_layers)
+    check_least("layers", num_layers)
     wanted = num_layers or geometry.num_hidden_layers
     most = _layers_that_fit(geometry, max_tokens, dtype, device)
     if most < (1 if num_layers is None else wanted):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compresskv.errors import ConfigError
+from compresskv.system.check import check_least
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class CalibrationSettings:
         if len(set(self.lengths)) != len(self.lengths):
             raise ConfigError("names a length twice", option="lengths", value=self.lengths)
         for name in ("max_new_tokens", "error_documents", "num_rotations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError("must be at least 1", option=name, value=value)
+            check_least(name, getattr(self, name))
         if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):  # NaN, too, fails this
             raise ConfigError("must lie between 0 and 100 percent", option="depths", value=self.depths)
 

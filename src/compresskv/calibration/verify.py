@@ -34,6 +34,7 @@ from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import context_length
+from compresskv.system.check import check_least
 from compresskv.system.progress import Progress
 
 _ROWS = 32  # sets of masked heads that are run as one batch: decode reads the weights once for all of them
@@ -85,11 +86,9 @@ class VerifySettings:
             ConfigError: naming the option and its value.
         """
         for option, value, least in (("length", self.length, 256), ("documents", self.num_documents, 1)):
-            if value < least:
-                raise ConfigError(f"must be at least {least}", option=option, value=value)
+            check_least(option, value, least)
         for count in self.counts or (0,):
-            if count < 1:
-                raise ConfigError("must be at least 1", option="counts", value=count)
+            check_least("counts", count)
 
 
 def verify_profile(

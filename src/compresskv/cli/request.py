@@ -23,9 +23,9 @@ from compresskv.cli.options import (
     create_methods,
 )
 from compresskv.cli.terminal import Bar
-from compresskv.errors import ConfigError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
+from compresskv.system.check import check_least
 
 if TYPE_CHECKING:
     from compresskv.methods.base import Method
@@ -82,8 +82,7 @@ class Request:
         """
         from compresskv.selection.budgets import parse_budget
 
-        if self.max_new_tokens < least_tokens:
-            raise ConfigError(f"must be at least {least_tokens}", option="max_new_tokens", value=self.max_new_tokens)
+        check_least("max_new_tokens", self.max_new_tokens, least_tokens)
         budget = parse_budget(self.budget)
         methods = create_methods(self.method, self.compare, self.settings)
         if self.profile is not None:

@@ -1,6 +1,6 @@
 """When a compiled step is used; nothing heavy is imported here."""
 
-from compresskv.errors import ConfigError
+from compresskv.system.check import check_known
 
 NEVER, AUTO, ALWAYS = "never", "auto", "always"
 MODES = (NEVER, AUTO, ALWAYS)
@@ -12,5 +12,4 @@ def check_mode(mode: str) -> None:
     Raises:
         ConfigError: naming the option and its value.
     """
-    if mode not in MODES:
-        raise ConfigError(f"must be one of {', '.join(MODES)}", option="compile", value=mode)
+    check_known("compile", mode, MODES)

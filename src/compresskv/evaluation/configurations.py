@@ -12,7 +12,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import parse_budget
-from compresskv.system.suggest import suggestion
+from compresskv.system.check import check_known
 
 FULL = "full"
 
@@ -27,8 +27,7 @@ def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
-        if name not in known:
-            raise ConfigError(f"is unknown{suggestion(name, known)}", option=option, value=name)
+        check_known(option, name, known)
     if not names:
         raise ConfigError(f"names nothing: choose from {', '.join(known)}", option=option, value=text)
     return names

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from compresskv.errors import ConfigError
 from compresskv.evaluation.records import SETTINGS, config_name
 from compresskv.peers.presses import check_presses, method_name
 from compresskv.selection.budgets import check_budget
+from compresskv.system.check import check_known
 
 BUDGET_UNITS = ("tokens", "bytes")
 
@@ -47,11 +47,8 @@ class PressRequest:
         for budget in self.budgets:
             check_budget(budget)
         for setting in self.settings:
-            if setting not in SETTINGS:
-                raise ConfigError(f"is unknown: choose from {', '.join(SETTINGS)}", option="setting", value=setting)
-        if self.peer_budget not in BUDGET_UNITS:
-            problem = f"is unknown: choose from {', '.join(BUDGET_UNITS)}"
-            raise ConfigError(problem, option="peer_budget", value=self.peer_budget)
+            check_known("settings", setting, SETTINGS)
+        check_known("peer_budget", self.peer_budget, BUDGET_UNITS)
 
     def configs(self) -> dict[str, tuple[str, str, int | float]]:
         """(setting, press, budget) of every configuration, by the name that its records have."""

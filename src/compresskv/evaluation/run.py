@@ -17,13 +17,13 @@ from compresskv.evaluation.press_records import add_presses
 from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.records import RecordLog, check_run
 from compresskv.evaluation.runner import Case, Configuration, Runner
-from compresskv.evaluation.task import Task, TaskSettings, create_task
+from compresskv.evaluation.task import Task, TaskSettings, check_depths, create_task
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.prompts.prompt import room_for_prompt
+from compresskv.system.check import check_known, check_least
 from compresskv.system.libraries import versions
 from compresskv.system.progress import Progress
-from compresskv.system.suggest import suggestion
 
 TOO_LONG = ("cut", "skip")
 
@@ -59,23 +59,16 @@ class EvaluationConfig:
                 raise ConfigError("names no number", option=option, value=())
         if self.data is not None and not self.data.is_dir():
             raise DataError(": no such folder", option="data", value=str(self.data))
-        if self.too_long not in TOO_LONG:
-            problem = f"is unknown: choose from {', '.join(TOO_LONG)}"
-            raise ConfigError(problem, option="too_long", value=self.too_long)
+        check_known("too_long", self.too_long, TOO_LONG)
         for option in ("limit", "max_prompt_tokens", "max_new_tokens"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ConfigError("must be at least 1", option=option, value=value)
+            check_least(option, getattr(self, option))
         self._check_cases()
 
     def _check_cases(self) -> None:
         """What the tasks would find wrong once a model is loaded, as far as it needs none."""
-        for depth in self.depths:
-            if not 0 <= depth <= 100:  # NaN, too, fails this
-                raise ConfigError("is no percentage: choose from 0 to 100", option="depths", value=depth)
+        check_depths(self.depths)
         for length in self.lengths:
-            if length < 1:
-                raise ConfigError("must be at least 1", option="lengths", value=length)
+            check_least("lengths", length)
         for path in self.haystack:
             if not path.exists():
                 raise DataError(": no such file or folder", option="haystack", value=path)
@@ -92,8 +85,7 @@ class EvaluationConfig:
         chosen = [create_task(name) for name in self.tasks]
         known = [subset for task in chosen for subset in task.default_subsets]
         for subset in self.subsets:
-            if subset not in known:
-                raise ConfigError(f"is unknown{suggestion(subset, known)}", option="subsets", value=subset)
+            check_known("subsets", subset, known)
         own = [tuple(subset for subset in self.subsets if subset in task.default_subsets) for task in chosen]
         return [pair for pair in zip(chosen, own, strict=True) if pair[1] or not self.subsets]
 

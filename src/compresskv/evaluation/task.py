@@ -1,7 +1,7 @@
 """What a benchmark is, and the benchmarks by name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -31,6 +31,17 @@ class TaskSettings:
     limit: int | None = None
     """At most this many examples a subset, the first ones."""
     seed: int = 0
+
+
+def check_depths(depths: Sequence[float]) -> None:
+    """Refuse what is no percentage.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for depth in depths:
+        if not 0 <= depth <= 100:  # NaN, too, fails this
+            raise ConfigError("is no percentage: choose from 0 to 100", option="depths", value=depth)
 
 
 class Task(ABC):

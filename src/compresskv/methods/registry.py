@@ -13,6 +13,7 @@ import compresskv.methods as own
 from compresskv.errors import ConfigError, first_line
 from compresskv.methods.base import Method, option_types
 from compresskv.methods.options import parse_settings
+from compresskv.system.check import check_known
 from compresskv.system.suggest import suggestion
 
 GROUP = "compresskv.methods"
@@ -62,8 +63,7 @@ def create(name: str, /, **options: Any) -> Method:
         ConfigError: an unknown name or option, with the nearest known one; an option out of range.
     """
     known = methods()
-    if not isinstance(name, str) or name not in known:  # compressing(model, 256): a budget in its place
-        raise ConfigError(f"is unknown{suggestion(name, list(known))}", option="method", value=name)
+    check_known("method", name, known)  # compressing(model, 256): a budget in its place
     typed = list(option_types(known[name]))
     fields = [field.name for field in dataclasses.fields(known[name])]
     for option, value in options.items():

@@ -17,8 +17,8 @@ from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.decoding import prefill
 from compresskv.models.shape import decoder_config, heads_of
 from compresskv.peers.press_cache import PressCache
+from compresskv.system.check import check_known
 from compresskv.system.clock import now
-from compresskv.system.suggest import suggestion
 
 PRESSES = (
     "SnapKVPress",
@@ -42,8 +42,7 @@ def check_presses(names: Iterable[str]) -> None:
         ConfigError: naming the first that is unknown.
     """
     for name in names:
-        if name not in PRESSES:
-            raise ConfigError(f"is unknown{suggestion(name, PRESSES)}", option="peers", value=name)
+        check_known("peers", name, PRESSES)
 
 
 def method_name(press: str) -> str:

@@ -10,6 +10,7 @@ from compresskv.errors import ConfigError, PromptError
 from compresskv.models.shape import decoder_config
 from compresskv.prompts.request import check_request
 from compresskv.prompts.template import encode_message
+from compresskv.system.check import check_least
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int | None:
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
         raise ConfigError("must be an int", option="max_new_tokens", value=max_new_tokens)
-    if max_new_tokens < 1:
-        raise ConfigError("must be at least 1", option="max_new_tokens", value=max_new_tokens)
+    check_least("max_new_tokens", max_new_tokens)
     length = context_length(model)
     if length is not None and max_new_tokens >= length:
         problem = f"leaves no room in the model's context of {length} tokens"

@@ -1,6 +1,7 @@
 """What no model can answer, refused before one is loaded."""
 
-from compresskv.errors import ConfigError, PromptError
+from compresskv.errors import PromptError
+from compresskv.system.check import check_known
 
 TRUNCATIONS = ("never", "middle")
 
@@ -11,8 +12,7 @@ def check_request(context: str, question: str, truncate: str) -> None:
     Raises:
         ConfigError, PromptError: as for `build_prompt`.
     """
-    if truncate not in TRUNCATIONS:
-        raise ConfigError(f"is unknown: choose from {', '.join(TRUNCATIONS)}", option="truncate", value=truncate)
+    check_known("truncate", truncate, TRUNCATIONS)
     for name, text in (("document", context), ("question", question)):
         if not isinstance(text, str):  # from Python: None, a number, bytes
             raise PromptError("must be a text", option="context" if name == "document" else name, value=text)

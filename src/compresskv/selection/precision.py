@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from compresskv.errors import ConfigError
-from compresskv.system.suggest import suggestion
+from compresskv.system.check import check_known
 
 NATIVE = "native"
 RANGE_NBYTES = 4
@@ -56,6 +55,5 @@ def find_precision(name: str) -> Precision:
     Raises:
         ConfigError: unknown.
     """
-    if not isinstance(name, str) or name not in PRECISIONS:
-        raise ConfigError(f"is unknown{suggestion(str(name), list(PRECISIONS))}", option="store", value=name)
+    check_known("store", name, PRECISIONS)
     return PRECISIONS[name]

@@ -22,7 +22,7 @@ from compresskv.errors import ConfigError, DataError, ProfileError
 from compresskv.evaluation.example import Example
 from compresskv.evaluation.key_values import draw_pair, hide_pair
 from compresskv.evaluation.metrics import contains, rouge_1_recall
-from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.evaluation.task import Task, TaskSettings, check_depths, register_task
 from compresskv.prompts.template import encode_message
 
 NEEDLES = Path(__file__).parent.parent / "needles.json"
@@ -125,9 +125,7 @@ class NeedleTask(Task):
 
 
 def _grid(settings: TaskSettings, subsets: tuple[str, ...]) -> list[_Place]:
-    for depth in settings.depths:
-        if not 0 <= depth <= 100:
-            raise ConfigError("is no percentage: choose from 0 to 100", option="depths", value=depth)
+    check_depths(settings.depths)
     return [
         _Place(settings.seed, subset, length, depth, number)
         for subset in dict.fromkeys(subsets)
