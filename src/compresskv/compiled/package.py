@@ -91,7 +91,7 @@ class Package:
         return logits, sliding
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether the model is as it was when this was loaded: it may have been moved, converted, or given an adapter."""
+        """Whether the model is as it was when this was loaded: it may have been moved, converted, or given adapters."""
         return state_of(model) == self._state and self._narrow.fits(model)
 
 
