@@ -21,6 +21,8 @@ STEPS = [NUM_PROMPT, 1, 5, 1]
 NUM_CROPPED = 3
 BUDGET = 24
 METHODS = ("full", "snapkv", "adakv", "blend")
+IN_PIECES = ("full", "adakv")
+"""Of these, those whose prompts are read in pieces."""
 NEWER = ": newer transformers may have none"
 """The end of a refusal that depends on the version."""
 _TOLERANCE = 2e-3
@@ -90,6 +92,7 @@ def check_method(model: PreTrainedModel, method: str, sequence: Tensor, plain: T
     """
     tolerance = _TOLERANCE + 5 * _difference(plain, _reference(model, sequence, {}))
     options: dict[str, Any] = {**tiny.options_for(model, method), "compile": "auto" if method == "snapkv" else "never"}
+    options["prefill_memory"] = 1 if method in IN_PIECES else "auto"
     with compresskv.compressing(model, method, BUDGET, **options) as cache:
         try:
             logits = _read(model, cache, sequence)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from compresskv import defaults
+from compresskv.attention.pieces import AUTO, PrefillMemory, check_prefill_memory
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.decoding import CompiledDecoding
@@ -105,6 +106,7 @@ def compressing(
     prompt_tokens: int | None = None,
     exact_prefill: bool | None = None,
     store: str = NATIVE,
+    prefill_memory: PrefillMemory = AUTO,
     compile: str = NEVER,
     on_compile: Progress | None = None,
     **options: Any,
@@ -133,6 +135,10 @@ def compressing(
         store: in how many bits a number what is kept is held once the prompt was read: 'native', as the model computes
             it; 'int8'; 'int4k8', keys in 8 bits and values in 4; or 'int4' (docs/stores.md). Budgets count tokens in
             all of them. New tokens are packed a few at a time.
+        prefill_memory: about what a layer's activations may need in bytes while the prompt is read. Each layer then
+            takes it in pieces, so that no more is held than the prompt's hidden states, one layer's keys and values,
+            and what is kept; attention is over the whole prompt as ever. 'auto' reads prompts of more than 4,096 tokens
+            in pieces of at most that; None reads all at once.
         compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
             'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
             Where it cannot be done, decoding goes on without, and the cache's `not_compiled` says why.
@@ -145,6 +151,7 @@ def compressing(
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
     check_model(model)
+    check_prefill_memory(prefill_memory)
     if isinstance(method, Plan):
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")
@@ -166,4 +173,5 @@ def compressing(
         store=store,
         prompt_tokens=prompt_tokens,
         exact_prefill=exact_prefill,
+        prefill_memory=prefill_memory,
     )

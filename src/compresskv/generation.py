@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import defaults
+from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing
@@ -112,6 +113,7 @@ def ask(
     max_new_tokens: int = 128,
     truncate: str = "never",
     two_pass: bool = False,
+    prefill_memory: pieces.PrefillMemory = pieces.AUTO,
     compile: str = AUTO,
     on_text: Callable[[str], None] | None = None,
     on_token: OnToken | None = None,
@@ -127,7 +129,7 @@ def ask(
         truncate: 'never' refuses a prompt above the model's context, 'middle' cuts the document's middle.
         two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
             by methods that decide for all layers together.
-        compile: as for `compressing`.
+        prefill_memory, compile: as for `compressing`.
         on_text: called with pieces of the answer as they come, in whole words.
         on_token: called with each token of the answer as it comes; True from it ends the answer.
         on_prefill: called with (layers done, layers) while the prompt is read.
@@ -144,6 +146,7 @@ def ask(
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
     check_budget(budget)
     check_mode(compile)
+    pieces.check_prefill_memory(prefill_memory)
     prompt = build_prompt(
         tokenizer, context, question, max_tokens=room_for_prompt(model, max_new_tokens), truncate=truncate
     )
@@ -151,10 +154,20 @@ def ask(
     start = now(input_ids.device)
     plan = None
     if two_pass:
-        plan = make_plan(model, prompt.input_ids[0].tolist(), chosen, budget, on_layer=_half(on_prefill, 0))
+        token_ids = prompt.input_ids[0].tolist()
+        progress = _half(on_prefill, 0)
+        plan = make_plan(model, token_ids, chosen, budget, prefill_memory=prefill_memory, on_layer=progress)
         on_prefill = _half(on_prefill, 1)
     evicting = chosen if plan is None else Planned(plan=plan)
-    compressed = Compressing(model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_prefill)
+    compressed = Compressing(
+        model,
+        evicting,
+        budget,
+        compile=compile,
+        on_progress=on_compile,
+        prefill_memory=prefill_memory,
+        on_layer=on_prefill,
+    )
     with compressed as cache:
         logits = read_prompt(model, prompt.input_ids[0].tolist(), cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from compresskv.cli import main, terminal
-from compresskv.cli.options import parse_numbers
+from compresskv.cli.options import parse_numbers, parse_prefill_memory
 from compresskv.cli.terminal import Bar, megabytes
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
@@ -130,3 +130,17 @@ class TestProfileIsFind:
             main()
         assert ended.value.code == 2
         assert capsys.readouterr().err.startswith("compresskv: 'nothing' is neither a profile file nor a model")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", "auto"), ("whole", None), ("500MB", 500_000_000), ("1.5 GB", 1_500_000_000), ("800kb", 800_000)],
+)
+def test_the_memory_of_a_prefill(text: str, expected: int | str | None) -> None:
+    assert parse_prefill_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "2", "2 TB", "-1MB", "half"])
+def test_no_memory_of_a_prefill(text: str) -> None:
+    with pytest.raises(ConfigError, match="prefill_memory"):
+        parse_prefill_memory(text)

@@ -1,10 +1,11 @@
-"""Causal attention of a whole prompt in bfloat16 on a CPU, by the matrix library's products."""
+"""Causal attention over a prompt: of a later part of it, and in bfloat16 on a CPU by the matrix library's products."""
 
 import functools
 import os
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 _LEAST_TOKENS = 256
 _CHUNK_NBYTES = 16 << 20
@@ -32,11 +33,11 @@ def reads_exactly(device: torch.device, dtype: torch.dtype, exact_prefill: bool 
 
 
 def is_faster(query: Tensor, keys: Tensor) -> bool:
-    """Whether `causal_attention` is meant for these: a whole prompt, and a processor that multiplies bfloat16."""
+    """Whether `causal_attention` is meant for these: many queries, and a processor that multiplies bfloat16."""
     return (
         not reads_exactly(query.device, query.dtype, exact_prefill=False)
-        and query.shape[2] == keys.shape[2]
-        and _LEAST_TOKENS <= keys.shape[2] <= _MOST_TOKENS
+        and query.shape[2] >= _LEAST_TOKENS
+        and keys.shape[2] <= _MOST_TOKENS
         and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
     )
 
@@ -54,28 +55,54 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float
     and weights are rounded to bfloat16, much as in transformers' 'eager' attention.
 
     Args:
-        query: (B, H_kv * G, T, D).
+        query: (B, H_kv * G, T_new, D), of the last tokens.
         keys, values: (B, H_kv, T, D); values may have another D.
         scaling: factor on the dot products; None: D ** -0.5.
-    Returns: (B, T, H_kv * G, D of the values).
+    Returns: (B, T_new, H_kv * G, D of the values).
     """
-    batch_size, num_query_heads, num_tokens, head_dim = query.shape
-    num_kv_heads = keys.shape[1]
+    batch_size, num_query_heads, num_queries, head_dim = query.shape
+    num_kv_heads, num_tokens = keys.shape[1:3]
+    before = num_tokens - num_queries
     query = query * (head_dim**-0.5 if scaling is None else scaling)
     chunk = _CHUNK_NBYTES // (query.element_size() * batch_size * num_query_heads * num_tokens)
     chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, chunk))
     key_step = max(chunk, -(-num_tokens // (_NUM_SHAPES * chunk)) * chunk)
     positions = torch.arange(num_tokens, device=query.device)
-    output = query.new_empty(batch_size, num_tokens, num_query_heads, values.shape[3])
-    for start in range(0, num_tokens, chunk):
+    output = query.new_empty(batch_size, num_queries, num_query_heads, values.shape[3])
+    for start in range(before, num_tokens, chunk):
         end = min(num_tokens, start + chunk)
-        num_new = end - start
-        rows = query[:, :, start:end].reshape(batch_size, num_kv_heads, -1, head_dim)  # keys are read once a KV head
+        num_new, own_rows = end - start, slice(start - before, end - before)
+        rows = query[:, :, own_rows].reshape(batch_size, num_kv_heads, -1, head_dim)  # keys are read once a KV head
         read = min(num_tokens, -(-end // key_step) * key_step)
         logits = torch.matmul(rows, keys[:, :, :read].transpose(2, 3))
         future = positions[start:read] > positions[start:end, None]
         own = logits.view(batch_size, num_query_heads, num_new, read)[..., start:]
         own.masked_fill_(future, -torch.inf)
         mixed = torch.matmul(logits.softmax(dim=-1), values[:, :, :read])
-        output[:, start:end] = mixed.view(batch_size, num_query_heads, num_new, -1).transpose(1, 2)
+        output[:, own_rows] = mixed.view(batch_size, num_query_heads, num_new, -1).transpose(1, 2)
     return output
+
+
+def later_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+    """Attention of a prompt's last tokens to themselves and all before them: by flash kernels on a GPU, without a mask.
+
+    Args:
+        query: (B, H_kv * G, T_new, D), of the last tokens.
+        keys, values: (B, H_kv, T, D).
+        scaling: factor on the dot products; None: D ** -0.5.
+    Returns: (B, T_new, H_kv * G, D).
+    """
+    bias: Tensor = causal_lower_right(query.shape[2], keys.shape[2])
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=bias, scale=scaling, enable_gqa=query.shape[1] != keys.shape[1]
+    )
+    return output.transpose(1, 2)
+
+
+def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor:
+    """(1, 1, num_new, num_seen) bool, for new tokens that end what was seen.
+
+    Where transformers leaves causality to the attention function, that would align it to what is stored.
+    """
+    mask = torch.ones(num_new, num_seen, dtype=torch.bool, device=device)
+    return mask.tril_(num_seen - num_new)[None, None]

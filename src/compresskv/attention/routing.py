@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from compresskv.attention.prefill import causal_attention, is_faster
+from compresskv.attention.pieces import in_pieces
+from compresskv.attention.prefill import causal_attention, causal_mask, is_faster, later_attention
 from compresskv.attention.support import BASES, CANNOT, PREFIX, check_supported
 from compresskv.errors import CacheStateError, ModelError
 from compresskv.models.shape import decoder_config
@@ -120,6 +121,10 @@ def _attention_forward(
             return grouped_attention(query, key, value, mask, kwargs.get("scaling")), None
         if plain and mask is None and is_causal and not layer.exact_prefill and is_faster(query, key):
             return causal_attention(query, key, value, kwargs.get("scaling")), None
+        if mask is None and is_causal and 1 < query.shape[2] < key.shape[2]:  # a later piece of a prompt
+            if plain:
+                return later_attention(query, key, value, kwargs.get("scaling")), None
+            mask = causal_mask(query.shape[2], key.shape[2], query.device)
         return function(module, query, key, value, mask, **kwargs)
 
     if is_own:
@@ -262,7 +267,8 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation = PREFIX + original
         _routed[id(config)] = (count + 1, original)
     try:
-        yield
+        with in_pieces(model):
+            yield
     finally:
         with _lock:
             count, original = _routed.pop(id(config))

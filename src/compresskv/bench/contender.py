@@ -14,6 +14,7 @@ from compresskv.bench.session import Prefill, Session
 from compresskv.cache.cache import CompressedCache, layers_nbytes
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import ALWAYS
+from compresskv.compression import Compressing
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
 from compresskv.models.shape import decoder_config
@@ -95,9 +96,8 @@ class Ours:
         """Read the tokens (1, T)."""
         model = self.model or model
         device = model.device
-        with routing(model):
-            timer, budget = EvictionTimer(device), 1 if self.budget is None else self.budget  # `Full` ignores it
-            cache = CompressedCache(model, self.prepared, budget, observer=timer)
+        timer, budget = EvictionTimer(device), 1 if self.budget is None else self.budget  # `Full` ignores it
+        with Compressing(model, self.prepared, budget, observer=timer) as cache:
             start = now(device)
             logits = prefill(model, input_ids, cache)
             read = now(device)

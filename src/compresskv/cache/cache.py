@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.full import branch
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
@@ -42,6 +44,7 @@ class CompressedCache(RoutedCache):
         *,
         prompt_tokens: int | None = None,
         exact_prefill: bool | None = None,
+        prefill_memory: PrefillMemory = AUTO,
         on_layer: Callable[[int, int], None] | None = None,
         observer: EvictionObserver | None = None,
         store: str = NATIVE,
@@ -50,13 +53,13 @@ class CompressedCache(RoutedCache):
 
         Args:
             prompt_tokens: the prompt's length, where it is read in several forward passes; None: in the first one.
-            exact_prefill: as for `compressing`.
+            exact_prefill, prefill_memory: as for `compressing`.
             on_layer: called in prefill with (layers done, layers).
             observer: told of every eviction, to time it.
             store: as for `compressing`.
         Raises:
             ModelError: the model has no full-attention layer.
-            ConfigError: the budget cannot work, or an unknown store.
+            ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
         """
         num_layers, precision = len(compressible_layers(model)), find_precision(store)
         eviction = Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision)
@@ -66,6 +69,8 @@ class CompressedCache(RoutedCache):
             for layer in self.compressed_layers:
                 layer.exact_prefill = exact_prefill
         self.method = method
+        self.piece_tokens = piece_tokens(model, prefill_memory)
+        """Tokens that a layer reads at once, inside of `in_pieces`; None: all."""
         self.num_compiled_steps = 0
         """Tokens that were read by a compiled step."""
         self.compile_s = 0.0
@@ -80,6 +85,16 @@ class CompressedCache(RoutedCache):
         that by a plain one: an empty cache that was true would never be used.
         """
         return self.get_seq_length() > 0
+
+    @contextmanager
+    def reading_piece(self, layer_idx: int, num_before: int, num_after: int) -> Iterator[None]:
+        """While a layer reads a piece of what this forward pass brings: between so many tokens of it."""
+        layer: Any = self.layers[layer_idx]
+        layer.piece_begins_pass, layer.num_to_come = num_before == 0, num_after
+        try:
+            yield
+        finally:
+            layer.piece_begins_pass, layer.num_to_come = True, 0
 
     @torch.no_grad()
     def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:

@@ -35,6 +35,8 @@ class CompressedLayer(RoutedLayer):
         super().__init__(layer_idx, decoder_config(model))
         self._position = position
         self._eviction = eviction
+        self.num_to_come = 0
+        """Tokens of this forward pass that come after those that are read now."""
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:
@@ -118,7 +120,7 @@ class CompressedLayer(RoutedLayer):
             self.store = DenseStore(owned(key_states), owned(value_states))
             self.keys, self.values = self.store.states
         else:
-            room = 0 if self.in_prefill else ROOM
+            room = self.num_to_come if self.in_prefill else ROOM
             self.keys, self.values = self.store.append(key_states, value_states, room)
         return self.keys, self.values
 
@@ -198,7 +200,7 @@ class CompressedLayer(RoutedLayer):
         """Keep the window's queries; evict once the whole prompt, and what the method looks ahead at, has been read."""
         eviction = self._eviction
         if self._prompt_end is None:
-            self._prompt_end = max(self.seen_tokens, chunked_prompt_length() or 0)
+            self._prompt_end = max(self.seen_tokens + self.num_to_come, chunked_prompt_length() or 0)
         ahead = max(0, self.seen_tokens - self._prompt_end) if eviction.method.lookahead else 0
         if self._query_window is not None:
             query = torch.cat([self._query_window, query], dim=2)

@@ -6,15 +6,6 @@ from torch import Tensor
 from compresskv.selection.select import EMPTY_SLOT
 
 
-def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor:
-    """(1, 1, num_new, num_seen) bool, for new tokens that end what was seen.
-
-    Where transformers leaves causality to the attention function, that would align it to what is stored.
-    """
-    mask = torch.ones(num_new, num_seen, dtype=torch.bool, device=device)
-    return mask.tril_(num_seen - num_new)[None, None]
-
-
 def retained_mask(mask: Tensor, positions: Tensor, num_prompt: int, num_query_heads: int) -> Tensor:
     """Cut a mask over all tokens seen to what is stored: the named prompt tokens, and all that came later.
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from compresskv.attention.prefill import exact_by_default
+from compresskv.attention.prefill import causal_mask, exact_by_default
 from compresskv.attention.routing import AttentionFunction, await_attention, is_routed
 from compresskv.attention.support import CANNOT
-from compresskv.cache.masks import causal_mask
 from compresskv.errors import CacheStateError, ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
 
@@ -27,6 +26,8 @@ class RoutedLayer(DynamicLayer):
         self.awaits_attention = False
         self.shares_keys = shares_keys(model_config)
         self.exact_prefill = exact_by_default()
+        self.piece_begins_pass = True
+        """Whether what it reads next begins a forward pass: later pieces of a prompt do not."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
         """A copy bound to the same model: with a config of its own, it could be used outside `compressing`."""
@@ -118,7 +119,7 @@ class RoutedCache(Cache):
             ModelError: the attention before this did not use the keys that it was given.
             CacheStateError: the forward pass before this one was interrupted.
         """
-        if layer_idx == self._first_layer:
+        if layer_idx == self._first_layer and getattr(self.layers[layer_idx], "piece_begins_pass", True):
             self._check_complete()
         self.check_attended(layer_idx)
         stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from compresskv.cli.kept import check_unused, load_session, names_session
-from compresskv.cli.options import CompileOption
+from compresskv.cli.options import CompileOption, PrefillMemoryOption, parse_prefill_memory
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.request import Checked, Request, with_request
 from compresskv.cli.terminal import Bar, Building, Steps, Stream, err, megabytes, new_table, out
@@ -35,6 +35,7 @@ def ask(
         Path | None, typer.Option(help="Write what is kept to this JSON file; implies --two-pass.", metavar="FILE")
     ] = None,
     compile: CompileOption = "auto",
+    prefill_memory: PrefillMemoryOption = "auto",
 ) -> None:
     """Answer a question about a document, keeping a small part of its KV cache.
 
@@ -42,6 +43,7 @@ def ask(
     cost to standard error.
     """
     check_mode(compile)
+    memory = parse_prefill_memory(prefill_memory)
     check_outputs({"save_plan": save_plan}, given.inputs)
     if save_plan is not None and given.compare:
         raise ConfigError("takes one method: leave out --compare", option="save_plan", value=save_plan)
@@ -49,7 +51,7 @@ def ask(
         problem = "cannot be written: no such folder, or a folder itself"
         raise ConfigError(problem, option="save_plan", value=save_plan)
     if names_session(given.document):
-        check_unused(two_pass=(two_pass, False), save_plan=(save_plan, None))
+        check_unused(two_pass=(two_pass, False), save_plan=(save_plan, None), prefill_memory=(memory, "auto"))
         _ask_session(given, compile)
         return
     checked = given.checked()
@@ -60,7 +62,7 @@ def ask(
     generations: list[Generation] = []
     try:
         for one in methods:
-            answer = _answer(loaded, tokenizer, checked, one, two_pass=two_pass, compile=compile)
+            answer = _answer(loaded, tokenizer, checked, one, two_pass=two_pass, compile=compile, prefill_memory=memory)
             generations.append(_with_command(answer, given, one))
     finally:  # on Ctrl-C, what is there already is shown
         _report(generations, given, compile)
@@ -69,9 +71,7 @@ def ask(
         err.print(f"plan: {save_plan}")
 
 
-def _answer(
-    model: Any, tokenizer: Any, checked: Checked, method: "Method", *, two_pass: bool, compile: str
-) -> "Generation":
+def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **options: Any) -> "Generation":
     from compresskv.generation import ask as answer
     from compresskv.system.memory import reset_peak
 
@@ -89,12 +89,11 @@ def _answer(
             budget=checked.budget,
             max_new_tokens=given.max_new_tokens,
             truncate=given.truncate,
-            two_pass=two_pass,
-            compile=compile,
             on_text=stream,
             on_token=None if stream is not None else steps.answering,
             on_prefill=steps.reading,
             on_compile=Building(bar),
+            **options,
         )
     if stream is not None:
         stream.finish()

@@ -1,5 +1,6 @@
 """Options that several commands take, and how their text becomes values."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -45,6 +46,14 @@ CompileOption = Annotated[
         help="'always' decodes by a compiled step, built if need be (a minute); 'auto' uses one that was built before, "
         "if the answer is long enough to pay for loading it; 'never' does not.",
         metavar="WHEN",
+    ),
+]
+PrefillMemoryOption = Annotated[
+    str,
+    typer.Option(
+        help="About what a layer's activations may need while the prompt is read, such as 500MB or 2GB: layers then "
+        "take it in pieces. 'auto': pieces of 4,096 tokens; 'whole': all at once.",
+        metavar="SIZE",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
@@ -98,6 +107,24 @@ def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tu
     if not numbers:
         raise ConfigError("names no number", option=option, value=text)
     return numbers
+
+
+def parse_prefill_memory(text: str) -> int | str | None:
+    """'auto', None for 'whole', or the bytes of '500MB'.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if text in ("auto", "whole"):
+        return text if text == "auto" else None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?B)", text.strip(), re.IGNORECASE)
+    nbytes = 0 if match is None else int(float(match[1]) * _UNITS[match[2].lower()])
+    if nbytes < 1:
+        raise ConfigError("must be 'auto', 'whole' or a size such as 500MB or 2GB", option="prefill_memory", value=text)
+    return nbytes
+
+
+_UNITS = {"b": 1, "kb": 1_000, "mb": 1_000_000, "gb": 1_000_000_000}
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -69,8 +69,7 @@ class Request:
                 if field.name not in own
             }
         )
-        if self.max_new_tokens < least_tokens:
-            raise ConfigError(f"must be at least {least_tokens}", option="max_new_tokens", value=self.max_new_tokens)
+        check_least("max_new_tokens", self.max_new_tokens, least_tokens)
         check_request("document", self.question, "never")
 
     def checked(self, least_tokens: int = 1) -> "Checked":

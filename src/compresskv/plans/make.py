@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv import defaults
+from compresskv.attention.pieces import AUTO, PrefillMemory
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
@@ -59,6 +60,7 @@ def make_plan(
     budget: Budget = defaults.BUDGET,
     *,
     profile: Profile | str | Path | None = None,
+    prefill_memory: PrefillMemory = AUTO,
     on_layer: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -70,7 +72,7 @@ def make_plan(
 
     Args:
         token_ids: the prompt's.
-        method, budget, profile, options: as for `compressing`.
+        method, budget, profile, prefill_memory, options: as for `compressing`.
         on_layer: called with (layers done, layers).
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`; or the method looks ahead.
@@ -82,7 +84,7 @@ def make_plan(
     if chosen.lookahead:
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
     with routing(model):
-        cache = PlanningCache(model, chosen, budget, on_layer=on_layer)
+        cache = PlanningCache(model, chosen, budget, prefill_memory=prefill_memory, on_layer=on_layer)
         read_prompt(model, token_ids, cache)
     own = getattr(chosen, "profile", None)
     return Plan(

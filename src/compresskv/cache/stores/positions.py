@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compresskv.cache.masks import causal_mask, retained_mask
+from compresskv.attention.prefill import causal_mask
+from compresskv.cache.masks import retained_mask
 from compresskv.errors import CacheStateError
 from compresskv.selection.select import EMPTY_SLOT
 

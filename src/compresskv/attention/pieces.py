@@ -1,0 +1,237 @@
+"""Reading a prompt with bounded memory: each layer takes it a piece of tokens after another.
+
+What a layer computes for a token depends on the tokens before it through attention alone, and their keys and values
+are in the cache. So a layer may read the prompt in pieces, one layer after another, and nothing changes but rounding.
+The whole prompt's hidden states are held (those that come in and those that go out), one layer's keys and values, and
+what was retained in the layers before; queries, feed-forward activations and the like are of one piece.
+"""
+
+import functools
+import inspect
+import itertools
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskv.attention.support import attention_modules
+from compresskv.errors import ConfigError
+from compresskv.models.shape import compressible_layers, decoder_config, heads_of, shares_keys
+
+AUTO = "auto"
+_AUTO_PIECE, _LEAST_PIECE = 4096, 64
+"""Tokens: beyond about 4,096 a GPU's matrix products gain nothing more; far fewer would leave it idle."""
+_TOKEN_WISE = re.compile(r"(mlp|feed_forward|ffn|moe|experts)$", re.IGNORECASE)
+"""Names of a layer's parts that read each token by itself."""
+
+PrefillMemory = int | str | None
+
+
+class PiecewiseCache(Protocol):
+    """A cache that may ask for pieces."""
+
+    piece_tokens: int | None
+    """Tokens that a layer reads at once; None: all."""
+
+    def reading_piece(self, layer_idx: int, num_before: int, num_after: int) -> AbstractContextManager[None]:
+        """While a layer reads a piece of what this forward pass brings: between so many tokens of it."""
+
+
+def check_prefill_memory(prefill_memory: PrefillMemory) -> None:
+    """Refuse what is neither 'auto' nor a number of bytes nor None.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    is_number = isinstance(prefill_memory, int) and not isinstance(prefill_memory, bool) and prefill_memory > 0
+    if not (is_number or prefill_memory in (AUTO, None)):
+        raise ConfigError("must be 'auto' or a number of bytes", option="prefill_memory", value=prefill_memory)
+
+
+def piece_tokens(model: PreTrainedModel, prefill_memory: PrefillMemory) -> int | None:
+    """The tokens of a piece, such that a layer's activations need about `prefill_memory` bytes; None: all at once.
+
+    Args:
+        prefill_memory: as for `compressing`.
+    Raises:
+        ConfigError: as for `check_prefill_memory`.
+    """
+    check_prefill_memory(prefill_memory)
+    if not isinstance(prefill_memory, int):
+        return None if prefill_memory is None else _AUTO_PIECE
+    return max(_LEAST_PIECE, prefill_memory // _activations_nbytes(model))
+
+
+def _activations_nbytes(model: PreTrainedModel) -> int:
+    """About what one layer holds at once for one token, beside the hidden states of the whole prompt."""
+    config = decoder_config(model)
+    heads = heads_of(config, compressible_layers(model)[0])
+    experts = getattr(config, "num_experts_per_tok", None)
+    intermediate = getattr(config, "moe_intermediate_size", None) if experts else None
+    intermediate = intermediate or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    attention = (4 * heads.num_query_heads + 3 * heads.num_kv_heads) * heads.head_dim
+    return model.dtype.itemsize * (4 * int(config.hidden_size) + max(attention, 3 * int(intermediate) * (experts or 1)))
+
+
+_lock = threading.Lock()
+_patched: dict[int, tuple[int, list[tuple[nn.Module, Any]]]] = {}
+"""id(model) -> contexts open on it, and what stood in place of its modules' own `forward`."""
+
+
+@contextmanager
+def in_pieces(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's layers read prompts in pieces, for caches that ask for it.
+
+    Offloaded models stay as they are: each piece would load the weights anew.
+    """
+    with _lock:
+        count, replaced = _patched.get(id(model), (0, []))
+        if count == 0 and not any(parameter.is_meta for parameter in model.parameters()):
+            replaced = [_replace(module, function) for module, function in _piecewise(model)]
+        _patched[id(model)] = (count + 1, replaced)
+    try:
+        yield
+    finally:
+        with _lock:
+            count, replaced = _patched.pop(id(model))
+            if count > 1:
+                _patched[id(model)] = (count - 1, replaced)
+            else:
+                for module, before in replaced:
+                    if before is None:
+                        del module.forward
+                    else:
+                        module.forward = before
+
+
+def _replace(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, Any]:
+    """Let calls of the module go through `function(forward, ...)`; what to put back."""
+    before, own = module.__dict__.get("forward"), module.forward
+    module.forward = functools.wraps(own)(functools.partial(function, own))
+    return module, before
+
+
+def _piecewise(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules that are called for a piece of the prompt at a time, the decoder that calls them, and how."""
+    attending = attention_modules(model)
+    # A layer that attends to another's keys needs those of the whole prompt at once.
+    full = set() if shares_keys(decoder_config(model)) else set(compressible_layers(model))
+    layers = dict(_decoder_layers(model, [modules[0] for modules in attending.values()]))
+    for layer in layers.values():
+        numbers: set[Any] = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
+        if len(numbers) == 1 and numbers <= full and not any(isinstance(part, nn.Conv1d) for part in layer.modules()):
+            yield layer, functools.partial(_layer_in_pieces, numbers.pop())
+        else:
+            yield from ((part, _part_in_pieces) for name, part in layer.named_children() if _TOKEN_WISE.search(name))
+    for name in {name.rsplit(".", 2)[0] for name in layers}:
+        decoder = model.get_submodule(name)
+        yield decoder, _decoder
+        yield from ((part, _part_in_pieces) for part in decoder.children() if type(part).__name__.endswith("Norm"))
+
+
+def _decoder_layers(model: PreTrainedModel, attending: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The members of the list of layers that hold these attention modules, with their names ('model.layers.3')."""
+    for name, module in model.named_modules():
+        if any(module is own for own in attending):
+            parts = name.split(".")
+            number = max((at for at, part in enumerate(parts) if part.isdigit()), default=0)
+            if number >= 2:
+                layer = ".".join(parts[: number + 1])
+                yield layer, model.get_submodule(layer)
+
+
+_reading = threading.local()  # .cache: see `_cache`
+
+
+def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The decoder's `forward`: what it calls is told of the cache."""
+    cache = kwargs.get("past_key_values")
+    wanted = getattr(cache, "piece_tokens", None) is not None and not torch.is_grad_enabled()
+    before, _reading.cache = _cache(), cache if wanted else None
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _reading.cache = before
+
+
+def _cache() -> PiecewiseCache | None:
+    """The cache that this thread's decoder reads into, where that asks for pieces."""
+    return getattr(_reading, "cache", None)
+
+
+def _ranges(num_tokens: int) -> list[tuple[int, int]]:
+    """(start, end) of each piece that this thread's decoder shall read so many tokens in: of nearly equal length."""
+    cache = _cache()
+    if cache is None or cache.piece_tokens is None:
+        return [(0, num_tokens)]
+    number = -(-num_tokens // cache.piece_tokens)
+    ends = [num_tokens * count // number for count in range(number + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def _part_in_pieces(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The `forward` of a part that reads each token by itself, and is given their hidden states alone."""
+    if len(args) != 1 or kwargs or args[0].ndim != 3 or len(ranges := _ranges(args[0].shape[1])) == 1:
+        return forward(*args, **kwargs)
+    return _joined((forward(args[0][:, start:end]) for start, end in ranges), ranges)
+
+
+def _layer_in_pieces(layer_idx: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The `forward` of a decoder layer whose attention is over the whole prompt."""
+    names = list(inspect.signature(forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    num_tokens = given[names[0]].shape[1]
+    ranges, cache = _ranges(num_tokens), _cache()
+    if len(ranges) == 1 or cache is None or not all(_can_cut(name, value, num_tokens) for name, value in given.items()):
+        return forward(*args, **kwargs)
+
+    def pieces() -> Iterator[Any]:
+        for start, end in ranges:
+            with cache.reading_piece(layer_idx, start, num_tokens - end):
+                yield forward(**{name: _cut(name, value, start, end, num_tokens) for name, value in given.items()})
+
+    return _joined(pieces(), ranges)
+
+
+_TOKEN_DIMS = {"position_ids": -1, "cache_position": -1, "position_embeddings": -2, "attention_mask": -2}
+"""Where an argument of a decoder layer counts tokens, if not in its second dimension."""
+
+
+def _can_cut(name: str, value: Any, num_tokens: int) -> bool:
+    """Whether a piece of this argument of a layer can be told."""
+    if isinstance(value, (tuple, list)):
+        return all(_can_cut(name, part, num_tokens) for part in value)
+    if not isinstance(value, Tensor):
+        return not isinstance(value, dict)
+    if name == "attention_mask" and value.ndim != 4:
+        return False
+    dim = _TOKEN_DIMS.get(name, 1)
+    return -value.ndim <= dim < value.ndim and value.shape[dim] == num_tokens
+
+
+def _cut(name: str, value: Any, start: int, end: int, num_tokens: int) -> Any:
+    """The piece of an argument that goes with tokens `start` to `end` of so many."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(name, part, start, end, num_tokens) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    if name == "attention_mask":
+        value = value[..., : value.shape[-1] - (num_tokens - end)]
+    return value.narrow(_TOKEN_DIMS.get(name, 1), start, end - start)
+
+
+def _joined(pieces: Iterator[Any], ranges: list[tuple[int, int]]) -> Any:
+    """What the whole call would have returned: hidden states (B, T, H), or a tuple that begins with them."""
+    whole: Tensor | None = None
+    piece: Any = None
+    for (start, end), piece in zip(ranges, pieces, strict=True):
+        hidden = piece[0] if isinstance(piece, tuple) else piece
+        if whole is None:
+            whole = hidden.new_empty(hidden.shape[0], ranges[-1][1], *hidden.shape[2:])
+        whole[:, start:end] = hidden
+    return (whole, *piece[1:]) if isinstance(piece, tuple) else whole

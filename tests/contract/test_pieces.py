@@ -1,0 +1,173 @@
+"""A prompt that layers read in pieces leaves what it leaves when it is read at once."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compresskv
+import tiny
+from compresskv import CacheStateError, CompressedCache
+from compresskv.attention import pieces
+from compresskv.cache.layer import CompressedLayer
+from compresskv.methods import registry
+
+NUM_PROMPT, PIECE = 96, 20
+STEPS = [NUM_PROMPT, 1, 1, 7, 1]
+MODELS = [f"{family} {attention}" for family in tiny.FAMILIES for attention in tiny.ATTENTIONS]
+OTHER_MODELS = ["llama_mha sdpa", "gemma2 eager", "gpt2 sdpa", "gpt2 eager", "gpt_oss eager"]
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_AUTO_PIECE", PIECE)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every query that reached a compressed layer."""
+    seen: list[int] = []
+    attend = CompressedLayer.attend
+
+    def noted(layer: CompressedLayer, attention: object, query: Tensor, *args: object, **kwargs: object) -> object:
+        seen.append(query.shape[2])
+        return attend(layer, attention, query, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CompressedLayer, "attend", noted)
+    return seen
+
+
+def read(model_name: str, method: str, memory: int | str | None, mask: Tensor | None) -> tuple[Tensor, CompressedCache]:
+    model = tiny.tiny_model(*model_name.split())
+    sequence = tiny.random_tokens(sum(STEPS), batch_size=2)
+    options = tiny.options_for(model, method)
+    with compresskv.compressing(model, method, 24, prefill_memory=memory, **options) as cache:
+        return tiny.read(model, cache, sequence, STEPS, mask), cache
+
+
+@pytest.mark.parametrize("padding", [0, 13])
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_pieces_change_nothing(model: str, method: str, padding: int, calls: list[int]) -> None:
+    check_pieces(model, method, padding, calls)
+
+
+@pytest.mark.parametrize("model", OTHER_MODELS)
+def test_pieces_change_nothing_without_grouped_queries_and_with_softcap_sinks_and_learned_positions(
+    model: str, calls: list[int]
+) -> None:
+    check_pieces(model, "adakv", 13, calls)
+
+
+def check_pieces(model: str, method: str, padding: int, calls: list[int]) -> None:
+    mask = torch.ones(2, sum(STEPS), dtype=torch.long)
+    mask[1, :padding] = 0
+    whole, expected = read(model, method, None, mask if padding else None)
+    assert max(calls) == NUM_PROMPT
+    calls.clear()
+    found, cache = read(model, method, "auto", mask if padding else None)
+    assert max(calls) <= PIECE  # so it was read in pieces
+    torch.testing.assert_close(found[0], whole[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[1, padding:], whole[1, padding:], atol=1e-4, rtol=0)
+    for own, other in zip(cache.compressed_layers, expected.compressed_layers, strict=True):
+        assert own.positions is other.positions is None or torch.equal(own.positions, other.positions)
+        assert own.retained_nbytes == other.retained_nbytes
+        assert own.full_nbytes == other.full_nbytes
+
+
+def test_feed_forward_parts_of_other_layers_and_the_last_norm_read_pieces() -> None:
+    model = tiny.tiny_model("gemma3")
+    longest: dict[str, int] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "mlp" in name:
+            note = lambda own, inputs, name=name: longest.update({name: max(longest.get(name, 0), inputs[0].shape[1])})  # noqa: E731
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        read("gemma3 sdpa", "snapkv", "auto", None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(longest) == 3 * model.config.num_hidden_layers
+    assert set(longest.values()) == {PIECE}
+
+
+def test_chunks_of_generate_are_read_in_pieces(calls: list[int]) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    generated = []
+    for memory in (None, "auto"):
+        with compresskv.compressing(model, "snapkv", 24, prefill_memory=memory) as cache:
+            generated.append(
+                model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, prefill_chunk_size=50)
+            )
+    assert torch.equal(*generated)
+    assert 50 in calls
+    assert PIECE - 3 in calls
+
+
+def test_the_model_gets_its_own_forward_back() -> None:
+    model = tiny.build_model("llama")
+    before = [module.forward for module in model.modules()]
+    with compresskv.compressing(model, "snapkv", 24), compresskv.compressing(model, "full"):
+        copied = copy.deepcopy(model)
+    assert [module.forward for module in model.modules()] == before
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    prompt = tiny.random_tokens(NUM_PROMPT)
+    with torch.no_grad():
+        assert torch.equal(copied(prompt).logits, model(prompt).logits)
+
+
+def test_contexts_may_end_in_another_order() -> None:
+    model = tiny.build_model("llama")
+    first, second = (compresskv.compressing(model, name, 24) for name in ("snapkv", "full"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert "forward" in model.model.layers[0].__dict__
+    second.__exit__(None, None, None)
+    assert "forward" not in model.model.layers[0].__dict__
+
+
+def test_an_interrupted_piece_is_noticed() -> None:
+    model, prompt = tiny.build_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    count = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+
+    with compresskv.compressing(model, "snapkv", 24) as cache, torch.no_grad():
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(CacheStateError, match="interrupted"):
+            model(prompt, past_key_values=cache)
+        cache.reset()
+        found = model(prompt, past_key_values=cache).logits
+        torch.testing.assert_close(found, model(prompt).logits, atol=1e-4, rtol=0)
+
+
+def test_gradients_are_left_to_the_whole_prompt(calls: list[int]) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    with compresskv.compressing(model, "snapkv", 24) as cache:
+        model(prompt, past_key_values=cache)
+    assert set(calls) == {NUM_PROMPT}
+
+
+def test_the_number_of_bytes_decides_the_length_of_a_piece() -> None:
+    model = tiny.tiny_model("llama")
+    method = registry.create("full")
+    few, many = (CompressedCache(model, method, 1, prefill_memory=nbytes).piece_tokens for nbytes in (1, 10_000_000))
+    assert few == pieces._LEAST_PIECE
+    assert many is not None
+    assert many > few
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "2GB", 1.5])
+def test_what_is_no_number_of_bytes_is_refused(value: object) -> None:
+    with pytest.raises(compresskv.ConfigError, match="prefill_memory"):
+        compresskv.compressing(tiny.tiny_model("llama"), "full", prefill_memory=value)  # type: ignore[arg-type]
