@@ -23,7 +23,6 @@ from compresskv.cli.options import (
     create_methods,
 )
 from compresskv.cli.terminal import Bar
-from compresskv.errors import ConfigError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
 from compresskv.system.check import check_least
