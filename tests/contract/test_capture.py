@@ -171,8 +171,9 @@ def test_a_capture_keeps_the_windows_queries_only() -> None:
     with routing(model):
         for num_pieces in (1, 3):
             for layer in captured_prompt(model, num_pieces).cache.routed:
-                assert layer.query_window.shape[2] == WINDOW
-                assert layer.query_window.untyped_storage().nbytes() == layer.query_window.nbytes
+                queries = layer.window.queries
+                assert queries.shape[2] == WINDOW
+                assert queries.untyped_storage().nbytes() == queries.nbytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import tiny
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.window import QueryWindow
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.package import NotCompilableError
 from compresskv.methods.prepare import prepare_method
@@ -43,7 +44,7 @@ def test_layers_on_two_devices_keep_what_layers_on_one_keep(method: str, padded:
             layer.adopt_prompt(place(keys, device), place(values, device))
             own = None if valid is None else place(valid, device)
             window = queries[:, :, queries.shape[2] - chosen.window_size :]
-            layer.end_prefill(place(window, device), own, 0.3, None)
+            layer.observe(QueryWindow(place(window, device), scaling=0.3), own)
         for layer, device in zip(cache.compressed_layers, devices, strict=True):
             assert layer.positions is not None
             assert {tensor.device for tensor in (layer.positions, *layer.tensors)} == {device}

@@ -1,24 +1,24 @@
 """What reads a prompt and goes on from it: plain transformers, and our caches."""
 
 import functools
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from compresskv.attention.routing import routing
 from compresskv.bench.session import Prefill, Session
 from compresskv.cache.cache import CompressedCache, layers_nbytes
+from compresskv.cache.timing import EvictionTimer
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import ALWAYS
 from compresskv.compression import Compressing
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
 from compresskv.models.shape import decoder_config
-from compresskv.system.clock import Stopwatch, now
+from compresskv.system.clock import now
 
 PLAIN = "plain"
 EAGER, COMPILED, INT8 = "eager", "compiled", "int8"
@@ -137,21 +137,3 @@ class _Compiled:
 
 def _next(model: PreTrainedModel, token: int, cache: Any) -> int:
     return int(decode_one_token(model, token, cache).argmax())
-
-
-class EvictionTimer:
-    """Times what one cache does at the end of its prompt, inside the prefill: an `EvictionObserver`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.eviction = Stopwatch(device)
-        """Scoring, selecting, and moving what stays."""
-        self.scoring = Stopwatch(device)
-        """The method's scores, and budgets that it makes of them."""
-
-    def evicting(self) -> AbstractContextManager[None]:
-        """Around the end of a layer's prompt."""
-        return self.eviction.running()
-
-    def scoring_tokens(self) -> AbstractContextManager[None]:
-        """Around what the method computes."""
-        return self.scoring.running()

@@ -16,8 +16,10 @@ from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.full import branch
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
 from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_window
+from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
+from compresskv.models.chunks import is_generating, lacks_what_was_read
 from compresskv.models.shape import compressible_layers
 from compresskv.selection import budgets
 from compresskv.selection.precision import NATIVE, find_precision
@@ -96,6 +98,26 @@ class CompressedCache(RoutedCache):
         finally:
             layer.piece_begins_pass, layer.num_to_come = True, 0
 
+    def _check_goes_on(self, num_new: int) -> None:
+        """Refuse, too, where the prompt ended before `prompt_tokens`, or another one begins.
+
+        Raises:
+            CacheStateError: as above.
+        """
+        super()._check_goes_on(num_new)
+        layer = self.compressed_layers[0]
+        unfinished = layer.in_prefill and layer.seen_tokens + 1 < layer.num_prompt_tokens
+        if unfinished and num_new == 1 and is_generating():
+            raise CacheStateError(
+                f"prompt_tokens={layer.num_prompt_tokens}, but the prompt ended after {layer.seen_tokens} tokens: "
+                "give its exact length"
+            )
+        if num_new > 1 and not layer.in_prefill and lacks_what_was_read():
+            raise CacheStateError(
+                f"this prompt does not begin with the {layer.seen_tokens} tokens that the cache has seen: "
+                "reset() the cache before another prompt"
+            )
+
     @torch.no_grad()
     def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:
         """Take over a prompt that was read with a full cache, and cut it; `full` stays as it is.
@@ -141,7 +163,7 @@ class CompressedCache(RoutedCache):
         if isinstance(layer, CompressedLayer):
             prompt, later = slice(0, num_prompt), slice(num_prompt, num_tokens)  # a static cache has empty slots behind
             layer.adopt_prompt(source.keys[:, :, prompt], source.values[:, :, prompt])
-            layer.end_prefill(source.keys[:, :, :0], None, 1.0, None)
+            layer.observe(QueryWindow(source.keys[:, :, :0]), None)
             if num_tokens > num_prompt:
                 layer.adopt_generated(source.keys[:, :, later], source.values[:, :, later])
         else:

@@ -71,24 +71,19 @@ class Eviction:
         self._groups: list[_Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
 
-    def end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs, num_ahead: int = 0) -> None:
-        """Cut the layer, now or, where the method decides for all layers together, when the last one has come.
-
-        Args:
-            num_ahead: how many of the last tokens are generated ones that the method looked ahead at. They are kept,
-                beside the budget.
-        """
+    def end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs) -> None:
+        """Cut the layer, now or, where the method decides for all layers together, when the last one has come."""
         with self._observer.evicting():
-            self._end_of_prompt(layer, position, inputs, num_ahead)
+            self._end_of_prompt(layer, position, inputs)
 
-    def _end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs, num_ahead: int) -> None:
+    def _end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs) -> None:
         if position == 0:  # caches that branched off before the end of the prompt share this
             self.reset()
         row_lengths = self._note_rows(inputs)
         if min(row_lengths) == inputs.keys.shape[2]:
             inputs = replace(inputs, valid=None)
         if position == 0:
-            self._groups = self._grouped(row_lengths, num_ahead)
+            self._groups = self._grouped(row_lengths, inputs.num_ahead)
         if not self._groups:
             self._keep_all(layer, row_lengths, inputs)
             return

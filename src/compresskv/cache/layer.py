@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction, expect_mask, scaling_of
+from compresskv.attention.routing import AttentionFunction, expect_mask
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.masks import valid_keys
 from compresskv.cache.routed import RoutedLayer, owned
 from compresskv.cache.stores.base import ROOM, Slots, Store
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.retain import retained
+from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError
 from compresskv.methods.base import LayerInputs
-from compresskv.models.chunks import chunked_prompt_length, is_generating, lacks_what_was_read
+from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -41,14 +42,20 @@ class CompressedLayer(RoutedLayer):
 
     def _forget_prompt(self) -> None:
         self.seen_tokens = 0
-        self.in_prefill = True
-        self.num_prompt_tokens = 0
-        self.num_ahead = 0
-        self._full_nbytes = 0
+        self.num_prompt_tokens = self._eviction.prompt_tokens or 0
+        """Of the prompt alone; 0 where it is not known yet."""
+        self._decided_at: int | None = None
+        """Tokens seen when the method chose, those that it looked ahead at included."""
+        self.full_nbytes = 0
+        """Bytes of the prompt's keys and values before eviction."""
         self._retained_nbytes = 0
         self.store: Store | None = None
-        self._query_window: Tensor | None = None
-        self._prompt_end: int | None = self._eviction.prompt_tokens
+        self._window: QueryWindow | None = None
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether everything is held still: the prompt, or what the method looks ahead at, was not all read."""
+        return self._decided_at is None
 
     @property
     def num_retained(self) -> float:
@@ -68,20 +75,11 @@ class CompressedLayer(RoutedLayer):
     @property
     def mean_retained(self) -> float:
         """Prompt tokens kept, without those looked ahead at: a mean over rows and KV heads."""
-        if self.in_prefill:
-            return min(self.seen_tokens, self._prompt_end or self.seen_tokens)
-        num_prompt = self.num_prompt_tokens - self.num_ahead
+        num_prompt = min(self.seen_tokens, self.num_prompt_tokens or self.seen_tokens)
         if self.positions is None:
             return num_prompt
         kept = (self.positions != EMPTY_SLOT) & (self.positions < num_prompt)
         return float(kept.sum(dim=-1).float().mean())
-
-    @property
-    def full_nbytes(self) -> int:
-        """Bytes of the prompt's keys and values before eviction."""
-        if self.in_prefill and self.seen_tokens:
-            return int(self.nbytes * self.mean_retained / self.seen_tokens)
-        return self._full_nbytes
 
     @property
     def retained_nbytes(self) -> int:
@@ -113,7 +111,6 @@ class CompressedLayer(RoutedLayer):
         return self.seen_tokens + num_new, 0
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_prompt_goes_on(key_states.shape[-2])
         self.seen_tokens += key_states.shape[-2]
         if self.store is None:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -123,20 +120,6 @@ class CompressedLayer(RoutedLayer):
             room = self.num_to_come if self.in_prefill else ROOM
             self.keys, self.values = self.store.append(key_states, value_states, room)
         return self.keys, self.values
-
-    def _check_prompt_goes_on(self, num_new: int) -> None:
-        """Raise CacheStateError if the prompt ended before `prompt_tokens`, or another one begins."""
-        wanted = self._eviction.prompt_tokens
-        unfinished = self.in_prefill and wanted is not None and self.seen_tokens + 1 < wanted
-        if unfinished and num_new == 1 and is_generating():
-            raise CacheStateError(
-                f"prompt_tokens={wanted}, but the prompt ended after {self.seen_tokens} tokens: give its exact length"
-            )
-        if num_new > 1 and not self.in_prefill and self._position == 0 and lacks_what_was_read():
-            raise CacheStateError(
-                f"this prompt does not begin with the {self.seen_tokens} tokens that the cache has seen: "
-                "reset() the cache before another prompt"
-            )
 
     def _held(self) -> Store:
         """The store.
@@ -169,7 +152,7 @@ class CompressedLayer(RoutedLayer):
         output = self._held().attend(attention, kwargs["module"], query, mask)
         self._show_states()
         if self.in_prefill:
-            self._observe(query, mask, **kwargs)
+            self.observe(QueryWindow.given(query, **kwargs), valid_keys(mask))
         return output
 
     def attend_shared(
@@ -187,31 +170,41 @@ class CompressedLayer(RoutedLayer):
         return self._held().attend(attention, kwargs["module"], query, mask)
 
     @torch.no_grad()
-    def _observe(
-        self,
-        query: Tensor,
-        mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: Any,
-    ) -> None:
-        """Keep the window's queries; evict once the whole prompt, and what the method looks ahead at, has been read."""
-        eviction = self._eviction
-        if self._prompt_end is None:
-            self._prompt_end = max(self.seen_tokens + self.num_to_come, chunked_prompt_length() or 0)
-        ahead = max(0, self.seen_tokens - self._prompt_end) if eviction.method.lookahead else 0
-        if self._query_window is not None:
-            query = torch.cat([self._query_window, query], dim=2)
-        window = query[:, :, max(0, query.shape[2] - eviction.method.window_size - ahead) :]
-        if self.seen_tokens >= self._prompt_end + eviction.method.lookahead:
-            self._query_window = None
-            self.end_prefill(window, valid_keys(mask), scaling_of(query, scaling), softcap, ahead, s_aux)
-        else:
-            self._query_window = window.clone()  # a view would keep the whole chunk's queries alive
-        if eviction.on_layer is not None and self.seen_tokens <= self._prompt_end:
+    def observe(self, window: QueryWindow, valid: Tensor | None) -> None:
+        """Note the queries of what was read last; evict once the prompt, and what the method looks ahead at, is read.
+
+        Args:
+            valid: (B, seen) bool, False at padding; None where nothing is padded.
+        """
+        eviction, lookahead = self._eviction, self._eviction.method.lookahead
+        if not (self.num_prompt_tokens and lookahead):
+            known = self.num_prompt_tokens or chunked_prompt_length() or 0
+            self.num_prompt_tokens = max(self.seen_tokens + self.num_to_come, known)
+        num_prompt = min(self.num_prompt_tokens, self.seen_tokens)
+        self.full_nbytes = self.nbytes * num_prompt // self.seen_tokens
+        num_ahead = self.seen_tokens - num_prompt
+        self._window = window.following(self._window).last(eviction.method.window_size + num_ahead)
+        if self.seen_tokens >= self.num_prompt_tokens + lookahead:
+            self.end_prefill(self._window, valid, num_ahead)
+        if eviction.on_layer is not None and num_ahead == 0:
             eviction.on_layer(self._position + 1, eviction.num_layers)
+
+    def end_prefill(self, window: QueryWindow, valid: Tensor | None, num_ahead: int) -> None:
+        """Let the method choose what stays of all that is stored, now or when it can."""
+        self._window, self._decided_at = None, self.seen_tokens
+        self._retained_nbytes = self.nbytes
+        inputs = LayerInputs(
+            self.layer_idx,
+            window.queries,
+            *self._held().states,
+            window.scaling,
+            window.softcap,
+            valid,
+            sinks=window.sinks,
+            num_ahead=num_ahead,
+            replayed=window.replayed,
+        )
+        self._eviction.end_of_prompt(self, self._position, inputs)
 
     def __copy__(self) -> "CompressedLayer":
         """A layer that goes on from here alone; tensors are shared, since nothing that either sees is ever changed."""
@@ -230,15 +223,15 @@ class CompressedLayer(RoutedLayer):
         return lent
 
     def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
-        """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `end_prefill` comes next."""
+        """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `observe` comes next."""
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.store, self.seen_tokens = DenseStore(keys, values), keys.shape[2]
+        self.store, self.seen_tokens, self.num_prompt_tokens = DenseStore(keys, values), keys.shape[2], keys.shape[2]
         self._show_states()
 
     def adopt_store(self, store: Store) -> None:
         """Hold what is left of a prompt that was read and cut elsewhere."""
-        self.store, self.seen_tokens, self.num_prompt_tokens = store, store.held.num_seen, store.held.num_seen
-        self.in_prefill = False
+        self.store, self.seen_tokens = store, store.held.num_seen
+        self.num_prompt_tokens = self._decided_at = self.seen_tokens
         self._show_states()
         assert self.keys is not None
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
@@ -250,38 +243,13 @@ class CompressedLayer(RoutedLayer):
             tokens: as for `retain`.
         """
         self.adopt_prompt(keys, values)
-        self.in_prefill, self.num_prompt_tokens = False, self.seen_tokens
-        self._full_nbytes = self.nbytes
+        self._decided_at, self.full_nbytes = self.seen_tokens, self.nbytes
         self.retain(tokens)
 
     def adopt_generated(self, keys: Tensor, values: Tensor) -> None:
         """Take keys and values (B, H_kv, T_new, D) of tokens that came after an adopted prompt."""
         self._append(keys, values)
         self._show_states()
-
-    def end_prefill(
-        self,
-        query_window: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        num_ahead: int = 0,
-        sinks: Tensor | None = None,
-        replayed: Tensor | None = None,
-    ) -> None:
-        """End prefill: what is stored is the whole prompt, and is cut as soon as the method can choose.
-
-        Args:
-            num_ahead: how many of the last tokens are generated ones that the method looked ahead at.
-        """
-        self.in_prefill, self.num_prompt_tokens, self.num_ahead = False, self.seen_tokens, num_ahead
-        self._retained_nbytes = self.nbytes
-        self._full_nbytes = self._retained_nbytes * (self.seen_tokens - num_ahead) // self.seen_tokens
-        keys, values = self._held().states
-        inputs = LayerInputs(
-            self.layer_idx, query_window, keys, values, scaling, softcap, valid, sinks=sinks, replayed=replayed
-        )
-        self._eviction.end_of_prompt(self, self._position, inputs, num_ahead)
 
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """Keep the named tokens and free the memory of all others; of what is kept, more may be evicted later.
@@ -306,10 +274,12 @@ class CompressedLayer(RoutedLayer):
         length = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
         # Assisted decoding reads its first drafts with the prompt, where they take part in the choice of what to keep,
         # and crops at once. Whether that is refused must not depend on whether the drafts were right.
-        if not self.in_prefill and (length < self.num_prompt_tokens or self.seen_tokens == self.num_prompt_tokens):
+        decided_at = self._decided_at
+        if decided_at is not None and (length < decided_at or self.seen_tokens == decided_at):
             raise CacheStateError(
                 f"cannot crop a compressed cache of {self.seen_tokens} tokens to {length}: its prompt"
-                f"{' and look-ahead have' if self.num_ahead else ' has'} {self.num_prompt_tokens}. {NO_ASSISTANT}"
+                f"{' and look-ahead have' if decided_at > self.num_prompt_tokens else ' has'} {decided_at}. "
+                f"{NO_ASSISTANT}"
             )
         floor = 0 if self.store is None else self.store.held.floor
         if length < floor:
@@ -331,8 +301,8 @@ class CompressedLayer(RoutedLayer):
             self.seen_tokens = length
             self._held().crop(removed)
             self._show_states()
-            if self._query_window is not None:  # while looking ahead
-                self._query_window = self._query_window[:, :, :-removed]
+            if self._window is not None:  # while looking ahead
+                self._window = self._window.cropped(removed)
 
     def reset(self) -> None:
         """Forget everything; the next forward pass is a new prompt."""
@@ -356,5 +326,5 @@ class CompressedLayer(RoutedLayer):
         if self.store is not None:
             self.store.map_rows(function)
             self._show_states()
-            if self._query_window is not None:  # while looking ahead
-                self._query_window = function(self._query_window)
+            if self._window is not None:  # while looking ahead
+                self._window = self._window.of_rows(function)

@@ -117,10 +117,10 @@ class RoutedCache(Cache):
 
         Raises:
             ModelError: the attention before this did not use the keys that it was given.
-            CacheStateError: the forward pass before this one was interrupted.
+            CacheStateError: the forward pass before this one was interrupted, or this one is of another prompt.
         """
         if layer_idx == self._first_layer and getattr(self.layers[layer_idx], "piece_begins_pass", True):
-            self._check_complete()
+            self._check_goes_on(key_states.shape[-2])
         self.check_attended(layer_idx)
         stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if key_states.shape[-2] > 1:
@@ -133,9 +133,11 @@ class RoutedCache(Cache):
         if last is not None:
             last.check_attended()
 
-    def _check_complete(self) -> None:
+    def _check_goes_on(self, num_new: int) -> None:
         """Refuse to read on where some layers have read more than others: the answer would be wrong, unnoticed.
 
+        Args:
+            num_new: tokens that the first layer is given now.
         Raises:
             CacheStateError: a forward pass was interrupted, by the user or for lack of memory.
         """

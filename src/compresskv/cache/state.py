@@ -10,7 +10,7 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.stores.retain import PACKED_STORES, STORES
 from compresskv.errors import CacheStateError
 
-_NUMBERS = ("num_prompt_tokens", "num_ahead", "_full_nbytes", "_retained_nbytes")
+_NUMBERS = ("num_prompt_tokens", "_decided_at", "full_nbytes", "_retained_nbytes")
 _STORES = {kind.__name__: kind for kind in (*STORES, *PACKED_STORES.values())}
 _MADE_ANEW = ("dtype", "device")
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.timing import EvictionTimer
 from compresskv.errors import ConfigError
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.example import Example
@@ -23,7 +24,7 @@ from compresskv.evaluation.fidelity import (
 from compresskv.evaluation.records import SETTINGS, Record, config_name
 from compresskv.evaluation.task import Task
 from compresskv.methods.base import Method
-from compresskv.models.decoding import decode, prefill
+from compresskv.models.decoding import decode, decode_one_token, prefill
 from compresskv.models.place import input_device
 from compresskv.plans.capture import CapturedPrompt
 from compresskv.system.clock import now
@@ -80,7 +81,7 @@ class Runner:
     def run(self, case: Case, configurations: Sequence[Configuration]) -> Iterator[Record]:
         """One record for each configuration, in order, from one prefill."""
         methods = [configuration.method for configuration in configurations]
-        window_size = max(1, *(method.window_size + method.lookahead for method in methods))
+        window_size = max(1, *(method.window_size for method in methods))
         with routing(self.model):
             yield from _Reading(self, case, window_size).records(configurations)
 
@@ -125,16 +126,16 @@ class _Reading:
         self, configuration: Configuration, captured: CapturedPrompt, full: Reference, first: int | None
     ) -> Record:
         """Cut, measure, decode. `first`: the answer's first token; None where the question is still to be read."""
-        runner, prompt, method = self._runner, self._case.prompt, configuration.method
-        ahead, start = full.token_ids[: method.lookahead], self._now()
+        runner, prompt = self._runner, self._case.prompt
+        ahead = full.token_ids[: configuration.method.lookahead]
+        if ahead and configuration.setting != "aware":
+            raise ConfigError(f"{configuration.name}: a method cannot look ahead before the question was read")
+        if ahead and len(full.token_ids) <= len(ahead):  # it ends before anything would be evicted
+            return self._full_record(configuration, captured, full)
+        cache, select_s, ahead_s = self._cut(configuration, captured, ahead)
+        measured = self._measured(cache, captured, select_s)
         if ahead:
-            if configuration.setting != "aware":
-                raise ConfigError(f"{configuration.name}: a method cannot look ahead before the question was read")
-            if len(full.token_ids) <= len(ahead):  # it ends before anything would be evicted
-                return self._full_record(configuration, captured, full)
-            captured, first = self._read_ahead(captured, ahead)
-        ahead_s = self._now() - start
-        cache, measured = self._cut(configuration, captured, len(ahead))
+            first = full.token_ids[len(ahead)]
         if first is None:
             rest = torch.tensor([prompt.input_ids[len(captured.input_ids) :]], device=input_device(runner.model))
             first = int(prefill(runner.model, rest, cache).argmax())
@@ -154,36 +155,39 @@ class _Reading:
             for one in configurations
             if one.budget is not None and one.setting == "aware" and not one.method.lookahead and not runner.answers
         ]
-        cut = [self._cut(one, captured, 0) for one in plain]
-        near = fidelities(runner.model, captured, [cache for cache, _ in cut], full)
+        cut = [self._cut(one, captured, []) for one in plain]
+        near = fidelities(runner.model, captured, [cache for cache, *_ in cut], full)
         return {
-            one.name: self._filled(one, measured | _nearness(own))
-            for one, (_, measured), own in zip(plain, cut, near, strict=True)
+            one.name: self._filled(one, self._measured(cache, captured, select_s) | _nearness(own))
+            for one, (cache, select_s, _), own in zip(plain, cut, near, strict=True)
         }
 
     def _cut(
-        self, configuration: Configuration, captured: CapturedPrompt, num_ahead: int
-    ) -> tuple[CompressedCache, dict[str, Any]]:
-        """The compressed cache, and what can be said of it before anything is read."""
+        self, configuration: Configuration, captured: CapturedPrompt, ahead: Sequence[int]
+    ) -> tuple[CompressedCache, float, float]:
+        """The cache, cut after it has read the first tokens of the answer, one by one as in decoding, if any.
+
+        Returns: it, the seconds of cutting, and those of reading.
+        """
         assert configuration.budget is not None
-        start = self._now()
-        cache = captured.compress(configuration.method, configuration.budget, num_ahead)
-        select_s = self._now() - start
+        timer, start = EvictionTimer(self._runner.model.device), self._now()
+        cache = captured.compress(configuration.method, configuration.budget, timer)
+        adopted = self._now()
+        for token in ahead:
+            decode_one_token(self._runner.model, token, cache)
+        read_s, late_s = self._now() - adopted, timer.eviction.seconds if ahead else 0.0
+        return cache, adopted - start + late_s, read_s - late_s
+
+    def _measured(self, cache: CompressedCache, captured: CapturedPrompt, select_s: float) -> dict[str, Any]:
+        """What can be said of a cache as soon as it is cut."""
         layers = cache.compressed_layers
-        return cache, {
+        return {
             "retained_tokens": sum(layer.mean_retained for layer in layers) / len(layers),
             "kv_nbytes": cache.nbytes,
             "kv_nbytes_full": captured.nbytes,
             "evidence_recall": evidence_recall(cache, self._case.prompt.evidence),
             "select_s": select_s,
         }
-
-    def _read_ahead(self, captured: CapturedPrompt, ahead: Sequence[int]) -> tuple[CapturedPrompt, int]:
-        """The prompt and the first tokens of the answer, read one by one as in decoding; and the token after them."""
-        captured = captured.fork()
-        for token in ahead:
-            logits = captured.read([token])
-        return captured, int(logits.argmax())
 
     def _answer(self, cache: CompressedCache, begun: list[int], begun_s: float) -> dict[str, Any]:
         """`begun`: the answer so far; all but its last token were read, in `begun_s`."""

@@ -45,6 +45,8 @@ class LayerInputs:
     """The number in the model of the first query head given here: ranks of tensor parallelism hold some each."""
     sinks: Tensor | None = None
     """(H_q,), learned attention sinks: logits that take a share of every query's attention, as in gpt-oss."""
+    num_ahead: int = 0
+    """How many of the last tokens are generated ones that are looked ahead at. They are kept, beside the budget."""
     replayed: Tensor | None = None
     """(B, H_kv, T) float32: the largest attention that each token gets while the text is read once more; None where it
     is not. See `compresskv.plans.replay`."""

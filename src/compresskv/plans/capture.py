@@ -2,16 +2,19 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction, scaling_of
+from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.cache import CompressedCache, layers_nbytes
+from compresskv.cache.eviction import EvictionObserver
 from compresskv.cache.full import FullCache
 from compresskv.cache.routed import RoutedLayer
+from compresskv.cache.window import QueryWindow
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create
 from compresskv.models.decoding import prefill
@@ -29,10 +32,7 @@ class WindowLayer(RoutedLayer):
     def __init__(self, layer_idx: int, model: PreTrainedModel, window_size: int) -> None:
         super().__init__(layer_idx, decoder_config(model))
         self._window_size = window_size
-        self.query_window: Tensor | None = None
-        self.scaling = 1.0
-        self.softcap: float | None = None
-        self.sinks: Tensor | None = None
+        self.window: QueryWindow | None = None
         self.replayed: Replayed | None = None
         self.noted: Tensor | None = None
 
@@ -43,15 +43,13 @@ class WindowLayer(RoutedLayer):
         if self.replayed is not None:
             self._note(query, self.replayed)
             return super().attend(attention, query, mask, **kwargs)
-        recent = query if self.query_window is None else torch.cat([self.query_window, query], dim=2)
-        # a view would keep the whole prompt's queries alive
-        self.query_window = recent[:, :, max(0, recent.shape[2] - self._window_size) :].clone()
-        self.scaling, self.softcap = scaling_of(query, kwargs.get("scaling")), kwargs.get("softcap")
-        self.sinks = kwargs.get("s_aux")
+        self.window = QueryWindow.given(query, **kwargs).following(self.window).last(self._window_size)
         return super().attend(attention, query, mask, **kwargs)
 
     def _note(self, query: Tensor, piece: Replayed) -> None:
         """Note what a replay's queries (1, H_q, R, D) attend to among the tokens that they repeat."""
+        assert self.window is not None
+        assert self.noted is not None
         keys, _ = self.stored()
         num_sinks, num_new = min(NUM_SINKS, piece.start), query.shape[2]
         among = [keys[:, :, :num_sinks], keys[:, :, piece.start : piece.stop], keys[:, :, keys.shape[2] - num_new :]]
@@ -59,11 +57,10 @@ class WindowLayer(RoutedLayer):
             query,
             torch.cat(among, dim=2),
             num_sinks + piece.stop - piece.start,
-            scaling=self.scaling,
-            softcap=self.softcap,
-            sinks=self.sinks,
+            scaling=self.window.scaling,
+            softcap=self.window.softcap,
+            sinks=self.window.sinks,
         )
-        assert self.noted is not None
         self.noted[:, :, piece.start : piece.stop] = found[:, :, num_sinks:]
 
 
@@ -77,7 +74,7 @@ class CapturedPrompt:
         """Make an empty one.
 
         Args:
-            window_size: the largest observation window of the methods to come, what they look ahead at included.
+            window_size: the largest observation window of the methods to come.
             exact_prefill: as for `compressing`.
         """
         self._model = model
@@ -113,30 +110,22 @@ class CapturedPrompt:
             self._replayed = replay(self._model, self.cache, self.input_ids)
         return self._replayed
 
-    def compress(self, method: Method, budget: Budget, num_ahead: int = 0) -> CompressedCache:
-        """The cache that `compressing` would hold after reading the same prompt.
-
-        Args:
-            num_ahead: how many of the tokens read last were generated, for the method to look ahead at.
-        """
-        cache = CompressedCache(self._model, method, budget)
-        self.fill(cache, num_ahead)
+    def compress(self, method: Method, budget: Budget, observer: EvictionObserver | None = None) -> CompressedCache:
+        """The cache that `compressing` would hold after reading the same prompt."""
+        cache = CompressedCache(self._model, method, budget, observer=observer)
+        self.fill(cache)
         return cache
 
     @torch.no_grad()
-    def fill(self, cache: CompressedCache, num_ahead: int = 0) -> None:
+    def fill(self, cache: CompressedCache) -> None:
         """Let an empty cache hold what its method keeps of the prompt; this one stays as it is."""
-        method = cache.method
-        replayed = iter(self.replayed) if method.replays else itertools.repeat(None)
+        replayed = iter(self.replayed) if cache.method.replays else itertools.repeat(None)
         for layer_idx, source in enumerate(self.cache.branch().layers):
             if isinstance(source, WindowLayer):
                 layer: Any = cache.layers[layer_idx]
                 layer.adopt_prompt(*source.stored())
-                queries = source.query_window
-                assert queries is not None
-                window = queries[:, :, max(0, queries.shape[2] - method.window_size - num_ahead) :]
-                scaling, softcap, sinks = source.scaling, source.softcap, source.sinks
-                layer.end_prefill(window, None, scaling, softcap, num_ahead, sinks, next(replayed))
+                assert source.window is not None
+                layer.observe(replace(source.window, replayed=next(replayed)), None)
             else:
                 cache.layers[layer_idx] = source
 
