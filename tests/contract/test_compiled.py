@@ -20,6 +20,7 @@ import tiny
 from compresskv.attention.routing import routing
 from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding, export, package
+from compresskv.compiled.inputs import kinds_of
 from compresskv.compiled.narrow import narrow_weights
 from compresskv.compiled.step import Step
 from compresskv.compression import Compressing
@@ -202,7 +203,7 @@ def test_auto_loads_what_was_built_once_it_pays(
 
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
-    assert package.built_facts(model, decoding._kinds(cache)) is not None
+    assert package.built_facts(model, kinds_of(cache)) is not None
     decoding._loaded.clear()
     monkeypatch.setattr(decoding, "built_facts", lambda *_: package.Facts(compile_s=1.0, load_s=1e6))
     with context(model, "snapkv", "auto") as cache:  # the answer is over before loading would have paid
@@ -267,7 +268,7 @@ def test_a_damaged_package_is_told_of_by_auto(monkeypatch: pytest.MonkeyPatch, p
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
-        kinds = decoding._kinds(cache)
+        kinds = kinds_of(cache)
     decoding._loaded.clear()
     built = package.package_folder(model, kinds)
     assert built.is_dir()
@@ -304,7 +305,7 @@ def test_waiting_for_another_builder_is_told() -> None:
     model = tiny.tiny_model("llama")
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
-        kinds = decoding._kinds(cache)
+        kinds = kinds_of(cache)
     folder, told = package.package_folder(model, kinds), []
     other = filelock.FileLock(folder.with_suffix(".lock"), thread_local=False)
 
@@ -332,7 +333,7 @@ def test_a_changed_model_is_noticed(change: str) -> None:
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
     assert cache.num_compiled_steps == 9
-    package_before = decoding._loaded[model][decoding._kinds(cache)]
+    package_before = decoding._loaded[model][kinds_of(cache)]
     assert package_before.fits(model)
     if change == "dtype":
         model.to(torch.bfloat16)
@@ -359,7 +360,7 @@ def test_a_model_that_changed_between_prompts_is_noticed_on_the_same_cache(chang
     attention.adapters, attention.scales = ["first"], {"first": 1.0}  # as libraries of adapters keep theirs
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
-        made = decoding._loaded[model][decoding._kinds(cache)]
+        made = decoding._loaded[model][kinds_of(cache)]
         assert cache.num_compiled_steps == 9
         cache.reset()
         if change == "hook":

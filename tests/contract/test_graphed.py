@@ -14,6 +14,7 @@ import tiny
 from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding
 from compresskv.compiled.graph import GraphedStep
+from compresskv.compiled.inputs import Places, gather_inputs, kinds_of
 
 NUM_PROMPT = 70
 NUM_STEPS = ROOM + 6  # so that every layer needs new room once
@@ -145,9 +146,9 @@ def test_a_recording_does_not_keep_a_cache_alive() -> None:
     model = tiny.tiny_model("llama")
     with torch.no_grad(), compresskv.compressing(model, "snapkv", 24) as cache:
         tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
-        step = GraphedStep(model, decoding._kinds(cache), forget)
+        step = GraphedStep(model, kinds_of(cache), forget)
         token, position = torch.tensor([[3]]), torch.tensor([[NUM_PROMPT]])
-        inputs = decoding._gather_inputs(cache, token, position, step.kinds, decoding._Places())
+        inputs = gather_inputs(cache, token, position, step.kinds, Places())
         step(inputs)
         held = weakref.ref(inputs.keys[0])
         del inputs

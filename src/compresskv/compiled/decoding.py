@@ -17,11 +17,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
-from compresskv.cache.stores.base import PACKED
 from compresskv.compiled.graph import GraphedStep
+from compresskv.compiled.inputs import Places, gather_inputs, kinds_of, store_new_token
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
 from compresskv.compiled.package import NotCompilableError, Package, built_facts, load_package
-from compresskv.compiled.step import EVEN, RAGGED, SLIDING, StepInputs
+from compresskv.compiled.step import StepInputs
 from compresskv.models.place import input_device, is_offloaded
 from compresskv.system.progress import Progress
 
@@ -90,7 +90,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         """Whether nothing but steps was read since the program was found to fit the model."""
         self._whole_columns = 0
         """Of the last mask that was found, or taken, to hide nothing."""
-        self._places = _Places()
+        self._places = Places()
         self._load_s: dict[tuple[str, ...], float] = {}
 
     def __enter__(self) -> "CompiledDecoding":
@@ -186,7 +186,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_empty_slots):
             return False
         if not isinstance(layer, DynamicLayer):
-            return True  # of no kind that can be compiled: `_kinds` says so, once
+            return True  # of no kind that can be compiled: `kinds_of` says so, once
         keys = layer.keys
         least = 2 if isinstance(layer, DynamicSlidingWindowLayer) else 0  # what the program was traced with
         return keys is not None and keys.shape[0] == 1 and keys.dtype == self._model.dtype and keys.shape[2] >= least
@@ -196,7 +196,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         if self.cache.not_compiled is None:
             start = time.perf_counter()
             try:
-                kinds = _kinds(self.cache)  # another prompt may need another
+                kinds = kinds_of(self.cache)  # another prompt may need another
                 if not self._still_fits(kinds):
                     self._program = self._get_program(kinds)
                 self._is_checked = True
@@ -253,9 +253,9 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         if position is None:
             position = torch.full((1, 1), self.cache.get_seq_length(), device=token.device)
         recorded_s = program.record_s
-        logits, sliding = program(_gather_inputs(self.cache, token, position, program.kinds, self._places))
+        logits, sliding = program(gather_inputs(self.cache, token, position, program.kinds, self._places))
         self.cache.compile_s += program.record_s - recorded_s
-        _store(self.cache, sliding)
+        store_new_token(self.cache, sliding)
         self.cache.num_compiled_steps += 1
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self.cache)
 
@@ -279,87 +279,3 @@ def has_hooks(model: PreTrainedModel) -> bool:
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.values()
     )
-
-
-def _kinds(cache: CompressedCache) -> tuple[str, ...]:
-    """Of each layer.
-
-    Raises:
-        NotCompilableError: one is of none.
-    """
-    layouts = [layer.store.layout for layer in cache.compressed_layers if layer.store is not None]
-    if None in layouts:
-        raise NotCompilableError("it cannot write into what holds the cache's keys and values")
-    if len({layer.store.num_heads for layer in cache.compressed_layers if layer.store is not None}) > 1:
-        raise NotCompilableError("its layers have different numbers of KV heads")
-    full = RAGGED if PACKED in layouts else EVEN
-    kinds = []
-    for layer in cache.layers:
-        if isinstance(layer, CompressedLayer):
-            kinds.append(full)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            kinds.append(SLIDING)
-        else:
-            raise NotCompilableError(f"{type(layer).__name__} is not supported")
-    return tuple(kinds)
-
-
-class _Places:
-    """Where the parts of a step's inputs begin and new tokens go, on the device.
-
-    A token later they are one further, so nothing is sent there, which would wait for it, until there is new room.
-    """
-
-    def __init__(self) -> None:
-        self._starts: list[list[int]] = []
-        self._ends: list[list[int]] = []
-        self._on_device: tuple[Tensor, Tensor] | None = None
-        self._growth: Tensor | None = None
-
-    def place(
-        self, starts: list[list[int]], ends: list[list[int]], kinds: tuple[str, ...], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Both, (layers, H_kv) int64."""
-        growth = [0 if kind == SLIDING else 1 for kind in kinds]
-        next_ends = [[end + grown for end in own] for own, grown in zip(self._ends, growth, strict=False)]
-        if self._on_device is None or self._growth is None or (starts, ends) != (self._starts, next_ends):
-            self._on_device = torch.tensor(starts, device=device), torch.tensor(ends, device=device)
-            self._growth = torch.tensor(growth, device=device)[:, None]
-        else:
-            self._on_device = self._on_device[0], self._on_device[1] + self._growth
-        self._starts, self._ends = starts, ends
-        return self._on_device
-
-
-def _gather_inputs(
-    cache: CompressedCache, token: Tensor, position: Tensor, kinds: tuple[str, ...], places: _Places
-) -> StepInputs:
-    """Make room for one token in every layer, and name where it goes."""
-    layers: list[Any] = cache.layers
-    keys, values, starts, ends = [], [], [], []
-    unused = [0] * cache.compressed_layers[0].stored()[0].shape[1]
-    for layer, kind in zip(layers, kinds, strict=True):
-        if kind == SLIDING:
-            held, own_starts, own_ends = [layer.keys.contiguous(), layer.values.contiguous()], unused, unused
-        else:
-            slots = layer.reserve()
-            held, own_starts, own_ends = [slots.keys, slots.values], slots.starts, slots.ends
-            if kind == RAGGED:
-                held = [states.view(1, -1, states.shape[-1]) for states in held]
-        keys.append(held[0])
-        values.append(held[1])
-        starts.append(own_starts)
-        ends.append(own_ends)
-    return StepInputs(token, position, *places.place(starts, ends, kinds, token.device), keys, values)
-
-
-def _store(cache: CompressedCache, sliding: list[Tensor]) -> None:
-    """Count the new token in every layer."""
-    states = iter(sliding)
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if isinstance(layer, CompressedLayer):
-            layer.advance()
-        else:
-            layer.cumulative_length += 1
-            layer.keys, layer.values = (next(states)[:, :, 1 - layer.sliding_window :] for _ in range(2))
