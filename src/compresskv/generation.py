@@ -18,7 +18,7 @@ from compresskv.methods.prepare import prepare_method
 from compresskv.models.decoding import OnToken, decode
 from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
-from compresskv.models.place import input_device
+from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.plans.capture import read_prompt
 from compresskv.plans.make import make_plan
@@ -151,7 +151,8 @@ def ask(
         tokenizer, context, question, max_tokens=room_for_prompt(model, max_new_tokens), truncate=truncate
     )
     input_ids = prompt.input_ids.to(input_device(model))
-    start = now(input_ids.device)
+    devices = devices_of(model)
+    start = now(*devices)
     plan = None
     if two_pass:
         token_ids = prompt.input_ids[0].tolist()
@@ -171,7 +172,7 @@ def ask(
     with compressed as cache:
         logits = read_prompt(model, prompt.input_ids[0].tolist(), cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
-        prefill_s = now(input_ids.device) - start
+        prefill_s = now(*devices) - start
         answered = speak(
             model,
             tokenizer,
@@ -241,8 +242,8 @@ def speak(
         start: when the question came, on `system.clock`.
         prepare: called before tokens are decoded one by one.
     """
-    device = input_device(model)
-    first_s = now(device) - start
+    devices = devices_of(model)
+    first_s = now(*devices) - start
     spoken = None if on_text is None else Spoken(tokenizer, on_text)
 
     def tell(token: int) -> object:
@@ -256,7 +257,7 @@ def speak(
     if spoken is not None:
         spoken.end()
     text = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    return Answered(text, token_ids, first_s, now(device) - start - first_s)
+    return Answered(text, token_ids, first_s, now(*devices) - start - first_s)
 
 
 def _half(on_prefill: Callable[[int, int], None] | None, half: int) -> Callable[[int, int], None] | None:

@@ -10,6 +10,7 @@ from compresskv.cache.window import QueryWindow
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.package import NotCompilableError
 from compresskv.methods.prepare import prepare_method
+from compresskv.models.place import devices_of
 from compresskv.models.shape import compressible_layers
 from devices import FIRST, SECOND, StandInDevices, inner, place
 
@@ -59,6 +60,7 @@ def test_a_model_on_two_devices_is_decoded_without_a_compiled_step() -> None:
     model = tiny.build_model("llama")
     weight = model.model.layers[3].mlp.up_proj.weight
     model.model.layers[3].mlp.up_proj.weight = torch.nn.Parameter(place(weight.detach(), SECOND), requires_grad=False)
+    assert len(devices_of(model)) == 2  # whose work times are waited for
     cache = CompressedCache(model, prepare_method(model, "snapkv"), 24)
     with pytest.raises(NotCompilableError, match="several devices"):
         CompiledDecoding(model, cache, "always")._get_program(("even",) * NUM_LAYERS)

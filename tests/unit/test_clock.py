@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from compresskv.system.clock import Clock
+from compresskv.system.clock import Clock, Stopwatch, now
 
 
 def test_a_cpus_seconds_are_noted_at_once() -> None:
@@ -61,3 +61,22 @@ def test_a_gpus_seconds_are_noted_when_it_has_got_there(monkeypatch: pytest.Monk
     clock.settle()
     clock.settle()
     assert noted == [("scoring", 2.0), ("compaction", 0.5)]
+
+
+def test_seconds_of_several_gpus_wait_for_all_and_are_those_of_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    Event.made.clear()
+    devices = torch.device("cuda", 0), torch.device("cuda", 1)
+    now(*devices)
+    assert waited == list(devices)
+    watch = Stopwatch(*devices)
+    for _ in range(2):
+        with watch.running():
+            pass
+    for event, passed_ms in zip(Event.made, [0, 0, 100, 3000, 5000, 5000, 6000, 5200], strict=True):
+        event.passed_ms = passed_ms
+    assert watch.seconds == 3.0 + 1.0
+    assert waited == [*devices, *devices]

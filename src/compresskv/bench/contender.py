@@ -17,6 +17,7 @@ from compresskv.compiled.modes import ALWAYS
 from compresskv.compression import Compressing
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
+from compresskv.models.place import devices_of
 from compresskv.models.shape import decoder_config
 from compresskv.system.clock import now
 
@@ -64,9 +65,10 @@ class Plain:
 
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
         """Read the tokens (1, T)."""
-        cache, start = DynamicCache(config=decoder_config(model)), now(model.device)
+        cache, devices = DynamicCache(config=decoder_config(model)), devices_of(model)
+        start = now(*devices)
         logits = prefill(model, input_ids, cache)
-        read = now(model.device)
+        read = now(*devices)
         first = int(logits.argmax())
         figures = Prefill(
             prompt_tokens=input_ids.shape[1],
@@ -75,7 +77,7 @@ class Plain:
             scoring_s=0.0,
             eviction_s=0.0,
             num_scorings=0,
-            first_token_s=now(model.device) - start,
+            first_token_s=now(*devices) - start,
             kv_nbytes=layers_nbytes(cache.layers),
         )
         return Session(figures, first, lambda token: _next(model, token, cache), nullcontext)
@@ -95,14 +97,14 @@ class Ours:
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
         """Read the tokens (1, T)."""
         model = self.model or model
-        device = model.device
-        timer, budget = EvictionTimer(device), 1 if self.budget is None else self.budget  # `Full` ignores it
+        devices = devices_of(model)
+        timer, budget = EvictionTimer(*devices), 1 if self.budget is None else self.budget  # `Full` ignores it
         with Compressing(model, self.prepared, budget, observer=timer) as cache:
-            start = now(device)
+            start = now(*devices)
             logits = prefill(model, input_ids, cache)
-            read = now(device)
+            read = now(*devices)
             first = int(logits.argmax())
-            first_s = now(device) - start
+            first_s = now(*devices) - start
         layers = cache.compressed_layers
         figures = Prefill(
             prompt_tokens=input_ids.shape[1],

@@ -17,6 +17,7 @@ from compresskv.bench.run import Bench
 from compresskv.bench.session import Prefill, Session
 from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import first_line
+from compresskv.models.place import devices_of
 from compresskv.peers.press_cache import Masks, masks, put_masks
 from compresskv.peers.presses import find_press, method_name
 from compresskv.selection.budgets import resolve
@@ -43,7 +44,8 @@ class KVPress:
 
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
         """Read the tokens (1, T)."""
-        num_tokens, start = input_ids.shape[1], now(model.device)
+        num_tokens, devices = input_ids.shape[1], devices_of(model)
+        start = now(*devices)
         tokenizer: Any = None  # of these presses, none needs it
         cache = find_press(self.name).compress(model, tokenizer, input_ids, resolve(self.budget, num_tokens))
         first = int(cache.logits.argmax())
@@ -54,7 +56,7 @@ class KVPress:
             scoring_s=None,
             eviction_s=cache.select_s,
             num_scorings=None,
-            first_token_s=now(model.device) - start,
+            first_token_s=now(*devices) - start,
             kv_nbytes=cache.nbytes,
         )
         left = masks(model)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from compresskv.bench.contender import Contender
 from compresskv.bench.session import PeakGrowth, Prefill, Session
+from compresskv.models.place import devices_of
 
 _WARM_UP_TOKENS = 128
 _BLOCK = 8
@@ -47,7 +48,7 @@ def run_rounds(
     Returns: for each contender, a sample of each round.
     """
     for contender in contenders:
-        contender.start(model, input_ids[:, :_WARM_UP_TOKENS]).decode(2, model.device)
+        contender.start(model, input_ids[:, :_WARM_UP_TOKENS]).decode(2, *devices_of(model))
     samples: list[list[Sample]] = [[] for _ in contenders]
     for number in range(num_rounds):
         places = list(range(len(contenders)))
@@ -75,10 +76,11 @@ def _round(
         sessions[place].prefill = replace(sessions[place].prefill, peak_nbytes=growth.nbytes)
         on_step()
     steps: dict[int, list[float]] = {place: [] for place in places}
+    devices = devices_of(model)
     left = num_new_tokens - 1
     while left > 0:
         for place in places:
-            steps[place] += sessions[place].decode(min(_BLOCK, left), model.device)
+            steps[place] += sessions[place].decode(min(_BLOCK, left), *devices)
         left -= _BLOCK
     return {
         place: Sample(session.prefill, tuple(steps[place]), tuple(session.tokens), session.not_compiled())

@@ -60,14 +60,14 @@ class Session:
         self._open_context = open_context
         self.not_compiled = not_compiled
 
-    def decode(self, num_tokens: int, device: torch.device) -> list[float]:
+    def decode(self, num_tokens: int, *devices: torch.device) -> list[float]:
         """Generate more tokens greedily; seconds of each step."""
         seconds = []
         with self._open_context():
             for _ in range(num_tokens):
-                start = now(device)
+                start = now(*devices)
                 self.tokens.append(self._advance(self.tokens[-1]))
-                seconds.append(now(device) - start)
+                seconds.append(now(*devices) - start)
         return seconds
 
 

@@ -12,6 +12,7 @@ from compresskv.compiled.modes import ALWAYS
 from compresskv.compression import Compressing
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
+from compresskv.models.place import devices_of
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -40,12 +41,12 @@ def try_compiled(
     Which step is needed depends on whether the method's KV heads keep different numbers of tokens.
     """
     with Compressing(model, method, budget) as cache:
-        eager_ms = _median_ms(_decoding(model, input_ids, cache), model.device)
+        eager_ms = _median_ms(_decoding(model, input_ids, cache), *devices_of(model))
     compressed = Compressing(model, method, budget, compile=ALWAYS, on_progress=on_progress)
     with compressed as cache:
         advance = _decoding(model, input_ids, cache)
         compressed.prepare_decoding()
-        compiled_ms = _median_ms(advance, model.device)
+        compiled_ms = _median_ms(advance, *devices_of(model))
     if cache.num_compiled_steps < _STEPS:
         return Trial(cache.compile_s, eager_ms, None, cache.not_compiled or "the method looks ahead")
     return Trial(cache.compile_s, eager_ms, compiled_ms, cache.not_compiled)
@@ -61,10 +62,10 @@ def _decoding(model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache)
     return advance
 
 
-def _median_ms(advance: Callable[[], None], device: torch.device) -> float:
+def _median_ms(advance: Callable[[], None], *devices: torch.device) -> float:
     seconds = list[float]()
     for _ in range(_STEPS):
-        start = now(device)
+        start = now(*devices)
         advance()
-        seconds.append(now(device) - start)
+        seconds.append(now(*devices) - start)
     return 1e3 * sorted(seconds)[_STEPS // 2]

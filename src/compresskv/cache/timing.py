@@ -10,10 +10,10 @@ from compresskv.system.clock import Stopwatch
 class EvictionTimer:
     """Times what one cache does when its layers are cut: an `EvictionObserver`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.eviction = Stopwatch(device)
+    def __init__(self, *devices: torch.device) -> None:
+        self.eviction = Stopwatch(*devices)
         """Scoring, selecting, and moving what stays."""
-        self.scoring = Stopwatch(device)
+        self.scoring = Stopwatch(*devices)
         """The method's scores, and budgets that it makes of them."""
 
     def evicting(self) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.full import branch
 from compresskv.models.decoding import decode
-from compresskv.models.place import input_device
+from compresskv.models.place import devices_of, input_device
 from compresskv.plans.capture import CapturedPrompt
 from compresskv.system.clock import now
 
@@ -47,9 +47,10 @@ def reference(
     The second reading is what every compressed cache is compared with: both are multi-token passes, so that rounding
     that differs between one-token and multi-token steps does not count as a loss.
     """
-    start = now(model.device)
+    devices = devices_of(model)
+    start = now(*devices)
     token_ids = decode(model, tokenizer, first, branch(cache), max_new_tokens)
-    decode_s = now(model.device) - start
+    decode_s = now(*devices) - start
     return Reference(token_ids, teacher_forced(model, cache, token_ids), decode_s)
 
 

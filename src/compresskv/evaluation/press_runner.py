@@ -14,7 +14,7 @@ from compresskv.errors import ConfigError, first_line
 from compresskv.evaluation.press_request import PressCase, PressRequest
 from compresskv.models.decoding import end_tokens
 from compresskv.models.load import load
-from compresskv.models.place import input_device
+from compresskv.models.place import devices_of, input_device
 from compresskv.peers.press_cache import PressCache
 from compresskv.peers.presses import Press, find_press, method_name
 from compresskv.selection.budgets import resolve
@@ -39,7 +39,8 @@ def run_press(loaded: Loaded, press: Press, case: PressCase, budget: int | float
     if suffix.shape[1]:
         cache.read(suffix, last_only=True)
     agreement = _top1_agreement(cache, case)
-    start = now(model.device)
+    devices = devices_of(model)
+    start = now(*devices)
     token_ids = cache.decode(end_tokens(model, tokenizer), case.max_new_tokens)
     return {
         "token_ids": token_ids,
@@ -50,7 +51,7 @@ def run_press(loaded: Loaded, press: Press, case: PressCase, budget: int | float
         "kv_nbytes_full": cache.nbytes_full,
         "prefill_s": cache.prefill_s,
         "select_s": cache.select_s,
-        "decode_s": now(model.device) - start,
+        "decode_s": now(*devices) - start,
         "top1_agreement": agreement,
     }
 

@@ -25,7 +25,7 @@ from compresskv.evaluation.records import SETTINGS, Record, config_name
 from compresskv.evaluation.task import Task
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, decode_one_token, prefill
-from compresskv.models.place import input_device
+from compresskv.models.place import devices_of, input_device
 from compresskv.plans.capture import CapturedPrompt
 from compresskv.system.clock import now
 
@@ -93,9 +93,10 @@ class _Reading:
         self._runner = runner
         self._case = case
         self._window_size = window_size
+        self._devices = devices_of(runner.model)
 
     def _now(self) -> float:
-        return now(self._runner.model.device)
+        return now(*self._devices)
 
     def records(self, configurations: Sequence[Configuration]) -> Iterator[Record]:
         runner, prompt = self._runner, self._case.prompt
@@ -170,7 +171,7 @@ class _Reading:
         Returns: it, the seconds of cutting, and those of reading.
         """
         assert configuration.budget is not None
-        timer, start = EvictionTimer(self._runner.model.device), self._now()
+        timer, start = EvictionTimer(*self._devices), self._now()
         cache = captured.compress(configuration.method, configuration.budget, timer)
         adopted = self._now()
         for token in ahead:

@@ -24,6 +24,16 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return model.device
 
 
+def devices_of(model: PreTrainedModel) -> tuple[torch.device, ...]:
+    """All devices that a model computes on: those of its weights, and those that offloaded ones are brought to."""
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta}
+    for module in model.modules():
+        for hook in _hooks(module):
+            if getattr(hook, "execution_device", None) is not None:
+                found.add(torch.device(hook.execution_device))
+    return tuple(sorted(found, key=str))
+
+
 def is_offloaded(model: PreTrainedModel) -> bool:
     """Whether accelerate brings weights to where they are used, from elsewhere."""
     return any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.decoding import prefill
+from compresskv.models.place import devices_of
 from compresskv.models.shape import decoder_config, heads_of
 from compresskv.peers.press_cache import PressCache
 from compresskv.system.check import check_known
@@ -82,13 +83,14 @@ class Press:
         press = self._press(model, num_tokens, budget)
         if self._kind == "FinchPress":
             input_ids = _mark_question(press, input_ids, question_start)
-        cache, hooks_s = DynamicCache(), _time_hook(press, model)
+        devices = devices_of(model)
+        cache, hooks_s = DynamicCache(), _time_hook(press, devices)
         with _tokenizer_on_disk(model, tokenizer) if self._kind == "KVzipPress" else contextlib.nullcontext():
             with press(model):
-                start = now(model.device)  # not before: KVzipPress loads a tokenizer on its way in
+                start = now(*devices)  # not before: KVzipPress loads a tokenizer on its way in
                 logits = prefill(model, input_ids, cache)
-                read, in_hooks_s = now(model.device), sum(hooks_s)
-            done = now(model.device)
+                read, in_hooks_s = now(*devices), sum(hooks_s)
+            done = now(*devices)
         next_position = cache.get_seq_length() if getattr(press, "rerotate_keys", False) else num_tokens
         prefill_s, select_s = read - start - in_hooks_s, done - read + in_hooks_s
         compressed = PressCache(model, cache, num_tokens, next_position, logits, prefill_s, select_s)
@@ -158,14 +160,14 @@ def _mark_question(press: Any, input_ids: Tensor, question_start: int | None) ->
     return torch.cat([input_ids[:, :question_start], delimiter, input_ids[:, question_start:]], dim=1)
 
 
-def _time_hook(press: Any, model: PreTrainedModel) -> list[float]:
+def _time_hook(press: Any, devices: tuple[torch.device, ...]) -> list[float]:
     """Let the press's hook note the seconds of each call in the list that is returned."""
     hook, seconds = press.forward_hook, list[float]()
 
     def timed(*args: Any) -> Any:
-        start = now(model.device)
+        start = now(*devices)
         output = hook(*args)
-        seconds.append(now(model.device) - start)
+        seconds.append(now(*devices) - start)
         return output
 
     press.forward_hook = timed

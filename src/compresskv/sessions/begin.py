@@ -18,7 +18,7 @@ from compresskv.methods.registry import create
 from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import check_model
-from compresskv.models.place import input_device
+from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.plans.plan import prompt_digest
 from compresskv.profiles.profile import Profile
@@ -73,7 +73,7 @@ def read(
             f"the document has {len(part.input_ids)} tokens, but of the model's context of {limit}, "
             f"{_LEAST_ROOM} are needed for a question and its answer: shorten it"
         )
-    start = now(input_device(model))
+    start = now(*devices_of(model))
     cache = read_document(model, part.input_ids, chosen, budget, store=store, chunk=chunk, on_read=on_read)
     own = getattr(chosen, "profile", None)
     facts = Facts(
@@ -88,7 +88,7 @@ def read(
         mean_retained=_mean_retained(cache),
         kv_nbytes=cache.retained_nbytes,
         kv_nbytes_full=cache.full_nbytes,
-        read_s=now(input_device(model)) - start,
+        read_s=now(*devices_of(model)) - start,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         dtype=weights_dtype(model),
         store=store,

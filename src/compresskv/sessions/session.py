@@ -16,7 +16,7 @@ from compresskv.compiled.modes import AUTO, NEVER, check_mode
 from compresskv.errors import CacheStateError, PromptError, SessionError
 from compresskv.generation import Generation, GenerationStats, speak
 from compresskv.models.decoding import OnToken, end_tokens, prefill
-from compresskv.models.place import input_device
+from compresskv.models.place import devices_of, input_device
 from compresskv.prompts.prompt import room_for_prompt
 from compresskv.prompts.turns import Ending, question_tokens, turn_tokens
 from compresskv.sessions.conversation import TURNS_BUDGET, Conversation
@@ -85,7 +85,7 @@ class Session:
         check_mode(compile)
         token_ids = question_tokens(self._tokenizer, self._ending, question)
         self._check_fits(self._document.get_seq_length() + len(token_ids), max_new_tokens)
-        start = now(input_device(self._model))
+        start = now(*devices_of(self._model))
         with self._branch(len(token_ids) + max_new_tokens) as cache:
             return self._answer(cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
 
@@ -116,7 +116,7 @@ class Session:
             ends = end_tokens(self._model, self._tokenizer)
             token_ids, seen = turn_tokens(self._tokenizer, talk.answer, ends, text), talk.cache.get_seq_length()
         self._check_fits(seen + len(token_ids), max_new_tokens)
-        start = now(input_device(self._model))
+        start = now(*devices_of(self._model))
         if talk is None:
             lease = ExitStack()
             room = len(token_ids) + max_new_tokens + self.turns_budget
@@ -164,7 +164,7 @@ class Session:
         with routing(model), _decoding(model, cache, compile, on_compile) as prepare:
             logits = prefill(model, torch.tensor([token_ids], device=device), cache)
             cache.check_attended()
-            prefill_s = now(device) - start
+            prefill_s = now(*devices_of(model)) - start
             answered = speak(
                 model,
                 self._tokenizer,

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronize(*devices: torch.device) -> None:
+    """Wait until the devices have done what they were given; a CPU always has."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    synchronize(device)
+def now(*devices: torch.device) -> float:
+    """Seconds, once the devices, which should be all that a model lies on, have done what they were given."""
+    synchronize(*devices)
     return time.perf_counter()
 
 
@@ -61,20 +62,23 @@ class Clock:
 
 
 class Stopwatch:
-    """Sums the time of what runs under it, and counts how often. Nothing waits for the device until the sum is read."""
+    """Sums the time of what runs under it, and counts how often. Nothing waits for a device until the sum is read.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[tuple[Any, Any]] = []
+    Of several devices that one counts, each time, which takes longest.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = devices
+        self._marks: list[list[tuple[Any, Any]]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Note the time of what is done inside."""
-        start = mark(self._device)
+        starts = [mark(device) for device in self._devices]
         try:
             yield
         finally:
-            self._marks.append((start, mark(self._device)))
+            self._marks.append([(start, mark(own)) for start, own in zip(starts, self._devices, strict=True)])
 
     @property
     def num_runs(self) -> int:
@@ -83,6 +87,6 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Of all so far; waits for the device."""
-        synchronize(self._device)
-        return sum((between(start, end) for start, end in self._marks), 0.0)
+        """Of all so far; waits for the devices."""
+        synchronize(*self._devices)
+        return sum((max(between(start, end) for start, end in run) for run in self._marks), 0.0)
