@@ -21,7 +21,9 @@ from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, counted, err, out
 
 if TYPE_CHECKING:
-    from compresskv.evaluation.run import Evaluation
+    from compresskv.evaluation.press_request import PressRequest
+    from compresskv.evaluation.run import Evaluation, EvaluationConfig
+    from compresskv.methods.base import Method
 
 EPILOG = """\b
 Examples:
@@ -94,14 +96,13 @@ def evaluate(
 
     Each prompt is read once, and every method and budget cuts its own cache from that.
     """
-    from compresskv.evaluation.configurations import configurations, parse_budgets, parse_names
+    from compresskv.evaluation.configurations import parse_budgets, parse_names
     from compresskv.evaluation.press_request import PressRequest
-    from compresskv.evaluation.run import Evaluation, EvaluationConfig, parse_rows
+    from compresskv.evaluation.run import EvaluationConfig, parse_rows
     from compresskv.evaluation.runner import SETTINGS
     from compresskv.evaluation.task import tasks as known_tasks
     from compresskv.methods.registry import methods as registered
     from compresskv.methods.registry import parse_methods
-    from compresskv.profiles.profile import read_profile
 
     records = [output / name for name in ("run.json", "records.jsonl")]
     check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
@@ -121,18 +122,35 @@ def evaluate(
         answers=answers,
         exact_prefill=exact_prefill,
     )
-    chosen_methods, chosen_budgets = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets)
-    chosen_settings = parse_names("settings", settings, SETTINGS)
+    chosen, counts = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets)
+    presses, in_settings = split_names(peers), parse_names("settings", settings, SETTINGS)
+    request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
+    _run(config, chosen, request, output, profile, as_json=as_json)
+
+
+def _run(
+    config: "EvaluationConfig",
+    methods: "dict[str, Method]",
+    request: "PressRequest",
+    output: Path,
+    profile: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Run our methods as the presses of `request` are: on its model, at its budgets, in its settings."""
+    from compresskv.evaluation.configurations import configurations
+    from compresskv.evaluation.run import Evaluation
+    from compresskv.models.load import load
+    from compresskv.peers.process import peers_python
+    from compresskv.profiles.profile import read_profile
+
     if profile is not None:
         read_profile(profile)
-    request = PressRequest(model, (), split_names(peers), chosen_budgets, chosen_settings, dtype, device, peer_budget)
-    python = _python_of_peers() if peers else None
-    config.check_folder(output, model)
+    python = peers_python() if request.presses else None  # looked for before anything is computed
+    config.check_folder(output, request.model)
     with Bar() as bar:
-        from compresskv.models.load import load
-
-        loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
-        prepared = configurations(loaded, chosen_methods, chosen_budgets, chosen_settings, profile)
+        loaded, tokenizer = load(request.model, dtype=request.dtype, device=request.device, on_progress=bar)
+        prepared = configurations(loaded, methods, request.budgets, request.settings, profile)
         with Evaluation(loaded, tokenizer, config, output) as evaluation:
             try:
                 evaluation.run(prepared, bar)
@@ -141,13 +159,6 @@ def evaluate(
             finally:  # on Ctrl-C, what was done is said too
                 bar.stop()
                 _finish(output, evaluation, len(prepared), as_json=as_json)
-
-
-def _python_of_peers() -> Path:
-    """Looked for before anything is computed."""
-    from compresskv.peers.process import peers_python
-
-    return peers_python()
 
 
 def _finish(output: Path, evaluation: "Evaluation", num_configurations: int, *, as_json: bool) -> None:

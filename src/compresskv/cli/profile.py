@@ -109,12 +109,10 @@ def find(
     given: dict[str, Any] = {
         "lengths": parse_numbers("lengths", lengths, int),
         "depths": parse_numbers("depths", depths, float),
-        "haystack": tuple(map(str, haystack or [])) or None,
-        "needles": None if needles is None else str(needles),
+        **_texts(haystack, needles),
     }
     changes = {name: value for name, value in given.items() if value is not None}
     settings = CalibrationSettings.quick(**changes) if quick else CalibrationSettings(**changes)
-    _check_texts(haystack, needles)
     from compresskv.calibration.find import find_profile
     from compresskv.calibration.measure import NothingRetrievedError
     from compresskv.models.fingerprint import fingerprint
@@ -229,10 +227,8 @@ def verify(
         length=length,
         num_documents=documents,
         seed=seed,
-        haystack=tuple(map(str, haystack or [])),
-        needles=None if needles is None else str(needles),
+        **_texts(haystack, needles),
     )
-    _check_texts(haystack, needles)
     if profile is not None:
         read_profile(profile)
     with Bar() as bar:
@@ -253,8 +249,8 @@ def verify(
         err.print(f"figure: {plot / 'verify.png'}")
 
 
-def _check_texts(haystack: list[Path] | None, needles: Path | None) -> None:
-    """Read, before a model is loaded, what is given to hide and to hide it in."""
+def _texts(haystack: list[Path] | None, needles: Path | None) -> dict[str, Any]:
+    """What is given to hide and to hide it in, as settings; it is read before a model is loaded."""
     from compresskv.calibration.haystack import read_haystack
     from compresskv.calibration.needles import read_needles
 
@@ -262,6 +258,7 @@ def _check_texts(haystack: list[Path] | None, needles: Path | None) -> None:
         read_haystack(haystack)
     if needles is not None:
         read_needles(needles)
+    return {"haystack": tuple(map(str, haystack or [])), "needles": None if needles is None else str(needles)}
 
 
 def _find_file(name: str) -> "Profile":
