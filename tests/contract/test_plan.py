@@ -251,6 +251,23 @@ def test_files(tmp_path: Path) -> None:
         read_plan(tmp_path / "bad.json")
 
 
+def test_a_plan_of_an_earlier_release_is_read() -> None:
+    shared = {
+        "format": "compresskv-plan", "version": 1, "model": "llama-2x4x2x8x40-00",
+        "prompt": {"num_tokens": 9, "sha256": "ab"},
+        "method": "vote", "budget": [3, 3], "profile": None, "versions": {"torch": "2.13.0"}, "layers": [0, 2],
+        "positions": [0, 7, 8], "scores": [1, 0.5, None],
+    }  # fmt: skip
+    plan = Plan.from_dict(shared)
+    assert plan.budget == (3, 3)
+    assert [layer.layer_idx for layer in plan.layers] == [0, 2]
+    assert all((one.positions, one.scores) == (((0, 7, 8),), ((1.0, 0.5, None),)) for one in plan.layers)
+    own = shared | {"positions": [[[0, 7]], [[1, 7], [2, 8]]], "scores": [[[1, None]], [[1, None], [2.5, None]]]}
+    assert Plan.from_dict(own).layers[1].positions == ((1, 7), (2, 8))
+    for data in (shared, own):
+        assert Plan.from_dict(data).to_dict() == data
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -239,6 +239,20 @@ class TestRead:
         assert told in str(caught.value)
         assert "\n" not in str(caught.value)
 
+    def test_a_record_of_an_earlier_release_is_read(self, folder: Path) -> None:
+        """Fields that came later have their defaults, and whole numbers do for others."""
+        log_of(folder)
+        old = (
+            '{"task": "needle/single", "example": "1024-50-0", "method": "snapkv", "budget": 64, "setting": "aware", '
+            '"prompt_sha256": "0f0f0f0f0f0f0f0f", "prompt_tokens": 1000, "truncated_tokens": 0, "retained_tokens": 64, '
+            '"kv_nbytes": 2048, "kv_nbytes_full": 32000, "prediction": "x", "metrics": {"score": 1}, '
+            '"evidence_recall": null, "meta": {"length": 1024, "depth": 50.0}, "versions": {"torch": "2.13.0"}}'
+        )
+        (folder / "records.jsonl").write_text(old + "\n", encoding="utf-8")
+        (record,) = read_run(folder)[1]
+        assert (record.config, record.retained_tokens, record.metrics) == ("snapkv @ 64", 64.0, {"score": 1.0})
+        assert (type(record.budget), record.shared_prefill, record.seed, record.token_ids) == (int, True, 0, None)
+
     def test_a_folder_without_a_run_is_told(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="holds no run"):
             read_run(tmp_path)

@@ -93,6 +93,14 @@ def test_a_newer_format_is_refused(saved: Path) -> None:
         compresskv.open_session(saved, tiny.tiny_model("gemma3"), tiny.tokenizer())
 
 
+def test_a_fact_of_another_kind_is_named(saved: Path) -> None:
+    data = saved.read_bytes()
+    assert data.count(rb"\"method\":") == 1
+    saved.write_bytes(data.replace(rb"\"method\":", rb"\"methox\":"))  # as long as before: the head's length stays
+    with pytest.raises(SessionError, match=r"saved.kvc' is damaged: in its head, field 'method' is missing$"):
+        read_facts(saved)
+
+
 def test_it_is_plain_safetensors_that_holds_the_text(saved: Path, session: Session) -> None:
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()

@@ -42,20 +42,3 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Facts":
-        """Read what `to_dict` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: it holds something else.
-        """
-        kinds: dict[str, type] = dict.fromkeys(
-            ("model", "fingerprint", "method", "sha256", "created", "dtype", "store"), str
-        )
-        kinds |= dict.fromkeys(("num_tokens", "kv_nbytes", "kv_nbytes_full"), int)
-        kinds |= {"versions": dict, "names": list}
-        for name, kind in kinds.items():
-            if not isinstance(data[name], kind):
-                raise TypeError(f"{name} is {data[name]!r}")
-        return cls(**{**data, "names": tuple(map(str, data["names"]))})

@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 
 from compresskv.errors import SessionError
 from compresskv.sessions.facts import Facts
+from compresskv.system.convert import convert
 
 FORMAT = "compresskv-session"
 VERSION = 1
@@ -39,9 +40,9 @@ def facts_of(path: str | Path, metadata: dict[str, Any]) -> Facts:
         SessionError: they are not what they should be.
     """
     try:
-        return Facts.from_dict(metadata["facts"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SessionError(f"session {str(path)!r} is damaged: {error!r} in its head") from error
+        return convert(metadata.get("facts"), Facts)
+    except ValueError as error:
+        raise SessionError(f"session {str(path)!r} is damaged: in its head, {error}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
