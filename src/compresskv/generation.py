@@ -64,7 +64,7 @@ class GenerationStats:
     peak_memory_nbytes: int
     """The most since the process began (on a GPU what its allocator held), or since whoever calls reset that count."""
     dtype: str
-    """Of the weights: 'bfloat16', 'float16', 'float32' or 'int8'."""
+    """Of the weights: 'bfloat16', 'float16', 'float32' or 'int8'; 'float32 (torchao)' where others quantised them."""
 
     @property
     def decode_tokens_per_s(self) -> float | None:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+import torchao.quantization as torchao
+from transformers import PreTrainedModel
 
 import compresskv
 import tiny
@@ -49,3 +51,35 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(compresskv.ConfigError, match=r"dtype='int8' needs torchao: pip install 'compresskv\[int8\]'"):
         load("no-such-model", dtype="int8")
+
+
+class TestQuantisedByOthers:
+    """Here by torchao, whose tensors are of classes of their own, as those of other libraries are."""
+
+    @pytest.fixture(params=["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+    def model(self, request: pytest.FixtureRequest) -> PreTrainedModel:
+        model = tiny.build_model("llama")
+        torchao.quantize_(model, getattr(torchao, request.param)(set_inductor_config=False))
+        return model.requires_grad_(False)
+
+    def test_its_identity_is_that_of_its_own_weights(self, model: PreTrainedModel) -> None:
+        own = fingerprint(model)
+        assert own.matches(fingerprint(copy.deepcopy(model)))
+        assert not own.matches(fingerprint(tiny.tiny_model("llama")))
+
+    def test_it_is_compressed_and_not_compiled(self, model: PreTrainedModel) -> None:
+        prompt = tiny.random_tokens(70)
+        plain = tiny.generate(model, prompt).tolist()
+        kind = type(model.lm_head.weight).__name__
+        with compresskv.compressing(model, "full", compile="always") as cache:
+            assert tiny.generate(model, prompt, cache).tolist() == plain
+        assert cache.not_compiled == f"it cannot read weights that are quantised as {kind}"
+        with compresskv.compressing(model, "blend", 24, profile=tiny.random_profile(model), compile="auto") as cache:
+            tiny.generate(model, prompt, cache)
+        assert sum(layer.mean_retained for layer in cache.compressed_layers) == 24 * len(cache.compressed_layers)
+
+    def test_its_dtype_tells(self, model: PreTrainedModel) -> None:
+        kind = type(model.lm_head.weight).__name__
+        assert weights_dtype(model) == f"float32 ({kind})"
+        with pytest.raises(compresskv.ConfigError, match=rf"dtype='int8' cannot be made .* already, by {kind}"):
+            quantize_int8(model)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -227,6 +227,9 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         if len({tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}) > 1:
             raise NotCompilableError("the model lies on several devices")
         if device.type == "cpu":
+            for weight in self._model.parameters():
+                if type(weight) is not nn.Parameter:
+                    raise NotCompilableError(f"it cannot read weights that are quantised as {type(weight).__name__}")
             return self._get_package(kinds)
         return None if self._mode == AUTO and self._eager_s < _RECORDING_S else GraphedStep(self._model, kinds)
 

@@ -113,6 +113,10 @@ def weights_digest(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], 
 
 def _sample(weight: Tensor) -> Tensor:
     """Some of its values. They are rounded before tiny ones are dropped: loading in bfloat16 rounds first, too."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_traceable_wrapper_subclass(weight):  # quantised: its parts lie in tensors of its own
+        weight = weight.dequantize()
     step = math.ceil(weight.numel() / _NUM_VALUES)
     return weight.detach().reshape(-1)[::step].to(torch.bfloat16)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from compresskv.errors import ConfigError
@@ -29,9 +30,13 @@ def quantize_int8(model: PreTrainedModel) -> None:
     Activations stay as they are. The model keeps the profile of its unquantised weights.
 
     Raises:
-        ConfigError: torchao is not installed.
+        ConfigError: torchao is not installed, or the model is quantised already.
     """
     quantize, config, unwrap = _torchao("dtype")
+    if (kind := _quantised_by(model)) is not None:
+        raise ConfigError(
+            f"cannot be made of weights that are quantised already, by {kind}", option="dtype", value=INT8
+        )
     own = fingerprint(model)
     quantize(model, config)
     unwrap(model)  # plain tensors, which a compiled step can be given
@@ -40,10 +45,19 @@ def quantize_int8(model: PreTrainedModel) -> None:
 
 
 def weights_dtype(model: PreTrainedModel) -> str:
-    """'float32', 'bfloat16', 'float16', or 'int8' of a model with 8-bit weights."""
-    if any(weight.dtype == torch.int8 for weight in model.parameters()):
-        return INT8
-    return str(model.dtype).removeprefix("torch.")
+    """'float32', 'bfloat16', 'float16', or 'int8' of a model with 8-bit weights; behind it, who else quantised them."""
+    is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
+    dtype = INT8 if is_int8 else str(model.dtype).removeprefix("torch.")
+    kind = _quantised_by(model)
+    return dtype if kind is None else f"{dtype} ({kind})"
+
+
+def _quantised_by(model: PreTrainedModel) -> str | None:
+    """The library that a checkpoint's config names, or the class of weights that are no plain tensors."""
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if method is not None:
+        return str(getattr(method, "value", method))
+    return next((type(weight).__name__ for weight in model.parameters() if type(weight) is not nn.Parameter), None)
 
 
 def _torchao(option: str) -> tuple[Any, Any, Any]:
