@@ -1,5 +1,7 @@
 """One capture stands for any number of prefills: what is cut from it is what `compressing` would have kept."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def budget_for(model: PreTrainedModel, budget: Budget) -> Budget:
 
 def captured_prompt(model: PreTrainedModel, num_pieces: int = 1, num_tokens: int = NUM_PROMPT) -> CapturedPrompt:
     """The start of `SEQUENCE`, read in pieces of which the last are shorter than a window."""
-    captured = CapturedPrompt(model, WINDOW)
+    captured = CapturedPrompt(model, sys.maxsize)
     ends = [num_tokens - 4 * piece for piece in range(num_pieces)][::-1]
     for start, end in zip([0, *ends], ends, strict=False):
         captured.read(SEQUENCE[0, start:end].tolist())

@@ -20,6 +20,7 @@ from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
 from compresskv.models.chunks import is_generating, lacks_what_was_read
+from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers
 from compresskv.selection import budgets
 from compresskv.selection.precision import NATIVE, find_precision
@@ -64,7 +65,8 @@ class CompressedCache(RoutedCache):
             ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
         """
         num_layers, precision = len(compressible_layers(model)), find_precision(store)
-        eviction = Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision)
+        rotations = Rotations(model) if method.turns_back else None
+        eviction = Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations)
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         if exact_prefill is not None:

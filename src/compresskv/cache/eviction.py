@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import LayerInputs, Method, Observation
+from compresskv.models.rotary import Rotations
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
@@ -52,8 +53,10 @@ class Eviction:
         on_layer: Callable[[int, int], None] | None,
         observer: EvictionObserver | None = None,
         precision: Precision = PRECISIONS[NATIVE],
+        rotations: Rotations | None = None,
     ) -> None:
         self.method = method
+        self.rotations = rotations
         self.precision = precision
         self.budget = check_budget(budget, num_layers)
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
@@ -88,7 +91,7 @@ class Eviction:
             self._keep_all(layer, row_lengths, inputs)
             return
         own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
-        own = [one.with_window(group.method.window_size) for one, group in zip(own, self._groups, strict=True)]
+        own = [one.with_window(group.method.num_observed()) for one, group in zip(own, self._groups, strict=True)]
         if self.method.decides_together:
             self._waiting.append((layer, inputs.keys.device))
             for group, rows in zip(self._groups, own, strict=True):

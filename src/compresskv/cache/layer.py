@@ -17,7 +17,7 @@ from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.retain import retained
 from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError
-from compresskv.methods.base import LayerInputs
+from compresskv.methods.base import FUTURE_POSITIONS, LayerInputs
 from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
 from compresskv.selection.select import EMPTY_SLOT
@@ -183,7 +183,7 @@ class CompressedLayer(RoutedLayer):
         num_prompt = min(self.num_prompt_tokens, self.seen_tokens)
         self.full_nbytes = self.nbytes * num_prompt // self.seen_tokens
         num_ahead = self.seen_tokens - num_prompt
-        self._window = window.following(self._window).last(eviction.method.window_size + num_ahead)
+        self._window = window.following(self._window).last(eviction.method.num_observed(num_ahead))
         if self.seen_tokens >= self.num_prompt_tokens + lookahead:
             self.end_prefill(self._window, valid, num_ahead)
         if eviction.on_layer is not None and num_ahead == 0:
@@ -193,6 +193,7 @@ class CompressedLayer(RoutedLayer):
         """Let the method choose what stays of all that is stored, now or when it can."""
         self._window, self._decided_at = None, self.seen_tokens
         self._retained_nbytes = self.nbytes
+        rotations = self._eviction.rotations
         inputs = LayerInputs(
             self.layer_idx,
             window.queries,
@@ -203,6 +204,7 @@ class CompressedLayer(RoutedLayer):
             sinks=window.sinks,
             num_ahead=num_ahead,
             replayed=window.replayed,
+            rotation=rotations and rotations.of(self.layer_idx, self.seen_tokens + FUTURE_POSITIONS),
         )
         self._eviction.end_of_prompt(self, self._position, inputs)
 

@@ -81,7 +81,7 @@ class Runner:
     def run(self, case: Case, configurations: Sequence[Configuration]) -> Iterator[Record]:
         """One record for each configuration, in order, from one prefill."""
         methods = [configuration.method for configuration in configurations]
-        window_size = max(1, *(method.window_size for method in methods))
+        window_size = max(1, *(method.num_observed() for method in methods))
         with routing(self.model):
             yield from _Reading(self, case, window_size).records(configurations)
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compresskv.profiles.profile import Profile
+    from compresskv.selection.rotation import Rotation
+
+
+FUTURE_POSITIONS = 4096
+"""How many positions behind the prompt a method may turn queries to."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class LayerInputs:
     layer_idx: int
     """The layer's number in the model."""
     query_window: Tensor
-    """(B, H_q, W, D), post-RoPE: the queries of the last W tokens, those looked ahead at included."""
+    """(B, H_q, W, D), post-RoPE: the queries of the last W tokens, those looked ahead at included; all T if the method
+    `observes_all`."""
     keys: Tensor
     """(B, H_kv, T, D), post-RoPE."""
     values: Tensor
@@ -50,6 +56,17 @@ class LayerInputs:
     replayed: Tensor | None = None
     """(B, H_kv, T) float32: the largest attention that each token gets while the text is read once more; None where it
     is not. See `compresskv.plans.replay`."""
+    rotation: Rotation | None = None
+    """How queries and keys are turned to T positions and `FUTURE_POSITIONS` more; None where the method does not ask,
+    or the model has no rotary position embedding that can be told."""
+
+    @property
+    def row_starts(self) -> list[int]:
+        """For each row, how much padding precedes it."""
+        if self.valid is None:
+            return [0] * len(self.keys)
+        starts: list[int] = (~self.valid).sum(dim=-1).tolist()
+        return starts
 
     def of_rows(self, rows: list[int]) -> LayerInputs:
         """The same of some rows of the batch."""
@@ -142,6 +159,10 @@ class Method:
     needs_profile: ClassVar[bool] = False
     decides_together: ClassVar[bool] = False
     """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
+    observes_all: ClassVar[bool] = False
+    """Whether `LayerInputs.query_window` holds the queries of the whole prompt, not those of the window alone."""
+    turns_back: ClassVar[bool] = False
+    """Whether the method needs `LayerInputs.rotation`."""
     replays: ClassVar[bool] = False
     """Whether the text is read once more, right after itself, for `LayerInputs.replayed`. Who reads the prompt must
     know its token ids for that: `make_plan`, `ask` and evaluations do, `compressing` does not."""
@@ -204,6 +225,10 @@ class Method:
     def window_at(self, budget: int) -> int:
         """The observation window at a mean budget of `budget` tokens, at most `window_size`."""
         return self.window_size
+
+    def num_observed(self, num_ahead: int = 0) -> int:
+        """How many of the last queries the method looks at, where `num_ahead` tokens are looked ahead at."""
+        return sys.maxsize if self.observes_all else self.window_size + num_ahead
 
     def with_window(self, window_size: int) -> Method:
         """The same method with another window."""

@@ -157,7 +157,7 @@ def read_prompt(model: PreTrainedModel, token_ids: Sequence[int], cache: Compres
 
 def read_twice(model: PreTrainedModel, chunks: Iterable[Sequence[int]], cache: CompressedCache) -> Tensor:
     """Read one prompt in chunks, then once more for what `cache`, which is empty, keeps of it; see `read_prompt`."""
-    captured = CapturedPrompt(model, max(1, cache.method.window_size))
+    captured = CapturedPrompt(model, max(1, cache.method.num_observed()))
     for chunk in chunks:
         logits = captured.read(chunk)
     captured.fill(cache)

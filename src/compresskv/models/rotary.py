@@ -1,0 +1,90 @@
+"""A decoder's rotary position embedding, as tensors that need no model."""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskv.models.place import input_device
+from compresskv.models.shape import decoder_config, heads_of
+from compresskv.selection.rotation import Rotation
+
+
+class Rotations:
+    """A model's rotations, for the layers of one cache: those of one kind share theirs. Copies are the thing itself."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._known: dict[tuple[Any, ...], Rotation | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rotations":
+        """Itself: a copy would take the model along."""
+        return self
+
+    def of(self, layer_idx: int, num_positions: int) -> Rotation | None:
+        """See `rotation_of`. Those of the last prompt's length are kept."""
+        config = decoder_config(self._model)
+        kind = (getattr(config, "layer_types", None) or {layer_idx: None})[layer_idx]
+        key = (kind, heads_of(config, layer_idx), num_positions)
+        if key not in self._known:
+            self._known = {known: one for known, one in self._known.items() if known[-1] == num_positions}
+            self._known[key] = rotation_of(self._model, layer_idx, num_positions)
+        return self._known[key]
+
+
+@torch.no_grad()
+def rotation_of(model: PreTrainedModel, layer_idx: int, num_positions: int) -> Rotation | None:
+    """How the queries and keys of a full-attention layer are turned at positions 0 to `num_positions` - 1.
+
+    transformers' decoders have one module that makes cosines and sines for all layers, and their files a function that
+    applies them: what that function does to the unit vectors tells which dimensions make a pair.
+
+    Returns: None where the model does not keep to that: other position embeddings, or rotary ones of another make.
+    """
+    module = _embedding(model)
+    apply = None if module is None else getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if module is None or apply is None:
+        return None
+    device, config = input_device(model), decoder_config(model)
+    head_dim = heads_of(config, layer_idx).head_dim
+    positions = torch.arange(num_positions, device=device)[None]
+    layer_types = getattr(config, "layer_types", None)
+    named = "layer_type" in inspect.signature(module.forward).parameters
+    options = {"layer_type": layer_types[layer_idx]} if named and layer_types else {}
+    try:
+        cos, sin = (table[0].float() for table in module(torch.zeros(1, device=device), positions, **options))
+        partner, sign = _pairs(apply, cos.shape[-1], device)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # positions in three dimensions, another signature
+        return None
+    if cos.shape != (num_positions, len(partner)) or len(partner) > head_dim:
+        return None
+    still = head_dim - len(partner)  # the last dimensions of a head may not turn
+    rest = torch.arange(len(partner), head_dim, device=device)
+    pad = torch.nn.functional.pad
+    return Rotation(
+        pad(cos, (0, still), value=1.0), pad(sin, (0, still)), torch.cat([partner, rest]), pad(sign, (0, still))
+    )
+
+
+def _embedding(model: PreTrainedModel) -> nn.Module | None:
+    """The decoder's module that makes cosines and sines; None where there is none, or several."""
+    config = decoder_config(model)
+    owners = [one for one in model.modules() if getattr(one, "config", None) is config and hasattr(one, "layers")]
+    candidates = [getattr(one, "rotary_emb", None) for one in owners]
+    found = [one for one in candidates if isinstance(one, nn.Module)]
+    return found[0] if len(found) == 1 else None
+
+
+def _pairs(apply: Any, num_dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each dimension, the other one of its pair, and the sign it comes with: by a quarter turn of unit vectors."""
+    unit = torch.eye(num_dims, device=device)[None, None]
+    cos, sin = (torch.full((1, num_dims, num_dims), value, device=device) for value in (0.0, 1.0))
+    turned: Tensor = apply(unit, unit, cos, sin)[0][0, 0]  # (from, to)
+    partner = turned.abs().argmax(dim=0)
+    sign = turned.gather(0, partner[None])[0]
+    if not torch.equal(turned.abs().sum(dim=0), torch.ones(num_dims, device=device)):
+        raise ValueError("no pairs")
+    return partner, sign

@@ -1,0 +1,43 @@
+"""Rotary position embeddings as tensors: turning queries and keys to other positions, and back to none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How one layer's queries and keys depend on their position: y_i = x_i cos_i + sign_i x_partner(i) sin_i."""
+
+    cos: Tensor
+    """(P, D) float32, for positions from 0 on; 1 where a dimension does not turn."""
+    sin: Tensor
+    """(P, D) float32; 0 where a dimension does not turn."""
+    partner: Tensor
+    """(D,) int64: the other dimension of each one's pair."""
+    sign: Tensor
+    """(D,) float32."""
+
+    def turned(self, states: Tensor, positions: Tensor) -> Tensor:
+        """States (..., T, D) as they are at `positions` (T,); float32."""
+        states = states.float()
+        return states * self.cos[positions] + states[..., self.partner] * (self.sign * self.sin[positions])
+
+    def undone(self, states: Tensor, positions: Tensor) -> Tensor:
+        """What states (..., T, D) at `positions` (T,) were before they were turned; float32."""
+        states, cos, sin = states.float(), self.cos[positions], self.sin[positions]
+        back = states * cos - states[..., self.partner] * (self.sign * sin)
+        return back / (cos.square() + sin.square())  # some models scale by more than 1
+
+    def mean_matrix(self, positions: Tensor) -> Tensor:
+        """(D, D): the mean of the turns to `positions` (T,), to be multiplied from the right to row vectors."""
+        mean = torch.diag(self.cos[positions].mean(dim=0))
+        index = torch.arange(len(self.partner), device=mean.device)
+        mean[self.partner, index] += self.sign * self.sin[positions].mean(dim=0)
+        return mean
