@@ -65,7 +65,8 @@ class Compactor(Method):
         sketch = (keys - keys.mean(dim=1, keepdim=True)) @ (projection / self.sketch_size**0.5)
         gram = sketch.transpose(1, 2) @ sketch
         gram.diagonal(dim1=1, dim2=2).add_(_RIDGE)
-        return (sketch * torch.linalg.solve(gram, sketch.transpose(1, 2)).transpose(1, 2)).sum(dim=-1)
+        solved: Tensor = torch.linalg.solve(gram, sketch.transpose(1, 2)).transpose(1, 2)
+        return (sketch * solved).sum(dim=-1)
 
     def _attention(self, inputs: LayerInputs, start: int) -> Tensor:
         """(H_kv, length)."""

@@ -68,7 +68,8 @@ class ExpectedAttention(Method):
         logits += ((keys[:, None] @ covariance) * keys[:, None]).sum(dim=-1) * (inputs.scaling**2 / 2)
         attention = logits[..., self.num_sinks :].softmax(dim=-1).mean(dim=1)
         attention = torch.nn.functional.pad(attention, (length - attention.shape[-1], 0))
-        return attention * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+        return attention * norms
 
     def select(self, scores: Tensor, budgets: list[list[int]], row_lengths: list[int]) -> Tensor:
         """(B, H_kv, R)."""
