@@ -66,7 +66,8 @@ class Compactor(Method):
         gram = sketch.transpose(1, 2) @ sketch
         gram.diagonal(dim1=1, dim2=2).add_(_RIDGE)
         solved: Tensor = torch.linalg.solve(gram, sketch.transpose(1, 2)).transpose(1, 2)
-        return (sketch * solved).sum(dim=-1)
+        leverage: Tensor = (sketch * solved).sum(dim=-1)
+        return leverage
 
     def _attention(self, inputs: LayerInputs, start: int) -> Tensor:
         """(H_kv, length)."""
