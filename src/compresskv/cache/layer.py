@@ -204,7 +204,7 @@ class CompressedLayer(RoutedLayer):
             sinks=window.sinks,
             num_ahead=num_ahead,
             replayed=window.replayed,
-            rotation=rotations and rotations.of(self.layer_idx, self.seen_tokens + FUTURE_POSITIONS),
+            rotation=None if rotations is None else rotations.of(self.layer_idx, self.seen_tokens + FUTURE_POSITIONS),
         )
         self._eviction.end_of_prompt(self, self._position, inputs)
 
