@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ConfigError
-from compresskv.system.drawing import new_figure, save_figure
+from compresskv.system.drawing import COLOURS, MARKERS, new_figure, save_figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow: too pale for lines on white.
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = "os^DvPX<>"
 _PLAIN: dict[str, Any] = {"color": "black", "marker": "x", "linestyle": "--", "linewidth": 1.6}
 _LEAST: dict[str, Any] = {"color": "#8c8c8c", "marker": ".", "linestyle": ":", "linewidth": 1.4}
 _LABEL_COLUMNS = 3
@@ -91,9 +88,9 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     styles = {"plain": _PLAIN}
     for at, name in enumerate(name for name in names if name != "plain"):
         styles[name] = {
-            "color": _COLOURS[at % len(_COLOURS)],
-            "marker": _MARKERS[at % len(_MARKERS)],
-            "linestyle": "-" if at < len(_COLOURS) else "-.",
+            "color": COLOURS[at % len(COLOURS)],
+            "marker": MARKERS[at % len(MARKERS)],
+            "linestyle": "-" if at < len(COLOURS) else "-.",
             "linewidth": 1.4,
         }
     return styles

@@ -21,7 +21,7 @@ from compresskv.models.shape import compressible_layers, decoder_config, heads_o
 from compresskv.profiles.profile import Profile, combined
 from compresskv.prompts.prompt import context_length
 from compresskv.system.libraries import versions
-from compresskv.system.progress import Progress
+from compresskv.system.progress import Progress, silent
 
 
 @dataclass
@@ -55,7 +55,7 @@ def find_profile(
     """
     chosen = settings or CalibrationSettings().fitted(context_length(model))
     _check_model(model, chosen)
-    report = on_progress or _silent
+    report = on_progress or silent
     with measuring_alone(log_folder, str(fingerprint(model)), report), routing(model):
         profiler = Measurement(model, tokenizer, log_folder, chosen, report)
         runs = profiler.measure_heads()
@@ -100,7 +100,3 @@ def _provenance(model: PreTrainedModel, profiler: Measurement, runs: list[dict[s
         "dtype": weights_dtype(model),
         "versions": versions(),
     }
-
-
-def _silent(_message: str, _fraction: float | None) -> None:
-    pass

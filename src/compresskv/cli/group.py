@@ -8,7 +8,7 @@ from typing import Any
 import typer.core
 
 from compresskv.errors import CompressKVError, ConfigError, told
-from compresskv.system.suggest import suggestion
+from compresskv.system.check import suggestion
 
 _SETTING = re.compile(r"\b([a-z_]+)=('[^']*'|[^\s,:;()]+)")
 

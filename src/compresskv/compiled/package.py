@@ -26,7 +26,7 @@ from compresskv.system.files import write_text
 from compresskv.system.locking import held_if_free, locked
 from compresskv.system.paths import cache_dir
 from compresskv.system.processor import instruction_sets, processor_name
-from compresskv.system.progress import Progress
+from compresskv.system.progress import Progress, silent
 from compresskv.version import __version__
 
 
@@ -191,15 +191,11 @@ def load_package(
     elif not build:
         raise NotCompilableError(_NOT_BUILT)
     try:
-        return _build_alone(model, kinds, folder, on_progress or _report_nothing)
+        return _build_alone(model, kinds, folder, on_progress or silent)
     except NotCompilableError:
         raise
     except Exception as error:  # whatever a file system, a model's code or a compiler raises
         raise NotCompilableError(_reason(error)) from error
-
-
-def _report_nothing(_message: str, _fraction: float | None) -> None:
-    pass
 
 
 def _reason(error: Exception) -> str:

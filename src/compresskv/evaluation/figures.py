@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compresskv.system.drawing import new_figure, save_figure
+from compresskv.system.drawing import COLOURS, MARKERS, new_figure, save_figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow: too pale for lines on white.
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKERS = "os^DvPX<>"  # another number of them than of colours: a colour that comes back has another marker
+_COLOURS = (*COLOURS, "#000000")
 _LINES = ("-", "--", ":")
 _FIDELITY = {
     "evidence_recall": "evidence retained, %",
@@ -171,7 +169,7 @@ def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         lap, place = divmod(at, len(_COLOURS))
         styles[series] = {
             "color": _COLOURS[place],
-            "marker": _MARKERS[at % len(_MARKERS)],
+            "marker": MARKERS[at % len(MARKERS)],
             "linestyle": _LINES[lap % len(_LINES)],
             "linewidth": 2.4 if own[series] else 1.3,
             "zorder": 3 if own[series] else 2,

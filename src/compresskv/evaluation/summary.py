@@ -9,7 +9,7 @@ from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.statistics import macro_interval, macro_paired_difference
 from compresskv.methods.registry import methods
-from compresskv.system.suggest import suggestion
+from compresskv.system.check import suggestion
 
 _SAME_BYTES = 1.1
 """Whole chunks and lists for each KV head make small differences."""

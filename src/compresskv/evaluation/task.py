@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError
 from compresskv.evaluation.example import Example
-from compresskv.system.suggest import suggestion
+from compresskv.system.check import suggestion
 
 
 @dataclass(frozen=True)

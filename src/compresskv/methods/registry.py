@@ -13,8 +13,7 @@ import compresskv.methods as own
 from compresskv.errors import ConfigError, first_line
 from compresskv.methods.base import Method, option_types
 from compresskv.methods.options import parse_settings
-from compresskv.system.check import check_known
-from compresskv.system.suggest import suggestion
+from compresskv.system.check import check_known, suggestion
 
 GROUP = "compresskv.methods"
 """The entry points of packages with methods: each names a `Method` class, or a module that registers some."""

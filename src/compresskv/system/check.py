@@ -1,9 +1,9 @@
-"""Checks that many options need."""
+"""Checks that many options need, and what to say after an unknown name."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 
 from compresskv.errors import ConfigError
-from compresskv.system.suggest import suggestion
 
 
 def check_known(option: str, value: object, known: Iterable[str]) -> None:
@@ -25,3 +25,10 @@ def check_least(option: str, value: float | None, least: int = 1) -> None:
     """
     if value is not None and not value >= least:
         raise ConfigError(f"must be at least {least}", option=option, value=value)
+
+
+def suggestion(word: object, known: Sequence[str]) -> str:
+    """': did you mean ...?' where a known name comes near, and the whole list otherwise."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
+    return f": did you mean {by_lower[near[0]]!r}?" if near else f": choose from {', '.join(known)}"

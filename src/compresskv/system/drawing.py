@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's, which the colour-blind can tell apart, without their yellow: too pale for lines on white."""
+MARKERS = "os^DvPX<>"
+"""Another number of them than of colours: a colour that comes back has another marker."""
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of that many inches.
 
