@@ -1,6 +1,6 @@
 """The naive store with every number rounded as a packed store rounds it: what packed ones must agree with."""
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,16 @@ from compresskv.cache.stores.packed_vectors import PackedVectors, rotation
 from compresskv.cache.stores.positions import Positions
 from compresskv.selection.precision import PRECISIONS, Precision
 from reference_store import Entry, ReferenceStore
+
+
+class Means(NamedTuple):
+    """Of what one row's head holds."""
+
+    scale: Tensor
+    """(D,), what its keys are divided by where they are turned."""
+    key: Tensor
+    """(D,), of turned keys."""
+    value: Tensor
 
 
 class RoundingStore(ReferenceStore):
@@ -28,30 +38,29 @@ class RoundingStore(ReferenceStore):
         store = cls(kept.entries, kept.held.num_seen, kept.held.floor)
         store.held, store.first_exact = held, held.num_seen
         if isinstance(own, RoundingStore):
-            store.centres = own.centres
+            store.means = own.means
         else:
-            store.centres = [[centres(held) for held in heads] for heads in store.entries]
+            store.means = [[means(held) for held in heads] for heads in store.entries]
             store.first_exact = 0
             store._round()
         return store
 
     first_exact: int
-    centres: list[list[tuple[Tensor, Tensor]]]
-    """Of each row and head: the mean of its turned keys, and of its turned values."""
+    means: list[list[Means]]
 
     def _round(self) -> None:
         bits = self.precision.key_bits, self.precision.value_bits
-        for heads, means in zip(self.entries, self.centres, strict=True):
-            for held, own in zip(heads, means, strict=True):
+        for heads, by_head in zip(self.entries, self.means, strict=True):
+            for held, own in zip(heads, by_head, strict=True):
                 held[:] = [self._rounded(entry, own, bits) for entry in held]
         self.first_exact = self.held.num_seen
 
-    def _rounded(self, entry: Entry, means: tuple[Tensor, Tensor], bits: tuple[int | None, int | None]) -> Entry:
-        position, *states = entry
+    def _rounded(self, entry: Entry, own: Means, bits: tuple[int | None, int | None]) -> Entry:
+        position, key, value = entry
         if position < self.first_exact:
             return entry
-        key, value = (rounded(*each) for each in zip(states, means, bits, strict=True))
-        return position, key, value
+        scale = own.scale if bits[0] == 4 else torch.ones_like(own.scale)
+        return position, scale * rounded(key / scale, own.key, bits[0]), rounded(value, own.value, bits[1])
 
     def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
         if self.held.num_seen - self.first_exact >= packed.TAIL:
@@ -65,11 +74,11 @@ class RoundingStore(ReferenceStore):
     def map_rows(self, function: object) -> None:
         rows = function(torch.arange(len(self.entries))).tolist()  # type: ignore[operator]
         super().map_rows(function)  # type: ignore[arg-type]
-        self.centres = [self.centres[row] for row in rows]
+        self.means = [self.means[row] for row in rows]
 
     def __copy__(self) -> "RoundingStore":
         copied = type(self)([[list(held) for held in heads] for heads in self.entries], 0, 0)
-        copied.held, copied.first_exact, copied.centres = self.held, self.first_exact, self.centres
+        copied.held, copied.first_exact, copied.means = self.held, self.first_exact, self.means
         return copied
 
 
@@ -78,9 +87,12 @@ def rounding(name: str) -> type[RoundingStore]:
     return type("Rounding", (RoundingStore,), {"precision": PRECISIONS[name]})
 
 
-def centres(held: list[Entry]) -> tuple[Tensor, Tensor]:
-    keys, values = (torch.stack([turned(entry[part]) for entry in held]).mean(dim=0).half().float() for part in (1, 2))
-    return keys, values
+def means(held: list[Entry]) -> Means:
+    keys, values = (torch.stack([entry[part] for entry in held]) for part in (1, 2))
+    varied = keys.std(dim=0, correction=0)
+    scale = (varied / varied.mean().clamp(min=1e-30)).clamp(min=0.01).sqrt().half().float()
+    key, value = (torch.stack([turned(one) for one in states]).mean(dim=0) for states in (keys / scale, values))
+    return Means(scale, key.half().float(), value.half().float())
 
 
 def turned(vector: Tensor) -> Tensor:

@@ -88,8 +88,29 @@ def test_what_all_tokens_share_costs_no_precision(dim: int) -> None:
     # Some models' keys have a bias a hundred times as large as what differs between tokens.
     generator = torch.Generator().manual_seed(dim)
     states = torch.randn(1, 40, dim, generator=generator) + 200 * torch.randn(dim, generator=generator)
-    (found,) = PackedStates.of([states], None, 4).heads(back=True)
-    assert float((found - states).abs().mean()) < 0.15
+    for are_keys in (False, True):
+        (found,) = PackedStates.of([states], None, 4, are_keys=are_keys).heads(back=True)
+        assert float((found - states).abs().mean()) < 0.15
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_turned_queries_see_what_queries_see_of_keys_as_they_were_given(dim: int) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    parts = [torch.randn(2, count, dim, generator=generator) * (1 + torch.arange(dim)) for count in (9, 4)]
+    keys = PackedStates.of(parts, None, 4, are_keys=True)
+    query = torch.randn(2, 4, 1, dim, generator=generator)
+    turned_query = keys.turned_queries(query)
+    for head, (stored, as_given) in enumerate(zip(keys.heads(back=False), keys.heads(back=True), strict=True)):
+        for own in (2 * head, 2 * head + 1):
+            found = turned_query[:, own] @ stored.transpose(1, 2)
+            torch.testing.assert_close(found, query[:, own] @ as_given.transpose(1, 2), rtol=1e-4, atol=1e-2)
+
+
+def test_channels_that_never_vary_are_kept() -> None:
+    states = torch.zeros(1, 6, 8)
+    states[..., 3], states[..., 5] = 7.0, torch.arange(6.0)
+    (found,) = PackedStates.of([states], None, 4, are_keys=True).heads(back=True)
+    torch.testing.assert_close(found, states, atol=0.2, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4k8", "int4"])

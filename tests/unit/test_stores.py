@@ -215,7 +215,7 @@ def test_bytes_are_those_of_codes_ranges_means_and_the_tail(name: str) -> None:
     precision, num_heads, dim = PRECISIONS[name], 3, 64
     whole = DenseStore(*(torch.randn(1, num_heads, 200, dim).bfloat16() for _ in range(2)))
     store = retained(whole, torch.arange(100).expand(1, 1, -1), precision)
-    means = 2 * dim * [precision.key_bits, precision.value_bits].count(4)
+    means = 2 * dim * {"int8": 0, "int4k8": 1, "int4": 3}[name]
     assert store.nbytes == num_heads * (100 * precision.nbytes(dim, 2) + means)
     new = torch.randn(1, num_heads, 1, dim).bfloat16()
     for _ in range(packed.TAIL):

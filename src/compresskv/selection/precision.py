@@ -37,6 +37,11 @@ class Precision:
             for bits in (self.key_bits, self.value_bits)
         )
 
+    @property
+    def fixed_vectors(self) -> int:
+        """How many vectors in 16 bits are kept of each KV head beside its tokens."""
+        return 2 * (self.key_bits == 4) + (self.value_bits == 4)
+
 
 PRECISIONS = {
     one.name: one

@@ -10,12 +10,13 @@ from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.stores.base import ROOM, Store
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.growing import Growing
-from compresskv.cache.stores.packed_states import PackedStates, turned, turned_back
+from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.positions import Positions
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.selection.precision import PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
 
+_PARTS = ("codes", "ranges", "centre", "scale")
 TAIL = 32
 """New tokens are packed once there are so many."""
 
@@ -53,7 +54,10 @@ class PackedStore(Store):
             chosen = [_of_head(held.chosen, head)[:, 0] for head in range(len(counts))]
             used = [one[:, longest - count :] != EMPTY_SLOT for one, count in zip(chosen, counts, strict=True)]
         bits = cls._bits()
-        keys, values = (PackedStates.of([pair[side][:, 0] for pair in taken], used, bits[side]) for side in (0, 1))
+        keys, values = (
+            PackedStates.of([pair[side][:, 0] for pair in taken], used, bits[side], are_keys=side == 0)
+            for side in (0, 1)
+        )
         empty = (source.states[0][:, :, :0], source.states[1][:, :, :0])
         return cls(keys, values, (empty[0].clone(), empty[1].clone()), held)
 
@@ -105,20 +109,15 @@ class PackedStore(Store):
         self, attention: AttentionFunction, module: nn.Module, query: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Over the layer, unpacked for this call; what is turned is multiplied by turned queries."""
-        if self._keys.is_turned:
-            query = turned(query).to(query.dtype)
+        query = self._keys.turned_queries(query)
         output, weights = self._opened(back=False).attend(attention, module, query, mask)
-        if self._values.is_turned:
-            output = turned_back(output).to(output.dtype)
-        return output, weights
+        return self._values.turned_output(output), weights
 
     def _opened(self, *, back: bool) -> Store:
         """A store of the same, unpacked: turned as it is stored or, with `back`, as it was given."""
         parts = []
         for packed, growing in ((self._keys, self._tail[0]), (self._values, self._tail[1])):
-            tail = growing.held
-            if packed.is_turned and not back:
-                tail = turned(tail).to(tail.dtype)
+            tail = growing.held if back else packed.turned_states(growing.held)
             heads = zip(packed.heads(back=back), tail.unbind(dim=1), strict=True)
             parts.append([torch.cat([head.to(tail.dtype), own], dim=1) for head, own in heads])
         if len(set(self._keys.counts)) == 1:
@@ -177,7 +176,7 @@ class PackedStore(Store):
         counts = state["packed"].tolist()
         keys, values = (
             PackedStates.from_state(
-                {part: state[f"{name}.{part}"] for part in ("codes", "ranges", "centre") if f"{name}.{part}" in state},
+                {part: state[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in state},
                 counts,
                 bits,
             )

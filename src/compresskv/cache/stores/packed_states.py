@@ -14,7 +14,8 @@ class PackedStates:
     """What each KV head holds, one after another. Nothing in it is ever changed, so copies may share it.
 
     In 4 bits, vectors are turned by `rotation` and less their head's mean: what is the same in all tokens, or large in
-    a few channels, would take the codes from what differs. Who multiplies them turns queries, not each vector.
+    a few channels, would take the codes from what differs. Who multiplies them turns queries, not each vector. Keys are
+    divided first by the root of what each channel varies by, since queries are small where keys vary much.
     """
 
     vectors: PackedVectors
@@ -22,35 +23,57 @@ class PackedStates:
     counts: list[int]
     centre: Tensor | None
     """(B, H_kv, D) float16, what each head's turned vectors are less by; None: they are not turned."""
+    scale: Tensor | None
+    """(B, H_kv, D) float16, what each head's vectors are divided by before they are turned; None: by nothing."""
 
     @classmethod
-    def of(cls, parts: list[Tensor], used: list[Tensor] | None, bits: int) -> "PackedStates":
+    def of(cls, parts: list[Tensor], used: list[Tensor] | None, bits: int, *, are_keys: bool) -> "PackedStates":
         """Pack what each KV head holds.
 
         Args:
             parts: of each head (B, n, D).
-            used: of each (B, n) bool, which of them count in the mean; None: all. Each row has one at least.
+            used: of each (B, n) bool, which of them count in means; None: all. Each row has one at least.
         """
-        centre = None
+        centre = scale = None
         if bits == 4:
+            weights = [_weights(part, None if used is None else used[head]) for head, part in enumerate(parts)]
+            if are_keys:
+                scale = torch.stack([_scale(*pair) for pair in zip(parts, weights, strict=True)], dim=1).half()
+                parts = [part / own[:, None] for part, own in zip(parts, scale.float().unbind(dim=1), strict=True)]
             parts = [turned(part) for part in parts]
-            means = [_mean(part, None if used is None else used[head]) for head, part in enumerate(parts)]
+            means = [_mean(*pair) for pair in zip(parts, weights, strict=True)]
             limit = torch.finfo(torch.float16).max
             centre = torch.stack(means, dim=1).clamp(-limit, limit).half()
             parts = [part - own[:, None] for part, own in zip(parts, centre.float().unbind(dim=1), strict=True)]
         vectors = PackedVectors.of(torch.cat(parts, dim=1), bits)
-        return cls(vectors, [part.shape[1] for part in parts], centre)
+        return cls(vectors, [part.shape[1] for part in parts], centre, scale)
 
-    @property
-    def is_turned(self) -> bool:
-        """Whether `turned` queries multiply them."""
-        return self.centre is not None
+    def turned_queries(self, query: Tensor) -> Tensor:
+        """(B, H_q, T, D): what multiplies these keys as they are stored, of what multiplies them as they were given."""
+        if self.centre is None:
+            return query
+        states = query.float()
+        if self.scale is not None:
+            groups = query.shape[1] // len(self.counts)
+            states = states * self.scale.float().repeat_interleave(groups, dim=1)[:, :, None]
+        return turned(states).to(query.dtype)
+
+    def turned_output(self, output: Tensor) -> Tensor:
+        """(B, T, H_q, D) of attention to these values as they are stored: as if they were as they were given."""
+        return output if self.centre is None else turned_back(output).to(output.dtype)
+
+    def turned_states(self, states: Tensor) -> Tensor:
+        """(B, H_kv, n, D), of tokens beside these: as these are stored, but unpacked."""
+        return states if self.centre is None else self._turned(states).to(states.dtype)
+
+    def _turned(self, states: Tensor) -> Tensor:
+        states = states.float()
+        return turned(states if self.scale is None else states / self.scale.float()[:, :, None])
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of it."""
-        centre = [] if self.centre is None else [self.centre]
-        return [self.vectors.codes, self.vectors.ranges, *centre]
+        return list(self.state().values())
 
     def heads(self, *, back: bool) -> list[Tensor]:
         """Of each KV head (B, n, D) float32, turned as they are stored or, with `back`, as they were given."""
@@ -58,12 +81,14 @@ class PackedStates:
         if self.centre is not None:
             parts = [part + own[:, None] for part, own in zip(parts, self.centre.float().unbind(dim=1), strict=True)]
             parts = [turned_back(part) for part in parts] if back else parts
+        if self.scale is not None and back:
+            parts = [part * own[:, None] for part, own in zip(parts, self.scale.float().unbind(dim=1), strict=True)]
         return parts
 
     def extended(self, states: Tensor) -> "PackedStates":
         """With new tokens (B, H_kv, T_new, D) behind those of each head, less the same mean."""
         if self.centre is not None:
-            states = turned(states) - self.centre.float()[:, :, None]
+            states = self._turned(states) - self.centre.float()[:, :, None]
         new = PackedVectors.of(states, self.vectors.bits)
         pairs = zip(self.vectors.split(self.counts), new.codes.unbind(dim=1), new.ranges.unbind(dim=1), strict=True)
         return self._with(
@@ -82,22 +107,24 @@ class PackedStates:
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> "PackedStates":
         """With `function` applied to the rows."""
-        centre = None if self.centre is None else function(self.centre)
+        centre, scale = (None if one is None else function(one) for one in (self.centre, self.scale))
         vectors = replace(self.vectors, codes=function(self.vectors.codes), ranges=function(self.vectors.ranges))
-        return replace(self, vectors=vectors, centre=centre)
+        return replace(self, vectors=vectors, centre=centre, scale=scale)
 
     def _with(self, parts: list[PackedVectors]) -> "PackedStates":
         return replace(self, vectors=PackedVectors.cat(parts), counts=[part.codes.shape[1] for part in parts])
 
     def state(self) -> dict[str, Tensor]:
         """All of it as plain tensors but for the counts; `from_state` reads them."""
-        centre = {} if self.centre is None else {"centre": self.centre}
-        return {"codes": self.vectors.codes, "ranges": self.vectors.ranges, **centre}
+        shared = {"centre": self.centre, "scale": self.scale}
+        own = {name: tensor for name, tensor in shared.items() if tensor is not None}
+        return {"codes": self.vectors.codes, "ranges": self.vectors.ranges, **own}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], counts: list[int], bits: int) -> "PackedStates":
         """Whose `state` this is."""
-        return cls(PackedVectors(state["codes"], state["ranges"], bits), counts, state.get("centre"))
+        vectors = PackedVectors(state["codes"], state["ranges"], bits)
+        return cls(vectors, counts, state.get("centre"), state.get("scale"))
 
 
 def turned(states: Tensor) -> Tensor:
@@ -110,9 +137,20 @@ def turned_back(states: Tensor) -> Tensor:
     return states.float() @ rotation(states.shape[-1], states.device)
 
 
-def _mean(part: Tensor, used: Tensor | None) -> Tensor:
-    """(B, D) over the vectors (B, n, D) that are used."""
-    if used is None:
-        return part.mean(dim=1)
-    weights = used.float()
-    return torch.einsum("bn,bnd->bd", weights, part) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+def _weights(part: Tensor, used: Tensor | None) -> Tensor:
+    """(B, n), of the vectors (B, n, D) that count in means; their sum is 1."""
+    weights = torch.ones(part.shape[:2], device=part.device) if used is None else used.float()
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _mean(part: Tensor, weights: Tensor) -> Tensor:
+    """(B, D) over vectors (B, n, D)."""
+    return torch.einsum("bn,bnd->bd", weights, part.float())
+
+
+def _scale(part: Tensor, weights: Tensor) -> Tensor:
+    """(B, D): the root of each channel's standard deviation, as a multiple of their mean's; at least a tenth."""
+    part = part.float()
+    varied = _mean((part - _mean(part, weights)[:, None]) ** 2, weights).sqrt()
+    mean = varied.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (varied / mean).clamp(min=0.01).sqrt()
