@@ -22,7 +22,7 @@ class Cell(NamedTuple):
 
     model: str
     group: str
-    budget: int | float
+    budget: int | float | str
 
     def __str__(self) -> str:
         return f"{self.model}, {self.group} at {self.budget}"

@@ -123,8 +123,9 @@ def compressing(
         model: a decoder-only transformers model with 'sdpa' or 'eager' attention.
         method: a name (see `compresskv methods`), a `Method`, or a `Plan` of this very prompt, which brings its budget.
         budget: tokens retained per KV head per layer, window included: a count, a fraction of the prompt as a float,
-            or one count for each full-attention layer. A budget of at least the prompt's length changes nothing; one
-            at or below the method's window keeps the most recent tokens (`blend` and `vote` narrow theirs).
+            one count for each full-attention layer, or text for bytes in all of these layers together: '3MB', or
+            '5% of bytes', a share of the full cache's. A budget of at least the prompt's length changes nothing; one at
+            or below the method's window keeps the most recent tokens (`blend` and `vote` narrow theirs).
         profile: for methods that need one, a `Profile` or its file; None finds the model's own.
         prompt_tokens: the prompt's exact length, where it is read in several forward passes (`prefill_chunk_size`):
             eviction waits until that many tokens were read.

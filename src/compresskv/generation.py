@@ -27,7 +27,8 @@ from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
-from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.budgets import Budget, as_json, check_budget
+from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system import memory
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
@@ -39,7 +40,9 @@ class GenerationStats:
 
     method: str
     """Its name, with the options that differ from its defaults."""
-    budget: int | float | list[int]
+    budget: int | float | str | list[int]
+    store: str
+    """In how many bits a number what is kept is held; see `compressing`."""
     prompt_tokens: int
     truncated_tokens: int
     """Document tokens cut out to make the prompt fit."""
@@ -110,6 +113,7 @@ def ask(
     method: str | Method = defaults.METHOD,
     budget: Budget = defaults.BUDGET,
     profile: Profile | str | Path | None = None,
+    store: str = NATIVE,
     max_new_tokens: int = 128,
     truncate: str = "never",
     two_pass: bool = False,
@@ -124,7 +128,7 @@ def ask(
     """Answer `question` about `context` greedily, with a compressed KV cache.
 
     Args:
-        method, budget, profile, options: as for `compressing`.
+        method, budget, profile, store, options: as for `compressing`.
         max_new_tokens: the longest answer.
         truncate: 'never' refuses a prompt above the model's context, 'middle' cuts the document's middle.
         two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
@@ -145,6 +149,7 @@ def ask(
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
     check_budget(budget)
+    find_precision(store)
     check_mode(compile)
     pieces.check_prefill_memory(prefill_memory)
     prompt = build_prompt(
@@ -157,13 +162,16 @@ def ask(
     if two_pass:
         token_ids = prompt.input_ids[0].tolist()
         progress = _half(on_prefill, 0)
-        plan = make_plan(model, token_ids, chosen, budget, prefill_memory=prefill_memory, on_layer=progress)
+        plan = make_plan(
+            model, token_ids, chosen, budget, store=store, prefill_memory=prefill_memory, on_layer=progress
+        )
         on_prefill = _half(on_prefill, 1)
     evicting = chosen if plan is None else Planned(plan=plan)
     compressed = Compressing(
         model,
         evicting,
         budget,
+        store=store,
         compile=compile,
         on_progress=on_compile,
         prefill_memory=prefill_memory,
@@ -187,7 +195,8 @@ def ask(
         retained = [layer.mean_retained for layer in cache.compressed_layers]
     stats = GenerationStats(
         method=chosen.label,
-        budget=budget if isinstance(budget, (int, float)) else list(budget),
+        budget=as_json(budget),
+        store=store,
         prompt_tokens=input_ids.shape[1],
         truncated_tokens=prompt.num_truncated,
         retained_per_layer=retained,

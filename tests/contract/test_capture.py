@@ -178,18 +178,21 @@ def test_a_capture_keeps_the_windows_queries_only() -> None:
                 assert queries.untyped_storage().nbytes() == queries.nbytes
 
 
+@pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_caches_side_by_side_think_what_each_thinks_alone(family: str) -> None:
+def test_caches_side_by_side_think_what_each_thinks_alone(family: str, store: str) -> None:
     """Of several budgets, with equal and unequal heads, and one that keeps everything."""
     model = tiny.tiny_model(family)
     with routing(model), torch.no_grad():
         captured = captured_prompt(model)
         caches = [
-            captured.compress(prepared(model, method), budget)
+            captured.compress(prepared(model, method), budget, store=store)
             for method, budget in [("snapkv", 40), ("adakv", 40), ("vote", 12), ("blend", 61), ("snapkv", NUM_PROMPT)]
         ]
         new = SEQUENCE[:, NUM_PROMPT : NUM_PROMPT + 7]
-        together = model(input_ids=new.expand(len(caches), -1), past_key_values=captured.side_by_side(caches)).logits
+        together = model(
+            input_ids=new.expand(len(caches), -1), past_key_values=captured.side_by_side(caches, store)
+        ).logits
         for row, cache in zip(together, caches, strict=True):
             alone = model(input_ids=new, past_key_values=cache).logits[0]
             torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-4)

@@ -236,6 +236,7 @@ class TestAsk:
         assert set(stats) == {
             "method",
             "budget",
+            "store",
             "prompt_tokens",
             "truncated_tokens",
             "generated_tokens",
@@ -287,6 +288,14 @@ class TestAsk:
         result = call(*ASK, "--method", "snapkv", "--budget", budget, "--json")
         stats = json.loads(result.out)["stats"]
         assert stats["retained_per_layer"] == [kept or stats["prompt_tokens"]] * 3
+
+    @pytest.mark.parametrize("store", ["native", "int8", "int4"])
+    def test_bytes_and_what_they_are_held_in(self, call: Callable[..., Result], store: str) -> None:
+        result = call(*ASK, "--method", "snapkv", "--budget", "10%", "--of", "bytes", "--store", store, "--json")
+        stats = json.loads(result.out)["stats"]
+        assert (stats["budget"], stats["store"]) == ("10% of bytes", store)
+        assert 0.08 * stats["kv_nbytes_full"] < stats["kv_nbytes"] <= 0.1 * stats["kv_nbytes_full"]
+        assert (stats["retained_fraction"] > 0.15) == (store != "native")
 
     def test_options_of_the_method(self, call: Callable[..., Result]) -> None:
         result = call(*ASK, "--method", "snapkv", "--set", "window_size=16", "--set", "kernel-size=1")
@@ -406,6 +415,9 @@ class TestBadInput:
             (["--set", "profile=3"], ["profile"]),
             (["--method", "full", "--max-new-tokens", "0"], ["--max-new-tokens 0 must"]),
             (["--method", "full", "--max-new-tokens", "2048"], ["--max-new-tokens 2048", "2048 tokens"]),
+            (["--store", "int5"], ["--store 'int5' is unknown", "int8"]),
+            (["--budget", "3", "--of", "heads"], ["--of 'heads' must be tokens or bytes"]),
+            (["--budget", "3", "--of", "bytes"], ["--budget '3'", "share"]),
             (["--method", "full", "--truncate", "end"], ["--truncate 'end'", "middle"]),
             (["--method", "full", "--dtype", "int16"], ["--dtype 'int16'"]),
             (["--method", "full", "--device", "cuda:99"], ["--device 'cuda:99'"]),

@@ -87,6 +87,19 @@ class TestMethods:
         assert method.label == "compresskv"
 
 
+def test_every_store_and_the_full_cache_in_those_of_fewer_bits() -> None:
+    model, methods = tiny.tiny_model("llama"), parse_methods("methods", "full,snapkv")
+    chosen = configurations(model, methods, [24, "20kB"], stores=("native", "int4"))
+    assert [one.name for one in chosen] == [
+        "full",
+        "full int4 @ 1.0",
+        "snapkv @ 24",
+        "snapkv int4 @ 24",
+        "snapkv @ 20kB",
+        "snapkv int4 @ 20kB",
+    ]
+
+
 class TestBudgets:
     @pytest.mark.parametrize(
         ("text", "budgets"),

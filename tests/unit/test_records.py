@@ -221,7 +221,7 @@ class TestRead:
         [
             ({}, "field 'task' is missing"),
             ([], "it is a list, not an object"),
-            ({**asdict(A), "budget": "128"}, "field 'budget' is text, not a whole number or a number or null"),
+            ({**asdict(A), "budget": "128"}, "field 'budget' cannot be used"),
             ({**asdict(A), "prompt_tokens": True}, "field 'prompt_tokens' is true or false, not a whole number"),
             ({**asdict(A), "metrics": {"score": None}}, "field 'metrics[...]' is null, not a number"),
             ({**asdict(A), "prompt_tokens": 0}, "field 'prompt_tokens' is not a whole number >= 1"),

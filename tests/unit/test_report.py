@@ -332,10 +332,8 @@ def test_equal_curves_can_be_told_apart() -> None:
     """Each is wider than those drawn over it."""
     from matplotlib.figure import Figure
 
-    rows = [
-        {"series": name, "method": name, "own": False, "score": [40.0], "retained_fraction": 0.1, "num_tasks": 1}
-        for name in ("adakv", "cake", "snapkv")
-    ]
+    same = {"own": False, "store": "native", "score": [40.0], "retained_fraction": 0.1, "num_tasks": 1}
+    rows = [{"series": name, "method": name, **same} for name in ("adakv", "cake", "snapkv")]
     rows[1]["score"] = [50.0]
     lines = figures._panel(Figure().subplots(), {"rows": rows, "tasks": ["needle"]}, "score", figures._styles(rows))
     widths = {name: line.get_linewidth() for name, line in lines.items()}

@@ -124,6 +124,24 @@ class TestAware:
             assert record.kv_nbytes == nbytes < record.kv_nbytes_full == records[0].kv_nbytes
             assert record.evidence_recall == pytest.approx(sum(found) / len(found))
 
+    def test_every_store_gives_what_it_gives_alone(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        model, one = tiny.tiny_model("llama"), case()
+        methods, stores = parse_methods("methods", "full,snapkv,adakv"), ("native", "int8", "int4")
+        chosen = configurations(model, methods, ("20kB",), stores=stores)
+        records = {record.config: record for record in Runner(model, tokenizer).run(one, chosen)}
+        joined = {record.config: record for record in Runner(model, tokenizer, answers=False).run(one, chosen)}
+        for configuration in chosen[1:]:
+            record, store = records[configuration.name], configuration.store
+            with compresskv.compressing(model, configuration.method, configuration.budget or 1, store=store) as cache:
+                alone = tiny.generate(model, torch.tensor([one.prompt.input_ids]), cache, max_new_tokens=NUM_NEW)
+            assert (record.token_ids, record.store) == (alone[0].tolist(), store)
+            assert record.kv_nbytes == cache.retained_nbytes
+            assert record.kl_divergence == pytest.approx(joined[configuration.name].kl_divergence, abs=1e-4)
+        retained = [records[f"snapkv{store} @ 20kB"].retained_tokens for store in ("", " int8", " int4")]
+        assert retained == sorted(retained)
+        assert retained[0] < 0.5 * retained[2]
+        assert 0 < (records["full int8 @ 1.0"].kl_divergence or 0) < (records["full int4 @ 1.0"].kl_divergence or 0)
+
     @pytest.mark.parametrize("num_ahead", [1, 4, NUM_NEW - 1])
     @pytest.mark.parametrize("method", ["snapkv", "blend"])
     def test_looking_ahead_gives_the_answer_of_compressing(

@@ -10,7 +10,7 @@ from compresskv.errors import ConfigError
 from compresskv.evaluation.configurations import parse_budgets
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create
-from compresskv.selection.budgets import check_budget, resolve
+from compresskv.selection.budgets import in_tokens, resolve
 from compresskv.system.check import check_known, check_least
 
 FULL = "full"
@@ -46,7 +46,7 @@ class BenchConfig:
         for length in self.lengths:
             check_least("lengths", length)
         for budget in self.budgets:
-            check_budget(budget)
+            in_tokens(budget, "budgets")
         check_least("repeats", self.repeats)
         for way in self.decode or ("",):
             check_known("decode", way, (EAGER, COMPILED, INT8))
@@ -119,7 +119,8 @@ def parse_bench_budgets(text: str) -> tuple[tuple[int | float, ...], bool]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     counted = [part for part in parts if part != FULL]
-    return (parse_budgets(",".join(counted)) if counted or not parts else ()), FULL in parts
+    budgets = parse_budgets(",".join(counted)) if counted or not parts else ()
+    return tuple(in_tokens(budget, "budgets") for budget in budgets), FULL in parts
 
 
 def stages(

@@ -21,9 +21,10 @@ from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
 from compresskv.models.chunks import is_generating, lacks_what_was_read
 from compresskv.models.rotary import Rotations
-from compresskv.models.shape import compressible_layers
+from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.selection import budgets
-from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.selection.byte_budget import Costs
+from compresskv.selection.precision import NATIVE, PRECISIONS, Precision, find_precision
 from compresskv.system.memory import storage_nbytes
 
 
@@ -66,7 +67,8 @@ class CompressedCache(RoutedCache):
         """
         num_layers, precision = len(compressible_layers(model)), find_precision(store)
         rotations = Rotations(model) if method.turns_back else None
-        eviction = Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations)
+        costs = _costs(model, precision) if isinstance(budget, str) else None
+        eviction = Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs)
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         if exact_prefill is not None:
@@ -258,6 +260,18 @@ def _check_crop(layer_idx: int, layer: Any, removed: int) -> None:
         raise CacheStateError(
             f"cannot crop this cache: layer {layer_idx} ({kind}) does not keep what it would need"
         ) from error
+
+
+def _costs(model: PreTrainedModel, precision: Precision) -> Costs:
+    """What tokens take in the layers that are compressed."""
+    config, itemsize = decoder_config(model), model.dtype.itemsize
+    heads = [heads_of(config, layer_idx) for layer_idx in compressible_layers(model)]
+
+    def nbytes(one: Precision) -> int:
+        return sum(own.num_kv_heads * one.nbytes(own.head_dim, itemsize) for own in heads)
+
+    fixed = sum(own.num_kv_heads * 2 * own.head_dim for own in heads) * precision.fixed_vectors
+    return Costs(full=nbytes(PRECISIONS[NATIVE]), held=nbytes(precision), fixed=fixed)
 
 
 def layers_nbytes(layers: Sequence[Any]) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import LayerInputs, Method, Observation
 from compresskv.models.rotary import Rotations
-from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.budgets import Budget, check_budget, is_shared
+from compresskv.selection.byte_budget import Costs, find_byte_budget
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -54,7 +55,14 @@ class Eviction:
         observer: EvictionObserver | None = None,
         precision: Precision = PRECISIONS[NATIVE],
         rotations: Rotations | None = None,
+        costs: Costs | None = None,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            costs: of the model in that precision, where the budget is one of bytes.
+        """
+        self._costs = costs
         self.method = method
         self.rotations = rotations
         self.precision = precision
@@ -119,7 +127,7 @@ class Eviction:
 
     def _decide(self) -> None:
         """Cut all layers that wait."""
-        shared = isinstance(self.budget, (int, float))  # what the caller gives for each layer is not shared out again
+        shared = is_shared(self.budget)  # what the caller gives for each layer is not shared out again
         with self._observer.scoring_tokens():
             by_group = [group.decided(shared=shared) for group in self._groups]
         waiting, self._waiting = self._waiting, []
@@ -152,7 +160,12 @@ class Eviction:
     def _budgets(self, num_tokens: int) -> list[list[int]]:
         """What each layer retains of a prompt of `num_tokens`: one number, or one for each KV head."""
         if num_tokens not in self._head_budgets:
-            per_layer = self.method.resolve_budgets(self.budget, self.num_layers, num_tokens)
+            budget = self.budget
+            if isinstance(budget, str) and self._costs is not None:
+                in_bytes = find_byte_budget(budget)
+                assert in_bytes is not None
+                budget = in_bytes.tokens(num_tokens, self._costs)
+            per_layer = self.method.resolve_budgets(budget, self.num_layers, num_tokens)
             self._head_budgets[num_tokens] = per_layer
         return self._head_budgets[num_tokens]
 

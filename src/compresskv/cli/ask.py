@@ -16,6 +16,7 @@ from compresskv.cli.request import Checked, Request, with_request
 from compresskv.cli.terminal import Bar, Building, Steps, Stream, err, megabytes, new_table, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError
+from compresskv.selection.precision import NATIVE
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -87,6 +88,7 @@ def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **op
             given.question,
             method=method,
             budget=checked.budget,
+            store=given.store,
             max_new_tokens=given.max_new_tokens,
             truncate=given.truncate,
             on_text=stream,
@@ -154,9 +156,10 @@ def _cost(generation: "Generation", compile: str) -> str:
     if stats.compiled_tokens:
         speed += f" (compiled; {stats.compile_s:.1f} s of building or loading not counted)"
     cut = f" ({stats.truncated_tokens:,} cut from the middle)" if stats.truncated_tokens else ""
+    bits = "" if stats.store == NATIVE else f" in {stats.store}"
     return (
         f"[{stats.method}: {stats.prompt_tokens:,} prompt tokens{cut}, {kept:,.0f} kept per layer "
-        f"({stats.retained_fraction:.1%}); KV cache {megabytes(stats.kv_nbytes_full)} -> "
+        f"({stats.retained_fraction:.1%}){bits}; KV cache {megabytes(stats.kv_nbytes_full)} -> "
         f"{megabytes(stats.kv_nbytes)} MB; first token after {stats.time_to_first_token_s:.1f} s{speed}; "
         f"peak memory {megabytes(stats.peak_memory_nbytes)} MB; {stats.dtype}]{remark}"
     )

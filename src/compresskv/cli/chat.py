@@ -18,7 +18,9 @@ from compresskv.cli.options import (
     DtypeOption,
     MethodOption,
     ModelOption,
+    OfOption,
     ProfileOption,
+    StoreOption,
     create_methods,
 )
 from compresskv.cli.read import SESSION_BUDGET, ChunkOption, load_for_reading, read_with_bar
@@ -27,6 +29,8 @@ from compresskv.compiled.modes import check_mode
 from compresskv.errors import CompressKVError, ConfigError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
+from compresskv.selection.budgets import TOKENS, parse_budget
+from compresskv.selection.precision import NATIVE, find_precision
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -53,6 +57,8 @@ def chat(
     model: ModelOption = defaults.MODEL,
     method: MethodOption = defaults.SESSION_METHOD,
     budget: BudgetOption = SESSION_BUDGET,
+    of: OfOption = TOKENS,
+    store: StoreOption = NATIVE,
     chunk: ChunkOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 256,
     profile: ProfileOption = None,
@@ -73,18 +79,19 @@ def chat(
         check_unused(
             method=(method, defaults.SESSION_METHOD),
             budget=(budget, SESSION_BUDGET),
+            of=(of, TOKENS),
+            store=(store, NATIVE),
             chunk=(chunk, None),
             profile=(profile, None),
         )
         session = load_session(document, model, dtype, device)
     else:
-        from compresskv.selection.budgets import parse_budget
-
-        chosen, share = create_methods(method, "", None)[0], parse_budget(budget)
+        chosen, share = create_methods(method, "", None)[0], parse_budget(budget, of)
+        find_precision(store)
         text = read_document(document)
         check_request(text, "?", "never")
         loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
-        session = read_with_bar(loaded, tokenizer, text, chosen, share, chunk=chunk, document=document)
+        session = read_with_bar(loaded, tokenizer, text, chosen, share, store=store, chunk=chunk, document=document)
     _Chat(session, Path(f"{Path(document).stem}{SUFFIX}"), max_new_tokens, compile).run(_lines())
 
 

@@ -13,12 +13,15 @@ from compresskv.cli.options import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    OfOption,
     ProfileOption,
     parse_numbers,
     split_names,
 )
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, counted, err, out
+from compresskv.selection.budgets import TOKENS
+from compresskv.selection.precision import NATIVE, PRECISIONS
 
 if TYPE_CHECKING:
     from compresskv.evaluation.press_request import PressRequest
@@ -49,7 +52,13 @@ def evaluate(
             help="See 'compresskv methods'; with options: snapkv[window_size=32]. Default: all.", metavar="METHODS"
         ),
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Tokens per layer, or shares of the prompt.")] = "64,128,256",
+    budgets: Annotated[
+        str, typer.Option(help="Tokens per layer, shares of the prompt, or bytes in all layers together (3MB).")
+    ] = "64,128,256",
+    of: OfOption = TOKENS,
+    stores: Annotated[
+        str, typer.Option(help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)}.")
+    ] = NATIVE,
     model: ModelOption = defaults.MODEL,
     data: Annotated[Path | None, typer.Option(help="Folder with benchmark files.", metavar="DIR")] = None,
     haystack: Annotated[
@@ -122,15 +131,17 @@ def evaluate(
         answers=answers,
         exact_prefill=exact_prefill,
     )
-    chosen, counts = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets)
+    chosen, counts = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets, of)
+    held = parse_names("stores", stores, tuple(PRECISIONS))
     presses, in_settings = split_names(peers), parse_names("settings", settings, SETTINGS)
     request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
-    _run(config, chosen, request, output, profile, as_json=as_json)
+    _run(config, chosen, held, request, output, profile, as_json=as_json)
 
 
 def _run(
     config: "EvaluationConfig",
     methods: "dict[str, Method]",
+    stores: tuple[str, ...],
     request: "PressRequest",
     output: Path,
     profile: Path | None,
@@ -150,7 +161,7 @@ def _run(
     config.check_folder(output, request.model)
     with Bar() as bar:
         loaded, tokenizer = load(request.model, dtype=request.dtype, device=request.device, on_progress=bar)
-        prepared = configurations(loaded, methods, request.budgets, request.settings, profile)
+        prepared = configurations(loaded, methods, request.budgets, request.settings, profile, stores)
         with Evaluation(loaded, tokenizer, config, output) as evaluation:
             try:
                 evaluation.run(prepared, bar)

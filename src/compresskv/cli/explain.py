@@ -72,14 +72,14 @@ def _report(checked: Checked, evidence: list[str], max_new_tokens: int) -> "Repo
     if evidence and not text.evidence:
         err.print("compresskv: none of the evidence is left in the prompt: it was cut out of the document's middle")
     explanations = tuple(
-        _explanation(loaded, tokenizer, prompt.input_ids, one, checked.budget, max_new_tokens) for one in methods
+        _explanation(loaded, tokenizer, prompt.input_ids, one, checked, max_new_tokens) for one in methods
     )
     name = _shown_name(given.document)
     return Report(given.model, name, given.question, prompt.num_truncated, text, explanations)
 
 
 def _explanation(
-    loaded: Any, tokenizer: Any, input_ids: Any, method: "Method", budget: int | float, max_new_tokens: int
+    loaded: Any, tokenizer: Any, input_ids: Any, method: "Method", checked: Checked, max_new_tokens: int
 ) -> "Explanation":
     from compresskv.explain.retention import explain as read
 
@@ -90,7 +90,8 @@ def _explanation(
             tokenizer,
             input_ids,
             method,
-            budget,
+            checked.budget,
+            store=checked.request.store,
             max_new_tokens=max_new_tokens,
             on_prefill=steps.reading,
             on_token=steps.answering,

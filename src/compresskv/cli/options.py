@@ -10,6 +10,7 @@ import typer
 from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
+from compresskv.selection.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from compresskv.methods.base import Method
@@ -21,7 +22,20 @@ ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP, metavar="MODEL")]
 MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].")]
 BudgetOption = Annotated[
-    str, typer.Option(help=f"Tokens kept per layer ({defaults.BUDGET}) or share of the prompt (0.03, 3%).")
+    str,
+    typer.Option(
+        help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), or bytes in all (3MB)."
+    ),
+]
+OfOption = Annotated[
+    str, typer.Option("--of", help="What a share is of: the prompt's 'tokens', or the full cache's 'bytes'.")
+]
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)} (docs/stores.md).",
+        metavar="STORE",
+    ),
 ]
 TruncateOption = Annotated[
     str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")

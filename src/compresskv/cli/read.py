@@ -15,8 +15,10 @@ from compresskv.cli.options import (
     JsonOption,
     MethodOption,
     ModelOption,
+    OfOption,
     ProfileOption,
     SettingsOption,
+    StoreOption,
     check_writable,
     create_methods,
 )
@@ -25,6 +27,8 @@ from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import ConfigError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
+from compresskv.selection.budgets import TOKENS, parse_budget
+from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.header import is_session
 
 if TYPE_CHECKING:
@@ -57,6 +61,8 @@ def read(
     model: ModelOption = defaults.MODEL,
     method: MethodOption = defaults.SESSION_METHOD,
     budget: BudgetOption = SESSION_BUDGET,
+    of: OfOption = TOKENS,
+    store: StoreOption = NATIVE,
     chunk: ChunkOption = None,
     profile: ProfileOption = None,
     settings: SettingsOption = None,
@@ -68,8 +74,6 @@ def read(
 
     The file is asked by `compresskv ask` and `compresskv chat`, as often as you like. It holds the document's text.
     """
-    from compresskv.selection.budgets import parse_budget
-
     for document in documents:
         if names_session(document):
             raise ConfigError("is a session: it was read before, ask it", option="documents", value=document)
@@ -78,14 +82,15 @@ def read(
     for place in places:
         _check_place(place)
     chosen = create_methods(method, "", settings)[0]
-    share = parse_budget(budget)
+    share = parse_budget(budget, of)
+    find_precision(store)
     texts = [read_document(document) for document in documents]
     for text in texts:
         check_request(text, "?", "never")
     loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
     told = []
     for document, text, place in zip(documents, texts, places, strict=True):
-        session = read_with_bar(loaded, tokenizer, text, chosen, share, chunk=chunk, document=document)
+        session = read_with_bar(loaded, tokenizer, text, chosen, share, store=store, chunk=chunk, document=document)
         session.save(place)
         told.append({**session.facts.to_dict(), "file": str(place), "file_nbytes": place.stat().st_size})
         if not as_json:
@@ -100,8 +105,9 @@ def read_with_bar(
     tokenizer: Any,
     text: str,
     method: "Method",
-    budget: int | float,
+    budget: int | float | str,
     *,
+    store: str = NATIVE,
     chunk: int | None = None,
     document: str = "-",
 ) -> "Session":
@@ -116,6 +122,7 @@ def read_with_bar(
             text,
             method=method,
             budget=budget,
+            store=store,
             chunk=chunk,
             name=name,
             on_read=lambda done, steps: bar(f"reading {name}", done / steps),

@@ -17,14 +17,18 @@ from compresskv.cli.options import (
     JsonOption,
     MethodOption,
     ModelOption,
+    OfOption,
     ProfileOption,
     SettingsOption,
+    StoreOption,
     TruncateOption,
     create_methods,
 )
 from compresskv.cli.terminal import Bar
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
+from compresskv.selection.budgets import TOKENS, parse_budget
+from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.check import check_least
 
 if TYPE_CHECKING:
@@ -40,6 +44,8 @@ class Request:
     model: ModelOption = defaults.MODEL
     method: MethodOption = defaults.METHOD
     budget: BudgetOption = str(defaults.BUDGET)
+    of: OfOption = TOKENS
+    store: StoreOption = NATIVE
     compare: Annotated[str, typer.Option(help="More methods beside it, separated by commas.", metavar="METHODS")] = ""
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128
     truncate: TruncateOption = "never"
@@ -79,10 +85,9 @@ class Request:
         Raises:
             CompressKVError: anything that can be found wrong without the model.
         """
-        from compresskv.selection.budgets import parse_budget
-
         check_least("max_new_tokens", self.max_new_tokens, least_tokens)
-        budget = parse_budget(self.budget)
+        budget = parse_budget(self.budget, self.of)
+        find_precision(self.store)
         methods = create_methods(self.method, self.compare, self.settings)
         if self.profile is not None:
             from compresskv.profiles.profile import read_profile
@@ -99,7 +104,7 @@ class Checked:
 
     request: Request
     context: str
-    budget: int | float
+    budget: int | float | str
     methods: "list[Method]"
 
     def load(self) -> "tuple[Any, Any, list[Method]]":

@@ -11,7 +11,8 @@ from compresskv.methods import registry
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
-from compresskv.selection.budgets import parse_budget
+from compresskv.selection.budgets import TOKENS, SharedBudget, parse_budget
+from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
 
 FULL = "full"
@@ -33,27 +34,33 @@ def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]
     return names
 
 
-def parse_budgets(text: str) -> tuple[int | float, ...]:
-    """'64,128,3%' as budgets.
+def parse_budgets(text: str, of: str = TOKENS) -> tuple[SharedBudget, ...]:
+    """'64,128,3%' as budgets, or '3MB' in bytes.
 
+    Args:
+        of: what shares are of; see `parse_budget`.
     Raises:
         ConfigError: one is none, or there is none.
     """
-    parsed = [parse_budget(part) for part in text.split(",") if part.strip()]
+    parsed = [parse_budget(part, of) for part in text.split(",") if part.strip()]
     budgets = tuple({repr(budget): budget for budget in parsed}.values())  # 1 token and 100 % are equal as numbers
     if not budgets:
-        raise ConfigError("names no budget: give counts (128) or shares (3%)", option="budgets", value=text)
+        problem = "names no budget: give counts (128), shares (3%) or bytes (3MB)"
+        raise ConfigError(problem, option="budgets", value=text)
     return budgets
 
 
 def configurations(
     model: PreTrainedModel,
     methods: dict[str, Method],
-    budgets: Sequence[int | float],
+    budgets: Sequence[SharedBudget],
     settings: Sequence[str] = SETTINGS[:1],
     profile: Profile | str | Path | None = None,
+    stores: Sequence[str] = (NATIVE,),
 ) -> list[Configuration]:
-    """The full cache, and every other method at every budget in every setting.
+    """The full cache, and every other method at every budget in every setting and store.
+
+    The full cache in stores of fewer bits is among them where 'full' is among the methods.
 
     Raises:
         ProfileError: a method needs a profile and the model has none.
@@ -68,10 +75,12 @@ def configurations(
         if method.lookahead and "agnostic" in settings:
             problem = "looks ahead, which in the setting 'agnostic' is at the question"
             raise ConfigError(problem, option="methods", value=name)
-    full = Configuration(FULL, registry.create(FULL), None)
-    return [full] + [
-        Configuration(name, method, budget, setting)
+    keeps_all = registry.create(FULL)
+    whole = [Configuration(FULL, keeps_all, 1.0, store=store) for store in stores if store != NATIVE]
+    return [Configuration(FULL, keeps_all, None), *(whole if FULL in methods else [])] + [
+        Configuration(name, method, budget, setting, store)
         for setting in settings
         for budget in budgets
+        for store in stores
         for name, method in prepared.items()
     ]

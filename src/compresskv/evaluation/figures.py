@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compresskv.selection.budgets import budget_order
+from compresskv.selection.precision import NATIVE
 from compresskv.system.drawing import COLOURS, MARKERS, new_figure, save_figure
 
 _COLOURS = (*COLOURS, "#000000")
@@ -59,7 +61,7 @@ def _curves(panels: Sequence[tuple[dict[str, Any], str, str]], styles: dict[str,
         axes = figure.add_subplot(num_rows, num_columns, at)
         known.update(_panel(axes, table, key, styles))
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("share of the cache retained, %")
+        axes.set_xlabel("share of the cache's bytes, %" if _in_bytes(table) else "share of the cache retained, %")
     order = [label for label in ("full", *styles) if label in known]
     lines = [known[label] for label in order]
     style = {"ncols": num_legend, "frameon": False, "fontsize": 9, "handlelength": 3}
@@ -81,11 +83,10 @@ def _panel(axes: Any, table: dict[str, Any], key: str, styles: dict[str, dict[st
     lines: dict[str, Any] = {}
     scale = 1 if key == "kl_divergence" else 100
     rows = [row for row in table["rows"] if row[key] is not None and row["num_tasks"] == len(table["tasks"])]
-    _log_axis(axes, [100 * row["retained_fraction"] for row in rows if row["series"] in styles])
+    held = "kv_fraction" if _in_bytes(table) else "retained_fraction"
+    _log_axis(axes, [100 * row[held] for row in rows if row["series"] in styles])
     curves = {
-        series: sorted(
-            (100 * row["retained_fraction"], scale * _mean(row[key])) for row in rows if row["series"] == series
-        )
+        series: sorted((100 * row[held], scale * _mean(row[key])) for row in rows if row["series"] == series)
         for series in styles
     }
     ahead = list(filter(None, curves.values()))
@@ -121,7 +122,7 @@ def _heat_maps(maps: Sequence[dict[str, Any]], series: Sequence[str], path: Path
     """A grid of maps, depth over length: a row for each budget, a column for each method, the full cache first."""
     columns = [one for one in ("full", *series) if any(found["series"] == one for found in maps)]
     budgets = list(dict.fromkeys(one["budget"] for one in maps if one["budget"] is not None)) or [None]
-    budgets.sort(key=lambda budget: (isinstance(budget, int), budget or 0))
+    budgets.sort(key=budget_order)
     figure = new_figure(max(4.0, 1.1 * len(columns) + 1.6), 1.5 * len(budgets) + 1.1)
     grid = figure.subplots(len(budgets), len(columns), squeeze=False, sharex=True, sharey=True)
     images = []
@@ -155,9 +156,10 @@ def _heat_map(axes: Any, found: dict[str, Any]) -> Any:
     return image
 
 
-def _label_row(row: Sequence[Any], budget: float | None) -> None:
+def _label_row(row: Sequence[Any], budget: float | str | None) -> None:
     if budget is not None:
-        text = f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:g} %"
+        text = f"{budget} tokens" if isinstance(budget, int) else budget
+        text = text if isinstance(text, str) else f"{100 * text:g} %"
         row[-1].annotate(text, (1.04, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=9)
 
 
@@ -175,6 +177,11 @@ def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "zorder": 3 if own[series] else 2,
         }
     return styles
+
+
+def _in_bytes(table: dict[str, Any]) -> bool:
+    """Whether rows hold numbers in different numbers of bits, so that tokens do not tell what they hold."""
+    return any(row["store"] != NATIVE for row in table["rows"])
 
 
 def _compressed(table: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from compresskv.evaluation.records import SETTINGS, config_name
 from compresskv.peers.presses import check_presses, method_name
-from compresskv.selection.budgets import check_budget
+from compresskv.selection.budgets import SharedBudget, check_budget, in_tokens
 from compresskv.system.check import check_known
 
 BUDGET_UNITS = ("tokens", "bytes")
@@ -33,7 +33,7 @@ class PressRequest:
     model: str
     cases: tuple[PressCase, ...]
     presses: tuple[str, ...]
-    budgets: tuple[int | float, ...]
+    budgets: tuple[SharedBudget, ...]
     """Counts of tokens, or fractions of what is compressed: the prompt, or in the agnostic setting its context."""
     settings: tuple[str, ...] = ("aware",)
     dtype: str | None = None
@@ -46,6 +46,8 @@ class PressRequest:
         check_presses(self.presses)
         for budget in self.budgets:
             check_budget(budget)
+            if self.presses:
+                in_tokens(budget, "budgets")
         for setting in self.settings:
             check_known("settings", setting, SETTINGS)
         check_known("peer_budget", self.peer_budget, BUDGET_UNITS)
@@ -53,7 +55,7 @@ class PressRequest:
     def configs(self) -> dict[str, tuple[str, str, int | float]]:
         """(setting, press, budget) of every configuration, by the name that its records have."""
         return {
-            config_name(method_name(press), budget, setting): (setting, press, budget)
+            config_name(method_name(press), budget, setting): (setting, press, in_tokens(budget, "budgets"))
             for setting in self.settings
             for press in self.presses
             for budget in self.budgets

@@ -9,6 +9,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from compresskv.errors import DataError
+from compresskv.selection.precision import NATIVE
 from compresskv.system.convert import convert
 from compresskv.system.files import write_text
 from compresskv.system.jsonl_log import JsonlLog, parse_line, split_lines
@@ -28,8 +29,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The example's id: unique within the task."""
     method: str
     """A method's name or, for settings of one's own, its label ('snapkv[window_size=32]'), or 'kvpress:SnapKVPress'."""
-    budget: int | float | None
-    """As asked for: a count of tokens or a fraction; None for the full cache."""
+    budget: int | float | Annotated[str, msgspec.Meta(pattern="B$|bytes$")] | None
+    """As asked for: a count of tokens, a fraction or bytes; None for the full cache."""
     setting: str
     """'aware': the question was in the prompt when tokens were chosen; 'agnostic': it came after."""
     prompt_sha256: str
@@ -61,6 +62,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The generated tokens."""
     meta: dict[str, Any] = msgspec.field(default_factory=dict)
     """The example's: length, depth, ..."""
+    store: str = NATIVE
+    """In how many bits a number what is kept is held; see `compressing`."""
     seed: int = 0
     versions: dict[str, str] = msgspec.field(default_factory=dict)
     """compresskv, torch, transformers, python, the model's name and dtype; how it was read: 'prefill', where noted."""
@@ -68,7 +71,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def config(self) -> str:
         """What tables call it: 'full', 'snapkv @ 128'."""
-        return config_name(self.method, self.budget, self.setting)
+        return config_name(self.method, self.budget, self.setting, self.store)
 
     @property
     def retained_fraction(self) -> float:
@@ -90,9 +93,10 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return convert(row, cls)
 
 
-def config_name(method: str, budget: int | float | None, setting: str) -> str:
-    """What tables call a configuration: 'full', 'snapkv @ 128', 'snapkv @ 0.03 (agnostic)'."""
-    name = method if budget is None else f"{method} @ {budget}"
+def config_name(method: str, budget: int | float | str | None, setting: str, store: str = NATIVE) -> str:
+    """What tables call a configuration: 'full', 'snapkv @ 128', 'snapkv int8 @ 0.03 (agnostic)'."""
+    name = method if store == NATIVE else f"{method} {store}"
+    name = name if budget is None else f"{name} @ {budget}"
     return name if setting == "aware" else f"{name} ({setting})"
 
 

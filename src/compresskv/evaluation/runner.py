@@ -27,6 +27,7 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, decode_one_token, prefill
 from compresskv.models.place import devices_of, input_device
 from compresskv.plans.capture import CapturedPrompt
+from compresskv.selection.precision import NATIVE
 from compresskv.system.clock import now
 
 __all__ = ["SETTINGS", "Case", "Configuration", "Runner"]
@@ -39,15 +40,17 @@ class Configuration:
     label: str
     """The method's name, with the options that differ from its defaults: 'snapkv[window_size=32]'."""
     method: Method
-    budget: int | float | None
+    budget: int | float | str | None
     """None for the full cache."""
     setting: str = "aware"
     """'agnostic': the document is read and compressed before the question comes."""
+    store: str = NATIVE
+    """In how many bits a number what is kept is held; see `compressing`."""
 
     @property
     def name(self) -> str:
         """What tables call it, and what tells it from the others of a run."""
-        return config_name(self.label, self.budget, self.setting)
+        return config_name(self.label, self.budget, self.setting, self.store)
 
     @property
     def profile_digest(self) -> str | None:
@@ -156,8 +159,12 @@ class _Reading:
             for one in configurations
             if one.budget is not None and one.setting == "aware" and not one.method.lookahead and not runner.answers
         ]
+        plain.sort(key=lambda one: one.store)
         cut = [self._cut(one, captured, []) for one in plain]
-        near = fidelities(runner.model, captured, [cache for cache, *_ in cut], full)
+        near: list[Fidelity | None] = []
+        for store in dict.fromkeys(one.store for one in plain):
+            own = [cache for one, (cache, *_) in zip(plain, cut, strict=True) if one.store == store]
+            near += fidelities(runner.model, captured, own, full, store)
         return {
             one.name: self._filled(one, self._measured(cache, captured, select_s) | _nearness(own))
             for one, (cache, select_s, _), own in zip(plain, cut, near, strict=True)
@@ -172,7 +179,7 @@ class _Reading:
         """
         assert configuration.budget is not None
         timer, start = EvictionTimer(*self._devices), self._now()
-        cache = captured.compress(configuration.method, configuration.budget, timer)
+        cache = captured.compress(configuration.method, configuration.budget, timer, configuration.store)
         adopted = self._now()
         for token in ahead:
             decode_one_token(self._runner.model, token, cache)
@@ -228,6 +235,7 @@ class _Reading:
             method=configuration.label,
             budget=configuration.budget,
             setting=configuration.setting,
+            store=configuration.store,
             prompt_sha256=case.prompt.sha256,
             prompt_tokens=len(case.prompt.input_ids),
             truncated_tokens=case.prompt.num_truncated,

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ConfigError, DataError
-from compresskv.evaluation.records import Record, read_run
+from compresskv.evaluation.records import Record, config_name, read_run
 from compresskv.evaluation.statistics import macro_interval, macro_paired_difference
 from compresskv.methods.registry import methods
+from compresskv.selection.budgets import budget_order
 from compresskv.system.check import suggestion
 
 _SAME_BYTES = 1.1
@@ -31,6 +32,7 @@ _MEANS: dict[str, Callable[[Record], float | None]] = {
     "top1_agreement": lambda record: record.top1_agreement,
     "retained_fraction": lambda record: record.retained_fraction,
     "kv_nbytes": lambda record: record.kv_nbytes,
+    "kv_fraction": lambda record: record.kv_nbytes / record.kv_nbytes_full,
     "seconds": lambda record: _sum(record.select_s, record.decode_s),
 }
 
@@ -135,13 +137,13 @@ def _table(name: str, cells: dict[str, dict[str, Cases]], own: frozenset[str]) -
         config: {task: cases[config] for task, cases in cells.items() if config in cases} for config in configs
     }
     rows = [_row(config, tasks, own) for config, tasks in by_config.items()]
-    rows.sort(key=lambda row: (_place(row["budget"]), row["setting"], -_mean(row), row["config"]))
+    rows.sort(key=lambda row: (budget_order(row["budget"]), row["setting"], -_mean(row), row["config"]))
     scores = {
         config: {task: _scores(records) for task, records in tasks.items()} for config, tasks in by_config.items()
     }
     for row in rows:
         rivals = [one for one in rows if _rival(one, row) and one["num_tasks"] == len(cells)]
-        full = [one for one in rows if one["method"] == "full" and row["method"] != "full"]
+        full = [one for one in rows if _is_reference(one) and not _is_reference(row)]
         full.sort(key=lambda one: one["setting"] != row["setting"])  # stable: the row's own setting if there is one
         baselines = [one for one in rivals if not one["own"] and row["own"]]
         baseline = max(baselines, key=_mean, default=None)
@@ -160,9 +162,10 @@ def _row(config: str, tasks: dict[str, Cases], own: frozenset[str]) -> Row:
     return {
         "config": config,
         "method": first.method,
-        "series": first.method if first.setting == "aware" else f"{first.method} ({first.setting})",
+        "series": config_name(first.method, None, first.setting, first.store),
         "budget": first.budget,
         "setting": first.setting,
+        "store": first.store,
         "own": first.method.partition("[")[0] in own,
         "num_tasks": len(tasks),
         "num_cases": sum(map(len, records)),
@@ -172,13 +175,23 @@ def _row(config: str, tasks: dict[str, Cases], own: frozenset[str]) -> Row:
 
 
 def _rival(one: Row, row: Row) -> bool:
-    """Whether `one` may be compared with `row`: compressed to the same budget in the same setting, without more bytes.
+    """Whether `one` may be compared with `row`: compressed in the same setting to the same budget or, in another store,
+    to as many bytes; and never to more of them.
 
     Presses that mask without freeing hold the full cache at every budget.
     """
-    same = (str(one["budget"]), one["setting"]) == (str(row["budget"]), row["setting"])
-    fair: bool = one["kv_nbytes"] <= _SAME_BYTES * row["kv_nbytes"]
-    return same and fair and one["method"] != "full" and one["score"] is not None
+    fair = one["kv_nbytes"] <= _SAME_BYTES * row["kv_nbytes"]
+    if one["store"] == row["store"]:
+        same = str(one["budget"]) == str(row["budget"])
+    else:
+        same = _SAME_BYTES * one["kv_nbytes"] >= row["kv_nbytes"]
+    counts: bool = same and fair and one["setting"] == row["setting"]
+    return counts and one["method"] != "full" and one["score"] is not None
+
+
+def _is_reference(row: Row) -> bool:
+    """Whether it is the full cache as the model computes it."""
+    return row["method"] == "full" and row["budget"] is None
 
 
 def _scores(cases: Cases) -> dict[CaseKey, float]:
@@ -218,19 +231,12 @@ def _heat_map(task: str, config: str, cases: Cases) -> dict[str, Any]:
     return {
         "task": task,
         "config": config,
-        "series": first.method if first.setting == "aware" else f"{first.method} ({first.setting})",
+        "series": config_name(first.method, None, first.setting, first.store),
         "budget": first.budget,
         "depths": depths,
         "lengths": lengths,
         "scores": [[means.get((depth, length)) for length in lengths] for depth in depths],
     }
-
-
-def _place(budget: float | None) -> tuple[int, float]:
-    """Order of budgets: none, fractions, counts of tokens."""
-    if budget is None:
-        return 0, 0.0
-    return (2 if isinstance(budget, int) else 1), budget
 
 
 def _mean(row: Row) -> float:

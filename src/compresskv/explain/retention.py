@@ -16,7 +16,8 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import decode
 from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
-from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.budgets import Budget, as_json, check_budget
+from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
@@ -100,12 +101,14 @@ class Explanation:
     """What one method kept of a prompt, and what it answered from that."""
 
     method: str
-    budget: int | float | list[int]
+    budget: int | float | str | list[int]
     retention: Retention
     kv_nbytes_full: int
     kv_nbytes: int
     answer: str | None
     """None where none was asked for."""
+    store: str = NATIVE
+    """In how many bits a number it is held; see `compressing`."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -116,6 +119,7 @@ class Explanation:
         return {
             "method": self.method,
             "budget": self.budget,
+            "store": self.store,
             "retained_fraction": self.retention.fraction,
             "kv_nbytes_full": self.kv_nbytes_full,
             "kv_nbytes": self.kv_nbytes,
@@ -157,6 +161,7 @@ def explain(
     method: Method,
     budget: Budget,
     *,
+    store: str = NATIVE,
     max_new_tokens: int = 0,
     on_prefill: Callable[[int, int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
@@ -164,6 +169,7 @@ def explain(
     """Read a prompt (1, T), note what each layer keeps, and answer where `max_new_tokens` is above 0.
 
     Args:
+        store: as for `compressing`.
         on_prefill: called with (layers done, layers) while the prompt is read.
         on_token: called with each token of the answer as it comes.
     Raises:
@@ -172,15 +178,14 @@ def explain(
     check_budget(budget)
     if method.lookahead:
         raise ConfigError(f"lookahead={method.lookahead} cannot be explained: nothing is evicted before the answer")
-    with Compressing(model, method, budget, on_layer=on_prefill) as cache:
+    with Compressing(model, method, budget, on_layer=on_prefill, store=store) as cache:
         logits = read_prompt(model, input_ids[0].tolist(), cache)
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes
         answer = None
         if max_new_tokens > 0:
             token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens, on_token)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    shown = budget if isinstance(budget, (int, float)) else list(budget)
-    return Explanation(method.name, shown, retention, full_nbytes, kv_nbytes, answer)
+    return Explanation(method.name, as_json(budget), retention, full_nbytes, kv_nbytes, answer, store)
 
 
 def prompt_text(

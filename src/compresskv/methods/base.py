@@ -248,8 +248,9 @@ class Method:
 
     def resolve_budgets(self, budget: budgets.Budget, num_layers: int, num_tokens: int) -> list[list[int]]:
         """`head_budgets` or `given_budgets`, as the caller's `budget` asks for."""
-        if isinstance(budget, (int, float)):
+        if isinstance(budget, (int, float)):  # bytes have become tokens
             return self.head_budgets(budgets.resolve(budget, num_tokens), num_layers, num_tokens)
+        assert not isinstance(budget, str)
         return [[count] for count in self.given_budgets(budget, num_tokens)]
 
     def reads_layer(self, layer_idx: int) -> bool:

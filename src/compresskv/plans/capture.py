@@ -22,6 +22,7 @@ from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
 from compresskv.plans.replay import NUM_SINKS, Replayed, replay
 from compresskv.selection.budgets import Budget
+from compresskv.selection.precision import NATIVE
 from compresskv.selection.replay import largest_attention
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -110,9 +111,11 @@ class CapturedPrompt:
             self._replayed = replay(self._model, self.cache, self.input_ids)
         return self._replayed
 
-    def compress(self, method: Method, budget: Budget, observer: EvictionObserver | None = None) -> CompressedCache:
-        """The cache that `compressing` would hold after reading the same prompt."""
-        cache = CompressedCache(self._model, method, budget, observer=observer)
+    def compress(
+        self, method: Method, budget: Budget, observer: EvictionObserver | None = None, store: str = NATIVE
+    ) -> CompressedCache:
+        """The cache that `compressing` would hold after reading the same prompt, in that store."""
+        cache = CompressedCache(self._model, method, budget, observer=observer, store=store)
         self.fill(cache)
         return cache
 
@@ -130,9 +133,13 @@ class CapturedPrompt:
                 cache.layers[layer_idx] = source
 
     @torch.no_grad()
-    def side_by_side(self, caches: Sequence[CompressedCache]) -> CompressedCache:
-        """What each of `caches`, cut from this prompt, retains, as the rows of one: a pass then serves them all."""
-        cache = CompressedCache(self._model, create("full"), 1)
+    def side_by_side(self, caches: Sequence[CompressedCache], store: str = NATIVE) -> CompressedCache:
+        """What each of `caches`, cut from this prompt, retains, as the rows of one: a pass then serves them all.
+
+        Args:
+            store: of them all.
+        """
+        cache = CompressedCache(self._model, create("full"), 1, store=store)
         for layer_idx, source in enumerate(self.cache.branch().layers):
             if isinstance(source, WindowLayer):
                 keys, values = (states.expand(len(caches), -1, -1, -1) for states in source.stored())

@@ -23,6 +23,7 @@ from compresskv.plans.capture import read_prompt
 from compresskv.plans.plan import LayerPlan, Plan, prompt_digest
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
+from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
 
 
@@ -60,6 +61,7 @@ def make_plan(
     budget: Budget = defaults.BUDGET,
     *,
     profile: Profile | str | Path | None = None,
+    store: str = NATIVE,
     prefill_memory: PrefillMemory = AUTO,
     on_layer: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -72,7 +74,8 @@ def make_plan(
 
     Args:
         token_ids: the prompt's.
-        method, budget, profile, prefill_memory, options: as for `compressing`.
+        method, budget, profile, store, prefill_memory, options: as for `compressing`; the store tells how many tokens
+            bytes are.
         on_layer: called with (layers done, layers).
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`; or the method looks ahead.
@@ -84,7 +87,7 @@ def make_plan(
     if chosen.lookahead:
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
     with routing(model):
-        cache = PlanningCache(model, chosen, budget, prefill_memory=prefill_memory, on_layer=on_layer)
+        cache = PlanningCache(model, chosen, budget, prefill_memory=prefill_memory, on_layer=on_layer, store=store)
         read_prompt(model, token_ids, cache)
     own = getattr(chosen, "profile", None)
     return Plan(
@@ -92,7 +95,7 @@ def make_plan(
         num_prompt_tokens=len(token_ids),
         prompt_sha256=prompt_digest(token_ids),
         method=chosen.label,
-        budget=budget if isinstance(budget, (int, float)) else tuple(budget),
+        budget=budget if isinstance(budget, (int, float, str)) else tuple(budget),
         profile=None if own is None else own.digest,
         layers=tuple(_layer_plan(layer, chosen.window_size) for layer in cache.compressed_layers),
         versions={name: version(name) for name in ("compresskv", "torch", "transformers")},

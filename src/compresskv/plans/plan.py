@@ -71,7 +71,7 @@ class Plan:
     """Stands for the prompt's token ids; see `prompt_digest`."""
     method: str
     """Name and the options that differ from its defaults."""
-    budget: int | float | tuple[int, ...]
+    budget: int | float | str | tuple[int, ...]
     profile: str | None
     """Digest of the method's profile."""
     layers: tuple[LayerPlan, ...]

@@ -5,11 +5,18 @@ A budget `b` is a number of tokens retained per KV head per layer, window includ
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 from compresskv.errors import ConfigError
+from compresskv.selection.byte_budget import OF_BYTES, find_byte_budget
 
-Budget = int | float | Sequence[int]
-"""A count of tokens (256), a fraction of the prompt (0.03), or one count a layer ([64, 128, ...])."""
+Budget = int | float | str | Sequence[int]
+"""A count of tokens (256), a fraction of the prompt (0.03), bytes as text ('3MB', '5% of bytes'), or one count a layer
+([64, 128, ...])."""
+SharedBudget = int | float | str
+"""One for all layers."""
+TOKENS, BYTES = "tokens", "bytes"
+"""What a share on the command line may be of."""
 
 
 def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
@@ -18,11 +25,16 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     Args:
         num_layers: the model's full-attention layers, where the model is known.
     Raises:
-        ConfigError: not one count for each of `num_layers`, below 1 token, a fraction outside (0, 1], or neither a
-            number nor a sequence of whole numbers.
+        ConfigError: not one count for each of `num_layers`, below 1 token, a fraction outside (0, 1], text that names
+            no bytes, or neither a number nor a sequence of whole numbers.
             NumPy's and PyTorch's numbers are refused, so that a budget has one type in results and in JSON.
     """
-    if isinstance(budget, (bool, str, bytes, bytearray)) or not isinstance(budget, (int, float, Sequence)):
+    if isinstance(budget, str):
+        if find_byte_budget(budget) is None:
+            problem = "is text, and names no bytes ('3MB', '5% of bytes'): give tokens as a number"
+            raise ConfigError(problem, option="budget", value=budget)
+        return budget
+    if isinstance(budget, (bool, bytes, bytearray)) or not isinstance(budget, (int, float, Sequence)):
         shown = " ".join(repr(budget).split())  # arrays print on several lines
         raise ConfigError(
             f"budget={shown} is a {type(budget).__name__}: give tokens as int(...), a fraction of the prompt as "
@@ -50,13 +62,60 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     return budget
 
 
-def parse_budget(text: str) -> int | float:
-    """Read a budget as people type it: '256', '0.03' or '3%'.
+def in_tokens(budget: SharedBudget, option: str = "budget") -> int | float:
+    """Return `budget` unchanged where it says by itself how many tokens it is.
 
+    Raises:
+        ConfigError: as `check_budget`; or it is in bytes.
+    """
+    check_budget(budget)
+    if isinstance(budget, str):
+        raise ConfigError("is in bytes: give tokens, or a share of the prompt", option=option, value=budget)
+    return budget
+
+
+def budget_order(budget: SharedBudget | None) -> tuple[int, float]:
+    """By which budgets are sorted: none, fractions, counts of tokens, shares of bytes, bytes."""
+    if budget is None:
+        return 0, 0.0
+    if isinstance(budget, str):
+        found = find_byte_budget(budget)
+        assert found is not None
+        return (3, found.share) if found.share else (4, found.count or 0)
+    return (2 if isinstance(budget, int) else 1), budget
+
+
+def is_shared(budget: Budget) -> bool:
+    """Whether it is one for all layers, which a method may share out among them."""
+    return isinstance(budget, (int, float, str))
+
+
+def as_json(budget: Budget) -> int | float | str | list[int]:
+    """The same in one of JSON's types."""
+    return budget if isinstance(budget, (int, float, str)) else list(budget)
+
+
+def parse_budget(text: str, of: str = TOKENS) -> int | float | str:
+    """Read a budget as people type it: '256', '0.03', '3%', or '3MB'.
+
+    Args:
+        of: what a share is of: the prompt's tokens, or the bytes of its full cache.
     Raises:
         ConfigError: not one of these, or out of range; with the value as it was typed.
     """
+    if of not in (TOKENS, BYTES):
+        raise ConfigError(f"must be {TOKENS} or {BYTES}", option="of", value=of)
     text = text.strip()
+    if (in_bytes := find_byte_budget(text)) is not None:
+        return in_bytes.text
+    if of == BYTES:
+        in_bytes = None
+        with suppress(ConfigError):  # which would name it with the words put behind it
+            in_bytes = find_byte_budget(f"{text} {OF_BYTES}")
+        if in_bytes is None:
+            problem = f"is no share (3%): with of={BYTES}, it is one of the full cache's bytes"
+            raise ConfigError(problem, option="budget", value=text)
+        return in_bytes.text
     try:
         if text.endswith("%"):
             value: int | float = float(text[:-1]) / 100
@@ -64,7 +123,9 @@ def parse_budget(text: str) -> int | float:
             value = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise ConfigError(
-            "is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%", option="budget", value=text
+            "is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%, or bytes (3MB)",
+            option="budget",
+            value=text,
         ) from None
     try:
         check_budget(value)

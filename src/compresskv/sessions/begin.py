@@ -24,7 +24,7 @@ from compresskv.plans.plan import prompt_digest
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import context_length
 from compresskv.prompts.turns import first_part
-from compresskv.selection.budgets import Budget, check_budget
+from compresskv.selection.budgets import Budget, as_json, check_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import read_session
@@ -81,7 +81,7 @@ def read(
         fingerprint=str(fingerprint(model)),
         names=() if name is None else (name,),
         method=chosen.label,
-        budget=budget if isinstance(budget, (int, float)) else list(budget),
+        budget=as_json(budget),
         profile=None if own is None else own.digest,
         num_tokens=len(part.input_ids),
         sha256=prompt_digest(part.input_ids),

@@ -16,7 +16,7 @@ class Facts:
     """Of the documents, as far as they have any."""
     method: str
     """Name and the options that differ from its defaults."""
-    budget: int | float | list[int]
+    budget: int | float | str | list[int]
     profile: str | None
     """Digest of the method's profile."""
     num_tokens: int

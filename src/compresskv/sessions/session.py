@@ -180,6 +180,7 @@ class Session:
         stats = GenerationStats(
             method=self.facts.method,
             budget=self.facts.budget,
+            store=self.facts.store,
             prompt_tokens=cache.get_seq_length() - num_said,
             truncated_tokens=0,
             retained_per_layer=[layer.num_retained - num_said for layer in cache.compressed_layers],

@@ -1,0 +1,66 @@
+"""Budgets in bytes: what all full-attention layers together may hold of a prompt, and how many tokens that is."""
+
+import re
+from dataclasses import dataclass
+
+from compresskv.errors import ConfigError
+
+OF_BYTES = "of bytes"
+_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3}
+_COUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kKMG]?)(i?)B")
+_SHARE = re.compile(rf"(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*{OF_BYTES}")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes in all full-attention layers of one model."""
+
+    full: int
+    """Of a token as the model computes it."""
+    held: int
+    """Of a token that is kept."""
+    fixed: int = 0
+    """Of what is kept beside tokens."""
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """A count of bytes, or a share of what the full cache of the prompt takes in the same layers."""
+
+    text: str
+    """As it was given."""
+    count: float | None = None
+    share: float | None = None
+
+    def tokens(self, num_tokens: int, costs: Costs) -> int:
+        """The tokens that fit: of a prompt of `num_tokens`, at most that.
+
+        Raises:
+            ConfigError: not one does.
+        """
+        allowed = (self.share or 0.0) * num_tokens * costs.full if self.count is None else self.count
+        tokens = int((allowed - costs.fixed) // costs.held)
+        if tokens < 1:
+            problem = f"has no room for one token: that takes {costs.held + costs.fixed:,} bytes"
+            raise ConfigError(problem, option="budget", value=self.text)
+        return min(tokens, num_tokens)
+
+
+def find_byte_budget(text: str) -> ByteBudget | None:
+    """'3MB', '64 KiB', '5% of bytes' or '0.05 of bytes' as a budget; None where it names no bytes.
+
+    Raises:
+        ConfigError: it names none that can be held: 0, or a share above 1.
+    """
+    text = text.strip()
+    if found := _COUNT.fullmatch(text):
+        number, prefix, binary = found.groups()
+        budget = ByteBudget(text, count=float(number) * (1024 if binary else 1000) ** _POWERS[prefix])
+    elif found := _SHARE.fullmatch(text):
+        number, percent = found.groups()
+        budget = ByteBudget(text, share=float(number) / (100 if percent else 1))
+    else:
+        return None
+    if not (budget.count or budget.share) or (budget.share or 0) > 1:
+        raise ConfigError("must be more than 0, and a share at most all", option="budget", value=text)
+    return budget
