@@ -1,6 +1,5 @@
-"""One compressed layer: `seen_tokens` drives positions, `num_retained` what is stored."""
+"""One compressed layer: what it does with a prompt."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction, expect_mask
+from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.masks import valid_keys
-from compresskv.cache.routed import RoutedLayer, owned
-from compresskv.cache.stores.base import ROOM, Slots, Store
+from compresskv.cache.stored import StoredLayer
+from compresskv.cache.stores.base import Store
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.retain import retained
 from compresskv.cache.window import QueryWindow
@@ -25,12 +24,8 @@ from compresskv.selection.select import EMPTY_SLOT
 NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
 
 
-class CompressedLayer(RoutedLayer):
-    """One full-attention layer. It stores all of the prompt, attends to all of it, then evicts and frees the rest.
-
-    Its `store` holds them, and knows the position of each. `keys` and `values` are what the model is given: all that is
-    stored, or no more than the newest tokens, as the store likes.
-    """
+class CompressedLayer(StoredLayer):
+    """One full-attention layer. It stores all of the prompt, attends to all of it, then evicts and frees the rest."""
 
     def __init__(self, layer_idx: int, position: int, model: PreTrainedModel, eviction: Eviction) -> None:
         super().__init__(layer_idx, decoder_config(model))
@@ -41,7 +36,6 @@ class CompressedLayer(RoutedLayer):
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:
-        self.seen_tokens = 0
         self.num_prompt_tokens = self._eviction.prompt_tokens or 0
         """Of the prompt alone; 0 where it is not known yet."""
         self._decided_at: int | None = None
@@ -49,28 +43,12 @@ class CompressedLayer(RoutedLayer):
         self.full_nbytes = 0
         """Bytes of the prompt's keys and values before eviction."""
         self._retained_nbytes = 0
-        self.store: Store | None = None
         self._window: QueryWindow | None = None
 
     @property
     def in_prefill(self) -> bool:
         """Whether everything is held still: the prompt, or what the method looks ahead at, was not all read."""
         return self._decided_at is None
-
-    @property
-    def num_retained(self) -> float:
-        """Tokens stored per KV head, the generated ones included: a mean where KV heads differ."""
-        return 0 if self.store is None else sum(self.store.counts) / self.store.num_heads
-
-    @property
-    def has_empty_slots(self) -> bool:
-        """Whether some slots must be masked, since rows retain different numbers."""
-        return self.store is not None and self.store.held.has_empty_slots
-
-    @property
-    def positions(self) -> Tensor | None:
-        """(B, 1 or H_kv, R) int64: the tokens that the last `retain` chose, or `EMPTY_SLOT`; None: all are kept."""
-        return None if self.store is None else self.store.held.chosen
 
     @property
     def mean_retained(self) -> float:
@@ -86,88 +64,18 @@ class CompressedLayer(RoutedLayer):
         """Bytes of what was held right after eviction; before that, of what is held now."""
         return self.nbytes if self.in_prefill else self._retained_nbytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storages that keys and values hold now."""
-        return 0 if self.store is None else self.store.nbytes
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors that hold keys and values."""
-        return [] if self.store is None else self.store.tensors
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones included: what positions and attention masks are counted by."""
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """(columns, offset) of the mask over all seen tokens; `attend` cuts it to what this layer stores.
-
-        Args:
-            query_length: new tokens, or their positions (transformers before 5.6).
-        """
-        num_new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        expect_mask(self.seen_tokens + num_new)
-        return self.seen_tokens + num_new, 0
-
-    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen_tokens += key_states.shape[-2]
-        if self.store is None:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.store = DenseStore(owned(key_states), owned(value_states))
-            self.keys, self.values = self.store.states
-        else:
-            room = self.num_to_come if self.in_prefill else ROOM
-            self.keys, self.values = self.store.append(key_states, value_states, room)
-        return self.keys, self.values
-
-    def _held(self) -> Store:
-        """The store.
-
-        Raises:
-            CacheStateError: nothing was stored yet.
-        """
-        if self.store is None:
-            raise CacheStateError(f"layer {self.layer_idx} of the cache is empty")
-        return self.store
-
-    def _show_states(self) -> None:
-        """Let `keys` and `values` be what the store shows, which it may have made anew."""
-        self.keys, self.values = self._held().states
-
-    def reserve(self) -> Slots:
-        """Room for one more token of one row, for code that writes it by itself and then calls `advance`."""
-        return self._held().reserve()
-
-    def advance(self) -> None:
-        """Count the token that was written into what `reserve` gave."""
-        self.seen_tokens += 1
-        self._held().advance()
-        self._show_states()
-
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over what is stored; the end of prefill evicts."""
-        output = self._held().attend(attention, kwargs["module"], query, mask)
-        self._show_states()
+        output = super().attend(attention, query, mask, **kwargs)
         if self.in_prefill:
             self.observe(QueryWindow.given(query, **kwargs), valid_keys(mask))
         return output
 
-    def attend_shared(
-        self,
-        attention: AttentionFunction,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of a later layer: over all of the prompt while it is read, then over what is stored."""
-        if keys.shape[2] == self.seen_tokens:  # nothing was evicted before this pass
-            return super().attend_shared(attention, query, keys, values, mask)
-        return self._held().attend(attention, kwargs["module"], query, mask)
+    @property
+    def _room(self) -> int:
+        return self.num_to_come if self.in_prefill else super()._room
 
     @torch.no_grad()
     def observe(self, window: QueryWindow, valid: Tensor | None) -> None:
@@ -207,22 +115,6 @@ class CompressedLayer(RoutedLayer):
             rotation=None if rotations is None else rotations.of(self.layer_idx, self.seen_tokens + FUTURE_POSITIONS),
         )
         self._eviction.end_of_prompt(self, self._position, inputs)
-
-    def __copy__(self) -> "CompressedLayer":
-        """A layer that goes on from here alone; tensors are shared, since nothing that either sees is ever changed."""
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        copied.store = copy.copy(self.store)
-        return copied
-
-    def lend(self, room: int) -> "CompressedLayer":
-        """A layer that goes on from here alone, and writes up to `room` tokens into this one's store; `Store.lend`."""
-        lent = copy.copy(self)
-        if self.store is not None:
-            lent.store = self.store.lend(room)
-            self._show_states()
-            lent._show_states()
-        return lent
 
     def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
         """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `observe` comes next."""
@@ -300,9 +192,7 @@ class CompressedLayer(RoutedLayer):
         """
         length = self.check_crop(max_length)
         if removed := self.seen_tokens - length:
-            self.seen_tokens = length
-            self._held().crop(removed)
-            self._show_states()
+            self.drop_last(removed)
             if self._window is not None:  # while looking ahead
                 self._window = self._window.cropped(removed)
 
@@ -312,21 +202,7 @@ class CompressedLayer(RoutedLayer):
         self._forget_prompt()
         self._eviction.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the given rows."""
-        self._map_rows(lambda rows: rows[indices.to(rows.device)])
-
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.store is not None:
-            self.store.map_rows(function)
-            self._show_states()
-            if self._window is not None:  # while looking ahead
-                self._window = self._window.of_rows(function)
+        super()._map_rows(function)
+        if self._window is not None:  # while looking ahead
+            self._window = self._window.of_rows(function)
