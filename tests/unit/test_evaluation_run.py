@@ -353,8 +353,12 @@ class TestPrefill:
         assert {record.versions["prefill"] for record in records()} == {noted}
         assert bool(num_fast) == (noted == "fast")
         other = toy(subsets=("long",), exact_prefill=noted == "fast")
-        with pytest.raises(DataError, match=f'prefill="{noted}", not '):
+        told = "exact_prefill=true, not false" if noted == "exact" else "exact_prefill=false, not true"
+        with pytest.raises(DataError, match=told):
             Evaluation(model, planted.tokenizer(), other, Path(FOLDER))
+        if noted == "fast":  # the other way, only the loaded model tells
+            with pytest.raises(DataError, match=told):
+                other.check_folder(Path(FOLDER), model.config._name_or_path)
 
     def test_a_model_in_float32_is_always_read_exactly(self, num_fast: list[int]) -> None:
         run(toy(subsets=("long",)), methods="full")

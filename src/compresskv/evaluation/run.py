@@ -107,7 +107,8 @@ class EvaluationConfig:
         Raises:
             DataError: naming what differs.
         """
-        check_run(folder, {**self.to_dict(), **versions(), "model": Path(model).name})
+        prefill = {"exact_prefill": True} if self.exact_prefill else {}  # else the model's dtype and place decide
+        check_run(folder, {**self.to_dict(), **versions(), **prefill, "model": Path(model).name})
 
 
 @dataclass
@@ -142,10 +143,12 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             PromptError: a prompt cannot be cut to the limit.
         """
         self._model, self._tokenizer, self._config = model, tokenizer, config
-        self._versions = _named(model, config.exact_prefill)
+        named, exact = _named(model), reads_exactly(model.device, model.dtype, config.exact_prefill)
+        self._versions = {**named, "prefill": "exact" if exact else "fast"}
         configuration = {
             **config.to_dict(),
-            **self._versions,
+            **named,
+            "exact_prefill": exact,
             "device": model.device.type,
             "weights": str(fingerprint(model)),
         }
@@ -255,11 +258,10 @@ def parse_rows(text: str) -> tuple[int | None, int | None, int | None]:
     return start, stop, step
 
 
-def _named(model: PreTrainedModel, exact_prefill: bool | None) -> dict[str, str]:
+def _named(model: PreTrainedModel) -> dict[str, str]:
     """What a record names beside its figures."""
     return {
         **versions(),
         "model": Path(model.config._name_or_path).name,
         "dtype": weights_dtype(model),
-        "prefill": "exact" if reads_exactly(model.device, model.dtype, exact_prefill) else "fast",
     }
