@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 import compresskv
 import planted
 from commands import Result, runner
+from compresskv.bench.geometry import random_weights
 from compresskv.methods import registry
 from compresskv.models.fingerprint import fingerprint
 from compresskv.plans.plan import read_plan
@@ -64,6 +65,7 @@ def planted_profile() -> Profile:
         num_runs=1,
         layer_errors_by_set={},
         layer_errors=(0.2, 0.4, 0.4),
+        replay_weights=tuple(random_weights(planted.model(), layer) for layer in range(planted.NUM_LAYERS)),
     )
 
 

@@ -1,5 +1,6 @@
 """How near a compressed cache stays to the full one: figures that mean what they say, and caches left as they were."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ METHODS = [name for name in tiny.EVICTING_METHODS if name != "vote"]
 def captured(model: PreTrainedModel) -> Iterator[tuple[CapturedPrompt, int]]:
     """The prompt, and the answer's first token."""
     with routing(model):
-        prompt = CapturedPrompt(model, 32)
+        prompt = CapturedPrompt(model, sys.maxsize)
         yield prompt, int(prompt.read(PROMPT[0].tolist()).argmax())
 
 

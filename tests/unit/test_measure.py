@@ -114,7 +114,7 @@ class TestPlantedHeads:
         assert (provenance["runs_succeeded"], provenance["runs_failed"]) == (12, 0)
         assert set(provenance["versions"]) == {"compresskv", "transformers", "torch", "python"}
 
-    def test_progress_goes_from_start_to_end_of_both_measurements(
+    def test_progress_goes_from_start_to_end_of_all_measurements(
         self, settings: CalibrationSettings, tmp_path: Path
     ) -> None:
         seen: dict[str, list[float]] = {}
@@ -126,7 +126,7 @@ class TestPlantedHeads:
             settings,
             lambda what, done: seen.setdefault(what, []).append(done),
         )
-        assert list(seen) == ["retrieval heads", "layer errors"]
+        assert list(seen) == ["retrieval heads", "layer errors", "what a second reading attends to"]
         for fractions in seen.values():
             assert fractions == sorted(fractions)
             assert 0 < fractions[0] <= fractions[-1] == 1

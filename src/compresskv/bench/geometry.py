@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.fingerprint import fingerprint
-from compresskv.models.shape import compressible_layers
-from compresskv.profiles.profile import Profile, l1_normalised
+from compresskv.models.shape import compressible_layers, decoder_config, heads_of
+from compresskv.profiles.profile import Profile, l1_normalised, packed
+from compresskv.selection.forecast import NUM_MORE
 from compresskv.system import memory
 from compresskv.system.check import check_known, check_least
 
@@ -151,4 +152,13 @@ def random_profile(model: PreTrainedModel) -> Profile:
         layer_errors_by_set={"random": errors},
         layer_errors=errors,
         provenance={"random": True},
+        replay_weights=tuple(random_weights(model, layer_idx) for layer_idx in layers),
     )
+
+
+def random_weights(model: PreTrainedModel, layer_idx: int) -> str:
+    """A layer's weights as in `Profile.replay_weights`."""
+    heads = heads_of(decoder_config(model), layer_idx)
+    draw: Callable[..., torch.Tensor] = torch.randn
+    count = heads.num_kv_heads * (2 * heads.head_dim + NUM_MORE)
+    return packed((0.3 * draw(count, generator=torch.Generator().manual_seed(layer_idx), device="cpu")).tolist())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
 from compresskv.calibration.measure import Measurement, mean_scores
+from compresskv.calibration.replays import fit_replays
 from compresskv.calibration.runs import measuring_alone
 from compresskv.calibration.settings import CalibrationSettings
 from compresskv.errors import ConfigError, ModelError
@@ -61,6 +62,7 @@ def find_profile(
         runs = profiler.measure_heads()
         semantic, traditional, num_runs = mean_scores(runs)
         errors = profiler.measure_errors(semantic)
+        replay_weights = fit_replays(model, profiler.replay_prompts(), report)
     profile = Profile(
         model_id=model_id,
         fingerprint=profiler.fingerprint,
@@ -71,6 +73,7 @@ def find_profile(
         layer_errors_by_set=errors,
         layer_errors=combined(errors),
         provenance=_provenance(model, profiler, runs),
+        replay_weights=replay_weights,
     )
     return Outcome(profile, runs)
 

@@ -152,6 +152,12 @@ class Measurement:
             self._on_progress("layer errors", done / len(plan))
         return {name: l1_normalised(total.tolist()) for name, total in sums.items()}
 
+    def replay_prompts(self) -> list[list[int]]:
+        """Token ids of the documents that are read twice, each with what precedes it in the chat template."""
+        per_length = self.settings.replay_documents
+        plan = [document for i, (_, document) in enumerate(self.documents()) if i % self._num_rotations < per_length]
+        return [encode_questions(self.tokenizer, document, document.questions)[0] for document in plan]
+
     @property
     def _num_rotations(self) -> int:
         return self.settings.num_rotations or max(len(self.needles), len(self.settings.depths))

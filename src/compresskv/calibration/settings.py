@@ -21,6 +21,8 @@ class CalibrationSettings:
     """The longest answer."""
     error_documents: int = 2
     """Documents for each length on which layer errors are measured."""
+    replay_documents: int = 2
+    """Documents for each length that are read twice, to learn what a second reading attends to."""
     haystack: tuple[str, ...] = ()
     """Text files or folders; empty: `DEFAULT_HAYSTACK`, Python's help topics."""
     needles: str | None = None
@@ -37,7 +39,7 @@ class CalibrationSettings:
             raise ConfigError(problem, option="lengths", value=self.lengths)
         if len(set(self.lengths)) != len(self.lengths):
             raise ConfigError("names a length twice", option="lengths", value=self.lengths)
-        for name in ("max_new_tokens", "error_documents", "num_rotations"):
+        for name in ("max_new_tokens", "error_documents", "replay_documents", "num_rotations"):
             check_least(name, getattr(self, name))
         if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):  # NaN, too, fails this
             raise ConfigError("must lie between 0 and 100 percent", option="depths", value=self.depths)

@@ -1,8 +1,11 @@
 """The profile: head scores and layer errors of one model, with where they came from. One versioned JSON file."""
 
+import base64
 import hashlib
+import itertools
 import json
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -58,6 +61,9 @@ class Profile:
     layer_errors: tuple[float, ...]
     """(L,): mean over the sets, L1-normalised."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    replay_weights: tuple[str, ...] | None = None
+    """For each layer, what forecasts a replay's attention (`compresskv.selection.forecast`): (H_kv, F) float32 from the
+    lowest byte on, in base64; None in profiles of older releases and imported ones."""
 
     def __post_init__(self) -> None:
         """Check that every number is there and can be used.
@@ -87,6 +93,11 @@ class Profile:
             _check(len(errors) == num_layers, where, f"has {len(errors)} layers instead of {num_layers}")
             _check(_usable(errors), where, "holds a number that is negative, NaN or infinite")
             _check(abs(math.fsum(errors) - 1) < 1e-3, where, f"sums to {math.fsum(errors):.4f} instead of 1")
+        if self.replay_weights is not None:
+            count = len(self.replay_weights)
+            _check(count == num_layers, "replay_weights", f"has {count} layers instead of {num_layers}")
+            finite = all(map(math.isfinite, itertools.chain.from_iterable(map(_unpacked, self.replay_weights))))
+            _check(finite, "replay_weights", "holds a number that is NaN or infinite")
 
     def top_heads(self, layer_idx: int, count: int) -> list[int]:
         """The `count` best semantic retrieval heads of layer `layer_idx` of the model, best first.
@@ -113,6 +124,17 @@ class Profile:
             ProfileError: the profile has no such layer.
         """
         return self.layer_errors[self._row(layer_idx)]
+
+    def replay_weights_of(self, layer_idx: int) -> tuple[float, ...]:
+        """The layer's `replay_weights`, one KV head after another.
+
+        Raises:
+            ProfileError: the profile has no such layer, or no such weights.
+        """
+        row = self._row(layer_idx)
+        _check(self.replay_weights is not None, "replay_weights", "is missing")
+        assert self.replay_weights is not None
+        return _unpacked(self.replay_weights[row])
 
     def ranked_heads(self, scores: Rows) -> list[tuple[int, int]]:
         """All (layer of the model, head), best first by `scores`, one of this profile's two tables."""
@@ -205,6 +227,24 @@ def read_profile(path: str | Path) -> Profile:
 def _check(holds: bool, name: str, what: str) -> None:
     if not holds:
         raise ProfileError(f"field {name!r} {what}")
+
+
+def packed(numbers: Sequence[float]) -> str:
+    """Numbers as 32-bit floats, from the lowest byte on, in base64."""
+    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+
+
+def _unpacked(text: str) -> tuple[float, ...]:
+    """What `packed` was given, as 32-bit floats.
+
+    Raises:
+        ProfileError: it is nothing of that kind.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+        return struct.unpack(f"<{len(data) // 4}f", data)
+    except (ValueError, struct.error):
+        raise ProfileError("field 'replay_weights' holds what is not 32-bit floats in base64") from None
 
 
 def _usable(numbers: Sequence[float]) -> bool:

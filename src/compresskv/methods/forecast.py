@@ -1,0 +1,64 @@
+"""The forecast: what a second reading of the text would attend to, told from keys and values alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from compresskv.errors import ProfileError
+from compresskv.methods.base import LayerInputs
+from compresskv.methods.registry import register
+from compresskv.methods.together import RankedTogether
+from compresskv.profiles.profile import Profile, needed_profile
+from compresskv.selection.forecast import replay_features
+from compresskv.system.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+@dataclass(frozen=True)
+class Forecast(RankedTogether):
+    """`kvzip`'s scores without the replay: their logarithms are forecast by one product for each KV head.
+
+    The profile holds the weights, fitted to replays of calibration texts (`compresskv.selection.forecast`). Tokens of
+    all layers and KV heads are ranked in one list, as in `kvzip`.
+
+    Source: this project; that such scores can be told from what the model computes anyway is KVzap's finding (arXiv
+    2601.07891), which trains on hidden states.
+    """
+
+    name = "forecast"
+    summary = "what a second reading would attend to, told from keys and values"
+    source = "this project"
+    needs_profile = True
+    ours = True
+    turns_back = True
+
+    profile: Profile | None = None
+
+    def with_profile(self, profile: Profile) -> Forecast:
+        """The method with a model's weights.
+
+        Raises:
+            ProfileError: the profile has none.
+        """
+        if needed_profile(self.name, profile).replay_weights is None:
+            raise ProfileError(
+                f"the profile of {profile.model_id} was made before method {self.name!r} needed more of it: "
+                "make a new one with 'compresskv profile MODEL'"
+            )
+        return replace(self, profile=profile)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """(B, H_kv, T)."""
+        flat = needed_profile(self.name, self.profile).replay_weights_of(inputs.layer_idx)
+        scores = torch.zeros(inputs.keys.shape[:3], dtype=torch.float32, device=inputs.keys.device)
+        weights = torch.tensor(flat, device=scores.device).view(inputs.num_kv_heads, -1, 1)
+        for row, start in enumerate(inputs.row_starts):
+            keys, values = inputs.keys[row, :, start:], inputs.values[row, :, start:]
+            if inputs.rotation is not None:
+                keys = inputs.rotation.undone(keys, torch.arange(keys.shape[1], device=keys.device))
+            scores[row, :, start:] = (replay_features(keys, values) @ weights)[..., 0]
+        return scores
