@@ -1,5 +1,6 @@
 """The `compressing` context: any transformers model, three lines."""
 
+import warnings
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
             if self._compile != NEVER:
                 compiled = CompiledDecoding(self._model, cache, self._compile, self._on_progress)
                 stack.enter_context(compiled)
-            entry = _Entry(stack.pop_all(), compiled)
+            entry = _Entry(stack.pop_all(), cache, compiled)
         self._open.append(entry)
         _entered.set((*_entered.get(), entry))
         return cache
@@ -75,6 +76,10 @@ class Compressing(AbstractContextManager[CompressedCache]):
         self._open.remove(entry)
         _entered.set(tuple(other for other in _entered.get() if other is not entry))
         entry.stack.close()
+        layer = entry.cache.compressed_layers[0]
+        if kind is None and layer.in_prefill and 0 < layer.seen_tokens < layer.num_prompt_tokens:
+            read = f"{layer.seen_tokens} tokens were read: nothing was evicted"
+            warnings.warn(f"prompt_tokens={layer.num_prompt_tokens}, but {read}", stacklevel=2)
 
     def _last_entry(self) -> "_Entry":
         """The last one of this thread and asyncio task that is open; of any, where it was entered in another."""
@@ -90,6 +95,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
 @dataclass(frozen=True, eq=False)
 class _Entry:
     stack: ExitStack
+    cache: CompressedCache
     compiled: CompiledDecoding | None
 
 

@@ -139,21 +139,33 @@ def test_a_cache_whose_reading_was_interrupted_says_so_and_is_good_after_reset(f
         assert tokens.tolist() == tiny.generate(model, prompt, fresh).tolist()
 
 
-def test_a_second_prompt_on_a_used_cache_is_refused() -> None:
+@pytest.mark.parametrize("num_tokens", [30, 60, 69, 70, 71, 90])
+def test_a_second_prompt_on_a_used_cache_is_refused(num_tokens: int) -> None:
+    """Of which `generate` would leave out as many tokens as the cache has seen: 69."""
     model = tiny.tiny_model("llama")
     with compresskv.compressing(model, "snapkv", 12) as cache:
         tiny.generate(model, tiny.random_tokens(60), cache)
-        if Version(transformers.__version__) < Version("5.6"):
+        if num_tokens < 70 and Version(transformers.__version__) < Version("5.6"):
             pytest.skip("these transformers raise an error of their own")
         with refused(CacheStateError, r"reset\(\) the cache before another prompt"):
-            tiny.generate(model, tiny.random_tokens(50, seed=1), cache)
+            tiny.generate(model, tiny.random_tokens(num_tokens, seed=1), cache)
 
 
 def test_more_prompt_tokens_than_the_prompt_has_are_refused_at_the_first_generated_one() -> None:
     model = tiny.tiny_model("llama")
     ended = refused(CacheStateError, "prompt_tokens=100, but the prompt ended after 60 tokens")
-    with compresskv.compressing(model, "snapkv", 12, prompt_tokens=100) as cache, ended:
+    with ended, compresskv.compressing(model, "snapkv", 12, prompt_tokens=100) as cache:
         tiny.generate(model, tiny.random_tokens(60), cache)
+
+
+def test_an_unfinished_prompt_is_told_of() -> None:
+    model = tiny.tiny_model("llama")
+    told = pytest.warns(UserWarning, match="prompt_tokens=100, but 60 tokens were read: nothing was evicted")
+    with told as warned, compresskv.compressing(model, "snapkv", 12, prompt_tokens=100) as cache:
+        tiny.read(model, cache, tiny.random_tokens(60), [40, 20])
+    assert [one.filename for one in warned] == [__file__]
+    with compresskv.compressing(model, "snapkv", 12, prompt_tokens=100):
+        pass
 
 
 def test_training_with_gradient_checkpointing_is_refused() -> None:

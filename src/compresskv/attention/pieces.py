@@ -167,7 +167,7 @@ def _cache() -> PiecewiseCache | None:
 def _ranges(num_tokens: int) -> list[tuple[int, int]]:
     """(start, end) of each piece that this thread's decoder shall read so many tokens in: of nearly equal length."""
     cache = _cache()
-    if cache is None or cache.piece_tokens is None:
+    if cache is None or cache.piece_tokens is None or not num_tokens:
         return [(0, num_tokens)]
     number = -(-num_tokens // cache.piece_tokens)
     ends = [num_tokens * count // number for count in range(number + 1)]

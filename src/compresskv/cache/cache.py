@@ -19,7 +19,7 @@ from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_win
 from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
-from compresskv.models.chunks import is_generating, lacks_what_was_read
+from compresskv.models.chunks import given_prompt, is_generating, lacks_what_was_read
 from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.selection import budgets
@@ -116,11 +116,20 @@ class CompressedCache(RoutedCache):
                 f"prompt_tokens={layer.num_prompt_tokens}, but the prompt ended after {layer.seen_tokens} tokens: "
                 "give its exact length"
             )
-        if num_new > 1 and not layer.in_prefill and lacks_what_was_read():
+        if not layer.seen_tokens:
+            self._prompt_ids = given_prompt()
+        elif not layer.in_prefill and (lacks_what_was_read() or self._is_another_prompt()):
             raise CacheStateError(
                 f"this prompt does not begin with the {layer.seen_tokens} tokens that the cache has seen: "
                 "reset() the cache before another prompt"
             )
+
+    def _is_another_prompt(self) -> bool:
+        """Whether `generate`, which leaves out as many tokens as were seen, is given others than it was at first."""
+        own, given = self._prompt_ids, given_prompt()
+        if own is None or given is None or len(own) != len(given):
+            return False
+        return not torch.equal(own, given[:, : own.shape[1]])
 
     @torch.no_grad()
     def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:
@@ -216,6 +225,7 @@ class CompressedCache(RoutedCache):
     def reset(self) -> None:
         """Forget everything; the next forward pass is a new prompt. Tokens and seconds go on being counted."""
         self.not_compiled = None  # the next prompt may need another step
+        self._prompt_ids = None
         super().reset()  # type: ignore[no-untyped-call]
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # older transformers leave zeros that count as tokens

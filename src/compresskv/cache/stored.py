@@ -62,8 +62,15 @@ class StoredLayer(RoutedLayer):
 
         Args:
             query_length: new tokens, or their positions (transformers before 5.6).
+        Raises:
+            CacheStateError: there is none.
         """
         num_new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        if not num_new:  # `generate` leaves out as many as were seen
+            raise CacheStateError(
+                f"no token is left to read beside the {self.seen_tokens} that the cache has seen: "
+                "reset() the cache before another prompt"
+            )
         expect_mask(self.seen_tokens + num_new)
         return self.seen_tokens + num_new, 0
 

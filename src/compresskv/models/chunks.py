@@ -3,7 +3,10 @@
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MODULE, _FUNCTION = "transformers.generation.utils", "_prefill"
 
@@ -17,6 +20,12 @@ def chunked_prompt_length() -> int | None:
     if own.get("input_ids") is None or getattr(own.get("generation_config"), "prefill_chunk_size", None) is None:
         return None
     return int(own["input_ids"].shape[1])
+
+
+def given_prompt() -> "Tensor | None":
+    """The tokens (B, T) that `generate` was given and is reading, those that a cache has seen included; or None."""
+    given: Tensor | None = _prefill().get("input_ids")
+    return given
 
 
 def lacks_what_was_read() -> bool:
