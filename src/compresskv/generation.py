@@ -152,54 +152,34 @@ def ask(
     find_precision(store)
     check_mode(compile)
     pieces.check_prefill_memory(prefill_memory)
-    prompt = build_prompt(
-        tokenizer, context, question, max_tokens=room_for_prompt(model, max_new_tokens), truncate=truncate
-    )
-    input_ids = prompt.input_ids.to(input_device(model))
+    room = room_for_prompt(model, max_new_tokens)
+    prompt = build_prompt(tokenizer, context, question, max_tokens=room, truncate=truncate)
+    token_ids = prompt.input_ids[0].tolist()
     devices = devices_of(model)
     start = now(*devices)
-    plan = None
+    plan, on_layer = None, on_prefill
+    held: dict[str, Any] = {"store": store, "prefill_memory": prefill_memory}
     if two_pass:
-        token_ids = prompt.input_ids[0].tolist()
-        progress = _half(on_prefill, 0)
-        plan = make_plan(
-            model, token_ids, chosen, budget, store=store, prefill_memory=prefill_memory, on_layer=progress
-        )
-        on_prefill = _half(on_prefill, 1)
+        plan = make_plan(model, token_ids, chosen, budget, on_layer=_half(on_prefill, 0), **held)
+        on_layer = _half(on_prefill, 1)
     evicting = chosen if plan is None else Planned(plan=plan)
     compressed = Compressing(
-        model,
-        evicting,
-        budget,
-        store=store,
-        compile=compile,
-        on_progress=on_compile,
-        prefill_memory=prefill_memory,
-        on_layer=on_prefill,
+        model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_layer, **held
     )
     with compressed as cache:
-        logits = read_prompt(model, prompt.input_ids[0].tolist(), cache)
+        logits = read_prompt(model, token_ids, cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
         prefill_s = now(*devices) - start
-        answered = speak(
-            model,
-            tokenizer,
-            cache,
-            int(logits.argmax()),
-            max_new_tokens,
-            start=start,
-            prepare=compressed.prepare_decoding,
-            on_text=on_text,
-            on_token=on_token,
-        )
-        retained = [layer.mean_retained for layer in cache.compressed_layers]
+        first, prepare = int(logits.argmax()), compressed.prepare_decoding
+        told: dict[str, Any] = {"on_text": on_text, "on_token": on_token}
+        answered = speak(model, tokenizer, cache, first, max_new_tokens, start=start, prepare=prepare, **told)
     stats = GenerationStats(
         method=chosen.label,
         budget=as_json(budget),
         store=store,
-        prompt_tokens=input_ids.shape[1],
+        prompt_tokens=len(token_ids),
         truncated_tokens=prompt.num_truncated,
-        retained_per_layer=retained,
+        retained_per_layer=[layer.mean_retained for layer in cache.compressed_layers],
         kv_nbytes_full=cache.full_nbytes,
         kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import compresskv
@@ -456,7 +457,7 @@ class TestBadInput:
     ) -> None:
         other, _ = planted.build(noise=0.01)
         foreign = planted_profile().to_dict()
-        foreign["model"] = {"id": "other", "fingerprint": fingerprint(other).to_dict()}
+        foreign["model"] = {"id": "other", "fingerprint": structs.asdict(fingerprint(other))}
         (tmp_path / "other.json").write_text(json.dumps(foreign), encoding="utf-8")
         result = call(*ASK, "--profile", str(tmp_path / "other.json"))
         assert_refused(result, str(fingerprint(other)), str(fingerprint(planted.model())))
