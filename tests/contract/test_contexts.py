@@ -67,9 +67,9 @@ def test_two_caches_of_one_model_interleaved_step_by_step_are_as_if_alone(model:
         assert torch.equal(torch.cat(logits[i], dim=1), logits_alone(model, *pair[i], seed=i))
 
 
-@pytest.mark.parametrize("method", tiny.METHODS)
-def test_a_users_default_device_may_be_another(method: str) -> None:
-    model = tiny.tiny_model("llama")
+@pytest.mark.parametrize(("family", "method"), [*(("llama", name) for name in tiny.METHODS), ("gemma3", "blend")])
+def test_a_users_default_device_may_be_another(family: str, method: str) -> None:
+    model = tiny.tiny_model(family)
     with context(model, method) as cache:
         expected = tiny.read(model, cache, sequence(0), STEPS)
     tokens = sequence(0)

@@ -112,6 +112,16 @@ def test_one_changed_matrix_is_another_model() -> None:
     assert not fingerprint(model).matches(fingerprint(llama()))
 
 
+def test_a_matrix_changed_behind_autograds_back_is_another_model() -> None:
+    """As adapters are merged: neither the tensor's version nor its address tells."""
+    model = tiny_llama()
+    weight = model.lm_head.weight
+    before, version, address = fingerprint(model), weight._version, weight.data_ptr()
+    weight.data += 0.1
+    assert (weight._version, weight.data_ptr()) == (version, address)
+    assert not fingerprint(model).matches(before)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_damaged_checkpoint(value: float) -> None:
     model = tiny_llama()

@@ -169,7 +169,7 @@ def _ranges(num_tokens: int) -> list[tuple[int, int]]:
     cache = _cache()
     if cache is None or cache.piece_tokens is None or not num_tokens:
         return [(0, num_tokens)]
-    number = -(-num_tokens // cache.piece_tokens)
+    number = max(1, -(-num_tokens // cache.piece_tokens))
     ends = [num_tokens * count // number for count in range(number + 1)]
     return list(itertools.pairwise(ends))
 

@@ -278,6 +278,18 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
                 config._attn_implementation = original
 
 
+def check_routable(model: PreTrainedModel) -> None:
+    """Refuse what `routing` would refuse, without routing anything; what is routed already was not refused.
+
+    Raises:
+        ModelError: as for `routing`.
+    """
+    with _lock:
+        is_open = id(decoder_config(model)) in _routed
+    if not is_open:
+        check_supported(model)
+
+
 def base_implementation(model: PreTrainedModel) -> str:
     """'eager' or 'sdpa', inside of `routing` and outside."""
     return str(decoder_config(model)._attn_implementation).removeprefix(PREFIX)

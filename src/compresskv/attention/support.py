@@ -105,7 +105,7 @@ def _check_modules(name: str, model: PreTrainedModel) -> None:
             )
         if len(own) > 1:
             raise ModelError(f"layer {layer_idx} of {name} has more than one attention, which cannot be told apart")
-        if not _is_self_attention(own[0]):
+        if not _is_self_attention(type(own[0])):
             raise ModelError(f"layer {layer_idx} of {name} has cross-attention, whose cache cannot be compressed")
         if is_encoder(model, own[0]):
             raise ModelError(f"{name} reads in both directions: only decoders have a prompt cache to compress")
@@ -141,9 +141,10 @@ def _functions(module_class: Any) -> Iterator[Any]:
                     yield function
 
 
-def _is_self_attention(module: nn.Module) -> bool:
-    """Whether the module takes keys from what queries come from."""
-    return not any("cross" in name for name in inspect.signature(type(module).forward).parameters)
+@functools.cache
+def _is_self_attention(module_class: Any) -> bool:
+    """Whether modules of a class take keys from what queries come from."""
+    return not any("cross" in name for name in inspect.signature(module_class.forward).parameters)
 
 
 def is_encoder(model: PreTrainedModel, module: nn.Module) -> bool:

@@ -154,7 +154,8 @@ class RoutedCache(Cache):
 
 def routed_layers(model: PreTrainedModel, make: Callable[[int, int], RoutedLayer]) -> list[Any]:
     """One cache layer for each layer of the model, the full-attention ones made by `make(layer_idx, position)`."""
-    layers = list(DynamicCache(config=decoder_config(model)).layers)
+    with torch.device("cpu"):  # what a sliding window notes at once is moved later, from whatever the user's default is
+        layers = list(DynamicCache(config=decoder_config(model)).layers)
     for position, layer_idx in enumerate(compressible_layers(model)):
         layers[layer_idx] = make(layer_idx, position)
     return layers

@@ -33,11 +33,10 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
         ProfileError: none fits, the model's own is damaged, or the given one belongs to another model (both
             fingerprints are named).
     """
-    from compresskv.attention.routing import routing
+    from compresskv.attention.routing import check_routable
 
-    with routing(model):  # refuses what is not supported, but not what an open `compressing` uses already
-        own = fingerprint(model)
-    return profile_for(own, str(getattr(model.config, "_name_or_path", "") or "MODEL"), profile)
+    check_routable(model)
+    return profile_for(fingerprint(model), str(getattr(model.config, "_name_or_path", "") or "MODEL"), profile)
 
 
 def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path | None = None) -> Profile:
