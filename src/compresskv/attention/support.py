@@ -105,7 +105,7 @@ def _check_modules(name: str, model: PreTrainedModel) -> None:
             )
         if len(own) > 1:
             raise ModelError(f"layer {layer_idx} of {name} has more than one attention, which cannot be told apart")
-        if not _is_self_attention(type(own[0])):
+        if not _is_self_attention(type(own[0])):  # type: ignore[arg-type]
             raise ModelError(f"layer {layer_idx} of {name} has cross-attention, whose cache cannot be compressed")
         if is_encoder(model, own[0]):
             raise ModelError(f"{name} reads in both directions: only decoders have a prompt cache to compress")
