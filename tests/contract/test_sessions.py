@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 import compresskv
 import tiny
-from compresskv import CompressedCache, ConfigError, PromptError, Session, SessionError
+from compresskv import CacheStateError, CompressedCache, ConfigError, PromptError, Session, SessionError
 from compresskv.attention.routing import routing
 from compresskv.models.shape import compressible_layers
 from compresskv.prompts.prompt import build_prompt
+from oracle import evictions, oracle_logits
 
 NUM_WORDS = 90
 BUDGETS: list[Any] = [24, 0.4, [20, 40, 24, 28, 80, 22]]
@@ -59,6 +60,10 @@ def digest(session: Session) -> str:
 
 def places(session: Session) -> list[int]:
     return [tensor.data_ptr() for layer in session._document.compressed_layers for tensor in layer.tensors]
+
+
+def kept_by_head(session: Session) -> list[list[int]]:
+    return [head for layer in kept(session) for head in layer[0]]
 
 
 def kept(session: Session) -> list[Any]:
@@ -112,7 +117,7 @@ def test_many_questions_neither_copy_nor_change_the_document_and_leak_nothing(
     session = read(tiny.tiny_model(family), method, store=store)
     before, first = digest(session), answers(session)
     at, nbytes = places(session), session.nbytes
-    for number in range(15):
+    for number in range(8):
         session.ask(tiny.random_words(1 + number % 7, seed=number), max_new_tokens=1 + number % 8, compile="never")
         assert places(session) == at
     assert session.nbytes == nbytes
@@ -169,7 +174,7 @@ def test_a_long_conversation_forgets_its_oldest_turns(family: str, method: str) 
     session.turns_budget = 40
     expected, before = answers(session), digest(session)
     document, held = kept(session), []
-    for number in range(8):
+    for number in range(6):
         session.say(tiny.random_words(6, seed=number), max_new_tokens=4, compile="never")
         talk = session._conversation
         assert talk is not None
@@ -237,8 +242,93 @@ def test_reading_in_chunks_keeps_what_reading_at_once_does(family: str, method: 
     whole, steps = read(model, method), []
     session = read(model, method, chunk=chunk, on_read=lambda done, total: steps.append((done, total)))
     torch.testing.assert_close(logits(session), logits(whole), atol=1e-4, rtol=0)
-    total = -(-len(session.token_ids) // chunk) * len(compressible_layers(model))
-    assert steps == [(done, total) for done in range(1, total + 1)]
+    assert steps == sorted(steps)
+    assert all(done < total for done, total in steps[:-1])
+    assert steps[-1][0] == steps[-1][1] == steps[0][1]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_document_grows_by_parts_that_see_what_was_kept(family: str, method: str, budget: Any) -> None:
+    model, more = tiny.tiny_model(family), tiny.random_words(50, seed=4)
+    session = read(model, method, budget)
+    first = evictions(session._document)
+    session.append(more)
+    assert session.token_ids == tiny.tokenizer()(f"<begin> {tiny.random_words(NUM_WORDS)} {more}")["input_ids"]
+    sequence = torch.cat([torch.tensor([session.token_ids]), tiny.random_tokens(5, seed=8)], dim=1)
+    wanted = oracle_logits(family, sequence, first, None, evictions(session._document))[:, -5:]
+    torch.testing.assert_close(logits(session), wanted, atol=1e-4, rtol=0)
+    if method != "full":
+        mean = sum(map(len, kept_by_head(session))) / len(kept_by_head(session))
+        num_layers = len(compressible_layers(model))
+        asked = 0.4 * 141 if budget == 0.4 else 24 if budget == 24 else sum(budget[:num_layers]) / num_layers
+        assert asked - 3 <= mean <= asked + (0.6 if budget == 0.4 else 0)
+        assert session.facts.mean_retained == pytest.approx(mean)
+    if family == "llama":  # sliding windows have other sizes
+        whole = f"{tiny.random_words(NUM_WORDS)} {more}"
+        assert session.facts.kv_nbytes_full == compresskv.read(model, tiny.tokenizer(), whole).facts.kv_nbytes_full
+
+
+@pytest.mark.parametrize("budget", [24, 0.4], ids=str)
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "vote", "kvzip", "knorm"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_an_opened_document_grows_as_before(family: str, method: str, budget: Any, tmp_path: Path) -> None:
+    model = tiny.tiny_model(family)
+    session = read(model, method, budget)
+    session.save(tmp_path / "saved.kvc")
+    opened = compresskv.open_session(tmp_path / "saved.kvc", model, tiny.tokenizer())
+    for number in range(2):
+        session.append(tiny.random_words(30, seed=number))
+        opened.append(tiny.random_words(30, seed=number), **tiny.options_for(model, method))
+    assert kept(opened) == kept(session)
+    assert torch.equal(logits(opened), logits(session))
+    assert opened.token_ids == session.token_ids
+
+
+@pytest.mark.parametrize("store", ["native", "int8"])
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "vote", "kvzip"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reading_within_little_memory_cuts_part_by_part(
+    family: str, method: str, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, peak, caches = tiny.tiny_model(family), [0], []
+    full = read(model, "full", 1.0)._document.compressed_layers
+    most = sum(layer.nbytes for layer in full) * (16 if method == "kvzip" else 7) // 6
+    begin_part = CompressedCache.begin_part
+
+    def noted(cache: CompressedCache, *args: Any, **options: Any) -> None:
+        caches.append(cache)
+        begin_part(cache, *args, **options)
+
+    def watch(_: int, __: int) -> None:
+        if caches:
+            peak[0] = max(peak[0], sum(layer.nbytes for layer in caches[-1].compressed_layers))
+
+    monkeypatch.setattr(CompressedCache, "begin_part", noted)
+    options = tiny.options_for(model, method)
+    document = tiny.random_words(2 * NUM_WORDS)
+    options |= {"method": method, "budget": 0.2, "store": store, "max_memory": most, "on_read": watch}
+    session = compresskv.read(model, tiny.tokenizer(), document, **options)
+    assert 0 < peak[0] <= most
+    assert len(caches) > 1
+    assert session.facts.mean_retained == pytest.approx(0.2 * 181, abs=1)
+
+
+def test_a_document_whose_growth_was_interrupted_is_as_before() -> None:
+    session = read(tiny.tiny_model("llama"))
+    expected, before = answers(session), session.facts
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.append(tiny.random_words(40), on_read=interrupt)
+    assert answers(session) == expected
+    assert session.facts == before
+    session.append(tiny.random_words(40))
+    assert session.facts.num_tokens == before.num_tokens + 40
 
 
 def test_what_cannot_be_read_or_asked_is_refused() -> None:
@@ -254,6 +344,15 @@ def test_what_cannot_be_read_or_asked_is_refused() -> None:
     session = read(model)
     with pytest.raises(PromptError, match="the question is empty"):
         session.ask(" ")
+    with pytest.raises(PromptError, match="the document is empty"):
+        session.append(" ")
+    with pytest.raises(PromptError, match="the document has 291 tokens, but of the model's context of 512"):
+        session.append(tiny.random_words(200))
+    with pytest.raises(ConfigError, match=r"max_memory=9000 is too little: .* need \d\d,\d\d\d bytes"):
+        read(model, max_memory=9000)
+    session.say(QUESTIONS[0], max_new_tokens=1)
+    with pytest.raises(CacheStateError, match=r"the document cannot grow while a conversation .* forget\(\) it first"):
+        session.append("5")
     with pytest.raises(PromptError, match="the model's context leaves room for 384 before the answer"):
         session.ask(tiny.random_words(300))
 

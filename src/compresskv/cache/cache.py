@@ -65,16 +65,14 @@ class CompressedCache(RoutedCache):
             ModelError: the model has no full-attention layer.
             ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
         """
-        num_layers, precision = len(compressible_layers(model)), find_precision(store)
-        rotations = Rotations(model) if method.turns_back else None
-        costs = _costs(model, precision) if isinstance(budget, str) else None
-        eviction = Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs)
+        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, find_precision(store))
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         if exact_prefill is not None:
             for layer in self.compressed_layers:
                 layer.exact_prefill = exact_prefill
         self.method = method
+        self._prompt_ids: Tensor | None = None
         self.piece_tokens = piece_tokens(model, prefill_memory)
         """Tokens that a layer reads at once, inside of `in_pieces`; None: all."""
         self.num_compiled_steps = 0
@@ -183,6 +181,33 @@ class CompressedCache(RoutedCache):
             self.layers[layer_idx] = copy.deepcopy(source)
             trim_sliding_window(self.layers[layer_idx])
 
+    def begin_part(
+        self,
+        model: PreTrainedModel,
+        num_tokens: int,
+        method: Method,
+        budget: budgets.Budget,
+        *,
+        left: float = 1.0,
+        replayed: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Read on: the next `num_tokens` tokens, of one row, are cut as a prompt of its own once they were read.
+
+        They attend to what is held of earlier parts, and to one another.
+
+        Args:
+            budget: of the part.
+            left: how much of what is held of earlier parts stays in each KV head then; see `Part`.
+            replayed: for each full-attention layer, as in `LayerInputs`.
+        Raises:
+            ConfigError: the budget cannot work.
+        """
+        layers = self.compressed_layers
+        eviction = _eviction(model, method, budget, num_tokens, None, None, layers[0].precision)
+        for layer, own in zip(layers, replayed or [None] * len(layers), strict=True):
+            layer.begin_part(eviction, left, own)
+        self.method = method
+
     @torch.no_grad()
     def branch(self, room: int | None = None) -> "CompressedCache":
         """A cache that goes on from here and leaves this one as it is, without copying keys and values.
@@ -272,7 +297,23 @@ def _check_crop(layer_idx: int, layer: Any, removed: int) -> None:
         ) from error
 
 
-def _costs(model: PreTrainedModel, precision: Precision) -> Costs:
+def _eviction(
+    model: PreTrainedModel,
+    method: Method,
+    budget: budgets.Budget,
+    prompt_tokens: int | None,
+    on_layer: Callable[[int, int], None] | None,
+    observer: EvictionObserver | None,
+    precision: Precision,
+) -> Eviction:
+    """What the layers of a cache of this model decide together."""
+    num_layers = len(compressible_layers(model))
+    rotations = Rotations(model) if method.turns_back else None
+    costs = costs_of(model, precision) if isinstance(budget, str) else None
+    return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs)
+
+
+def costs_of(model: PreTrainedModel, precision: Precision) -> Costs:
     """What tokens take in the layers that are compressed."""
     config, itemsize = decoder_config(model), model.dtype.itemsize
     heads = [heads_of(config, layer_idx) for layer_idx in compressible_layers(model)]

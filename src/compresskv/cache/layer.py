@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.masks import valid_keys
+from compresskv.cache.part import Part, PartOf
 from compresskv.cache.stored import StoredLayer
 from compresskv.cache.stores.base import Store
 from compresskv.cache.stores.dense import DenseStore
@@ -19,6 +20,8 @@ from compresskv.errors import CacheStateError
 from compresskv.methods.base import FUTURE_POSITIONS, LayerInputs
 from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
+from compresskv.selection.budgets import is_share
+from compresskv.selection.precision import Precision
 from compresskv.selection.select import EMPTY_SLOT
 
 NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
@@ -43,7 +46,14 @@ class CompressedLayer(StoredLayer):
         self.full_nbytes = 0
         """Bytes of the prompt's keys and values before eviction."""
         self._retained_nbytes = 0
+        self._part: Part | None = None
+        self.strengths: Tensor | None = None
         self._window: QueryWindow | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """What is kept is held in so many bits."""
+        return self._eviction.precision
 
     @property
     def in_prefill(self) -> bool:
@@ -89,7 +99,10 @@ class CompressedLayer(StoredLayer):
             known = self.num_prompt_tokens or chunked_prompt_length() or 0
             self.num_prompt_tokens = max(self.seen_tokens + self.num_to_come, known)
         num_prompt = min(self.num_prompt_tokens, self.seen_tokens)
-        self.full_nbytes = self.nbytes * num_prompt // self.seen_tokens
+        self.full_nbytes = num_prompt * sum(
+            states.shape[0] * states.shape[1] * states.shape[3] * states.element_size()
+            for states in self._held().states
+        )
         num_ahead = self.seen_tokens - num_prompt
         self._window = window.following(self._window).last(eviction.method.num_observed(num_ahead))
         if self.seen_tokens >= self.num_prompt_tokens + lookahead:
@@ -102,19 +115,38 @@ class CompressedLayer(StoredLayer):
         self._window, self._decided_at = None, self.seen_tokens
         self._retained_nbytes = self.nbytes
         rotations = self._eviction.rotations
+        part, method = self._part, self._eviction.method
+        start = 0 if part is None else part.start
         inputs = LayerInputs(
             self.layer_idx,
             window.queries,
-            *self._held().states,
+            *self._read_from(start),
             window.scaling,
             window.softcap,
-            valid,
+            None if valid is None else valid[:, start:],
             sinks=window.sinks,
             num_ahead=num_ahead,
-            replayed=window.replayed,
+            replayed=window.replayed if part is None or part.replayed is None else part.replayed,
             rotation=None if rotations is None else rotations.of(self.layer_idx, self.seen_tokens + FUTURE_POSITIONS),
         )
-        self._eviction.end_of_prompt(self, self._position, inputs)
+        cut = self if part is None else PartOf(self, part, method.window_size)
+        self._eviction.end_of_prompt(cut, self._position, inputs)
+
+    def _read_from(self, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H_kv, T, D) of the tokens from `start` on, which were all kept so far."""
+        store = self._held()
+        if start == 0:
+            return store.states
+        longest = max(store.counts)
+        slots = torch.arange(longest - (self.seen_tokens - start), longest, device=store.states[0].device)
+        return store.take(slots.expand(store.states[0].shape[0], 1, -1))
+
+    def begin_part(self, eviction: Eviction, left: float, replayed: Tensor | None) -> None:
+        """Read on; what comes is cut as a prompt of its own, beside what was kept before. See `Part`."""
+        ranked = not is_share(eviction.budget)  # of a share, earlier parts keep theirs
+        self._eviction, self._part = eviction, Part(self.seen_tokens, left, ranked, replayed)
+        self._decided_at, self._window = None, None
+        self.num_prompt_tokens = self.seen_tokens + (eviction.prompt_tokens or 0)
 
     def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
         """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `observe` comes next."""
@@ -155,7 +187,7 @@ class CompressedLayer(StoredLayer):
         Raises:
             CacheStateError: a token is not stored.
         """
-        self.store = retained(self._held(), tokens, self._eviction.precision)
+        self.store, self.strengths = retained(self._held(), tokens, self._eviction.precision), None
         self._show_states()
         self._retained_nbytes = self.nbytes
 

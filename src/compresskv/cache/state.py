@@ -60,13 +60,15 @@ def _compressed(layer: CompressedLayer) -> _Own:
     if layer.store is None or layer.in_prefill:
         raise CacheStateError(f"layer {layer.layer_idx} of the cache has not read a whole prompt")
     told = {"store": type(layer.store).__name__, **{name: getattr(layer, name) for name in _NUMBERS}}
-    return layer.store.state(), told
+    strengths = {} if layer.strengths is None else {"strengths": layer.strengths}
+    return layer.store.state() | strengths, told
 
 
 def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
     if told["store"] not in _STORES:
         raise CacheStateError(f"its layer {layer.layer_idx} is in a {told['store']}, which is unknown here")
     layer.adopt_store(_STORES[told["store"]].from_state(tensors))
+    layer.strengths = tensors.get("strengths")
     for name in _NUMBERS:
         setattr(layer, name, int(told[name]))
 

@@ -90,6 +90,27 @@ def is_shared(budget: Budget) -> bool:
     return isinstance(budget, (int, float, str))
 
 
+def is_share(budget: Budget) -> bool:
+    """Whether it is a share of the prompt, in tokens or bytes: parts of a prompt then have theirs, whatever follows."""
+    if isinstance(budget, str):
+        found = find_byte_budget(budget)
+        return found is not None and found.share is not None
+    return isinstance(budget, float)
+
+
+def of_part(budget: Budget, num_tokens: int, total: int) -> Budget:
+    """The budget of a part, of one for a prompt of `total` tokens."""
+    if num_tokens == total or is_share(budget):
+        return budget
+    if isinstance(budget, str):
+        found = find_byte_budget(budget)
+        assert found is not None
+        return f"{int((found.count or 0) * num_tokens / total)}B"
+    if isinstance(budget, (int, float)):
+        return max(1, int(budget) * num_tokens // total)
+    return [max(1, count * num_tokens // total) for count in budget]
+
+
 def as_json(budget: Budget) -> int | float | str | list[int]:
     """The same in one of JSON's types."""
     return budget if isinstance(budget, (int, float, str)) else list(budget)

@@ -11,7 +11,7 @@ from compresskv import defaults
 from compresskv.attention.support import attention_modules
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.state import State, restore_cache
-from compresskv.errors import CacheStateError, PromptError, SessionError
+from compresskv.errors import CacheStateError, SessionError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.registry import create
@@ -20,20 +20,16 @@ from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import check_model
 from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
-from compresskv.plans.plan import prompt_digest
 from compresskv.profiles.profile import Profile
-from compresskv.prompts.prompt import context_length
 from compresskv.prompts.turns import first_part
 from compresskv.selection.budgets import Budget, as_json, check_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import read_session
-from compresskv.sessions.reading import OnRead, read_document
+from compresskv.sessions.progress import OnRead
+from compresskv.sessions.reading import check_length, held_by, read_document
 from compresskv.sessions.session import Session
 from compresskv.system.clock import now
-
-_LEAST_ROOM = 256
-"""Tokens that a document must leave of the model's context: for a question and its answer."""
 
 
 def read(
@@ -46,6 +42,7 @@ def read(
     profile: Profile | str | Path | None = None,
     store: str = NATIVE,
     chunk: int | None = None,
+    max_memory: int | None = None,
     name: str | None = None,
     on_read: OnRead | None = None,
     **options: Any,
@@ -55,8 +52,10 @@ def read(
     Args:
         method, budget, profile, store, options: as for `compressing`; a share is of the document.
         chunk: tokens to read at a time, to bound what reading needs beside the cache; None: all at once.
+        max_memory: bytes that keys and values may take while the document is read: where all of them need more, it is
+            read in parts, and each is cut before the next one is read. What is kept is then another choice.
         name: what the document is called.
-        on_read: called with (steps done, steps) meanwhile.
+        on_read: called with (steps done, steps) meanwhile, a step being one token in one attention layer.
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`; or the method looks ahead.
         PromptError: an empty document, or one that does not fit into the model's context.
@@ -67,14 +66,11 @@ def read(
     check_budget(budget)
     find_precision(store)
     warn_of_slow_dtype(model)
-    limit = context_length(model)
-    if limit is not None and len(part.input_ids) + _LEAST_ROOM > limit:
-        raise PromptError(
-            f"the document has {len(part.input_ids)} tokens, but of the model's context of {limit}, "
-            f"{_LEAST_ROOM} are needed for a question and its answer: shorten it"
-        )
+    check_length(model, len(part.input_ids))
     start = now(*devices_of(model))
-    cache = read_document(model, part.input_ids, chosen, budget, store=store, chunk=chunk, on_read=on_read)
+    cache = read_document(
+        model, part.input_ids, chosen, budget, store=store, chunk=chunk, max_memory=max_memory, on_read=on_read
+    )
     own = getattr(chosen, "profile", None)
     facts = Facts(
         model=str(model.config._name_or_path),
@@ -83,23 +79,14 @@ def read(
         method=chosen.label,
         budget=as_json(budget),
         profile=None if own is None else own.digest,
-        num_tokens=len(part.input_ids),
-        sha256=prompt_digest(part.input_ids),
-        mean_retained=_mean_retained(cache),
-        kv_nbytes=cache.retained_nbytes,
-        kv_nbytes_full=cache.full_nbytes,
+        **held_by(cache, part.input_ids),
         read_s=now(*devices_of(model)) - start,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         dtype=weights_dtype(model),
         store=store,
         versions={package: version(package) for package in ("compresskv", "torch", "transformers")},
     )
-    return Session(model, tokenizer, cache, part.input_ids, part.ending, facts)
-
-
-def _mean_retained(cache: CompressedCache) -> float:
-    layers = cache.compressed_layers
-    return sum(layer.mean_retained for layer in layers) / len(layers)
+    return Session(model, tokenizer, cache, part.input_ids, part.ending, facts, chosen)
 
 
 def open_session(path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Session:

@@ -1,22 +1,31 @@
-"""A document becomes a compressed cache: in one pass, or in chunks."""
+"""A document becomes a compressed cache: in one pass, in chunks, or in parts that are cut one after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import routing
-from compresskv.cache.cache import CompressedCache
-from compresskv.errors import ConfigError
+from compresskv.cache.cache import CompressedCache, costs_of
+from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
-from compresskv.plans.capture import read_twice
-from compresskv.selection.budgets import Budget
-from compresskv.selection.precision import NATIVE
+from compresskv.plans.capture import CapturedPrompt, read_twice
+from compresskv.plans.plan import prompt_digest
+from compresskv.prompts.prompt import context_length
+from compresskv.selection.budgets import Budget, is_share, of_part, resolve
+from compresskv.selection.byte_budget import find_byte_budget
+from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.sessions.progress import OnRead, told
 
-OnRead = Callable[[int, int], None]
-"""Called with (steps done, steps); a step is one layer's reading of one chunk."""
+_LEAST_ROOM = 256
+"""Tokens that a document must leave of the model's context: for a question and its answer."""
+_LEAST_PART = 64
+"""Tokens of which something can be chosen."""
+_REPLAY = 3
+"""Full caches of a part that a method holds at most which reads it twice: its own, and what it reads again."""
 
 
 def read_document(
@@ -27,6 +36,7 @@ def read_document(
     *,
     store: str = NATIVE,
     chunk: int | None = None,
+    max_memory: int | None = None,
     on_read: OnRead | None = None,
 ) -> CompressedCache:
     """Read a document and cut it.
@@ -35,36 +45,149 @@ def read_document(
         store: as for `compressing`.
         chunk: tokens to read at a time; None: all at once. What is kept is the same up to rounding: nothing is evicted
             before all was read.
+        max_memory: bytes that keys and values may take meanwhile; where the document's need more, it is read in parts,
+            and each is cut before the next is read.
+        on_read: called with (steps done, steps).
     Raises:
-        ConfigError: the method looks ahead, or the budget or the chunk cannot work.
+        ConfigError: the method looks ahead, or a value cannot work.
     """
     if method.lookahead:
         raise ConfigError(f"lookahead={method.lookahead}: a document is cut before anything is asked")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ConfigError("must be an int of at least 1", option="chunk", value=chunk)
-    step = len(token_ids) if chunk is None else chunk
-    chunks = [token_ids[start : start + step] for start in range(0, len(token_ids), step)]
-    done = _Steps(len(chunks), on_read)
-    with routing(model):
-        cache = CompressedCache(model, method, budget, prompt_tokens=len(token_ids), on_layer=done, store=store)
-        if method.replays:
-            read_twice(model, chunks, cache)
-        else:
-            for part in chunks:
-                prefill(model, torch.tensor([list(part)], device=input_device(model)), cache)
+    for option, value in (("chunk", chunk), ("max_memory", max_memory)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError("must be an int of at least 1", option=option, value=value)
+    total = len(token_ids)
+    cache = CompressedCache(model, method, budget, store=store)
+    step = total if max_memory is None else _part_tokens(model, method, budget, store, total, max_memory)
+    parts = [token_ids[start : start + step] for start in range(0, total, step)]
+    num_read = sum(_num_read(method, len(part), later=number > 0) for number, part in enumerate(parts))
+    with routing(model), told(model, num_read, on_read):
+        for part in parts:
+            _read_part(model, cache, part, method, of_part(budget, len(part), total), 1.0, chunk)
         cache.check_attended()
     return cache
 
 
-class _Steps:
-    """Counts the layers of all chunks."""
+def read_on(
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    token_ids: Sequence[int],
+    method: Method,
+    budget: Budget,
+    *,
+    chunk: int | None = None,
+    on_read: OnRead | None = None,
+) -> None:
+    """Read more of a document, and cut it so that the whole is within the budget.
 
-    def __init__(self, num_chunks: int, on_read: OnRead | None) -> None:
-        self._num_chunks = num_chunks
-        self._on_read = on_read
-        self._done = 0
+    Every part has the share of the budget that it has of the tokens. So a share of the document leaves earlier parts as
+    they are; of a count, they get less, and lose their weakest tokens: see `Part`.
 
-    def __call__(self, _: int, layers: int) -> None:
-        self._done += 1
-        if self._on_read is not None:
-            self._on_read(self._done, layers * self._num_chunks)
+    Args:
+        budget: of the whole document.
+        chunk, on_read: as for `read_document`.
+    """
+    before, num_new = cache.get_seq_length(), len(token_ids)
+    left = 1.0 if is_share(budget) else min(1.0, _allowed(cache, budget) * before / (before + num_new))
+    with routing(model), told(model, _num_read(method, num_new, later=True), on_read):
+        _read_part(model, cache, token_ids, method, of_part(budget, num_new, before + num_new), left, chunk)
+        cache.check_attended()
+
+
+def _allowed(cache: CompressedCache, budget: Budget) -> float:
+    """How much a count of tokens or bytes is of what the cache holds."""
+    layers = cache.compressed_layers
+    if isinstance(budget, str):
+        found = find_byte_budget(budget)
+        assert found is not None
+        return (found.count or 0) / sum(layer.retained_nbytes for layer in layers)
+    counts = [budget] if isinstance(budget, (int, float)) else list(budget)
+    return sum(counts) / len(counts) / (sum(layer.mean_retained for layer in layers) / len(layers))
+
+
+def _read_part(
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    token_ids: Sequence[int],
+    method: Method,
+    budget: Budget,
+    left: float,
+    chunk: int | None,
+) -> None:
+    """Read what comes next and cut it, inside `routing`.
+
+    A method that reads twice does so with the cache itself where it is the document's beginning; else it reads the part
+    by itself first, and the part then attends to what is kept.
+    """
+    step = len(token_ids) if chunk is None else chunk
+    chunks = [list(token_ids[start : start + step]) for start in range(0, len(token_ids), step)]
+    begins, replayed = cache.get_seq_length() == 0, None
+    if method.replays and not begins:
+        captured = CapturedPrompt(model, 1)
+        for one in chunks:
+            captured.read(one)
+        replayed = captured.replayed
+        del captured
+    cache.begin_part(model, len(token_ids), method, budget, left=left, replayed=replayed)
+    if method.replays and begins:
+        read_twice(model, chunks, cache)
+        return
+    for one in chunks:
+        prefill(model, torch.tensor([one], device=input_device(model)), cache)
+
+
+def _num_read(method: Method, num_tokens: int, *, later: bool) -> int:
+    """Tokens that pass through the model while a part is read."""
+    return num_tokens * (1 + method.replays * (1 + later))
+
+
+def _part_tokens(
+    model: PreTrainedModel, method: Method, budget: Budget, store: str, total: int, max_memory: int
+) -> int:
+    """Tokens of each part, so that it fits, whole, beside what is kept of all that came before.
+
+    Raises:
+        ConfigError: what is kept alone takes more.
+    """
+    costs = costs_of(model, find_precision(store))
+    reading = costs.full * (_REPLAY if method.replays else 1)
+    if total * reading <= max_memory:
+        return total
+    if isinstance(budget, str):
+        found = find_byte_budget(budget)
+        kept = 0 if found is None else found.tokens(total, costs)
+    else:
+        counts = [budget] if isinstance(budget, (int, float)) else list(budget)
+        kept = max(resolve(count, total) for count in counts)
+    room = (max_memory - kept * costs.held - costs.fixed) // reading
+    if room < _LEAST_PART:
+        needed = kept * costs.held + costs.fixed + _LEAST_PART * reading
+        problem = f"is too little: what is kept and the least part of {total:,} tokens need {needed:,} bytes"
+        raise ConfigError(problem, option="max_memory", value=max_memory)
+    return -(-total // -(-total // room))
+
+
+def held_by(cache: CompressedCache, token_ids: list[int]) -> dict[str, Any]:
+    """The part of `Facts` that a document's cache tells."""
+    layers = cache.compressed_layers
+    return {
+        "num_tokens": len(token_ids),
+        "sha256": prompt_digest(token_ids),
+        "mean_retained": sum(layer.mean_retained for layer in layers) / len(layers),
+        "kv_nbytes": cache.retained_nbytes,
+        "kv_nbytes_full": cache.full_nbytes,
+    }
+
+
+def check_length(model: PreTrainedModel, num_tokens: int) -> None:
+    """Refuse a document that leaves no room for a question.
+
+    Raises:
+        PromptError: naming both numbers.
+    """
+    limit = context_length(model)
+    if limit is not None and num_tokens + _LEAST_ROOM > limit:
+        raise PromptError(
+            f"the document has {num_tokens} tokens, but of the model's context of {limit}, {_LEAST_ROOM} are needed "
+            "for a question and its answer: shorten it"
+        )

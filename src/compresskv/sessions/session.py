@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,15 +14,21 @@ from compresskv.cache.cache import CompressedCache
 from compresskv.cache.state import cache_state
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import AUTO, NEVER, check_mode
-from compresskv.errors import CacheStateError, PromptError, SessionError
+from compresskv.errors import CacheStateError, ProfileError, PromptError, SessionError
 from compresskv.generation import Generation, GenerationStats, speak
+from compresskv.methods.base import Method
+from compresskv.methods.prepare import prepare_method
+from compresskv.methods.registry import parse_methods
 from compresskv.models.decoding import OnToken, end_tokens, prefill
 from compresskv.models.place import devices_of, input_device
+from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import room_for_prompt
-from compresskv.prompts.turns import Ending, question_tokens, turn_tokens
+from compresskv.prompts.turns import Ending, next_part, question_tokens, turn_tokens
 from compresskv.sessions.conversation import TURNS_BUDGET, Conversation
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import Contents, Said, write_session
+from compresskv.sessions.progress import OnRead
+from compresskv.sessions.reading import check_length, held_by, read_on
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -37,6 +44,7 @@ class Session:
         token_ids: list[int],
         ending: Ending,
         facts: Facts,
+        method: Method | None = None,
     ) -> None:
         self.facts = facts
         """Where it comes from and what it keeps."""
@@ -46,6 +54,7 @@ class Session:
         self._tokenizer = tokenizer
         self._document = cache
         self._ending = ending
+        self._method = method
         self._conversation: Conversation | None = None
         self._lent = threading.Lock()
         self.turns_budget = TURNS_BUDGET
@@ -138,6 +147,63 @@ class Session:
         if self._conversation is not None:
             self._conversation.lease.close()
             self._conversation = None
+
+    def append(
+        self,
+        text: str,
+        *,
+        profile: Profile | str | Path | None = None,
+        chunk: int | None = None,
+        on_read: OnRead | None = None,
+    ) -> None:
+        """Let the document grow: `text` is read against what is kept, and cut so that the whole is within the budget.
+
+        Every part has the share of the budget that it has of the tokens: of a count of tokens, earlier parts then keep
+        less. What was kept of them is not chosen anew.
+
+        Args:
+            profile: as for `read`, where this was opened from a file and the method needs one.
+            chunk, on_read: as for `read`.
+        Raises:
+            CacheStateError: a conversation, or another thread's question, goes on.
+            PromptError: an empty text, or one that does not fit into the model's context.
+            ConfigError, ProfileError: the method, or its profile, is not to be found here.
+        """
+        part = next_part(self._tokenizer, self._ending, text)
+        token_ids = [*self.token_ids, *part.input_ids]
+        check_length(self._model, len(token_ids))
+        method = self._found_method(profile)
+        if self._conversation is not None or not self._lent.acquire(blocking=False):
+            raise CacheStateError(
+                "the document cannot grow while a conversation or a question goes on: forget() it first"
+            )
+        try:
+            start = now(*devices_of(self._model))
+            cache = self._document.branch()  # what was read stays as it is where this is interrupted
+            budget = self.facts.budget
+            read_on(self._model, cache, part.input_ids, method, budget, chunk=chunk, on_read=on_read)
+            read_s = self.facts.read_s + now(*devices_of(self._model)) - start
+            self.facts = replace(self.facts, **held_by(cache, token_ids), read_s=read_s)
+            self._document, self.token_ids, self._ending, self._method = cache, token_ids, part.ending, method
+        finally:
+            self._lent.release()
+
+    def _found_method(self, profile: Profile | str | Path | None) -> Method:
+        """What the document was read with.
+
+        Raises:
+            ConfigError, ProfileError: it is not to be found here, or its profile is another.
+        """
+        if self._method is not None:
+            return self._method
+        (method,) = parse_methods("method", self.facts.method).values()
+        method = prepare_method(self._model, method, profile)
+        own = getattr(method, "profile", None)
+        if own is not None and own.digest != self.facts.profile:
+            raise ProfileError(
+                f"the document was read with another profile of this model, {self.facts.profile}: this is {own.digest}"
+            )
+        return method
 
     @contextmanager
     def _branch(self, room: int) -> Iterator[CompressedCache]:
