@@ -16,6 +16,10 @@ torch.set_num_threads(1)
 if sys.version_info < (3, 12):  # else setuptools replaces distutils, and tests that compile depend on those before them
     os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
+FEW_METHODS = ("full", "snapkv", "adakv", "compresskv", "blend", "knorm")
+"""One of each kind: nothing is evicted; heads choose alone, equal numbers or others; layers differ, by a profile; all
+layers decide together; no window."""
+
 
 @pytest.fixture(autouse=True)
 def _models_keep_their_attention() -> Iterator[None]:
@@ -30,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Run contract tests of three parameters and more with every combination, not with every pair of values.",
     )
+    parser.addoption(
+        "--few-methods",
+        action="store_true",
+        help="Run contract tests with one method of each kind: for another transformers, which methods never see.",
+    )
     parser.addoption("--sweep", action="store_true", help="Collect tests/sweep, too.")
     parser.addoption("--write-models", action="store_true", help="Let the sweep renew docs/models.md.")
 
@@ -39,6 +48,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--few-methods"):
+        _leave_out(config, items, _of_other_methods(items))
     if config.getoption("--all-combinations"):
         return
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
@@ -49,8 +60,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for cases in tests.values():
         kept = covering_pairs([_parameters(item) for item in cases])
         left_out |= set(cases) - {cases[number] for number in kept}
+    _leave_out(config, items, left_out)
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: set[pytest.Item]) -> None:
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _of_other_methods(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Cases of contract tests with other methods than `FEW_METHODS`, of tests that have cases with these."""
+    by_test: dict[str, dict[pytest.Item, str]] = defaultdict(dict)
+    for item in items:
+        method = getattr(getattr(item, "callspec", None), "params", {}).get("method")
+        if "contract" in item.path.parts and method in tiny.METHODS:
+            by_test[item.nodeid.partition("[")[0]][item] = method
+    few = set(FEW_METHODS)
+    return {item for cases in by_test.values() if few & {*cases.values()} for item in cases if cases[item] not in few}
 
 
 def _parameters(item: pytest.Item) -> tuple[tuple[str, str], ...]:
