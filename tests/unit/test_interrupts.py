@@ -1,12 +1,13 @@
 """Ctrl-C, pressed more than once."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from compresskv.system.interrupts import interrupted_once
+from compresskv.system.interrupts import ended_once, interrupted_once
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,36 @@ def test_in_another_thread_nothing_changes() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
+def test_whatever_ends_a_process_lets_it_clean_up(first: str, second: str) -> None:
+    before = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGHUP", "SIGINT")}
+    done = []
+
+    def work() -> None:
+        with ended_once():
+            try:
+                signal.raise_signal(getattr(signal, first))
+            finally:
+                signal.raise_signal(getattr(signal, second))
+                done.append("what was left to remove")
+
+    with pytest.raises(KeyboardInterrupt if first == "SIGINT" else SystemExit) as ended:
+        work()
+    assert done
+    if first != "SIGINT":
+        assert ended.value.args == (128 + getattr(signal, first),)
+    assert before == {name: signal.getsignal(getattr(signal, name)) for name in before}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_once():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -35,6 +35,7 @@ from compresskv.cli.session import session_app
 from compresskv.cli.terminal import warnings_in_one_line
 from compresskv.cli.usage import UsageError, explained, is_help
 from compresskv.errors import CompressKVError
+from compresskv.system.interrupts import ended_once
 from compresskv.system.quiet import hush_torchao
 from compresskv.version import __version__
 
@@ -52,7 +53,8 @@ app = typer.Typer(
 _EPILOG = f"""\b
 Examples:
   compresskv ask report.txt "Who signed the contract?"
-  compresskv ask report.txt "Who signed the contract?" --budget 3% --compare full,snapkv
+  compresskv ask report.txt "Who signed the contract?" --budget 3% \\
+      --compare full,snapkv
   compresskv read report.txt
   compresskv ask report.kvc "Who signed the contract?"
   compresskv chat report.kvc
@@ -83,10 +85,13 @@ def _root(
 
 ASK_EPILOG = """\b
 Examples:
-  compresskv ask examples/ships_log.txt "What is the number that opens the brass lock?"
+  compresskv ask examples/ships_log.txt \\
+      "What is the number that opens the brass lock?"
   compresskv ask log.txt "Who is the cook?" --method snapkv --budget 0.05
-  compresskv ask log.txt "Who is the cook?" --compare full,streaming_llm --json
-  cat log.txt | compresskv ask - "Who is the cook?" --model ./my-model --truncate middle
+  compresskv ask log.txt "Who is the cook?" --compare full,streaming_llm \\
+      --json
+  cat log.txt | compresskv ask - "Who is the cook?" --model ./my-model \\
+      --truncate middle
   compresskv ask log.kvc "Who is the cook?"
 """
 
@@ -117,7 +122,12 @@ app.add_typer(profile_app, name="profile", short_help="Make, show, verify or imp
 
 
 def run() -> int:
-    """Run the command that was typed: the exit code, 2 after one line on stderr for what is wrong."""
+    """Run the command that was typed: the exit code, 2 after one line on stderr for what is wrong.
+
+    Raises:
+        KeyboardInterrupt: by Ctrl-C, once.
+        SystemExit: the process was told to end.
+    """
     hush_torchao()
     if sys.stderr is None:  # closed: what is written there is lost, and no other file takes its number
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
@@ -125,7 +135,7 @@ def run() -> int:
         return _refused("standard output is closed: send it to a file or to /dev/null")
     status: Any = 0
     try:
-        with warnings_in_one_line():
+        with ended_once(), warnings_in_one_line():
             status = app(prog_name="compresskv", standalone_mode=False)
         sys.stdout.flush()
     except CompressKVError as error:

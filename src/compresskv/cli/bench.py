@@ -24,10 +24,12 @@ EPILOG = """\b
 Examples:
   compresskv bench --lengths 1024,4096 --budgets 128,256
   compresskv bench --methods snapkv,adakv --budgets 256,3%,full --json
-  compresskv bench --random llama-1b --lengths 4096,16384,32768 --plot growth.png
+  compresskv bench --random llama-1b --lengths 4096,16384,32768 \\
+      --plot growth.png
   compresskv bench --random llama-8b --layers 4 --dtype float32
   compresskv bench --lengths 4096 --budgets 256 --decode eager,compiled,int8
-  compresskv bench --lengths 4096 --peers kvpress,vllm,llama.cpp -o runs/speed.json
+  compresskv bench --lengths 4096 --peers kvpress,vllm,llama.cpp \\
+      -o runs/speed.json
 
 Measure on a quiet machine: figures of a busy one differ, ratios less so. What each figure means: docs/speed.md.
 """

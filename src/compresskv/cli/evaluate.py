@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  compresskv eval --tasks needle --lengths 1024,2048 --budgets 64,128 -o runs/needle
-  compresskv eval --tasks longbench --subsets hotpotqa,samsum --data ~/data -o runs/longbench
-  compresskv eval --tasks needle --methods 'full,snapkv[window_size=32],vote' --no-answers -o runs/quick
+  compresskv eval --tasks needle --lengths 1024,2048 --budgets 64,128 \\
+      -o runs/needle
+  compresskv eval --tasks longbench --subsets hotpotqa,samsum --data ~/data \\
+      -o runs/longbench
+  compresskv eval --tasks needle \\
+      --methods 'full,snapkv[window_size=32],vote' --no-answers -o runs/quick
   compresskv eval --tasks needle --peers SnapKVPress,KnormPress -o runs/needle
   compresskv report runs/needle
 

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  compresskv explain examples/ships_log.txt "What is the number that opens the brass lock?"
-  compresskv explain log.txt "Who is the cook?" --budget 5% --compare snapkv,streaming_llm --html cook.html
-  compresskv explain log.txt "Who is the cook?" --evidence "the cook, Tom Finch" --no-answer
+  compresskv explain examples/ships_log.txt \\
+      "What is the number that opens the brass lock?"
+  compresskv explain log.txt "Who is the cook?" --budget 5% \\
+      --compare snapkv,streaming_llm --html cook.html
+  compresskv explain log.txt "Who is the cook?" \\
+      --evidence "the cook, Tom Finch" --no-answer
   compresskv explain log.txt "Who is the cook?" --json > cook.json
 """
 

@@ -75,12 +75,14 @@ Examples:
 """
 _IMPORT_EPILOG = """\b
 Example:
-  compresskv profile import --heads heads.json --layers layers.json --model org/name
+  compresskv profile import --heads heads.json --layers layers.json \\
+      --model org/name
 """
 _VERIFY_EPILOG = f"""\b
 Examples:
   compresskv profile verify {defaults.MODEL}
-  compresskv profile verify ./my-model my-profile.json --counts 5,10 --plot figures
+  compresskv profile verify ./my-model my-profile.json --counts 5,10 \\
+      --plot figures
 """
 
 

@@ -19,7 +19,8 @@ EPILOG = """\b
 Examples:
   compresskv serve
   compresskv serve org/name --budget 5% --port 8001
-  compresskv serve ./my-model --budget 512 --set window_size=16 --max-model-len 32768
+  compresskv serve ./my-model --budget 512 --set window_size=16 \\
+      --max-model-len 32768
 
 Options that are not listed here go to vLLM's server; MODEL comes before them. More: docs/serving.md
 """

@@ -1,10 +1,12 @@
-"""Ctrl-C where results must still be shown and stored."""
+"""Ctrl-C and other signals to end, where results must still be shown and stored, and temporary files removed."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # of which a system may lack some
 
 
 @contextmanager
@@ -14,16 +16,36 @@ def interrupted_once() -> Iterator[None]:
     `timeout -s INT`, and people in a hurry, send two: the second must not end what the first one left to be written.
     Outside of the main thread, which alone is interrupted, nothing changes.
     """
+    with _raised_once([signal.SIGINT]):
+        yield
+
+
+@contextmanager
+def ended_once() -> Iterator[None]:
+    """`interrupted_once`; and a process that is told to end does so like one that is interrupted, cleaning up.
+
+    SIGTERM and SIGHUP are a SystemExit with the code of the shells, 128 and the signal's number. What the process was
+    started to ignore, as by nohup, it goes on ignoring.
+    """
+    known = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
+    with _raised_once([one for one in known if one == signal.SIGINT or signal.getsignal(one) == signal.SIG_DFL]):
+        yield
+
+
+@contextmanager
+def _raised_once(signals: Sequence[signal.Signals]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def once(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
+    def once(number: int, _frame: FrameType | None) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGINT, once)
+    before = {one: signal.signal(one, once) for one in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
