@@ -1,6 +1,7 @@
 """Reading a text once more, to see what of its cache the second reading looks at."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compresskv.attention.routing import base_implementation, without_masks
 from compresskv.cache.full import FullCache
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
@@ -65,6 +67,9 @@ def replay(
     for layer in layers:
         keys, _ = layer.stored()
         layer.noted = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+    # Without a mask, attention over a prompt's later pieces is faster. A sliding window, and 'eager', need theirs.
+    maskless = len(layers) == len(cache.layers) and base_implementation(model) == "sdpa"
+    masks = without_masks if maskless else nullcontext
     step = _chunk_tokens(model, len(token_ids), chunk_tokens)
     for start in range(0, len(token_ids), step):
         stop = min(start + step, len(token_ids))
@@ -72,7 +77,8 @@ def replay(
         for layer in branch.routed:
             layer.replayed = Replayed(start, stop)
         ids = list(token_ids[max(0, start - LEAD_TOKENS) : stop])
-        prefill(model, torch.tensor([ids], device=input_device(model)), branch)
+        with masks():
+            prefill(model, torch.tensor([ids], device=input_device(model)), branch)
         if on_chunk is not None:
             on_chunk(stop, len(token_ids))
     found: list[Tensor] = [layer.noted for layer in layers]
