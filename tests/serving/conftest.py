@@ -89,6 +89,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
 
 
 @pytest.fixture(scope="session")
+def small_async(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
+    """As `small`, with prefix caching, and scheduled asynchronously."""
+    from engine import start
+    from random_model import small_engine_options
+
+    options = small_engine_options(tmp_path_factory.mktemp("small"))
+    yield from start(**options, enable_prefix_caching=True, asynchronous=True)
+
+
+@pytest.fixture(scope="session")
 def small_caching(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
     """As `small`, with prefix caching."""
     from engine import start

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
 from compresskv.models.embedded import ensure_embedded
+from compresskv.serving import plugin
 from compresskv.serving.compaction import Compaction
 from compresskv.serving.tap import EndingPrompt
 
@@ -38,11 +40,23 @@ class Engine:
         self.positions: list[list[int]] = []
         """What was kept of each prompt, in the order of evictions."""
         self.max_running = 0
-        core: Any = llm.llm_engine.engine_core
-        self.scheduler = core.engine_core.scheduler
-        self.runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        engine_core: Any = llm.llm_engine.engine_core
+        self.core = engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
+
+    @property
+    def vllms_runner_class(self) -> Any:
+        """vLLM's own, which ours is made from: one of two of the same name."""
+        (own,) = (kind for kind in type(self.runner).__mro__ if kind.__name__ == "GPUModelRunner")
+        return own
+
+    @property
+    def is_v2(self) -> bool:
+        """Whether it is vLLM's second."""
+        return bool(self.llm.llm_engine.vllm_config.use_v2_model_runner)
 
     def note_positions(self) -> None:
         """Note what is kept of each prompt from now on."""
@@ -90,14 +104,22 @@ class Engine:
         self.check_clean()
         return [_answer(finished[str(number)]) for number in range(len(prompts))]
 
+    def worker_blocks(self, number: int) -> list[int]:
+        """Blocks that the worker has for the request that was added with this id."""
+        (request_id,) = (name for name in self.scheduler.requests if name.split("-")[0] == str(number))
+        blocks: list[int] = self.runner.block_ids_of(request_id).tolist()
+        return blocks
+
     def preempt(self, request: Any) -> None:
-        """Preempt a running request, as vLLM does between steps."""
+        """Preempt a running request, as vLLM does between steps; what is under way of it is not heard of again."""
         self.scheduler.running.remove(request)
-        self.scheduler._preempt_request(request, 0.0)
+        self.scheduler._preempt_request(request, 0.0, drop_stale_output=True)
         self.scheduler.prev_step_scheduled_req_ids.clear()
 
     def check_clean(self) -> None:
         """Every block is back, and nothing is remembered of any request."""
+        while self.core.batch_queue:  # steps that were planned before their requests ended
+            self.step()
         assert self.pool.get_num_free_blocks() == self.num_free
         manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         assert not manager.req_to_blocks
@@ -111,9 +133,21 @@ def _answer(output: RequestOutput) -> Answer:
     return Answer(tokens, [step[token].logprob for step, token in zip(only.logprobs, tokens, strict=True)])
 
 
-def start(compresskv: dict[str, Any] | None, **options: Any) -> Iterator[Engine]:
-    """An engine; `compresskv` goes to vLLM's additional_config."""
-    llm = LLM(**engine_options(compresskv, **options))
+def start(compresskv: dict[str, Any] | None, *, asynchronous: bool = False, **options: Any) -> Iterator[Engine]:
+    """An engine; `compresskv` goes to vLLM's additional_config.
+
+    Args:
+        asynchronous: schedule a step before the one in front of it has come back, as vLLM does on GPUs alone.
+    """
+
+    def configure(config: Any, configure: Any = plugin.configure) -> None:
+        config.scheduler_config.async_scheduling = asynchronous
+        configure(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin, "configure", configure)
+        llm = LLM(**engine_options(compresskv, **options))
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == asynchronous
     keep_alive(llm)
     engine = Engine(llm)
     if getattr(engine.runner, "compaction", None) is not None:

@@ -19,9 +19,9 @@ class Asked:
     budget: object
 
 
-@pytest.fixture(params=["small", "small_caching"])
+@pytest.fixture(params=["small", "small_caching", "small_async"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Without prefix caching, and with it."""
+    """Without prefix caching, with it, and where steps are scheduled ahead."""
     found: Engine = request.getfixturevalue(request.param)
     return found
 

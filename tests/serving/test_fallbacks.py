@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import pytest
 import torch
 from engine import Engine
 from random_model import NUM_LAYERS, VOCAB_SIZE
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from compresskv.serving.counters import counters
+from compresskv.serving.evicted import EvictedTokens
 from compresskv.serving.room import scratch_nbytes
 from compresskv.serving.scheduler import CompressedScheduler, told
 from compresskv.serving.settings import EvictionSpec, PlannedEviction
@@ -31,9 +32,9 @@ def grown() -> Callable[[], dict[str, float]]:
     return lambda: {name: value - before[name] for name, value in counters().totals().items() if value != before[name]}
 
 
-@pytest.fixture(params=["small", "small_caching"])
+@pytest.fixture(params=["small", "small_caching", "small_async"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Without prefix caching, and with it."""
+    """Without prefix caching, with it, and where steps are scheduled ahead."""
     found: Engine = request.getfixturevalue(request.param)
     return found
 
@@ -193,7 +194,8 @@ def test_vllm_sees_the_scratch_when_it_profiles(small: Engine, monkeypatch: pyte
 
     seen: list[list[int]] = []
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(GPUModelRunner, "profile_run", lambda _runner, **_options: seen.append(list(sizes)))
+    vllms = small.vllms_runner_class
+    monkeypatch.setattr(vllms, "profile_run", lambda _runner, **_options: seen.append(list(sizes)))
     small.runner.profile_run()
     assert seen == [[scratch_nbytes(small.runner.model_config)]]
 
@@ -211,18 +213,61 @@ def test_on_cpus_the_scratch_is_taken_from_what_is_left(
 
 
 def test_a_step_costs_no_more_calls_with_more_requests(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of our own: nothing loops over requests in Python."""
-    runner = small.runner
+    """Of our own: nothing loops over requests in Python while the batch stays as it is."""
     numbers = {}
     for num_requests in (3, 12):
-        names = [str(number) for number in range(num_requests)]
-        monkeypatch.setattr(GPUModelRunner, "_prepare_inputs", lambda *_arguments: ())
-        monkeypatch.setattr(type(runner.input_batch), "req_ids", property(lambda _batch, names=names: names))
-        monkeypatch.setattr(runner, "_num_evicted", dict.fromkeys(names, 7))
+        step = decoding_step(small, num_requests, monkeypatch)
+        step()
         calls: Counter[str] = Counter()
         sys.setprofile(lambda _frame, event, _argument, calls=calls: calls.update([event]))
-        runner._prepare_inputs(None, np.ones(num_requests, dtype=np.int32))
+        step()
         sys.setprofile(None)
         numbers[num_requests] = calls["call"]
     assert numbers[3] == numbers[12]
-    assert len(runner.compaction._layers) == NUM_LAYERS
+    assert len(small.runner.compaction._layers) == NUM_LAYERS
+
+
+def test_attention_alone_counts_without_what_is_lost(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lengths lie in one place, where CUDA graphs look for them; the batch's own tell whether a prompt is read."""
+    if not small.is_v2:
+        pytest.skip("vLLM's first runner shows these tensors to nobody else")
+    places = set()
+    for num_requests in (3, 12):
+        positions, lengths = decoding_step(small, num_requests, monkeypatch)()
+        assert positions.tolist() == [12] * num_requests
+        assert lengths.tolist() == [13] * num_requests
+        places.add(lengths.data_ptr())
+    assert len(places) == 1
+
+
+def decoding_step(engine: Engine, num_requests: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """What we do in a step in which requests decode that were cut, without what vLLM does in it."""
+    runner, vllms = engine.runner, engine.vllms_runner_class
+    names, ones = [str(number) for number in range(num_requests)], np.ones(num_requests, dtype=np.int32)
+    evicted = EvictedTokens(runner.device)
+    for name in names:
+        evicted.note(name, 7)
+    monkeypatch.setattr(runner, "evicted", evicted)
+    if not engine.is_v2:
+        monkeypatch.setattr(vllms, "_prepare_inputs", lambda *_arguments: ())
+        monkeypatch.setattr(type(runner.input_batch), "req_ids", property(lambda _batch: names))
+        return lambda: runner._prepare_inputs(None, ones)
+    monkeypatch.setattr(vllms, "prepare_attn", lambda _runner, batch: batch.positions)
+    monkeypatch.setattr(runner, "_prepare_metadata", lambda held: held.seq_lens)
+    lengths = torch.full((num_requests,), 20, dtype=torch.int32)
+    batch = SimpleNamespace(
+        req_ids=names,
+        num_reqs=num_requests,
+        positions=torch.full((num_requests,), 19),
+        num_scheduled_tokens=ones,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
+    )
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        prepared = runner.prepare_attn(batch), runner.model_state.prepare_attn(batch)
+        assert batch.positions.tolist() == [19] * num_requests
+        assert lengths.tolist() == [20] * num_requests
+        return prepared
+
+    return step

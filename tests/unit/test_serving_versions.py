@@ -42,7 +42,8 @@ def _some_version(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("release", SIGNATURES)
 def test_every_claimed_series_calls_what_we_override_as_we_think(release: str) -> None:
     versions.check_version(release)
-    assert set(SIGNATURES[release]) == set(versions.HOOKS)
+    missing = set() if release.rpartition(".")[0] in versions.ON_GPUS else {"Worker._make_model_runner"}
+    assert set(versions.HOOKS) - set(SIGNATURES[release]) == missing
     for kind in stand_ins(SIGNATURES[release]):
         versions.check_hooks(kind)
 
@@ -60,7 +61,9 @@ def check(signatures: dict[str, str]) -> None:
 def test_another_meaning_is_refused_and_more_options_are_not(hook: str) -> None:
     signatures = SIGNATURES["0.33.0"]
     parameters = signatures[hook]
-    check(signatures | {hook: f"{parameters}{'' if '*' in parameters else ', *'}, added=None"})
+    options, *rest = parameters.split(", **")
+    more = ", **".join([f"{options}{'' if '*' in options else ', *'}, added=None", *rest])
+    check(signatures | {hook: more})
     renamed = parameters.replace(versions.HOOKS[hook][-1], "other")
     for changed in (renamed, f"self, needed, {parameters[6:]}".rstrip(", ")):
         with pytest.raises(
@@ -84,6 +87,12 @@ def test_signatures() -> None:
 @pytest.mark.parametrize("found", ["0.31.0", "0.32", "0.32.0", "0.32.1", "0.32.0+cpu", "0.33.0", "0.33.1.post2"])
 def test_tested_versions(found: str) -> None:
     versions.check_version(found)
+
+
+def test_on_gpus_the_worker_must_let_us_make_its_runner() -> None:
+    versions.check_version("0.32.0", on_cpu=False)
+    with pytest.raises(ConfigError, match=r"vLLM 0\.31\.0 .* on GPUs compresskv needs vLLM 0\.32 and 0\.33"):
+        versions.check_version("0.31.0", on_cpu=False)
 
 
 @pytest.mark.parametrize("found", ["0.30.2", "0.34.0", "0.320.0", "1.0", "dev"])

@@ -27,7 +27,6 @@ Options that are not listed here go to vLLM's server; MODEL comes before them. M
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 _CPU_CACHE_NBYTES = 4 << 30
-_SERVER_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 _OWN_OPTIONS = {"budget": "--budget", "method": "--method", "settings": "--set", "profile": "--profile"}
 _ADDITIONAL = "--additional-config"
 _DTYPE = "--dtype"
@@ -58,7 +57,7 @@ def serve(
 
     check_version(installed_version())
     given = [option for name, option in _OWN_OPTIONS.items() if _is_given(context, name)]
-    environment = _SERVER_ENVIRONMENT | plugins_with_ours()
+    environment = plugins_with_ours()
     if (place := _place_of_settings(context.args)) is not None:
         if given:
             raise ConfigError(f"{place} holds settings of compresskv already: leave out {', '.join(given)}")

@@ -1,19 +1,23 @@
 """The worker on GPUs."""
 
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from typing import Any
+
 from vllm.v1.worker.gpu_worker import Worker
 
-from compresskv.serving.runner import CompressedRunner
+from compresskv.serving.versions import check_hooks
 
-
-class CompressedGPURunner(CompressedRunner, GPUModelRunner):
-    """vLLM's first GPU runner, for prompts that are cut."""
+check_hooks(Worker)
 
 
 class CompressedGPUWorker(Worker):
     """vLLM's GPU worker with our runner."""
 
-    def init_device(self) -> None:
-        """Make the runner ours, as on CPUs."""
-        super().init_device()
-        self.model_runner.__class__ = CompressedGPURunner
+    def _make_model_runner(self) -> Any:
+        """Ours; vLLM's settings decide which of its two it is made from, and Triton is imported only for the second."""
+        if self.use_v2_model_runner:
+            from compresskv.serving.runner_v2 import CompressedRunnerV2
+
+            return CompressedRunnerV2(self.vllm_config, self.device)
+        from compresskv.serving.runner_v1 import CompressedRunnerV1
+
+        return CompressedRunnerV1(self.vllm_config, self.device)

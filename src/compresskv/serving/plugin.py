@@ -12,7 +12,11 @@ _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "compresskv.serving.cpu_worker.CompressedCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "compresskv.serving.gpu_worker.CompressedGPUWorker",
 }
-_SCHEDULER = "compresskv.serving.scheduler.CompressedScheduler"
+_SCHEDULERS = {
+    False: "compresskv.serving.scheduler.CompressedScheduler",
+    True: "compresskv.serving.scheduler.CompressedAsyncScheduler",
+}
+"""By whether vLLM schedules asynchronously."""
 
 _switched_on = False  # in this process, by whichever engine
 
@@ -78,7 +82,7 @@ def _configure(config: Any) -> None:
     from compresskv.serving.refusals import check_supported
     from compresskv.serving.versions import check_version, installed_version
 
-    check_version(installed_version())
+    check_version(installed_version(), on_cpu=config.device_config.device_type == "cpu")
     check_supported(config, settings)
     check_profile(settings, config.model_config, config.load_config.download_dir)
     global _switched_on  # noqa: PLW0603 - requests are checked without the configuration at hand
@@ -141,9 +145,6 @@ def _take_over(config: Any) -> None:
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
         if config.device_config.device_type != "cpu":
             logger.warning("compresskv inside vLLM was tested on CPUs only: see docs/serving.md")
-    if scheduler.scheduler_cls not in (None, _SCHEDULER):
+    if scheduler.scheduler_cls not in (None, *_SCHEDULERS.values()):
         raise ConfigError(f"--scheduler-cls {scheduler.scheduler_cls} is not supported")
-    scheduler.scheduler_cls = _SCHEDULER
-    if scheduler.async_scheduling:  # vLLM switches it on by default; a scheduler of its own kind would be needed
-        logger.info("compresskv: asynchronous scheduling is switched off")
-        scheduler.async_scheduling = False
+    scheduler.scheduler_cls = _SCHEDULERS[bool(scheduler.async_scheduling)]

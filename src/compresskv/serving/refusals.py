@@ -43,7 +43,6 @@ def _of_features(config: Any) -> Iterator[tuple[bool, str]]:
         f"--kv-cache-dtype {cache.cache_dtype} is not supported: quantised keys cannot be moved between blocks",
     )
     yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is not supported"
-    yield config.use_v2_model_runner, "vLLM's second model runner is not supported: set VLLM_USE_V2_MODEL_RUNNER=0"
 
 
 def _of_parallelism(parallel: Any) -> Iterator[tuple[bool, str]]:

