@@ -50,7 +50,7 @@ def logits(session: Session) -> Tensor:
 def digest(session: Session) -> str:
     """Of all that is kept of the document."""
     found = hashlib.sha256()
-    for layer in session._document.compressed_layers:
+    for layer in session.cache.compressed_layers:
         assert layer.store is not None
         for keys, values in layer.store.heads():
             for states in (keys, values):
@@ -59,7 +59,7 @@ def digest(session: Session) -> str:
 
 
 def places(session: Session) -> list[int]:
-    return [tensor.data_ptr() for layer in session._document.compressed_layers for tensor in layer.tensors]
+    return [tensor.data_ptr() for layer in session.cache.compressed_layers for tensor in layer.tensors]
 
 
 def kept_by_head(session: Session) -> list[list[int]]:
@@ -67,7 +67,7 @@ def kept_by_head(session: Session) -> list[list[int]]:
 
 
 def kept(session: Session) -> list[Any]:
-    return [tiny.kept_tokens(layer) for layer in session._document.compressed_layers]
+    return [tiny.kept_tokens(layer) for layer in session.cache.compressed_layers]
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
@@ -253,11 +253,11 @@ def test_reading_in_chunks_keeps_what_reading_at_once_does(family: str, method: 
 def test_a_document_grows_by_parts_that_see_what_was_kept(family: str, method: str, budget: Any) -> None:
     model, more = tiny.tiny_model(family), tiny.random_words(50, seed=4)
     session = read(model, method, budget)
-    first = evictions(session._document)
+    first = evictions(session.cache)
     session.append(more)
     assert session.token_ids == tiny.tokenizer()(f"<begin> {tiny.random_words(NUM_WORDS)} {more}")["input_ids"]
     sequence = torch.cat([torch.tensor([session.token_ids]), tiny.random_tokens(5, seed=8)], dim=1)
-    wanted = oracle_logits(family, sequence, first, None, evictions(session._document))[:, -5:]
+    wanted = oracle_logits(family, sequence, first, None, evictions(session.cache))[:, -5:]
     torch.testing.assert_close(logits(session), wanted, atol=1e-4, rtol=0)
     if method != "full":
         mean = sum(map(len, kept_by_head(session))) / len(kept_by_head(session))
@@ -293,7 +293,7 @@ def test_reading_within_little_memory_cuts_part_by_part(
     family: str, method: str, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, peak, caches = tiny.tiny_model(family), [0], []
-    full = read(model, "full", 1.0)._document.compressed_layers
+    full = read(model, "full", 1.0).cache.compressed_layers
     most = sum(layer.nbytes for layer in full) * (16 if method == "kvzip" else 7) // 6
     begin_part = CompressedCache.begin_part
 

@@ -72,12 +72,35 @@ def test_show_tells_what_a_file_holds(kept: Path, call: Callable[..., Result]) -
     assert told["kv_nbytes"] < told["file_nbytes"] < 1.05 * told["kv_nbytes"]
 
 
+def test_explain_shows_what_was_kept_of_a_document(place: Path, call: Callable[..., Result]) -> None:
+    assert call("read", "doc.txt", "-o", "quarter.kvc", "--model", "model", "--method", "kvzip").code == 0
+    needle = planted.needle("amber")
+    result = call("explain", "quarter.kvc", QUESTION, "--json", "--evidence", needle, "--evidence", "nowhere")
+    assert result.code == 0
+    assert "some of the evidence does not occur in the document" in result.err
+    told = json.loads(result.out)
+    texts, (kept,) = told["prompt"]["texts"], told["methods"]
+    start, end = told["prompt"]["document"]
+    words = (place / "doc.txt").read_text(encoding="utf-8").replace(".", " .").split()
+    assert "".join(texts[start:end]).split()[: len(words)] == words
+    ((start, end),) = told["prompt"]["evidence"]
+    assert "".join(texts[start:end]).replace(" ", "") == needle.replace(" ", "")
+    assert kept["answer"] == ANSWER
+    assert kept["retained_fraction"] == pytest.approx(0.25, abs=0.02)
+    assert all(layer["retained"][-1] == layer["num_kv_heads"] for layer in kept["layers"])
+    page = call("explain", "quarter.kvc", QUESTION, "--html", "kept.html", "--no-answer")
+    assert page.out.strip() == str((place / "kept.html").resolve())
+    refused(call("explain", "quarter.kvc", QUESTION, "--method", "snapkv"), "--method 'snapkv' has no place here")
+
+
 def test_several_documents_are_one_file_each(place: Path, call: Callable[..., Result]) -> None:
-    result = call("read", "doc.txt", "other.txt", "-o", "kept", "--model", "model", "--chunk", "50", "--json")
+    options = ["--chunk", "50", "--store", "int8", "--max-memory", "2MB"]
+    result = call("read", "doc.txt", "other.txt", "-o", "kept", "--model", "model", "--json", *options)
     assert result.code == 0
     told = json.loads(result.out)
     assert [one["file"] for one in told] == [str(Path("kept", name)) for name in ("doc.kvc", "other.kvc")]
     assert [one["mean_retained"] / one["num_tokens"] for one in told] == pytest.approx([0.25, 0.25], abs=0.01)
+    assert {one["store"] for one in told} == {"int8"}
     assert sorted(path.name for path in (place / "kept").iterdir()) == ["doc.kvc", "other.kvc"]
 
 
@@ -92,6 +115,8 @@ def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call
     refused(call("read", "doc.kvc", *base), "documents 'doc.kvc' is a session: it was read before")
     refused(call("read", "none.txt", *base), "document 'none.txt'")
     refused(call("read", "doc.txt", "--budget", "0", *base), "--budget '0' must be at least 1 token")
+    refused(call("read", "doc.txt", "--max-memory", "5", *base), "--max-memory '5' must be a size such as 500MB")
+    refused(call("read", "doc.txt", "--max-memory", "5kB", *base), "--max-memory 5000 is too little")
     refused(call("read", "doc.txt", "--chunk", "0", *base), "--chunk 0 must be an int of at least 1")
     refused(call("session", "show", "doc.txt"), "'doc.txt' is not a session: make one with `compresskv read`")
     refused(call("ask", "doc.kvc", QUESTION, "--budget", "3"), "--budget '3' has no place here")

@@ -64,9 +64,10 @@ class CompressedLayer(StoredLayer):
     def mean_retained(self) -> float:
         """Prompt tokens kept, without those looked ahead at: a mean over rows and KV heads."""
         num_prompt = min(self.seen_tokens, self.num_prompt_tokens or self.seen_tokens)
-        if self.positions is None:
+        if self.store is None or self.positions is None:
             return num_prompt
-        kept = (self.positions != EMPTY_SLOT) & (self.positions < num_prompt)
+        held = self.store.positions
+        kept = (held != EMPTY_SLOT) & (held < num_prompt)
         return float(kept.sum(dim=-1).float().mean())
 
     @property

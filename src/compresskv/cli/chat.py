@@ -91,7 +91,7 @@ def chat(
         text = read_document(document)
         check_request(text, "?", "never")
         loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
-        session = read_with_bar(loaded, tokenizer, text, chosen, share, store=store, chunk=chunk, document=document)
+        session = read_with_bar(loaded, tokenizer, text, chosen, share, document, store=store, chunk=chunk)
     _Chat(session, Path(f"{Path(document).stem}{SUFFIX}"), max_new_tokens, compile).run(_lines())
 
 

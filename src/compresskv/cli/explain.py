@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compresskv.cli.kept import load_session, names_session
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.request import Checked, Request, with_request
 from compresskv.cli.terminal import Bar, Steps, err, megabytes, out
@@ -24,6 +25,7 @@ Examples:
   compresskv explain log.txt "Who is the cook?" \\
       --evidence "the cook, Tom Finch" --no-answer
   compresskv explain log.txt "Who is the cook?" --json > cook.json
+  compresskv explain log.kvc "Who is the cook?"
 """
 
 _DEFAULT_PAGE = Path("retention.html")
@@ -51,16 +53,40 @@ def explain(
     if not given.as_json:
         check_outputs({"html": page}, given.inputs)
         _check_page(page)
-    checked = given.checked(least_tokens=0)
-    for one in checked.methods:
-        if one.lookahead:
-            raise ConfigError(f"lookahead={one.lookahead} of {one.label!r}: nothing is evicted before the answer")
-    _check_evidence(checked.context, evidence or [])
-    report = _report(checked, evidence or [], 0 if no_answer else given.max_new_tokens)
+    max_new_tokens = 0 if no_answer else given.max_new_tokens
+    if names_session(given.document):
+        report = _report_of_session(given, evidence or [], max_new_tokens)
+    else:
+        report = _report_of_document(given, evidence or [], max_new_tokens)
     if given.as_json:
         out.print_json(json.dumps(report.to_dict()), indent=None)
     else:
         _write(page, report)
+
+
+def _report_of_session(given: Request, evidence: list[str], max_new_tokens: int) -> "Report":
+    given.check_session(least_tokens=0)
+    session = load_session(given.document, given.model, given.dtype, given.device)
+    from compresskv.explain.kept import explain_session
+
+    with Bar() as bar:
+        steps = Steps(bar, "session", max_new_tokens)
+        report = explain_session(
+            session, given.question, evidence, max_new_tokens=max_new_tokens, on_token=steps.answering
+        )
+    if len(report.prompt.evidence) < len(evidence):
+        err.print("compresskv: some of the evidence does not occur in the document")
+    _tell(report.explanations[0])
+    return report
+
+
+def _report_of_document(given: Request, evidence: list[str], max_new_tokens: int) -> "Report":
+    checked = given.checked(least_tokens=0)
+    for one in checked.methods:
+        if one.lookahead:
+            raise ConfigError(f"lookahead={one.lookahead} of {one.label!r}: nothing is evicted before the answer")
+    _check_evidence(checked.context, evidence)
+    return _report(checked, evidence, max_new_tokens)
 
 
 def _report(checked: Checked, evidence: list[str], max_new_tokens: int) -> "Report":
@@ -99,10 +125,16 @@ def _explanation(
             on_prefill=steps.reading,
             on_token=steps.answering,
         )
+    _tell(explanation)
+    return explanation
+
+
+def _tell(explanation: "Explanation") -> None:
     sizes = f"{megabytes(explanation.kv_nbytes_full)} -> {megabytes(explanation.kv_nbytes)} MB"
     retention = explanation.retention
-    err.print(f"[{method.name}: {retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept; KV {sizes}]")
-    return explanation
+    err.print(
+        f"[{explanation.method}: {retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept; KV {sizes}]"
+    )
 
 
 def _shown_name(document: str) -> str:

@@ -131,10 +131,19 @@ def parse_prefill_memory(text: str) -> int | str | None:
     """
     if text in ("auto", "whole"):
         return text if text == "auto" else None
+    return parse_nbytes("prefill_memory", text, "must be 'auto', 'whole' or a size such as 500MB or 2GB")
+
+
+def parse_nbytes(option: str, text: str, problem: str = "must be a size such as 500MB or 2GB") -> int:
+    """'500MB' as bytes.
+
+    Raises:
+        ConfigError: it is no size; with `problem`.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?B)", text.strip(), re.IGNORECASE)
     nbytes = 0 if match is None else int(float(match[1]) * _UNITS[match[2].lower()])
     if nbytes < 1:
-        raise ConfigError("must be 'auto', 'whole' or a size such as 500MB or 2GB", option="prefill_memory", value=text)
+        raise ConfigError(problem, option=option, value=text)
     return nbytes
 
 

@@ -21,6 +21,7 @@ from compresskv.cli.options import (
     StoreOption,
     check_writable,
     create_methods,
+    parse_nbytes,
 )
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, megabytes, out
@@ -39,13 +40,22 @@ EPILOG = """\b
 Examples:
   compresskv read report.txt
   compresskv read report.txt -o kept/report.kvc --budget 25%
-  compresskv read january.txt february.txt -o kept --chunk 1024
+  compresskv read january.txt february.txt -o kept --store int8
+  compresskv read novel.txt --chunk 1024 --max-memory 500MB
   compresskv ask report.kvc "Who signed the contract?"
 """
 
 ChunkOption = Annotated[
     int | None,
     typer.Option(help="Tokens to read at a time, for less memory. Default: all at once.", metavar="N"),
+]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes that keys and values may take meanwhile, such as 500MB: longer documents are read in parts, "
+        "each cut before the next. Default: all are held until the end.",
+        metavar="SIZE",
+    ),
 ]
 SESSION_BUDGET = f"{defaults.SESSION_BUDGET:.0%}"
 
@@ -64,6 +74,7 @@ def read(
     of: OfOption = TOKENS,
     store: StoreOption = NATIVE,
     chunk: ChunkOption = None,
+    max_memory: MaxMemoryOption = None,
     profile: ProfileOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,
@@ -84,13 +95,15 @@ def read(
     chosen = create_methods(method, "", settings)[0]
     share = parse_budget(budget, of)
     find_precision(store)
+    most = None if max_memory is None else parse_nbytes("max_memory", max_memory)
     texts = [read_document(document) for document in documents]
     for text in texts:
         check_request(text, "?", "never")
     loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
     told = []
     for document, text, place in zip(documents, texts, places, strict=True):
-        session = read_with_bar(loaded, tokenizer, text, chosen, share, store=store, chunk=chunk, document=document)
+        given = {"store": store, "chunk": chunk, "max_memory": most}
+        session = read_with_bar(loaded, tokenizer, text, chosen, share, document, **given)
         session.save(place)
         told.append({**session.facts.to_dict(), "file": str(place), "file_nbytes": place.stat().st_size})
         if not as_json:
@@ -106,12 +119,14 @@ def read_with_bar(
     text: str,
     method: "Method",
     budget: int | float | str,
-    *,
-    store: str = NATIVE,
-    chunk: int | None = None,
-    document: str = "-",
+    document: str,
+    **given: Any,
 ) -> "Session":
-    """The document's session; meanwhile a bar tells how much of it was read, and how long the rest will take."""
+    """The document's session; meanwhile a bar tells how much of it was read, and how long the rest will take.
+
+    Args:
+        given: more for `compresskv.read`.
+    """
     from compresskv.sessions.begin import read as read_session
 
     name = "standard input" if document == "-" else Path(document).name
@@ -122,10 +137,9 @@ def read_with_bar(
             text,
             method=method,
             budget=budget,
-            store=store,
-            chunk=chunk,
             name=name,
             on_read=lambda done, steps: bar(f"reading {name}", done / steps),
+            **given,
         )
 
 

@@ -52,13 +52,14 @@ def show(
 
 def _lines(facts: Facts, nbytes: int) -> list[tuple[str, str]]:
     share = facts.mean_retained / facts.num_tokens
+    profile = f", profile {facts.profile}" if facts.profile else ""
     return [
         ("document", ", ".join(facts.names) or "-"),
         ("model", f"{facts.model or '-'} ({facts.fingerprint}), {facts.dtype}"),
         ("tokens", f"{facts.num_tokens:,}"),
         ("kept", f"{facts.mean_retained:,.0f} per layer and KV head ({share:.1%})"),
         ("bytes", f"{megabytes(nbytes)} MB; the full cache has {megabytes(facts.kv_nbytes_full)} MB"),
-        ("method", f"{facts.method}, budget {facts.budget}" + (f", profile {facts.profile}" if facts.profile else "")),
+        ("method", f"{facts.method}, budget {facts.budget}, store {facts.store}{profile}"),
         ("read", f"{age(facts.created)}, in {facts.read_s:.1f} s"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
     ]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -78,6 +78,12 @@ class Retention:
             ValueError: nothing was read yet, or the cache holds a batch of several prompts.
         """
         return cls(tuple(_layer_retention(layer) for layer in cache.compressed_layers))
+
+    def followed_by(self, num_tokens: int) -> "Retention":
+        """With as many tokens behind it that are all kept: a question that came after what was chosen."""
+        return Retention(
+            tuple(replace(one, counts=one.counts + (one.num_kv_heads,) * num_tokens) for one in self.layers)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -248,7 +254,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
 
 
 def _layer_retention(layer: CompressedLayer) -> LayerRetention:
-    if layer.in_prefill or layer.keys is None:
+    if layer.in_prefill or layer.keys is None or layer.store is None:
         raise ValueError("the cache has not read a whole prompt yet")
     batch_size, num_kv_heads = layer.keys.shape[:2]
     if batch_size != 1:
@@ -256,8 +262,8 @@ def _layer_retention(layer: CompressedLayer) -> LayerRetention:
     num_tokens = layer.num_prompt_tokens
     if layer.positions is None:
         return LayerRetention(layer.layer_idx, num_kv_heads, (num_kv_heads,) * num_tokens)
-    kept = layer.positions.expand(1, num_kv_heads, -1)
-    counts = kept[kept != EMPTY_SLOT].bincount(minlength=num_tokens)
+    kept = layer.store.positions.expand(1, num_kv_heads, -1)
+    counts = kept[(kept != EMPTY_SLOT) & (kept < num_tokens)].bincount(minlength=num_tokens)
     return LayerRetention(layer.layer_idx, num_kv_heads, tuple(counts.tolist()))
 
 

@@ -67,6 +67,11 @@ def first_part(tokenizer: PreTrainedTokenizerBase, document: str) -> Part:
     return _part(tokenizer, None, message.text[: message.start + len(document)])
 
 
+def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where documents begin in rendered prompts."""
+    return encode_message(tokenizer, f"x\n\n{_PROBES[0]}", plain_end="\n").start
+
+
 def next_part(tokenizer: PreTrainedTokenizerBase, ending: Ending, document: str) -> Part:
     """More of the document, after an empty line.
 

@@ -51,8 +51,9 @@ class Session:
         self.token_ids = token_ids
         """Of the chat head and the document, as they were read."""
         self._model = model
-        self._tokenizer = tokenizer
-        self._document = cache
+        self.tokenizer = tokenizer
+        self.cache = cache
+        """The document's, to look at: questions go on from it."""
         self._ending = ending
         self._method = method
         self._conversation: Conversation | None = None
@@ -64,12 +65,20 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes that the document's keys and values hold now, with the room that questions are written to."""
-        return self._document.nbytes
+        return self.cache.nbytes
 
     @property
     def num_said(self) -> int:
         """Tokens of the conversation that are held beside the document."""
         return 0 if self._conversation is None else self._conversation.num_kept
+
+    def tokens_of(self, question: str) -> list[int]:
+        """What a question adds to the document, up to where its answer begins.
+
+        Raises:
+            PromptError: it is empty or no text, or the chat template loses it.
+        """
+        return question_tokens(self.tokenizer, self._ending, question)
 
     def ask(
         self,
@@ -92,8 +101,8 @@ class Session:
             PromptError: an empty question, or one that does not fit into the model's context.
         """
         check_mode(compile)
-        token_ids = question_tokens(self._tokenizer, self._ending, question)
-        self._check_fits(self._document.get_seq_length() + len(token_ids), max_new_tokens)
+        token_ids = self.tokens_of(question)
+        self._check_fits(self.cache.get_seq_length() + len(token_ids), max_new_tokens)
         start = now(*devices_of(self._model))
         with self._branch(len(token_ids) + max_new_tokens) as cache:
             return self._answer(cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
@@ -120,10 +129,10 @@ class Session:
         check_mode(compile)
         talk = self._conversation
         if talk is None:
-            token_ids, seen = question_tokens(self._tokenizer, self._ending, text), self.facts.num_tokens
+            token_ids, seen = self.tokens_of(text), self.facts.num_tokens
         else:
-            ends = end_tokens(self._model, self._tokenizer)
-            token_ids, seen = turn_tokens(self._tokenizer, talk.answer, ends, text), talk.cache.get_seq_length()
+            ends = end_tokens(self._model, self.tokenizer)
+            token_ids, seen = turn_tokens(self.tokenizer, talk.answer, ends, text), talk.cache.get_seq_length()
         self._check_fits(seen + len(token_ids), max_new_tokens)
         start = now(*devices_of(self._model))
         if talk is None:
@@ -169,7 +178,7 @@ class Session:
             PromptError: an empty text, or one that does not fit into the model's context.
             ConfigError, ProfileError: the method, or its profile, is not to be found here.
         """
-        part = next_part(self._tokenizer, self._ending, text)
+        part = next_part(self.tokenizer, self._ending, text)
         token_ids = [*self.token_ids, *part.input_ids]
         check_length(self._model, len(token_ids))
         method = self._found_method(profile)
@@ -179,12 +188,12 @@ class Session:
             )
         try:
             start = now(*devices_of(self._model))
-            cache = self._document.branch()  # what was read stays as it is where this is interrupted
+            cache = self.cache.branch()  # what was read stays as it is where this is interrupted
             budget = self.facts.budget
             read_on(self._model, cache, part.input_ids, method, budget, chunk=chunk, on_read=on_read)
             read_s = self.facts.read_s + now(*devices_of(self._model)) - start
             self.facts = replace(self.facts, **held_by(cache, token_ids), read_s=read_s)
-            self._document, self.token_ids, self._ending, self._method = cache, token_ids, part.ending, method
+            self.cache, self.token_ids, self._ending, self._method = cache, token_ids, part.ending, method
         finally:
             self._lent.release()
 
@@ -210,7 +219,7 @@ class Session:
         """What goes on from the document: in its own tensors, or with copies where another thread does so now."""
         lent = self._lent.acquire(blocking=False)
         try:
-            yield self._document.branch(room if lent else None)
+            yield self.cache.branch(room if lent else None)
         finally:
             if lent:
                 self._lent.release()
@@ -233,7 +242,7 @@ class Session:
             prefill_s = now(*devices_of(model)) - start
             answered = speak(
                 model,
-                self._tokenizer,
+                self.tokenizer,
                 cache,
                 int(logits.argmax()),
                 max_new_tokens,
@@ -279,7 +288,7 @@ class Session:
         """
         talk = self._conversation
         try:
-            state = cache_state(self._document)
+            state = cache_state(self.cache)
             said = None if talk is None else Said(cache_state(talk.cache), talk.starts, talk.answer)
         except CacheStateError as error:
             raise SessionError(f"this session cannot be saved: {error}") from error
