@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import compresskv
 import tiny
 from compresskv.attention.routing import routing
+from compresskv.cache.stores import packed
 from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding, export, package
 from compresskv.compiled.inputs import kinds_of
@@ -46,25 +47,32 @@ def stored_packages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     decoding._loaded.clear()
 
 
-def context(model: PreTrainedModel, method: str, compile: str, budget: float = 24) -> Compressing:
-    return compresskv.compressing(model, method, budget, compile=compile, **tiny.options_for(model, method))
+def context(
+    model: PreTrainedModel, method: str, compile: str, budget: float = 24, store: str = "native"
+) -> Compressing:
+    options = tiny.options_for(model, method)
+    return compresskv.compressing(model, method, budget, compile=compile, store=store, **options)
 
 
-def check_equal(model: PreTrainedModel, method: str) -> None:
+def check_equal(model: PreTrainedModel, method: str, store: str = "native") -> None:
     sequence = tiny.random_tokens(NUM_PROMPT + NUM_STEPS)
     steps = [NUM_PROMPT] + [1] * NUM_STEPS
-    with context(model, method, "never") as cache:
+    with context(model, method, "never", store=store) as cache:
         expected, held = tiny.read(model, cache, sequence, steps), cache
-    with context(model, method, "always") as cache:
+    with context(model, method, "always", store=store) as cache:
         found = tiny.read(model, cache, sequence, steps)
     assert (cache.num_compiled_steps, cache.not_compiled) == (NUM_STEPS, None)
-    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    # A new token's number that lies between two codes, but for rounding, may get either.
+    tolerance = 2e-4 if store == "native" else 0.02
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert float((found - expected).abs().mean()) < 2e-4
     assert (found.argmax(-1) == expected.argmax(-1)).all()
     for own, other in zip(cache.compressed_layers, held.compressed_layers, strict=True):
         assert own.seen_tokens == other.seen_tokens == NUM_PROMPT + NUM_STEPS
         assert own.num_retained == other.num_retained
         for one, two in zip(parts(own), parts(other), strict=True):
-            torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-4)
+            assert one.shape == two.shape
+            assert float((one - two).abs().mean()) < (1e-4 if store == "native" else 5e-3)
 
 
 def layers_of(model: PreTrainedModel) -> list[Any]:
@@ -80,6 +88,21 @@ def parts(layer: Any) -> list[Tensor]:
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama_mha"])
 def test_the_step_computes_what_the_model_does(family: str, method: str) -> None:
     check_equal(tiny.tiny_model(family), method)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("store", tiny.PACKED_STORES)
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "blend", "compresskv", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "llama_mha"])
+def test_the_step_reads_what_is_packed(family: str, method: str, store: str) -> None:
+    check_equal(tiny.tiny_model(family), method, store)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stored_packages")
+@pytest.mark.parametrize(("family", "method", "store"), [("llama", "snapkv", "int4"), ("qwen2", "blend", "int4k8")])
+def test_compiled_with_packed_entries(family: str, method: str, store: str) -> None:
+    check_equal(tiny.tiny_model(family), method, store)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -138,13 +161,17 @@ def test_what_is_not_one_more_token_of_one_row_goes_the_usual_way(method: str) -
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("method", ["snapkv", "adakv"])
-def test_both_ways_alternate_on_one_cache_and_its_copies(method: str) -> None:
+def test_both_ways_alternate_on_one_cache_and_its_copies(
+    method: str, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "TAIL", 4)
     model, sequence = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT + 20)
     steps = [NUM_PROMPT, 1, 1, 3, 1, 1, 5, 1, 1, 1]
-    with context(model, method, "never") as cache:
+    with context(model, method, "never", store=store) as cache:
         expected = tiny.read(model, cache, sequence, steps)
-    with context(model, method, "always") as cache:
+    with context(model, method, "always", store=store) as cache:
         found = tiny.read(model, cache, sequence, steps[:-3])
         branch = copy.deepcopy(cache)
         rest = tiny.read(model, cache, sequence, steps[-3:])

@@ -161,16 +161,18 @@ def test_any_order_of_operations(kind: type[Store], seed: int) -> None:
         run.check()
 
 
-@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_token_that_other_code_writes(kind: type[Store]) -> None:
     run = Run(kind, seed=1, batch_size=1)
-    for _ in range(3):
+    for _ in range(8):
         keys, values = new = run.states(1, 1)
         slots = run.store.reserve()
         for held, states in zip((slots.keys, slots.values), (keys, values), strict=True):
             held.view(-1, DIM)[slots.ends] = states[0, :, 0]
-        assert [end - start for start, end in zip(slots.starts, slots.ends, strict=True)] == run.store.counts
-        assert (slots.keys.ndim == 4) == (run.store.layout == EVEN)
+        ends = list(slots.packed[-1].diff()) if slots.packed else [0] * NUM_HEADS
+        own = zip(slots.starts, slots.ends, ends, strict=True)
+        assert [end - start + num_packed for start, end, num_packed in own] == run.store.counts
+        assert (slots.keys.ndim == 4) == (run.store.layout == EVEN or bool(slots.packed))
         run.store.advance()
         run.reference.append(*new)
         run.check()

@@ -4,14 +4,17 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import routing
+from compresskv.cache.stores.base import RAGGED
 from compresskv.compiled.narrow import narrow_weights
-from compresskv.compiled.step import RAGGED, Step, StepInputs
+from compresskv.compiled.packed import example_packed
+from compresskv.compiled.step import Step, StepInputs, is_ragged, precision_of
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 
 
@@ -35,6 +38,7 @@ def export_step(model: PreTrainedModel, kinds: tuple[str, ...], program: Path, c
 
     example = example_inputs(model, kinds)
     by_tokens = [{1 if keys.ndim == 3 else 2: torch.export.Dim.DYNAMIC} for keys in example.keys]
+    by_packed = [[_by_tokens(tensor) for tensor in own] for own in example.packed]
     options = {
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,  # weights would be stored once more
@@ -45,7 +49,7 @@ def export_step(model: PreTrainedModel, kinds: tuple[str, ...], program: Path, c
         exported = torch.export.export(
             Step(model, kinds, narrow_weights(model).copies(model)),
             example.as_args(),
-            dynamic_shapes=(None, None, None, None, by_tokens, by_tokens),
+            dynamic_shapes=(None, None, None, None, by_tokens, by_tokens, by_packed),
             strict=False,  # plain Python runs, with tensors that note what is done to them
         )
         own = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
@@ -58,6 +62,7 @@ def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs
     config, device = decoder_config(model), model.device
     generator = torch.Generator().manual_seed(0)
     held: tuple[list[Tensor], list[Tensor]] = [], []
+    packed: list[list[Tensor]] = []
     for layer_idx, kind in enumerate(kinds):
         heads = heads_of(config, layer_idx)
         num_tokens = 2 * heads.num_kv_heads + 3 * layer_idx
@@ -69,7 +74,19 @@ def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs
             states.append(
                 (0.1 * torch.randn(shape, generator=generator, device=generator.device)).to(device, model.dtype)
             )
+        precision = precision_of(kind)
+        packed.append(
+            [one.to(device) for one in example_packed(precision, heads, num_tokens + 1, ragged=is_ragged(kind))]
+            if precision.is_packed
+            else []
+        )
     num_heads = heads_of(config, compressible_layers(model)[0]).num_kv_heads
     starts = 2 * torch.arange(num_heads, device=device).expand(len(kinds), -1)
     token, position = (torch.full((1, 1), value, device=device) for value in (3, 1000))  # never one tensor for both
-    return StepInputs(token, position, starts.clone(), starts + 1, *held)
+    return StepInputs(token, position, starts.clone(), starts + 1, *held, packed)
+
+
+def _by_tokens(tensor: Tensor) -> dict[int, Any] | None:
+    """Which dimension of what is packed grows with tokens: those of codes and ranges."""
+    grows = tensor.dtype == torch.uint8 or tensor.shape[-1] == 2
+    return {1: torch.export.Dim.DYNAMIC} if grows else None

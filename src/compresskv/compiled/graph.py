@@ -108,7 +108,7 @@ class GraphedStep:
     def _make_recording(self, inputs: StepInputs) -> _Recording:
         with torch.inference_mode(False):  # they are written to in later steps, whatever mode those are in
             token, position, starts, ends = numbers = tuple(tensor.clone() for tensor in _numbers(inputs))
-        arguments = StepInputs(token, position, starts, ends, inputs.keys, inputs.values).as_args()
+        arguments = StepInputs(token, position, starts, ends, inputs.keys, inputs.values, inputs.packed).as_args()
         try:
             with routing(self._model):
                 replay, logits = self._record(lambda: self._step(*arguments)[0], self._model.device)
@@ -124,4 +124,5 @@ def _numbers(inputs: StepInputs) -> tuple[Tensor, ...]:
 
 def _places(inputs: StepInputs) -> list[tuple[object, ...]]:
     """Where keys and values lie, and how."""
-    return [(held.data_ptr(), held.shape, held.stride(), held.dtype) for held in (*inputs.keys, *inputs.values)]
+    held = [*inputs.keys, *inputs.values, *(tensor for own in inputs.packed for tensor in own)]
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in held]

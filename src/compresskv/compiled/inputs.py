@@ -8,9 +8,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
-from compresskv.cache.stores.base import PACKED
+from compresskv.cache.stores.base import EVEN, RAGGED
 from compresskv.compiled.package import NotCompilableError
-from compresskv.compiled.step import EVEN, RAGGED, SLIDING, StepInputs
+from compresskv.compiled.step import SLIDING, StepInputs, is_ragged
 
 
 def kinds_of(cache: CompressedCache) -> tuple[str, ...]:
@@ -24,7 +24,13 @@ def kinds_of(cache: CompressedCache) -> tuple[str, ...]:
         raise NotCompilableError("it cannot write into what holds the cache's keys and values")
     if len({layer.store.num_heads for layer in cache.compressed_layers if layer.store is not None}) > 1:
         raise NotCompilableError("its layers have different numbers of KV heads")
-    full = RAGGED if PACKED in layouts else EVEN
+    full = RAGGED if RAGGED in layouts else EVEN
+    precisions = {layer.store.precision.name: layer.store.precision for layer in cache.compressed_layers if layer.store}
+    if len(precisions) > 1:
+        raise NotCompilableError("its layers are held in different stores")
+    ((name, precision),) = precisions.items()
+    if precision.is_packed:
+        full = f"{full}:{name}"
     kinds = []
     for layer in cache.layers:
         if isinstance(layer, CompressedLayer):
@@ -69,20 +75,23 @@ def gather_inputs(
     """Make room for one token in every layer, and name where it goes."""
     layers: list[Any] = cache.layers
     keys, values, starts, ends = [], [], [], []
+    packed: list[list[Tensor]] = []
     unused = [0] * cache.compressed_layers[0].stored()[0].shape[1]
     for layer, kind in zip(layers, kinds, strict=True):
         if kind == SLIDING:
             held, own_starts, own_ends = [layer.keys.contiguous(), layer.values.contiguous()], unused, unused
+            packed.append([])
         else:
             slots = layer.reserve()
             held, own_starts, own_ends = [slots.keys, slots.values], slots.starts, slots.ends
+            packed.append(list(slots.packed if is_ragged(kind) else slots.packed[:-1]))
             if kind == RAGGED:
                 held = [states.view(1, -1, states.shape[-1]) for states in held]
         keys.append(held[0])
         values.append(held[1])
         starts.append(own_starts)
         ends.append(own_ends)
-    return StepInputs(token, position, *places.place(starts, ends, kinds, token.device), keys, values)
+    return StepInputs(token, position, *places.place(starts, ends, kinds, token.device), keys, values, packed)
 
 
 def store_new_token(cache: CompressedCache, sliding: list[Tensor]) -> None:

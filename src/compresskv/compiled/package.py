@@ -39,6 +39,8 @@ _NOT_BUILT = (
     "'compresskv compile' does that"
 )
 _PROGRAM, _CONSTANTS, _FACTS = "step.pt2", "constants.pt", "facts.json"
+_TRACED = ("compiled", "attention", "cache/stores")
+"""Rooms whose code is compiled into a step, or fits it."""
 _HOOKS_INSTALLED = "_output_capturing_hooks_installed"
 """transformers' note that it was asked for attentions or hidden states once, which changes nothing."""
 _IMPORTS_S = 1.0
@@ -113,7 +115,7 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
         [torch.__version__, transformers.__version__, platform.python_version(), __version__],
         [platform.machine(), processor_name(), instruction_sets(), torch.backends.cpu.get_cpu_capability()],
         [str(model.device), torch.get_num_threads()],
-        [file.read_text() for file in (*sorted(own.glob("*.py")), *sorted((own.parent / "attention").glob("*.py")))],
+        [file.read_text() for room in _TRACED for file in sorted((own.parent / room).glob("*.py"))],
     ]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     return cache_dir() / "compiled" / f"{decoder_config(model).model_type}-{digest}"

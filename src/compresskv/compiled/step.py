@@ -4,19 +4,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention.routing import AttentionFunction, is_plain, without_masks
-from compresskv.cache.routed import RoutedLayer
-from compresskv.errors import ModelError
-from compresskv.models.shape import decoder_config
+from compresskv.attention.routing import without_masks
+from compresskv.cache.stores.base import EVEN, RAGGED
+from compresskv.cache.stores.packed_vectors import rotation
+from compresskv.compiled.packed import PackedLayer
+from compresskv.compiled.step_layer import EvenLayer, RaggedLayer, StepLayer
+from compresskv.models.shape import decoder_config, heads_of
+from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 
-EVEN, RAGGED, SLIDING = "even", "ragged", "sliding"
-"""Kinds of layers: KV heads that hold equal numbers of tokens, KV heads that need not, and a sliding window."""
+SLIDING = "sliding"
+"""A kind of layer, beside KV heads that hold equal numbers of tokens, `EVEN`, and such that need not, `RAGGED`. Of what
+is packed, the precision follows: 'even:int8'."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class StepInputs:
     """What one step reads, beside the weights. One sequence.
 
     For an even layer keys and values are (1, H_kv, n, D), with room behind the tokens held. For a ragged one they are
-    (1, N, D), in which each KV head has a part. For a sliding one they are the tokens held, (1, H_kv, n, D).
+    (1, N, D), in which each KV head has a part. For a sliding one they are the tokens held, (1, H_kv, n, D). For a
+    packed one they are its tail of new tokens, as of an even layer.
     """
 
     token: Tensor
@@ -37,10 +41,12 @@ class StepInputs:
     """(layers, H_kv) int64, where its new token goes."""
     keys: list[Tensor]
     values: list[Tensor]
+    packed: list[list[Tensor]]
+    """Of each layer, what is packed; nothing where nothing is. See `PackedLayer`."""
 
     def as_args(self) -> tuple[Any, ...]:
         """In the order of `Step.forward`."""
-        return self.token, self.position, self.starts, self.ends, self.keys, self.values
+        return self.token, self.position, self.starts, self.ends, self.keys, self.values, self.packed
 
 
 class Step(nn.Module):
@@ -59,6 +65,8 @@ class Step(nn.Module):
         self.model = model
         self._kinds = kinds
         self._narrow = narrow_names(narrow or {})
+        for layer_idx in (at for at, kind in enumerate(kinds) if precision_of(kind).is_packed):
+            rotation(heads_of(decoder_config(model), layer_idx).head_dim, model.device)  # not made while it is traced
         for own, name in self._narrow.items():
             self.register_buffer(own, (narrow or {})[name])
 
@@ -70,6 +78,7 @@ class Step(nn.Module):
         ends: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
+        packed: list[list[Tensor]],
     ) -> tuple[Tensor, list[Tensor]]:
         """Write the token's keys and values into even and ragged layers.
 
@@ -81,84 +90,34 @@ class Step(nn.Module):
             held = keys[layer_idx], values[layer_idx]
             if kind == SLIDING:
                 layers.append(_sliding_layer(*held))
+                continue
+            given = (layer_idx, config, *held, starts[layer_idx], ends[layer_idx])
+            if (precision := precision_of(kind)).is_packed:
+                layers.append(PackedLayer(*given, packed=packed[layer_idx], precision=precision))
             else:
-                make = _EvenLayer if kind == EVEN else _RaggedLayer
-                layers.append(make(layer_idx, config, *held, starts[layer_idx], ends[layer_idx]))
+                layers.append((EvenLayer if kind == EVEN else RaggedLayer)(*given))
         widened = {name: getattr(self, own).float() for own, name in self._narrow.items()}
         cache = Cache(layers=layers)
         inputs = {"input_ids": token, "position_ids": position, "past_key_values": cache, "use_cache": True}
         with without_masks():
             output = functional_call(self.model, widened, kwargs=inputs) if widened else self.model(**inputs)
-        sliding = [layer for layer in layers if not isinstance(layer, _StepLayer)]
+        sliding = [layer for layer in layers if not isinstance(layer, StepLayer)]
         return output.logits[:, -1], [states for layer in sliding for states in (layer.keys, layer.values)]
+
+
+def is_ragged(kind: str) -> bool:
+    """Whether KV heads of such a layer may hold different numbers of tokens."""
+    return kind.partition(":")[0] == RAGGED
+
+
+def precision_of(kind: str) -> Precision:
+    """In which a layer of that kind holds what was kept of a prompt."""
+    return PRECISIONS[kind.partition(":")[2] or NATIVE]
 
 
 def narrow_names(narrow: Iterable[str]) -> dict[str, str]:
     """Under which name `Step` has each narrow weight."""
     return {f"narrow_{place}": name for place, name in enumerate(narrow)}
-
-
-class _StepLayer(RoutedLayer):
-    """A cache layer while a step is traced."""
-
-    def __init__(self, layer_idx: int, config: Any, keys: Tensor, values: Tensor, starts: Tensor, ends: Tensor) -> None:
-        super().__init__(layer_idx, config)
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self._starts, self._ends = starts, ends
-
-    def get_seq_length(self) -> int:
-        """Unused: positions are given."""
-        return 0
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Unused: no mask is built."""
-        return 1, 0
-
-
-class _EvenLayer(_StepLayer):
-    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        self._end = (self._ends - self._starts)[:1]
-        for held, states in zip(self.stored(), (key_states, value_states), strict=True):
-            held.index_copy_(2, self._end, states)
-        return self.stored()
-
-    def attend(
-        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **_: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        keys, values = self.stored()
-        visible = torch.arange(keys.shape[2], device=keys.device) <= self._end
-        return attention(query, keys, values, _additive(visible[None, None, None], query.dtype))
-
-
-class _RaggedLayer(_StepLayer):
-    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        for held, states in zip(self.stored(), (key_states, value_states), strict=True):
-            held.index_copy_(1, self._ends, states[:, :, 0])
-        return self.stored()
-
-    def attend(
-        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """All query heads read all parts, and those of other KV heads are masked: one call instead of one a head.
-
-        Raises:
-            ModelError: only plain 'sdpa' attention can do that.
-        """
-        if not is_plain(**kwargs) or not str(self._model_config._attn_implementation).endswith("sdpa"):
-            raise ModelError(
-                "KV heads hold different numbers of tokens, which only plain sdpa attention can read at once"
-            )
-        keys, values = self.stored()
-        column = torch.arange(keys.shape[1], device=keys.device)
-        own = (column >= self._starts[:, None]) & (column <= self._ends[:, None])  # (H_kv, N)
-        groups = query.shape[1] // own.shape[0]
-        visible = own.repeat_interleave(groups, dim=0)[None, :, None]
-        return attention(query, keys[:, None], values[:, None], _additive(visible, query.dtype))
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as every attention function takes it."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _sliding_layer(keys: Tensor, values: Tensor) -> DynamicLayer:

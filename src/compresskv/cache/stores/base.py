@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.stores.positions import Positions
+from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.system.memory import storage_nbytes
 
 ROOM = 32
 """Tokens that a store gets room for when it is full: a copy of what it holds every so many tokens."""
 _CUDA_ROOM = 256
 
-EVEN, PACKED = "even", "packed"
+EVEN, RAGGED = "even", "ragged"
 """How a store lays out what a compiled step writes to: see `Slots`."""
 
 
@@ -32,6 +33,9 @@ class Slots:
     """Where each KV head's part begins: in the flattened (H_kv * n, D), or in N."""
     ends: list[int]
     """Where its new token goes."""
+    packed: Sequence[Tensor] = ()
+    """What lies before them packed and is not written to: tensors of keys, of values, and where in them each KV head's
+    part begins and the last one ends, (H_kv + 1,) int64."""
 
 
 class Store(ABC):
@@ -40,8 +44,13 @@ class Store(ABC):
     What was handed out is never changed: a copy that shares it may go on reading. Keys are stored post-RoPE.
     """
 
-    layout: ClassVar[str | None] = None
-    """`EVEN` or `PACKED`; None where no compiled step can write into it."""
+    @property
+    def layout(self) -> str | None:
+        """`EVEN` or `RAGGED`; None where no compiled step can write into it."""
+        return None
+
+    precision: ClassVar[Precision] = PRECISIONS[NATIVE]
+    """Of what was kept of a prompt."""
 
     def __init__(self, held: Positions) -> None:
         self.held = held

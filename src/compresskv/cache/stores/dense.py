@@ -2,20 +2,22 @@
 
 import copy
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from compresskv.attention.routing import AttentionFunction
-from compresskv.cache.stores.base import EVEN, ROOM, Slots, Store, gather_tokens, room_for_tokens
-from compresskv.cache.stores.growing import Growing
+from compresskv.cache.stores.base import EVEN, ROOM, Slots, Store, gather_tokens
+from compresskv.cache.stores.growing import Growing, reserve_token
 from compresskv.cache.stores.positions import Positions
 
 
 class DenseStore(Store):
     """(B, H_kv, n, D) keys and values."""
 
-    layout: ClassVar[str | None] = EVEN
+    @property
+    def layout(self) -> str:
+        """All heads hold as many tokens."""
+        return EVEN
 
     def __init__(self, keys: Tensor, values: Tensor, held: Positions | None = None) -> None:
         """Hold these; every token from the first on where `held` says nothing else."""
@@ -61,13 +63,7 @@ class DenseStore(Store):
 
     def reserve(self) -> Slots:
         """See `Store.reserve`."""
-        keys, values = (
-            growing.reserve(1, growing.held, room_for_tokens(growing.held.device))
-            for growing in (self._keys, self._values)
-        )
-        num_slots, held = keys.shape[2], self._keys.held.shape[2]
-        starts = [head * num_slots for head in range(keys.shape[1])]
-        return Slots(keys, values, starts, [start + held for start in starts])
+        return reserve_token(self._keys, self._values)
 
     def advance(self) -> None:
         """See `Store.advance`."""

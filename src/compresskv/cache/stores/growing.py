@@ -1,8 +1,10 @@
 """A tensor that grows along tokens: room for more is taken at once, so that a new token costs no copy of the old."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from compresskv.cache.stores.base import may_write
+from compresskv.cache.stores.base import Slots, may_write, room_for_tokens
 
 
 class Growing:
@@ -55,3 +57,11 @@ class Growing:
     def held(self) -> Tensor:
         """(B, H, n, D)."""
         return self._held
+
+
+def reserve_token(keys: Growing, values: Growing, packed: Sequence[Tensor] = ()) -> Slots:
+    """Room for one token of one row in both, behind what is packed; see `Store.reserve`."""
+    device, num_held = keys.held.device, keys.held.shape[2]
+    own, others = (growing.reserve(1, growing.held, room_for_tokens(device)) for growing in (keys, values))
+    starts = [head * own.shape[2] for head in range(own.shape[1])]
+    return Slots(own, others, starts, [start + num_held for start in starts], packed)

@@ -1,19 +1,18 @@
 """Keys and values of one layer in few bits a number, whatever each KV head holds."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compresskv.attention.routing import AttentionFunction
-from compresskv.cache.stores.base import ROOM, Store
+from compresskv.cache.stores.base import EVEN, RAGGED, ROOM, Slots, Store, room_for_tokens
 from compresskv.cache.stores.dense import DenseStore
-from compresskv.cache.stores.growing import Growing
+from compresskv.cache.stores.growing import Growing, reserve_token
 from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.positions import Positions
 from compresskv.cache.stores.ragged import RaggedStore
-from compresskv.selection.precision import PRECISIONS, Precision
+from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.select import EMPTY_SLOT
 
 _PARTS = ("codes", "ranges", "centre", "scale")
@@ -27,13 +26,17 @@ class PackedStore(Store):
     Attention unpacks a layer for the length of a call; nothing else ever holds it unpacked.
     """
 
-    precision: ClassVar[Precision]
-
     def __init__(self, keys: PackedStates, values: PackedStates, tail: tuple[Tensor, Tensor], held: Positions) -> None:
         """Hold these; `tail`, keys and values (B, H_kv, n, D), comes behind what is packed in each head."""
         super().__init__(held)
         self._keys, self._values = keys, values
         self._tail = [Growing(states) for states in tail]
+        self._bounds: Tensor | None = None
+
+    @property
+    def layout(self) -> str:
+        """Of what is packed; the tail is even."""
+        return EVEN if len(set(self._keys.counts)) == 1 else RAGGED
 
     @classmethod
     def fits(cls, held: Positions) -> bool:
@@ -85,8 +88,10 @@ class PackedStore(Store):
     @torch.no_grad()
     def _pack_tail(self) -> None:
         """Once it is long enough. What was read before it keeps its codes."""
-        if self._num_unpacked >= TAIL:
+        device = self._tail[0].held.device
+        if self._num_unpacked >= (TAIL if device.type == "cpu" else room_for_tokens(device)):
             self._keys, self._values = self._packed_whole()
+            self._bounds = None
             self._tail = [Growing(growing.held[:, :, :0].clone()) for growing in self._tail]
 
     @property
@@ -141,6 +146,21 @@ class PackedStore(Store):
         """Codes, ranges and means of keys and of values; the tail of both."""
         return [*self._keys.tensors, *self._values.tensors, *(growing.held for growing in self._tail)]
 
+    def reserve(self) -> Slots:
+        """See `Store.reserve`: in the tail."""
+        self._pack_tail()
+        if self._bounds is None:
+            ends = torch.tensor([0, *self._keys.counts], device="cpu").cumsum(0)
+            self._bounds = ends.to(self._tail[0].held.device)
+        keys, values = self._tail
+        return reserve_token(keys, values, [*self._keys.tensors, *self._values.tensors, self._bounds])
+
+    def advance(self) -> None:
+        """See `Store.advance`."""
+        self.held = self.held.appended(1)
+        for growing in self._tail:
+            growing.advance(1)
+
     def crop(self, num_removed: int) -> None:
         """Forget the last tokens, packed ones too."""
         self.held = self.held.appended(-num_removed)
@@ -149,6 +169,7 @@ class PackedStore(Store):
         self._tail = [Growing(growing.held[:, :, :left]) for growing in self._tail]
         if packed:
             self._keys, self._values = self._keys.cropped(packed), self._values.cropped(packed)
+            self._bounds = None
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to the rows of all that is held."""

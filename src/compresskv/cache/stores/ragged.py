@@ -3,14 +3,13 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor, nn
 
 from compresskv.attention.routing import AttentionFunction, has_sinks
-from compresskv.cache.stores.base import PACKED, ROOM, Slots, Store, gather_tokens, may_write, room_for_tokens
+from compresskv.cache.stores.base import RAGGED, ROOM, Slots, Store, gather_tokens, may_write, room_for_tokens
 from compresskv.cache.stores.positions import Positions
 
 
@@ -20,7 +19,10 @@ class RaggedStore(Store):
     Each head's part has room for a few more tokens once it has grown, so that a new token copies none of the old ones.
     """
 
-    layout: ClassVar[str | None] = PACKED
+    @property
+    def layout(self) -> str:
+        """Heads need not hold as many tokens."""
+        return RAGGED
 
     def __init__(self, parts: list[list[Tensor]], held: Positions) -> None:
         """Pack what is given.

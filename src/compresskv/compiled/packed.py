@@ -1,0 +1,104 @@
+"""How a decode step reads a layer whose keys and values are packed: unpacked inside the step, and nowhere kept."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresskv.attention.routing import AttentionFunction
+from compresskv.cache.stores.packed_states import PackedStates
+from compresskv.cache.stores.packed_vectors import PackedVectors
+from compresskv.compiled.step_layer import EvenLayer, additive, check_ragged
+from compresskv.models.shape import Heads
+from compresskv.selection.precision import Precision
+
+
+class PackedLayer(EvenLayer):
+    """What is packed, and behind it a tail of new tokens, (1, H_kv, T, D), that is written to."""
+
+    def __init__(self, layer_idx: int, config: Any, *tail: Tensor, packed: list[Tensor], precision: Precision) -> None:
+        """One layer of a step.
+
+        Args:
+            tail: keys, values, starts and ends of the tail, as of an even layer.
+            packed: as in `Slots`; the last tensor, where each head's part begins, is missing where all are equal.
+        """
+        super().__init__(layer_idx, config, *tail)
+        rest = iter(packed)
+        num_heads = tail[0].shape[1]
+        assert precision.key_bits is not None
+        assert precision.value_bits is not None
+        self._packed_keys = _side(rest, precision.key_bits, num_heads, are_keys=True)
+        self._packed_values = _side(rest, precision.value_bits, num_heads, are_keys=False)
+        self._bounds = next(rest, None)
+
+    def attend(
+        self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """All that is packed is unpacked for one call.
+
+        Raises:
+            ModelError: KV heads hold different numbers of tokens, and attention is not plain 'sdpa'.
+        """
+        tails = self.stored()
+        sides = (self._packed_keys, self._packed_values)
+        slot = torch.arange(tails[0].shape[2], device=query.device)
+        new = slot <= self._end
+        if self._bounds is None:
+            keys, values = (_even(*pair) for pair in zip(sides, tails, strict=True))
+            old = torch.ones(keys.shape[2] - slot.shape[0], dtype=torch.bool, device=query.device)
+            visible = torch.cat([old, new])[None, None, None]
+        else:
+            check_ragged(self._model_config, **kwargs)
+            keys, values = (_ragged(*pair, self._bounds) for pair in zip(sides, tails, strict=True))
+            column = torch.arange(sides[0].vectors.codes.shape[1], device=query.device)
+            own = (column >= self._bounds[:-1, None]) & (column < self._bounds[1:, None])  # (H_kv, N)
+            heads = torch.eye(len(own), dtype=torch.bool, device=query.device)
+            own_tail = (heads[:, :, None] & new).flatten(1)  # (H_kv, H_kv * T)
+            groups = query.shape[1] // len(own)
+            visible = torch.cat([own, own_tail], dim=1).repeat_interleave(groups, dim=0)[None, :, None]
+        query = self._packed_keys.turned_queries(query)
+        output, weights = attention(query, keys, values, additive(visible, query.dtype))
+        return self._packed_values.turned_output(output), weights
+
+
+def example_packed(precision: Precision, heads: Heads, num_each: int, *, ragged: bool) -> list[Tensor]:
+    """Like `Slots.packed` of KV heads that hold `num_each` tokens: all numbers lie between -0.1 and 0.1."""
+    packed: list[Tensor] = []
+    generator = torch.Generator().manual_seed(num_each)
+    num_heads, dim = heads.num_kv_heads, heads.head_dim
+    for bits in (precision.key_bits, precision.value_bits):
+        assert bits is not None
+        states = 0.2 * torch.rand(1, num_heads * num_each, dim, generator=generator, device="cpu") - 0.1
+        own = PackedStates.of(list(states.split(num_each, dim=1)), None, bits, are_keys=not packed)
+        packed += own.tensors
+    if ragged:
+        packed.append(num_each * torch.arange(num_heads + 1, device="cpu"))
+    return packed
+
+
+def _side(rest: Iterator[Tensor], bits: int, num_heads: int, *, are_keys: bool) -> PackedStates:
+    """Keys or values, of the next of `PackedStates.tensors`; counts are not known here."""
+    vectors = PackedVectors(next(rest), next(rest), bits)
+    centre = next(rest) if bits == 4 else None
+    scale = next(rest) if bits == 4 and are_keys else None
+    return PackedStates(vectors, [0] * num_heads, centre, scale)
+
+
+def _even(packed: PackedStates, tail: Tensor) -> Tensor:
+    """(1, H_kv, n + T, D) in the tail's dtype, turned as it is stored."""
+    states = packed.vectors.unpacked().unflatten(1, (tail.shape[1], -1))
+    if packed.centre is not None:
+        states = states + packed.centre.float()[:, :, None]
+    return torch.cat([states.to(tail.dtype), packed.turned_states(tail)], dim=2)
+
+
+def _ragged(packed: PackedStates, tail: Tensor, bounds: Tensor) -> Tensor:
+    """(1, 1, N + H_kv * T, D): all heads' parts, then all their tails."""
+    states = packed.vectors.unpacked()
+    if packed.centre is not None:
+        column = torch.arange(states.shape[1], device=states.device)
+        head = (column[:, None] >= bounds[1:-1]).sum(dim=1)
+        states = states + packed.centre.float()[:, head]
+    return torch.cat([states.to(tail.dtype), packed.turned_states(tail).flatten(1, 2)], dim=1)[:, None]
