@@ -29,8 +29,8 @@ class Compactor(Method):
     tokens. Both are counted in standard deviations over the layer's KV heads, leverage `blending` times. The first
     `num_sinks` tokens and the last `window_size` are always kept.
 
-    Source: Compactor (arXiv 2507.08143), sections 3 and 4, with the blend of its best single setting. Differs: the
-    random projection is the same in every layer and run.
+    Source: Compactor (arXiv 2507.08143), sections 3 and 4. Differs: the random projection is the same in every layer
+    and run; logits are scaled as the model scales them, which kvpress's press leaves out.
     """
 
     name = "compactor"

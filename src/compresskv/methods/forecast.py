@@ -46,8 +46,8 @@ class Forecast(RankedTogether):
         """
         if needed_profile(self.name, profile).replay_weights is None:
             raise ProfileError(
-                f"the profile of {profile.model_id} was made before method {self.name!r} needed more of it: "
-                "make a new one with 'compresskv profile MODEL'"
+                f"the profile of {profile.model_id} was made before method {self.name!r} needed more of it: make a "
+                "new one with 'compresskv profile MODEL', or take 'kvzip', which needs none and reads the text twice"
             )
         return replace(self, profile=profile)
 
