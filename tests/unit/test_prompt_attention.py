@@ -9,7 +9,7 @@ from torch import Tensor
 import compresskv
 import tiny
 from compresskv.attention import prefill as prompt_attention
-from compresskv.attention.prefill import causal_attention, is_faster
+from compresskv.attention.prefill import causal_attention, is_faster, later_attention
 from compresskv.attention.routing import routing
 from compresskv.plans.capture import CapturedPrompt
 
@@ -75,3 +75,20 @@ def test_the_switch_reads_prompts_by_the_models_own_attention(monkeypatch: pytes
             assert not torch.equal(tiny.read(model, cache, prompt, [300]), expected)
     with compresskv.compressing(model, "full", exact_prefill=True if by == "argument" else None) as cache:
         assert torch.equal(tiny.read(model, cache, prompt, [300]), expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 60), st.integers(0, 60), st.sampled_from([1, 3]), st.sampled_from([None, 0.3]))
+def test_a_later_part_of_a_prompt(num_new: int, num_before: int, groups: int, scaling: float | None) -> None:
+    query, keys, values = (
+        states(heads, num_before + num_new, seed, 2).float() for heads, seed in ((2 * groups, 1), (2, 2), (2, 3))
+    )
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_attention, "_MASK_NBYTES", 1)  # a few queries at a time
+        found = later_attention(query[:, :, num_before:], keys, values, scaling)
+    torch.testing.assert_close(found.transpose(1, 2), whole[:, :, num_before:])
+    found = causal_attention(query[:, :, num_before:].bfloat16(), keys.bfloat16(), values.bfloat16(), scaling)
+    torch.testing.assert_close(found.float().transpose(1, 2), whole[:, :, num_before:], rtol=0.05, atol=0.03)

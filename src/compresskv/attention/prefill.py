@@ -10,6 +10,7 @@ from torch.nn.attention.bias import causal_lower_right
 _LEAST_TOKENS = 256
 _CHUNK_NBYTES = 16 << 20
 """About what one chunk's logits take: little beside a prompt's keys, and near the processor's caches."""
+_MASK_NBYTES = 64 << 20
 _LEAST_CHUNK, _MOST_CHUNK = 16, 128
 _NUM_SHAPES = 32
 """The matrix library prepares, and keeps, a program for every shape it meets: keys are read in so many lengths."""
@@ -86,17 +87,32 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float
 def later_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
     """Attention of a prompt's last tokens to themselves and all before them: by flash kernels on a GPU, without a mask.
 
+    On a CPU, whose kernel needs one, a part of the queries after another: a mask takes four bytes for each pair.
+
     Args:
         query: (B, H_kv * G, T_new, D), of the last tokens.
         keys, values: (B, H_kv, T, D).
         scaling: factor on the dot products; None: D ** -0.5.
     Returns: (B, T_new, H_kv * G, D).
     """
-    bias: Tensor = causal_lower_right(query.shape[2], keys.shape[2])
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, attn_mask=bias, scale=scaling, enable_gqa=query.shape[1] != keys.shape[1]
-    )
-    return output.transpose(1, 2)
+    num_queries, num_tokens = query.shape[2], keys.shape[2]
+    before = num_tokens - num_queries
+    step = num_queries if query.is_cuda else max(_LEAST_CHUNK, _MASK_NBYTES // (4 * num_tokens))
+    output = query.new_empty(query.shape[0], num_queries, query.shape[1], values.shape[3])
+    for start in range(0, num_queries, step):
+        end = min(num_queries, start + step)
+        seen = before + end
+        bias: Tensor = causal_lower_right(end - start, seen)
+        part = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end],
+            keys[:, :, :seen],
+            values[:, :, :seen],
+            attn_mask=bias,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        output[:, start:end] = part.transpose(1, 2)
+    return output
 
 
 def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor:
