@@ -6,6 +6,7 @@ import threading
 import weakref
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import compresskv
 import tiny
 from compresskv import CacheStateError, CompressedCache, ConfigError, PromptError, Session, SessionError
 from compresskv.attention.routing import routing
+from compresskv.compiled import decoding
 from compresskv.models.shape import compressible_layers
 from compresskv.prompts.prompt import build_prompt
 from oracle import evictions, oracle_logits
@@ -125,6 +127,34 @@ def test_many_questions_neither_copy_nor_change_the_document_and_leak_nothing(
     assert answers(session) == first
     gc.collect()
     assert not branches
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(("family", "method"), [("llama", "snapkv"), ("gemma3", "snapkv"), ("llama", "adakv")])
+def test_compiled_steps_write_behind_the_document_too(family: str, method: str) -> None:
+    session = read(tiny.tiny_model(family), method)
+    expected, before = answers(session), digest(session)
+    for _ in range(2):
+        for question, wanted in zip(QUESTIONS, expected, strict=True):
+            found = session.ask(question, max_new_tokens=8, compile="always")
+            assert found.token_ids == wanted
+            assert found.stats.compiled_tokens == 7
+        session.say(QUESTIONS[1], max_new_tokens=4, compile="always")
+        assert session.say(QUESTIONS[0], max_new_tokens=4, compile="always").stats.compiled_tokens == 3
+        session.forget()
+    assert digest(session) == before
+
+
+def test_auto_counts_the_seconds_of_all_answers(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
+    session, facts = read(tiny.tiny_model("llama"), "snapkv"), SimpleNamespace(load_s=0.3)
+    monkeypatch.setattr(decoding, "built_facts", lambda *_: facts)
+    loaded = []
+    for _ in range(100):
+        loaded.append(session.ask(QUESTIONS[0], max_new_tokens=4).stats.compiled_tokens)
+        if loaded[-1]:
+            break
+    assert loaded[0] == 0
+    assert loaded[-1] > 0
 
 
 def test_questions_of_several_threads_do_not_see_one_another() -> None:

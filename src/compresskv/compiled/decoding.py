@@ -84,7 +84,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         self.cache = cache
         self._mode = mode
         self._on_progress = on_progress
-        self._eager_s = 0.0
+        self.eager_s = 0.0
+        """Seconds of decoding without a compiled step; whoever decodes again and again carries them over."""
         self._program: Program | None = None
         self._is_checked = False
         """Whether nothing but steps was read since the program was found to fit the model."""
@@ -135,7 +136,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             except NotCompilableError as error:  # only once it runs does a recording tell
                 self._program, self.cache.not_compiled = None, str(error)
         output = eager(**kwargs)
-        self._eager_s += time.perf_counter() - start
+        self.eager_s += time.perf_counter() - start
         return output
 
     def _is_step(
@@ -231,7 +232,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
                 if type(weight) is not nn.Parameter:
                     raise NotCompilableError(f"it cannot read weights that are quantised as {type(weight).__name__}")
             return self._get_package(kinds)
-        return None if self._mode == AUTO and self._eager_s < _RECORDING_S else GraphedStep(self._model, kinds)
+        return None if self._mode == AUTO and self.eager_s < _RECORDING_S else GraphedStep(self._model, kinds)
 
     def _get_package(self, kinds: tuple[str, ...]) -> Package | None:
         """From memory, from disk, or built; None: not yet.
@@ -247,7 +248,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             if kinds not in self._load_s:
                 facts = built_facts(self._model, kinds)
                 self._load_s[kinds] = 0.0 if facts is None else facts.load_s  # none: told at once
-            if self._eager_s < self._load_s[kinds]:  # at worst, loading then doubles the time
+            if self.eager_s < self._load_s[kinds]:  # at worst, loading then doubles the time
                 return None
         known[kinds] = load_package(self._model, kinds, self._on_progress, build=self._mode == ALWAYS)
         return known[kinds]

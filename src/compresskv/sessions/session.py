@@ -58,6 +58,7 @@ class Session:
         self._method = method
         self._conversation: Conversation | None = None
         self._lent = threading.Lock()
+        self._eager_s = 0.0
         self.turns_budget = TURNS_BUDGET
         """Tokens of turns that a conversation keeps: where it has more, the oldest turns are forgotten until half of
         that is left."""
@@ -236,7 +237,8 @@ class Session:
         on_token: OnToken | None,
     ) -> Generation:
         model, device = self._model, input_device(self._model)
-        with routing(model), _decoding(model, cache, compile, on_compile) as prepare:
+        cache.num_compiled_steps, cache.compile_s = 0, 0.0  # of this answer alone, in a conversation too
+        with routing(model), self._decoding(cache, compile, on_compile) as prepare:
             logits = prefill(model, torch.tensor([token_ids], device=device), cache)
             cache.check_attended()
             prefill_s = now(*devices_of(model)) - start
@@ -265,6 +267,22 @@ class Session:
             **answered.cost(model, cache),
         )
         return Generation(answered.text, answered.token_ids, stats)
+
+    @contextmanager
+    def _decoding(
+        self, cache: CompressedCache, compile: str, on_progress: Progress | None
+    ) -> Iterator[Callable[[], None]]:
+        """Steps are compiled where that is asked for; what to call before the first one.
+
+        With 'auto' a step is loaded once decoding has taken as long, all answers together.
+        """
+        if compile == NEVER:
+            yield lambda: None
+            return
+        with CompiledDecoding(self._model, cache, compile, on_progress) as compiled:
+            compiled.eager_s = self._eager_s
+            yield compiled.prepare
+            self._eager_s = compiled.eager_s
 
     def _check_fits(self, num_tokens: int, max_new_tokens: int) -> None:
         """Refuse what would go beyond the model's positions.
@@ -297,15 +315,3 @@ class Session:
     def resume(self, cache: CompressedCache, starts: list[int], answer: list[int]) -> None:
         """Go on with a conversation that was saved; see `Conversation`."""
         self._conversation = Conversation(cache, self.facts.num_tokens, starts, answer)
-
-
-@contextmanager
-def _decoding(
-    model: PreTrainedModel, cache: CompressedCache, compile: str, on_progress: Progress | None
-) -> Iterator[Callable[[], None]]:
-    """Steps are compiled where that is asked for; what to call before the first one."""
-    if compile == NEVER:
-        yield lambda: None
-        return
-    with CompiledDecoding(model, cache, compile, on_progress) as compiled:
-        yield compiled.prepare
