@@ -78,7 +78,8 @@ def test_long_commands_name_real_options(command):
     assert all(word in help_text for word in words)
 
 
-def test_python_code(embedded_model):
+def test_python_code(embedded_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model, tokenizer = embedded_model
     code = [block for language, block in BLOCKS if language == "python"]
     assert len(code) == 2
@@ -88,3 +89,4 @@ def test_python_code(embedded_model):
     names["text"] = "The contract was signed by Ada Marsh. " + "The sea was calm. " * 80
     exec(code[1], names)
     assert names["generation"].stats.retained_fraction == pytest.approx(0.05, abs=0.01)
+    assert (tmp_path / "report.kvc").exists()
