@@ -147,7 +147,7 @@ def test_a_token_that_30_layers_of_3_heads_keep_has_the_darkest_shade(tmp_path: 
     prompt = PromptText(("a", "b"), (False, False), slice(0, 2), slice(2, 2))
     layers = tuple(LayerRetention(number, 3, (3, number % 3)) for number in range(30))
     explanation = Explanation("blend", 64, Retention(layers), 2, 1, None)
-    (tmp_path / "page.html").write_text(retention_page(Report("m", "d", "q", 0, prompt, (explanation,))))
+    (tmp_path / "page.html").write_text(retention_page(Report("m", "d", "q", 0, prompt, (explanation,), "float32")))
     dom = opened(tmp_path / "page.html", tmp_path)
     assert [levels(classes) for _, classes in dom.tokens] == [[10], [4]]
 
@@ -163,7 +163,9 @@ class TestCommand:
         done = call("--no-answer")
         assert done.exit_code == 0, done.output
         assert done.stdout.strip() == str((place / "retention.html").resolve())
-        assert json.loads(call("--max-new-tokens", "0", "--json").stdout)["methods"][0]["answer"] is None
+        data = json.loads(call("--max-new-tokens", "0", "--json").stdout)
+        assert data["methods"][0]["answer"] is None
+        assert data["dtype"] == "float32"
 
     @pytest.mark.parametrize(
         ("args", "words"),

@@ -71,7 +71,7 @@ class TestFind:
         assert (result.code, result.err) == (0, "")
         path = Path(result.out.splitlines()[0])
         assert path.parent == tmp_path / "cache" / "profiles"
-        assert "12 runs counted, 0 failed" in result.out
+        assert "12 runs counted, 0 failed to answer and left out; computed in float32." in result.out
         assert re.search(r"1 +2 +0 +5\.", result.out)  # rank, layer, head, score
         profile = read_profile(path)
         assert profile.model_id == "model"
@@ -181,6 +181,7 @@ class TestShowImportVerify:
     def test_verify_as_json(self, call: Callable[..., Result], file: Path) -> None:
         result = call(*self.verify(str(file), "--counts", "2,3", "--json"))
         assert (result.code, result.err) == (0, "")
+        assert {row["dtype"] for row in json.loads(result.out)} == {"float32"}
         rows = {(row["masked"], row["heads"]): row["accuracy"] for row in json.loads(result.out)}
         assert rows["none", 0] == 1
         assert rows["semantic", 2] == 1

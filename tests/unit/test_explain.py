@@ -202,7 +202,7 @@ class Elements(HTMLParser):
 def report(text: str) -> Report:
     prompt = PromptText((text, "🐳", ""), (False, False, True), slice(0, 2), slice(2, 3), (slice(0, 1),))
     retention = Retention((LayerRetention(3, 2, (2, 0, 1)),))
-    return Report(text, text, text, 0, prompt, (Explanation(text, 0.5, retention, 200, 100, text),))
+    return Report(text, text, text, 0, prompt, (Explanation(text, 0.5, retention, 200, 100, text),), text)
 
 
 class TestPage:

@@ -41,6 +41,7 @@ def compile_step(
     from compresskv.bench.subject import real_subject
     from compresskv.bench.trial import try_compiled
     from compresskv.methods.prepare import prepare_method
+    from compresskv.models.quantize import weights_dtype
 
     chosen, *_ = create_methods(method, "", settings)
     with Bar() as bar:
@@ -50,10 +51,13 @@ def compile_step(
         trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, defaults.BUDGET, building)
     if trial.compiled_ms is None:
         raise ModelError(f": {trial.not_compiled}", option="model", value=model)
+    computed_in = weights_dtype(subject.model)
     if as_json:
-        out.print_json(json.dumps({"model": model, "method": chosen.label, "built": building.begun, **asdict(trial)}))
+        told = {"model": model, "dtype": computed_in, "method": chosen.label, "built": building.begun}
+        out.print_json(json.dumps(told | asdict(trial)))
     else:
         done = "compiled" if building.begun else "compiled before; loaded"
         err.print(f"{done} in {trial.compile_s:.1f} s")
         faster = trial.eager_ms / trial.compiled_ms
-        out.print(f"{trial.compiled_ms:.1f} ms a token instead of {trial.eager_ms:.1f}: {faster:.1f} times as fast")
+        milliseconds = f"{trial.compiled_ms:.1f} ms a token instead of {trial.eager_ms:.1f}"
+        out.print(f"{milliseconds}: {faster:.1f} times as fast, in {computed_in}")

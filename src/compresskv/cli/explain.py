@@ -76,7 +76,7 @@ def _report_of_session(given: Request, evidence: list[str], max_new_tokens: int)
         )
     if len(report.prompt.evidence) < len(evidence):
         err.print("compresskv: some of the evidence does not occur in the document")
-    _tell(report.explanations[0])
+    _tell(report.explanations[0], report.dtype)
     return report
 
 
@@ -91,6 +91,7 @@ def _report_of_document(given: Request, evidence: list[str], max_new_tokens: int
 
 def _report(checked: Checked, evidence: list[str], max_new_tokens: int) -> "Report":
     from compresskv.explain.retention import Report, prompt_text
+    from compresskv.models.quantize import weights_dtype
     from compresskv.prompts.prompt import build_prompt, room_for_prompt
 
     given, context = checked.request, checked.context
@@ -104,13 +105,14 @@ def _report(checked: Checked, evidence: list[str], max_new_tokens: int) -> "Repo
         _explanation(loaded, tokenizer, prompt.input_ids, one, checked, max_new_tokens) for one in methods
     )
     name = _shown_name(given.document)
-    return Report(given.model, name, given.question, prompt.num_truncated, text, explanations)
+    return Report(given.model, name, given.question, prompt.num_truncated, text, explanations, weights_dtype(loaded))
 
 
 def _explanation(
     loaded: Any, tokenizer: Any, input_ids: Any, method: "Method", checked: Checked, max_new_tokens: int
 ) -> "Explanation":
     from compresskv.explain.retention import explain as read
+    from compresskv.models.quantize import weights_dtype
 
     with Bar() as bar:
         steps = Steps(bar, method.name, max_new_tokens)
@@ -125,16 +127,15 @@ def _explanation(
             on_prefill=steps.reading,
             on_token=steps.answering,
         )
-    _tell(explanation)
+    _tell(explanation, weights_dtype(loaded))
     return explanation
 
 
-def _tell(explanation: "Explanation") -> None:
+def _tell(explanation: "Explanation", dtype: str) -> None:
     sizes = f"{megabytes(explanation.kv_nbytes_full)} -> {megabytes(explanation.kv_nbytes)} MB"
     retention = explanation.retention
-    err.print(
-        f"[{explanation.method}: {retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept; KV {sizes}]"
-    )
+    kept = f"{retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept"
+    err.print(f"[{explanation.method}: {kept}; KV {sizes}; {dtype}]")
 
 
 def _shown_name(document: str) -> str:

@@ -140,8 +140,9 @@ def find(
     if as_json:
         out.print_json(json.dumps({"file": str(path), **outcome.profile.to_dict()}))
         return
-    failed = outcome.profile.provenance["runs_failed"]
-    out.print(f"{path}\n{counted(outcome.profile.num_runs, 'run')} counted, {failed} failed to answer and left out.")
+    made = outcome.profile.provenance
+    runs = f"{counted(outcome.profile.num_runs, 'run')} counted, {made['runs_failed']} failed to answer and left out"
+    out.print(f"{path}\n{runs}; computed in {made['dtype']}.")
     print_heads(outcome.profile)
 
 
@@ -221,6 +222,7 @@ def verify(
     check_folder("plot", plot)
     from compresskv.calibration.verify import VerifySettings, to_rows, verify_profile
     from compresskv.models.load import load
+    from compresskv.models.quantize import weights_dtype
     from compresskv.profiles.profile import read_profile
     from compresskv.profiles.store import resolve_profile
 
@@ -237,12 +239,13 @@ def verify(
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         ablations = verify_profile(loaded, tokenizer, resolve_profile(loaded, profile), settings, bar)
     if as_json:
-        out.print_json(json.dumps(to_rows(ablations)))
+        out.print_json(json.dumps([{**row, "dtype": weights_dtype(loaded)} for row in to_rows(ablations)]))
     else:
         columns = ("heads", "answered", "accuracy")
         table = new_table("masked", *columns, numbers=columns)
         for one in ablations:
             table.add_row(one.group, str(one.count), f"{one.successes} of {one.cases}", f"{one.accuracy:.0%}")
+        table.caption, table.caption_justify = f"computed in {weights_dtype(loaded)}", "left"
         out.print(table, soft_wrap=False)
     if plot is not None:
         from compresskv.calibration import plots

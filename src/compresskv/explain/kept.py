@@ -41,4 +41,4 @@ def explain_session(
     )
     document = "".join(token_texts(tokenizer, session.token_ids))[document_start(tokenizer) :]
     text = prompt_text(tokenizer, token_ids, document, question, evidence)
-    return Report(facts.model, ", ".join(facts.names) or "document", question, 0, text, (explanation,))
+    return Report(facts.model, ", ".join(facts.names) or "document", question, 0, text, (explanation,), facts.dtype)

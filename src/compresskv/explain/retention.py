@@ -146,11 +146,14 @@ class Report:
     """Document tokens cut out to make the prompt fit."""
     prompt: PromptText
     explanations: tuple[Explanation, ...]
+    dtype: str
+    """Of the weights; see `weights_dtype`."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "model": self.model,
+            "dtype": self.dtype,
             "document": self.document,
             "question": self.question,
             "prompt_tokens": len(self.prompt.texts),
