@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tiny
+from compresskv.methods import registry
 from compresskv.methods.base import LayerInputs
 from compresskv.methods.compactor import Compactor
 from compresskv.methods.expected_attention import ExpectedAttention
@@ -143,3 +144,18 @@ def test_compactor_equals_its_formula_in_padded_rows_too(rotated: bool) -> None:
     for row, start in enumerate(starts):
         expected = naive_compactor(layer, row, start, 16, 0.35)
         np.testing.assert_allclose(scores[row, :, start + 2 :].numpy(), expected[:, 2:], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["forecast", "expected_attention", "compactor"])
+def test_a_part_of_a_document_is_scored_as_it_would_be_at_its_beginning(name: str) -> None:
+    generator, rotation = torch.Generator().manual_seed(6), some_rotation(NUM_TOKENS + 700, 8)
+    query, keys, values = (torch.randn(1, heads, NUM_TOKENS, 8, generator=generator) for heads in (4, 2, 2))
+    options = {"profile": tiny.random_profile(tiny.tiny_model("llama"))} if name == "forecast" else {}
+    method = registry.create(name, **options)
+    scores = []
+    for first in (0, 50):
+        positions = torch.arange(NUM_TOKENS) + first
+        turned = [rotation.turned(states, positions) for states in (query, keys)]
+        layer = LayerInputs(0, *turned, values, 8**-0.5, rotation=rotation, first_position=first)
+        scores.append(method.score(layer))
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-3, rtol=1e-3)

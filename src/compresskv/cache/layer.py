@@ -129,6 +129,7 @@ class CompressedLayer(StoredLayer):
             num_ahead=num_ahead,
             replayed=window.replayed if part is None or part.replayed is None else part.replayed,
             rotation=None if rotations is None else rotations.of(self.layer_idx, self.seen_tokens + FUTURE_POSITIONS),
+            first_position=start,
         )
         cut = self if part is None else PartOf(self, part, method.window_size)
         self._eviction.end_of_prompt(cut, self._position, inputs)

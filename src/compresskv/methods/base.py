@@ -15,9 +15,9 @@ from compresskv.methods.ranges import Range, ranges
 from compresskv.selection import budgets
 from compresskv.selection.scores import heads_window_attention, sum_over_window, window_moments
 from compresskv.selection.select import select, select_rows
+from compresskv.system.later import torch
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from compresskv.profiles.profile import Profile
@@ -59,6 +59,8 @@ class LayerInputs:
     rotation: Rotation | None = None
     """How queries and keys are turned to T positions and `FUTURE_POSITIONS` more; None where the method does not ask,
     or the model has no rotary position embedding that can be told."""
+    first_position: int = 0
+    """The position of the first of the T tokens: a document may be cut in parts."""
 
     @property
     def row_starts(self) -> list[int]:
@@ -67,6 +69,13 @@ class LayerInputs:
             return [0] * len(self.keys)
         starts: list[int] = (~self.valid).sum(dim=-1).tolist()
         return starts
+
+    def turned_back(self, states: Tensor) -> Tensor:
+        """Queries or keys (..., n, D) of a row without its padding, as they were before they were turned; float32."""
+        if self.rotation is None:
+            return states.float()
+        positions = torch.arange(states.shape[-2], device=states.device) + self.first_position
+        return self.rotation.undone(states, positions)
 
     def of_rows(self, rows: list[int]) -> LayerInputs:
         """The same of some rows of the batch."""

@@ -57,9 +57,7 @@ class Compactor(Method):
 
     def _leverage(self, inputs: LayerInputs, start: int) -> Tensor:
         """(H_kv, length)."""
-        keys = inputs.keys[0, :, start:].float()
-        if inputs.rotation is not None:
-            keys = inputs.rotation.undone(keys, torch.arange(keys.shape[1], device=keys.device))
+        keys = inputs.turned_back(inputs.keys[0, :, start:])
         generator = torch.Generator().manual_seed(0)
         projection = torch.randn(keys.shape[-1], self.sketch_size, generator=generator, device="cpu").to(keys.device)
         sketch = (keys - keys.mean(dim=1, keepdim=True)) @ (projection / self.sketch_size**0.5)

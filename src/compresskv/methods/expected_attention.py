@@ -52,15 +52,14 @@ class ExpectedAttention(Method):
     def _row(self, inputs: LayerInputs, start: int) -> Tensor:
         """(H_kv, length) of a row whose first `start` tokens are padding."""
         keys, values = inputs.keys[0, :, start:].float(), inputs.values[0, :, start:]
-        (num_kv_heads, length, head_dim), queries = keys.shape, inputs.query_window[0, :, start:].float()
-        if inputs.rotation is not None:
-            queries = inputs.rotation.undone(queries, torch.arange(length, device=keys.device))
+        (num_kv_heads, length, head_dim), queries = keys.shape, inputs.turned_back(inputs.query_window[0, :, start:])
         queries = queries[:, min(self.num_sinks, length - 1) :]
         mean = queries.mean(dim=1)
         centred = queries - mean[:, None]
         covariance = centred.transpose(1, 2) @ centred / queries.shape[1]
         if inputs.rotation is not None:
-            turn = inputs.rotation.mean_matrix(torch.arange(length, length + self.num_future, device=keys.device))
+            future = torch.arange(self.num_future, device=keys.device) + inputs.first_position + length
+            turn = inputs.rotation.mean_matrix(future)
             mean, covariance = mean @ turn, turn.T @ covariance @ turn
         mean = mean.view(num_kv_heads, -1, 1, head_dim)
         covariance = covariance.view(num_kv_heads, -1, head_dim, head_dim)

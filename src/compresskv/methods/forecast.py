@@ -57,8 +57,6 @@ class Forecast(RankedTogether):
         scores = torch.zeros(inputs.keys.shape[:3], dtype=torch.float32, device=inputs.keys.device)
         weights = torch.tensor(flat, device=scores.device).view(inputs.num_kv_heads, -1, 1)
         for row, start in enumerate(inputs.row_starts):
-            keys, values = inputs.keys[row, :, start:], inputs.values[row, :, start:]
-            if inputs.rotation is not None:
-                keys = inputs.rotation.undone(keys, torch.arange(keys.shape[1], device=keys.device))
+            keys, values = inputs.turned_back(inputs.keys[row, :, start:]), inputs.values[row, :, start:]
             scores[row, :, start:] = (replay_features(keys, values) @ weights)[..., 0]
         return scores
