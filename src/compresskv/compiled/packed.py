@@ -46,7 +46,7 @@ class PackedLayer(EvenLayer):
         slot = torch.arange(tails[0].shape[2], device=query.device)
         new = slot <= self._end
         if self._bounds is None:
-            keys, values = (_even(*pair) for pair in zip(sides, tails, strict=True))
+            keys, values = (side.even(tail) for side, tail in zip(sides, tails, strict=True))
             old = torch.ones(keys.shape[2] - slot.shape[0], dtype=torch.bool, device=query.device)
             visible = torch.cat([old, new])[None, None, None]
         else:
@@ -84,14 +84,6 @@ def _side(rest: Iterator[Tensor], bits: int, num_heads: int, *, are_keys: bool) 
     centre = next(rest) if bits == 4 else None
     scale = next(rest) if bits == 4 and are_keys else None
     return PackedStates(vectors, [0] * num_heads, centre, scale)
-
-
-def _even(packed: PackedStates, tail: Tensor) -> Tensor:
-    """(1, H_kv, n + T, D) in the tail's dtype, turned as it is stored."""
-    states = packed.vectors.unpacked().unflatten(1, (tail.shape[1], -1))
-    if packed.centre is not None:
-        states = states + packed.centre.float()[:, :, None]
-    return torch.cat([states.to(tail.dtype), packed.turned_states(tail)], dim=2)
 
 
 def _ragged(packed: PackedStates, tail: Tensor, bounds: Tensor) -> Tensor:

@@ -120,14 +120,15 @@ class PackedStore(Store):
 
     def _opened(self, *, back: bool) -> Store:
         """A store of the same, unpacked: turned as it is stored or, with `back`, as it was given."""
-        parts = []
-        for packed, growing in ((self._keys, self._tail[0]), (self._values, self._tail[1])):
-            tail = growing.held if back else packed.turned_states(growing.held)
-            heads = zip(packed.heads(back=back), tail.unbind(dim=1), strict=True)
-            parts.append([torch.cat([head.to(tail.dtype), own], dim=1) for head, own in heads])
-        if len(set(self._keys.counts)) == 1:
-            keys, values = (torch.stack(own, dim=1) for own in parts)
+        sides = ((self._keys, self._tail[0].held), (self._values, self._tail[1].held))
+        if self.layout == EVEN and not back:
+            keys, values = (packed.even(tail) for packed, tail in sides)
             return DenseStore(keys, values, self.held)
+        parts = []
+        for packed, tail in sides:
+            own = tail if back else packed.turned_states(tail)
+            heads = zip(packed.heads(back=back), own.unbind(dim=1), strict=True)
+            parts.append([torch.cat([head.to(tail.dtype), new], dim=1) for head, new in heads])
         return RaggedStore(parts, self.held)
 
     @property

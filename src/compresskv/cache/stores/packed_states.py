@@ -85,6 +85,17 @@ class PackedStates:
             parts = [part * own[:, None] for part, own in zip(parts, self.scale.float().unbind(dim=1), strict=True)]
         return parts
 
+    def even(self, tail: Tensor) -> Tensor:
+        """(B, H_kv, n + t, D) in the tail's dtype: turned as they are stored, where all heads hold as many.
+
+        Args:
+            tail: (B, H_kv, t, D), of tokens beside these, as they were given.
+        """
+        states = self.vectors.unpacked().unflatten(1, (tail.shape[1], -1))
+        if self.centre is not None:
+            states = states + self.centre.float()[:, :, None]
+        return torch.cat([states.to(tail.dtype), self.turned_states(tail)], dim=2)
+
     def extended(self, states: Tensor) -> "PackedStates":
         """With new tokens (B, H_kv, T_new, D) behind those of each head, less the same mean."""
         if self.centre is not None:
