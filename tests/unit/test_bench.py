@@ -165,6 +165,17 @@ class TestRounds:
         assert evicting[0].prefill.kv_nbytes == 40 * nbytes_a_token
         assert evicting[0].prefill.held_tokens == 40
 
+    def test_stores_are_measured_beside_one_another(self) -> None:
+        model, methods = tiny_model("llama"), {"snapkv": registry.create("snapkv")}
+        (stage, _) = our_stages(config(budgets=(40,), stores=("native", "int4"), has_full=False), methods)
+        own = [one for one in stage.contenders if isinstance(one, Ours)]
+        assert [(one.method, one.budget) for one in own] == [("snapkv", 40), ("snapkv int4", 40)]
+        native, packed = (one.start(model, random_tokens(96)).prefill for one in own)
+        assert native.held_tokens == packed.held_tokens == 40
+        assert packed.kv_nbytes < native.kv_nbytes / 2
+        with pytest.raises(ConfigError, match="stores='int5' is unknown"):
+            config(stores=("int5",))
+
     @pytest.mark.parametrize("method", EVICTING_METHODS)
     def test_scoring_is_seen_above_the_budget_and_absent_below_it(self, method: str) -> None:
         above, below = self.run(ours(method, 40), ours(method, 96))

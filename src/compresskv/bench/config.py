@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 from compresskv.bench.contender import COMPILED, EAGER, INT8, Contender, Ours, Plain
 from compresskv.errors import ConfigError
 from compresskv.evaluation.configurations import parse_budgets
+from compresskv.evaluation.records import config_name
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create
 from compresskv.selection.budgets import in_tokens, resolve
+from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.check import check_known, check_least
 
 FULL = "full"
@@ -33,6 +35,8 @@ class BenchConfig:
     """Generated after each prompt."""
     decode: tuple[str, ...] = (EAGER,)
     """How our caches' tokens are generated, each by all of these ways."""
+    stores: tuple[str, ...] = (NATIVE,)
+    """In how many bits a number our caches hold what they keep, each in all of these; see `compressing`."""
 
     def __post_init__(self) -> None:
         """Check that it can be run.
@@ -48,6 +52,8 @@ class BenchConfig:
         for budget in self.budgets:
             in_tokens(budget, "budgets")
         check_least("repeats", self.repeats)
+        for store in self.stores or ("",):
+            check_known("stores", store, PRECISIONS)
         for way in self.decode or ("",):
             check_known("decode", way, (EAGER, COMPILED, INT8))
         if self.new_tokens < 2:
@@ -155,7 +161,11 @@ def our_stages(
     models = {way: int8_model() if way == INT8 and int8_model is not None else None for way in config.decode}
 
     def by_all_ways(one: Ours) -> list[Contender]:
-        return [replace(one, decode=way, model=model) for way, model in models.items()]
+        return [
+            replace(one, method=config_name(one.method, None, "aware", store), store=store, decode=way, model=model)
+            for store in config.stores
+            for way, model in models.items()
+        ]
 
     def compressed(budget: int | float) -> list[Contender]:
         return [way for label, method in evicting.items() for way in by_all_ways(Ours(label, method, budget))]

@@ -19,6 +19,7 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
 from compresskv.models.place import devices_of
 from compresskv.models.shape import decoder_config
+from compresskv.selection.precision import NATIVE
 from compresskv.system.clock import now
 
 PLAIN = "plain"
@@ -92,6 +93,7 @@ class Ours:
     budget: int | float | None
     max_prompt: int | None = None
     decode: str = EAGER
+    store: str = NATIVE
     model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
@@ -99,7 +101,7 @@ class Ours:
         model = self.model or model
         devices = devices_of(model)
         timer, budget = EvictionTimer(*devices), 1 if self.budget is None else self.budget  # `Full` ignores it
-        with Compressing(model, self.prepared, budget, observer=timer) as cache:
+        with Compressing(model, self.prepared, budget, observer=timer, store=self.store) as cache:
             start = now(*devices)
             logits = prefill(model, input_ids, cache)
             read = now(*devices)

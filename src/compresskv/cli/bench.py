@@ -8,10 +8,19 @@ import typer
 
 from compresskv import defaults
 from compresskv.cli.bench_table import print_result
-from compresskv.cli.options import DeviceOption, DtypeOption, JsonOption, ProfileOption, check_writable, parse_numbers
+from compresskv.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ProfileOption,
+    check_writable,
+    parse_numbers,
+    split_names,
+)
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ConfigError
+from compresskv.selection.precision import NATIVE, PRECISIONS
 
 if TYPE_CHECKING:
     from compresskv.bench.config import BenchConfig
@@ -72,6 +81,9 @@ def bench(
             metavar="WAYS",
         ),
     ] = "eager",
+    stores: Annotated[
+        str, typer.Option(help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)}.")
+    ] = NATIVE,
     repeats: Annotated[int, typer.Option(help="Rounds in which all take turns.", metavar="N")] = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", metavar="N")] = 33,
     peers: Annotated[
@@ -98,7 +110,7 @@ def bench(
 
     Ratios to plain transformers are taken within rounds in which all take turns.
     """
-    config, chosen = _config(lengths, budgets, methods, decode, repeats, new_tokens)
+    config, chosen = _config(lengths, budgets, methods, decode, stores, repeats, new_tokens)
     _check_choices(model, random, layers, profile, dtype, config.decode)
     check_outputs({"plot": plot, "output": output}, {"profile": profile, "model": model})
     _check_outputs(plot, output)
@@ -131,7 +143,7 @@ def bench(
 
 
 def _config(
-    lengths: str | None, budgets: str, methods: str, decode: str, repeats: int, new_tokens: int
+    lengths: str | None, budgets: str, methods: str, decode: str, stores: str, repeats: int, new_tokens: int
 ) -> "tuple[BenchConfig, dict[str, Method]]":
     from compresskv.bench.config import DEFAULT_LENGTHS, BenchConfig, parse_bench_budgets
     from compresskv.methods.registry import parse_methods
@@ -145,6 +157,7 @@ def _config(
         repeats=repeats,
         new_tokens=new_tokens,
         decode=tuple(dict.fromkeys(way.strip() for way in decode.split(",") if way.strip())),
+        stores=tuple(dict.fromkeys(split_names(stores))),
     )
     if "int8" in config.decode:
         from compresskv.models.quantize import check_int8
