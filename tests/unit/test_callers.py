@@ -41,6 +41,8 @@ def ask(**changes: Any) -> Any:
         (lambda: load("./nowhere", device="mps"), "device='mps' cannot be used on this machine: choose from cpu"),
         (lambda: load("./nowhere", dtype="float"), "model='./nowhere': no such file or folder"),
         (lambda: load("./nowhere", dtype="int3"), "dtype='int3' is no dtype; pass auto"),
+        (lambda: load("./nowhere", dtype="float8_e4m3fn"), "dtype='float8_e4m3fn' is no dtype; pass auto"),
+        (lambda: load("./nowhere", dtype="complex64"), "dtype='complex64' is no dtype; pass auto"),
     ],
 )
 def test_it_is_refused_by_name(call: Callable[[], Any], message: str) -> None:

@@ -55,6 +55,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         ([*EXPLAIN, "--max-new-tokens", "-1"], "--max-new-tokens -1 must be at least 0"),
         ([*EXPLAIN, "--evidence", "a lie"], "--evidence 'a lie' does not occur in the document"),
         ([*EXPLAIN, "--html", "."], "--html '.' is a folder"),
+        ([*EXPLAIN, "--html", "/proc/page.html"], "--html '/proc/page.html'"),
         ([*EVAL, "--lengths", "0"], "--lengths 0 must be at least 1"),
         ([*EVAL, "--lengths", "many"], "--lengths 'many' is not a list of numbers"),
         ([*EVAL, "--depths", "101"], "--depths 101.0 is no percentage: choose from 0 to 100"),

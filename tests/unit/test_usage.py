@@ -83,6 +83,14 @@ class TestParser:
             option = max(one.opts, key=len)
             assert refused(call(*words, option)) == f"{option} needs a value"
 
+    def test_a_value_of_an_option_that_has_none(
+        self, call: Callable[..., Result], words: list[str], command: Any
+    ) -> None:
+        for one in command.params:
+            if getattr(one, "is_flag", False) and not one.secondary_opts:
+                option = max(one.opts, key=len)
+                assert refused(call(*words, f"{option}=1")) == f"{option} takes no value"
+
 
 @pytest.mark.parametrize(
     "words", [[], ["profile"], *[words for words, _ in COMMANDS]], ids=lambda words: " ".join(words) or "compresskv"

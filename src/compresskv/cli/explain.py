@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv.cli.kept import load_session, names_session
+from compresskv.cli.options import check_writable
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.request import Checked, Request, with_request
 from compresskv.cli.terminal import Bar, Steps, err, megabytes, out
@@ -159,6 +160,7 @@ def _check_page(page: Path) -> None:
         raise ConfigError(f"--html {str(page)!r} is a folder: name a file in it")
     if not page.absolute().parent.is_dir():
         raise ConfigError(f"--html {str(page)!r}: there is no folder {str(page.absolute().parent)!r}")
+    check_writable("html", page)
 
 
 def _check_evidence(context: str, evidence: list[str]) -> None:

@@ -32,8 +32,8 @@ def explained(error: Any) -> str:
         extra = error.message.rpartition(" (")[2].rstrip(".)")
         return f"{extra!r} is too much, or belongs in quotes with what is before it: {_usage(error)}"
     message = error.message.strip().rstrip(".")
-    if kind == "BadOptionUsage" and "requires" in message:
-        return f"{error.option_name} needs a value"
+    if kind == "BadOptionUsage":
+        return f"{error.option_name} {'needs a' if 'requires' in message else 'takes no'} value"
     if getattr(error, "param", None) is not None:
         whole = "valid int" in message  # "valid integer" from typer 0.29 on
         problem = "is no whole number" if whole else f": {message}"

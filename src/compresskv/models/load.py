@@ -161,7 +161,7 @@ def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):  # 8 bits are no dtype to compute in
         raise ConfigError("is no dtype; pass auto, bfloat16, float16, float32 or int8", option="dtype", value=dtype)
     return found
 
