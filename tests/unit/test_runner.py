@@ -353,6 +353,15 @@ class TestAgnostic:
             assert together[name].evidence_recall == record.evidence_recall
             assert together[name].kl_divergence == pytest.approx(record.kl_divergence, abs=1e-4)
 
+    def test_a_document_is_read_a_second_time_once_for_all_budgets(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = tiny.tiny_model("llama")
+        chosen = configurations(model, parse_methods("methods", "kvzip,kvzip[guaranteed=1]"), [9, 30], ("agnostic",))
+        with passes(model) as seen:
+            _, *records = Runner(model, tokenizer).run(case(), chosen)
+        assert seen.count(NUM_CONTEXT) == 2
+        retained = [record.retained_tokens - (NUM_PROMPT - NUM_CONTEXT) for record in records]
+        assert retained == pytest.approx([9, 9, 30, 30])
+
     def test_a_budget_above_the_document_loses_nothing(self, tokenizer: PreTrainedTokenizerBase) -> None:
         model = tiny.tiny_model("llama")
         full, *others = Runner(model, tokenizer).run(case(), all_of(model, ("agnostic",), (NUM_CONTEXT, 1.0)))
