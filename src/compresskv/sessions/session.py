@@ -102,9 +102,9 @@ class Session:
             PromptError: an empty question, or one that does not fit into the model's context.
         """
         check_mode(compile)
+        start = now(*devices_of(self._model))
         token_ids = self.tokens_of(question)
         self._check_fits(self.cache.get_seq_length() + len(token_ids), max_new_tokens)
-        start = now(*devices_of(self._model))
         with self._branch(len(token_ids) + max_new_tokens) as cache:
             return self._answer(cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
 
@@ -128,6 +128,7 @@ class Session:
             ConfigError, PromptError: as for `ask`; or the model's chat template takes no conversation.
         """
         check_mode(compile)
+        start = now(*devices_of(self._model))
         talk = self._conversation
         if talk is None:
             token_ids, seen = self.tokens_of(text), self.facts.num_tokens
@@ -135,7 +136,6 @@ class Session:
             ends = end_tokens(self._model, self.tokenizer)
             token_ids, seen = turn_tokens(self.tokenizer, talk.answer, ends, text), talk.cache.get_seq_length()
         self._check_fits(seen + len(token_ids), max_new_tokens)
-        start = now(*devices_of(self._model))
         if talk is None:
             lease = ExitStack()
             room = len(token_ids) + max_new_tokens + self.turns_budget
