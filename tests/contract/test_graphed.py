@@ -51,10 +51,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def read(model: PreTrainedModel, method: str, compile: str, steps: list[int]) -> tuple[Tensor, Any]:
+def read(
+    model: PreTrainedModel, method: str, compile: str, steps: list[int], store: str = "native"
+) -> tuple[Tensor, Any]:
     sequence = tiny.random_tokens(sum(steps)).to(model.device)
     options = tiny.options_for(model, method)
-    with compresskv.compressing(model, method, 24, compile=compile, **options) as cache:
+    with compresskv.compressing(model, method, 24, compile=compile, store=store, **options) as cache:
         return tiny.read(model, cache, sequence, steps), cache
 
 
@@ -71,6 +73,17 @@ def test_recorded_steps_compute_what_the_model_does(recorder: Recorder, family: 
     assert [layer.seen_tokens for layer in cache.compressed_layers] == [
         layer.seen_tokens for layer in held.compressed_layers
     ]
+
+
+@pytest.mark.parametrize("store", tiny.PACKED_STORES)
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_recorded_steps_read_what_is_packed_until_more_is(recorder: Recorder, method: str, store: str) -> None:
+    model, steps = tiny.tiny_model("llama"), [NUM_PROMPT] + [1] * NUM_STEPS
+    expected, _ = read(model, method, "never", steps, store)
+    found, cache = read(model, method, "always", steps, store)
+    assert (cache.num_compiled_steps, cache.not_compiled) == (NUM_STEPS, None)
+    assert recorder.num_recordings == 2  # once more when the tail was packed
+    assert float((found - expected).abs().mean()) < 2e-4
 
 
 @pytest.mark.parametrize("method", ["snapkv", "adakv"])
