@@ -12,10 +12,14 @@ from compresskv.system.interrupts import ended_once, interrupted_once
 
 @pytest.fixture(autouse=True)
 def heard() -> Iterator[None]:
-    """Interrupts are heard, as on a terminal: a process in the background may have been told to ignore them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals are heard, as on a terminal: a process in the background may have been told to ignore them."""
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            before[number] = signal.signal(number, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_the_first_is_heard_and_later_ones_are_not() -> None:
