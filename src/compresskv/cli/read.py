@@ -181,6 +181,7 @@ def _check_place(place: Path) -> None:
 def _cost(session: "Session") -> str:
     facts = session.facts
     kept = f"{facts.mean_retained:,.0f} kept per layer ({facts.mean_retained / facts.num_tokens:.1%})"
+    kept += "" if facts.store == NATIVE else f" in {facts.store}"
     sizes = f"{megabytes(facts.kv_nbytes_full)} -> {megabytes(facts.kv_nbytes)} MB"
     return (
         f"{facts.method}: {facts.num_tokens:,} tokens read in {facts.read_s:.1f} s, {kept}; KV cache {sizes}; "
