@@ -5,6 +5,8 @@ SERVED_METHOD = "vote"
 """In vLLM, whose block table takes the same tokens in all layers."""
 BUDGET = 256
 MODEL = "smollm2-135m"
-SESSION_METHOD = "kvzip"
+SESSION_METHODS = ("forecast", "kvzip")
+"""Of a document that is read before anything is asked: the second where the model's profile lacks what the first needs.
+"""
 SESSION_BUDGET = 0.25
-"""Of a document that is read before anything is asked."""
+"""Of such a document."""

@@ -17,7 +17,16 @@ from transformers import PreTrainedModel
 import compresskv
 import shrunk
 import tiny
-from compresskv import CacheStateError, CompressedCache, ConfigError, ModelError, PromptError, Session, SessionError
+from compresskv import (
+    CacheStateError,
+    CompressedCache,
+    ConfigError,
+    ModelError,
+    ProfileError,
+    PromptError,
+    Session,
+    SessionError,
+)
 from compresskv.attention.routing import routing
 from compresskv.compiled import decoding
 from compresskv.models.shape import compressible_layers
@@ -383,6 +392,16 @@ def test_a_document_whose_growth_was_interrupted_is_as_before() -> None:
     assert session.facts == before
     session.append(tiny.random_words(40))
     assert session.facts.num_tokens == before.num_tokens + 40
+
+
+def test_the_default_is_the_best_method_that_the_model_has_a_profile_for() -> None:
+    model, document = tiny.tiny_model("llama"), tiny.random_words(NUM_WORDS)
+    assert compresskv.read(model, tiny.tokenizer(), document).facts.method == "kvzip"
+    session = compresskv.read(model, tiny.tokenizer(), document, **tiny.options_for(model, "forecast"))
+    assert session.facts.method == "forecast"
+    assert session.facts.mean_retained == pytest.approx(0.25 * session.facts.num_tokens, abs=1)
+    with pytest.raises(ProfileError, match=r"none\.json"):
+        compresskv.read(model, tiny.tokenizer(), document, profile="none.json")
 
 
 def test_what_cannot_be_read_or_asked_is_refused() -> None:

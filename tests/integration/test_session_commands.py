@@ -117,6 +117,7 @@ def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call
     refused(call("read", "doc.txt", "--budget", "0", *base), "--budget '0' must be at least 1 token")
     refused(call("read", "doc.txt", "--max-memory", "5", *base), "--max-memory '5' must be a size such as 500MB")
     refused(call("read", "doc.txt", "--max-memory", "5kB", *base), "--max-memory 5000 is too little")
+    refused(call("read", "doc.txt", "--set", "x=1", *base), "--set 'x=1' are of a method: name it by --method")
     refused(call("read", "doc.txt", "--chunk", "0", *base), "--chunk 0 must be an int of at least 1")
     refused(call("session", "show", "doc.txt"), "'doc.txt' is not a session: make one with `compresskv read`")
     refused(call("ask", "doc.kvc", QUESTION, "--budget", "3"), "--budget '3' has no place here")

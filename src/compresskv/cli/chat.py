@@ -16,10 +16,10 @@ from compresskv.cli.options import (
     CompileOption,
     DeviceOption,
     DtypeOption,
-    MethodOption,
     ModelOption,
     OfOption,
     ProfileOption,
+    SessionMethodOption,
     StoreOption,
     create_methods,
 )
@@ -55,7 +55,7 @@ Ctrl-C ends an answer. What begins with // is said with one stroke."""
 def chat(
     document: Annotated[str, typer.Argument(help="A text file, or a file of 'compresskv read'.", metavar="FILE")],
     model: ModelOption = defaults.MODEL,
-    method: MethodOption = defaults.SESSION_METHOD,
+    method: SessionMethodOption = None,
     budget: BudgetOption = SESSION_BUDGET,
     of: OfOption = TOKENS,
     store: StoreOption = NATIVE,
@@ -77,7 +77,7 @@ def chat(
         raise ConfigError("standard input is what you say: name a file", option="document", value=document)
     if names_session(document):
         check_unused(
-            method=(method, defaults.SESSION_METHOD),
+            method=(method, None),
             budget=(budget, SESSION_BUDGET),
             of=(of, TOKENS),
             store=(store, NATIVE),
@@ -86,12 +86,12 @@ def chat(
         )
         session = load_session(document, model, dtype, device)
     else:
-        chosen, share = create_methods(method, "", None)[0], parse_budget(budget, of)
+        chosen, share = None if method is None else create_methods(method, "", None)[0], parse_budget(budget, of)
         find_precision(store)
         text = read_document(document)
         check_request(text, "?", "never")
-        loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
-        session = read_with_bar(loaded, tokenizer, text, chosen, share, document, store=store, chunk=chunk)
+        loaded, tokenizer, prepared = load_for_reading(model, chosen, profile, dtype, device)
+        session = read_with_bar(loaded, tokenizer, text, prepared, share, document, store=store, chunk=chunk)
     _Chat(session, Path(f"{Path(document).stem}{SUFFIX}"), max_new_tokens, compile).run(_lines())
 
 

@@ -21,6 +21,15 @@ _MODEL_HELP = f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}."
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP, metavar="MODEL")]
 MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].")]
+SessionMethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="See 'compresskv methods'. Default: forecast, or kvzip, which takes longer, where the model has no "
+        "profile for it.",
+        metavar="METHOD",
+    ),
+]
 BudgetOption = Annotated[
     str,
     typer.Option(

@@ -13,10 +13,10 @@ from compresskv.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    MethodOption,
     ModelOption,
     OfOption,
     ProfileOption,
+    SessionMethodOption,
     SettingsOption,
     StoreOption,
     check_writable,
@@ -69,7 +69,7 @@ def read(
         ),
     ] = None,
     model: ModelOption = defaults.MODEL,
-    method: MethodOption = defaults.SESSION_METHOD,
+    method: SessionMethodOption = None,
     budget: BudgetOption = SESSION_BUDGET,
     of: OfOption = TOKENS,
     store: StoreOption = NATIVE,
@@ -92,18 +92,18 @@ def read(
     check_outputs({"output": list(places)}, {"document": documents, "profile": profile, "model": model})
     for place in places:
         _check_place(place)
-    chosen = create_methods(method, "", settings)[0]
+    chosen = _method(method, settings)
     share = parse_budget(budget, of)
     find_precision(store)
     most = None if max_memory is None else parse_nbytes("max_memory", max_memory)
     texts = [read_document(document) for document in documents]
     for text in texts:
         check_request(text, "?", "never")
-    loaded, tokenizer, chosen = load_for_reading(model, chosen, profile, dtype, device)
+    loaded, tokenizer, prepared = load_for_reading(model, chosen, profile, dtype, device)
     told = []
     for document, text, place in zip(documents, texts, places, strict=True):
         given = {"store": store, "chunk": chunk, "max_memory": most}
-        session = read_with_bar(loaded, tokenizer, text, chosen, share, document, **given)
+        session = read_with_bar(loaded, tokenizer, text, prepared, share, document, **given)
         session.save(place)
         told.append({**session.facts.to_dict(), "file": str(place), "file_nbytes": place.stat().st_size})
         if not as_json:
@@ -144,15 +144,24 @@ def read_with_bar(
 
 
 def load_for_reading(
-    model: str, method: "Method", profile: Path | None, dtype: str | None, device: str | None
+    model: str, method: "Method | None", profile: Path | None, dtype: str | None, device: str | None
 ) -> "tuple[Any, Any, Method]":
     """The model, its tokenizer, and the method with its profile."""
-    from compresskv.methods.prepare import prepare_method
     from compresskv.models.load import load
+    from compresskv.sessions.begin import find_method
 
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
-    return loaded, tokenizer, prepare_method(loaded, method, profile)
+    return loaded, tokenizer, find_method(loaded, method, profile)
+
+
+def _method(method: str | None, settings: list[str] | None) -> "Method | None":
+    """The one that is named, with its settings; None: the default."""
+    if method is not None:
+        return create_methods(method, "", settings)[0]
+    if settings:
+        raise ConfigError("are of a method: name it by --method", option="settings", value=settings[0])
+    return None
 
 
 def _places(documents: list[str], output: Path | None) -> list[Path]:

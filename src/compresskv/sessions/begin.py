@@ -11,7 +11,7 @@ from compresskv import defaults
 from compresskv.attention.support import attention_modules
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.state import State, restore_cache
-from compresskv.errors import CacheStateError, SessionError
+from compresskv.errors import CacheStateError, ProfileError, SessionError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.registry import create
@@ -37,7 +37,7 @@ def read(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
-    method: str | Method = defaults.SESSION_METHOD,
+    method: str | Method | None = None,
     budget: Budget = defaults.SESSION_BUDGET,
     profile: Profile | str | Path | None = None,
     store: str = NATIVE,
@@ -50,7 +50,9 @@ def read(
     """Read a document once, without knowing what will be asked, and keep a part of its KV cache.
 
     Args:
-        method, budget, profile, store, options: as for `compressing`; a share is of the document.
+        method: as for `compressing`; None: `forecast`, or `kvzip`, which reads the document twice, where the model has
+            no profile for it.
+        budget, profile, store, options: as for `compressing`; a share is of the document.
         chunk: tokens to read at a time, to bound what reading needs beside the cache; None: all at once.
         max_memory: bytes that keys and values may take while the document is read: where all of them need more, it is
             read in parts, and each is cut before the next one is read. What is kept is then another choice.
@@ -62,7 +64,7 @@ def read(
     """
     check_model(model, tokenizer)
     part = first_part(tokenizer, text)
-    chosen = prepare_method(model, method, profile, **options)
+    chosen = find_method(model, method, profile, **options)
     check_budget(budget)
     find_precision(store)
     warn_of_slow_dtype(model)
@@ -87,6 +89,23 @@ def read(
         versions={package: version(package) for package in ("compresskv", "torch", "transformers")},
     )
     return Session(model, tokenizer, cache, part.input_ids, part.ending, facts, chosen)
+
+
+def find_method(
+    model: PreTrainedModel, method: str | Method | None, profile: Profile | str | Path | None = None, **options: Any
+) -> Method:
+    """The method with its profile; where none is named, the default for documents whose questions are not known.
+
+    Raises:
+        ConfigError, ProfileError: as for `read`.
+    """
+    first, second = defaults.SESSION_METHODS
+    try:
+        return prepare_method(model, first if method is None else method, profile, **options)
+    except ProfileError:
+        if method is not None or profile is not None:
+            raise
+        return prepare_method(model, second, **options)
 
 
 def open_session(path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Session:
