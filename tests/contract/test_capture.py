@@ -71,7 +71,7 @@ def test_a_cache_cut_from_a_capture_is_the_one_that_compressing_makes(
     with compresskv.compressing(model, chosen, budget) as expected:
         prompt_logits = tiny.read(model, expected, SEQUENCE, [NUM_PROMPT])[0, -1]
         with routing(model):
-            captured = CapturedPrompt(model, WINDOW)
+            captured = CapturedPrompt(model, max(1, chosen.num_observed()))
             torch.testing.assert_close(
                 captured.read(SEQUENCE[0, :NUM_PROMPT].tolist()), prompt_logits, atol=1e-5, rtol=0
             )

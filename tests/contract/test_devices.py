@@ -35,7 +35,7 @@ def test_layers_on_two_devices_keep_what_layers_on_one_keep(method: str, padded:
     model, generator = tiny.tiny_model("llama"), torch.Generator().manual_seed(2)
     assert len(compressible_layers(model)) == NUM_LAYERS
     chosen = prepare_method(model, method, **tiny.options_for(model, method))
-    shapes = [(2, 2, NUM_PROMPT, 8), (2, 2, NUM_PROMPT, 8), (2, 6, 32, 8)]
+    shapes = [(2, 2, NUM_PROMPT, 8), (2, 2, NUM_PROMPT, 8), (2, 6, NUM_PROMPT, 8)]
     states = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(NUM_LAYERS)]
     valid = (torch.arange(NUM_PROMPT) >= torch.tensor([[0], [25]])) if padded else None
 
@@ -44,7 +44,7 @@ def test_layers_on_two_devices_keep_what_layers_on_one_keep(method: str, padded:
         for layer, (keys, values, queries), device in zip(cache.compressed_layers, states, devices, strict=True):
             layer.adopt_prompt(place(keys, device), place(values, device))
             own = None if valid is None else place(valid, device)
-            window = queries[:, :, queries.shape[2] - chosen.window_size :]
+            window = queries[:, :, max(0, NUM_PROMPT - chosen.num_observed()) :]
             layer.observe(QueryWindow(place(window, device), scaling=0.3), own)
         for layer, device in zip(cache.compressed_layers, devices, strict=True):
             assert layer.positions is not None

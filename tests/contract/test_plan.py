@@ -188,8 +188,9 @@ def test_a_plan_of_another_prompt_or_model_is_refused() -> None:
 def test_what_cannot_be_adopted_is_refused_and_changes_nothing() -> None:
     model, sequence = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
     full, plan = full_cache(model, sequence), planned(model, "snapkv")
-    with compresskv.compressing(model, "snapkv", 24) as cache, pytest.raises(ConfigError, match="needs queries"):
-        cache.adopt(full)
+    for method in ("snapkv", "expected_attention"):
+        with compresskv.compressing(model, method, 24) as cache, pytest.raises(ConfigError, match="needs queries"):
+            cache.adopt(full)
     with compresskv.compressing(model, plan) as cut:
         tiny.read(model, cut, sequence, [NUM_PROMPT])
     with compresskv.compressing(model, plan) as cache:

@@ -75,7 +75,7 @@ def test_a_text_that_was_learnt_is_ranked_nearly_as_its_replay_ranks_it(family: 
     correlations = []
     for layer, truth in zip(captured.cache.routed, replayed, strict=True):
         keys, values = layer.stored()
-        rotation = Rotations(model).of(layer.layer_idx, 400)
+        rotation = Rotations(model).of(layer.layer_idx, 400, keys.device)
         scores = method.score(LayerInputs(layer.layer_idx, keys[:, :, :0], keys, values, 1.0, rotation=rotation))
         for own, wanted in zip(scores[0, :, 4:], truth[0, :, 4:].clamp(min=LEAST).log(), strict=True):
             correlations.append(float(torch.corrcoef(torch.stack([own, wanted]))[0, 1]))

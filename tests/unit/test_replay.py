@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 import compresskv
 import planted
 import tiny
-from compresskv import ConfigError, make_plan
+from compresskv import CacheStateError, ConfigError, make_plan
 from compresskv.attention.routing import routing
 from compresskv.cache.full import branch
 from compresskv.calibration.needles import encode_request
@@ -152,3 +152,12 @@ def test_compressing_does_not_know_the_tokens_and_says_where_they_are_known() ->
         compresskv.compressing(model, "kvzip", 9)
     with pytest.raises(ConfigError, match=r"lookahead.*read twice"):
         registry.create("kvzip", lookahead=2)
+
+
+def test_a_capture_with_too_few_queries_is_refused() -> None:
+    model = tiny.tiny_model("llama")
+    with routing(model):
+        captured = CapturedPrompt(model, 8)
+        captured.read(IDS)
+        with pytest.raises(CacheStateError, match="'compactor' needs the queries of the whole prompt, not 8"):
+            captured.compress(registry.create("compactor"), 9)

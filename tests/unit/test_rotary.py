@@ -30,7 +30,7 @@ def test_keys_of_equal_tokens_are_equal_once_they_are_turned_back(family: str) -
         model(torch.full((1, NUM_TOKENS), 7), past_key_values=cache, use_cache=True)
     for layer in compressible_layers(model):
         keys, positions = cache.layers[layer].keys, torch.arange(NUM_TOKENS)
-        rotation = Rotations(model).of(layer, NUM_TOKENS)
+        rotation = Rotations(model).of(layer, NUM_TOKENS, keys.device)
         assert rotation is not None
         assert (keys[:, :, 0] - keys[:, :, -1]).norm() > 0.1 * keys[:, :, 0].norm()
         back = rotation.undone(keys, positions)

@@ -145,7 +145,7 @@ class CompressedCache(RoutedCache):
         """
         num_tokens = full.get_seq_length()
         num_prompt = num_tokens if num_prompt_tokens is None else num_prompt_tokens
-        if self.method.window_size or self.method.lookahead:
+        if self.method.num_observed() or self.method.lookahead:
             raise ConfigError(f"method {self.method.name!r} needs queries, which a cache does not hold: make a plan")
         if self.get_seq_length() or not 0 < num_prompt <= num_tokens or not self._can_adopt(full):
             raise CacheStateError(

@@ -118,17 +118,23 @@ class CompressedLayer(StoredLayer):
         rotations = self._eviction.rotations
         part, method = self._part, self._eviction.method
         start = 0 if part is None else part.start
+        keys, values = self._read_from(start)
+        if method.observes_all and window.queries.shape[2] < keys.shape[2]:
+            num_queries = window.queries.shape[2]
+            raise CacheStateError(f"method {method.name!r} needs the queries of the whole prompt, not {num_queries}")
+        num_positions = self.seen_tokens + FUTURE_POSITIONS
         inputs = LayerInputs(
             self.layer_idx,
             window.queries,
-            *self._read_from(start),
+            keys,
+            values,
             window.scaling,
             window.softcap,
             None if valid is None else valid[:, start:],
             sinks=window.sinks,
             num_ahead=num_ahead,
             replayed=window.replayed if part is None or part.replayed is None else part.replayed,
-            rotation=None if rotations is None else rotations.of(self.layer_idx, self.seen_tokens + FUTURE_POSITIONS),
+            rotation=None if rotations is None else rotations.of(self.layer_idx, num_positions, keys.device),
             first_position=start,
         )
         cut = self if part is None else PartOf(self, part, method.window_size)

@@ -29,7 +29,7 @@ def fit_replays(model: PreTrainedModel, prompts: Sequence[Sequence[int]], on_pro
         positions = torch.arange(len(token_ids))
         for layer, replayed in zip(captured.cache.routed, captured.replayed, strict=True):
             keys, values = (states[0] for states in layer.stored())
-            rotation = rotations.of(layer.layer_idx, len(token_ids))
+            rotation = rotations.of(layer.layer_idx, len(token_ids), keys.device)
             if rotation is not None:
                 keys = rotation.undone(keys, positions.to(keys.device))
             features = replay_features(keys, values)[:, _NUM_SINKS:]

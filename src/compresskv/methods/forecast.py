@@ -55,7 +55,7 @@ class Forecast(RankedTogether):
         """(B, H_kv, T)."""
         flat = needed_profile(self.name, self.profile).replay_weights_of(inputs.layer_idx)
         scores = torch.zeros(inputs.keys.shape[:3], dtype=torch.float32, device=inputs.keys.device)
-        weights = torch.tensor(flat, device=scores.device).view(inputs.num_kv_heads, -1, 1)
+        weights = scores.new_tensor(flat).view(inputs.num_kv_heads, -1, 1)
         for row, start in enumerate(inputs.row_starts):
             keys, values = inputs.turned_back(inputs.keys[row, :, start:]), inputs.values[row, :, start:]
             scores[row, :, start:] = (replay_features(keys, values) @ weights)[..., 0]

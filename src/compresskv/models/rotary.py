@@ -24,14 +24,15 @@ class Rotations:
         """Itself: a copy would take the model along."""
         return self
 
-    def of(self, layer_idx: int, num_positions: int) -> Rotation | None:
-        """See `rotation_of`. Those of the last prompt's length are kept."""
+    def of(self, layer_idx: int, num_positions: int, device: torch.device) -> Rotation | None:
+        """See `rotation_of`; on the layer's device. Those of the last prompt's length are kept."""
         config = decoder_config(self._model)
         kind = (getattr(config, "layer_types", None) or {layer_idx: None})[layer_idx]
-        key = (kind, heads_of(config, layer_idx), num_positions)
+        key = (kind, heads_of(config, layer_idx), device, num_positions)
         if key not in self._known:
             self._known = {known: one for known, one in self._known.items() if known[-1] == num_positions}
-            self._known[key] = rotation_of(self._model, layer_idx, num_positions)
+            found = rotation_of(self._model, layer_idx, num_positions)
+            self._known[key] = None if found is None else found.to(device)
         return self._known[key]
 
 

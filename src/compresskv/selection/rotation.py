@@ -24,6 +24,10 @@ class Rotation:
     sign: Tensor
     """(D,) float32."""
 
+    def to(self, device: torch.device) -> Rotation:
+        """The same on a device: layers may lie on several."""
+        return Rotation(*(table.to(device) for table in (self.cos, self.sin, self.partner, self.sign)))
+
     def turned(self, states: Tensor, positions: Tensor) -> Tensor:
         """States (..., T, D) as they are at `positions` (T,); float32."""
         states = states.float()
