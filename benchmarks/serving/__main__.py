@@ -65,7 +65,7 @@ def load(
         [{"kind": "load", **vars(size), "budget": budget, "round": number} for budget in kept]
         for size, number in product(sizes, range(1, rounds + 1))
     ]
-    results = Results(output, _settings(model, dtype, prefix_caching))
+    results = Results(output, common_settings(model, dtype, prefix_caching))
     missing = results.missing(keys)
     if missing:
         longest = max(size.length for size in sizes) + new_tokens
@@ -94,7 +94,7 @@ def single(
 ) -> None:
     """One request alone: eviction's share of its prefill, and decoding beside that after a prompt of BUDGET tokens."""
     own = list(product(_numbers("--lengths", lengths), _numbers("--budgets", budgets)))
-    results = Results(output, _settings(model, dtype, prefix_caching))
+    results = Results(output, common_settings(model, dtype, prefix_caching))
     keys = [
         {"kind": "single", "length": length, "budget": budget, "round": number}
         for number, (length, budget) in product(range(1, rounds + 1), own)
@@ -126,7 +126,7 @@ def quality(
     """Needles asked through the OpenAI API, of a server without the plugin and of one with it."""
     from benchmarks.serving import quality as grid
 
-    results = Results(output, _settings(model, dtype, prefix_caching))
+    results = Results(output, common_settings(model, dtype, prefix_caching))
     places = _numbers("--depths", depths, float)
     examples = grid.needles(_tokenizer(_folder(model)), _numbers("--lengths", lengths), places, needles)
     cases = {example.id: example for example in examples}
@@ -185,7 +185,7 @@ def _engines(
     ], text
 
 
-def _settings(model: str, dtype: str, prefix_caching: bool) -> dict[str, Any]:
+def common_settings(model: str, dtype: str, prefix_caching: bool) -> dict[str, Any]:
     """What all rows of a file have in common."""
     import torch
 

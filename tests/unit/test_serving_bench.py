@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import compresskv
 from benchmarks.serving import __main__ as bench
-from benchmarks.serving import figure
+from benchmarks.serving import figure, gpu
 from benchmarks.serving.__main__ import app
 from benchmarks.serving.environment import server_environment
 from benchmarks.serving.figure import draw_loads
@@ -124,7 +124,7 @@ def test_changed_code_is_another_files_settings(tmp_path: Path) -> None:
 
 def test_the_settings_of_a_run_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "installed_version", lambda: "0.32.0+cpu")
-    source = bench._settings("m", "auto", prefix_caching=True)["source"]
+    source = bench.common_settings("m", "auto", prefix_caching=True)["source"]
     assert source == source_digest(Path(str(compresskv.__file__)).parent)
 
 
@@ -187,3 +187,16 @@ def test_what_cannot_be_measured_is_refused_before_a_file_is_made(
     assert isinstance(error, ConfigError)
     assert line in str(error)
     assert not path.exists()
+
+
+def test_a_part_that_fails_leaves_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that takes too long. That parts measure is tested with vLLM."""
+    monkeypatch.setattr(bench, "installed_version", lambda: "0.32.0")
+    found = CliRunner().invoke(gpu.app, ["check", "-o", str(tmp_path / "rows.jsonl"), "--pools", "0", "--limit", "0"])
+    assert found.exit_code == 1
+    rows = Results(tmp_path / "rows.jsonl", None).rows
+    assert [row["kind"] for row in rows] == ["starts", "tokens", "tokens", "load", "load"]
+    assert {row["failed"] for row in rows} == {"no answer in 0 s"}
+    failed = gpu._in_a_process({"kind": "nothing"}, 60)
+    assert failed["failed"] == "exit code 1"
+    assert failed["log"].splitlines()[-1] == "KeyError: 'nothing'"
