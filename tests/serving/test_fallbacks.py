@@ -240,6 +240,21 @@ def test_attention_alone_counts_without_what_is_lost(small: Engine, monkeypatch:
     assert len(places) == 1
 
 
+def test_a_dummy_step_between_steps_changes_nothing(small: Engine) -> None:
+    """vLLM runs them to warm up, and where other ranks have work: they know no request."""
+    if not small.is_v2:
+        pytest.skip("vLLM's first runner builds them in another way")
+    expected = small.answers([PROMPTS[0]], max_tokens=20)[0].tokens
+    small.add(PROMPTS[0], 20, "0")
+    answer: list[int] = []
+    while small.llm.llm_engine.has_unfinished_requests():
+        for output in small.step():
+            answer = list(output.outputs[0].token_ids)
+        small.runner._dummy_run(4)
+    assert answer == expected
+    small.check_clean()
+
+
 def decoding_step(engine: Engine, num_requests: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """What we do in a step in which requests decode that were cut, without what vLLM does in it."""
     runner, vllms = engine.runner, engine.vllms_runner_class
