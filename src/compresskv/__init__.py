@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         SessionError,
     )
     from compresskv.generation import Generation, GenerationStats, ask
-    from compresskv.methods.base import LayerInputs, Method
+    from compresskv.methods.base import Method
+    from compresskv.methods.inputs import LayerInputs
     from compresskv.methods.registry import register
     from compresskv.models.load import load
     from compresskv.plans.make import make_plan
@@ -38,7 +39,7 @@ _HOME = {
     "ConfigError": "errors",
     "Generation": "generation",
     "GenerationStats": "generation",
-    "LayerInputs": "methods.base",
+    "LayerInputs": "methods.inputs",
     "Method": "methods.base",
     "ModelError": "errors",
     "Plan": "plans.plan",

@@ -14,7 +14,7 @@ from compresskv.cache.stores import packed, retain
 from compresskv.cache.stores.base import Store
 from compresskv.cache.stores.positions import Positions
 from compresskv.cache.stores.ragged import RaggedStore
-from compresskv.methods.base import LayerInputs
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 from compresskv.models.shape import compressible_layers
 from compresskv.selection.budgets import Budget

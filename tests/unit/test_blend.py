@@ -25,8 +25,8 @@ from test_vote import (
 
 from compresskv.errors import ConfigError
 from compresskv.methods import registry
-from compresskv.methods.base import LayerInputs
 from compresskv.methods.blend import Blend
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 from compresskv.methods.vote import Vote
 

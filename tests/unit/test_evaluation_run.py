@@ -25,8 +25,8 @@ from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.run import Counts, Evaluation, EvaluationConfig, parse_rows
 from compresskv.evaluation.runner import Configuration
 from compresskv.evaluation.task import Task, TaskSettings
-from compresskv.methods.base import LayerInputs
 from compresskv.methods.compresskv import CompressKV
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.registry import parse_methods
 from compresskv.methods.snapkv import SnapKV
 

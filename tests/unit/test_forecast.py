@@ -13,8 +13,8 @@ import tiny
 from compresskv.attention.routing import routing
 from compresskv.calibration.replays import fit_replays
 from compresskv.errors import ProfileError
-from compresskv.methods.base import LayerInputs
 from compresskv.methods.forecast import Forecast
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.kvzip import KVzip
 from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers

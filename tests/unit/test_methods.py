@@ -14,10 +14,11 @@ from torch import Tensor
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.methods import registry
 from compresskv.methods.adakv import AdaKV
-from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.base import Method
 from compresskv.methods.cake import CAKE
 from compresskv.methods.compresskv import CompressKV
 from compresskv.methods.headkv import HeadKV
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.keydiff import KeyDiff
 from compresskv.methods.knorm import KNorm
 from compresskv.methods.kvzip import KVzip

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 
 import tiny
 from compresskv.methods import registry
-from compresskv.methods.base import LayerInputs
 from compresskv.methods.compactor import Compactor
 from compresskv.methods.expected_attention import ExpectedAttention
+from compresskv.methods.inputs import LayerInputs
 from compresskv.models.rotary import Rotations, rotation_of
 from compresskv.models.shape import compressible_layers
 from compresskv.selection.rotation import Rotation

@@ -21,7 +21,7 @@ from compresskv.evaluation.example import Example
 from compresskv.evaluation.records import Record
 from compresskv.evaluation.runner import SETTINGS, Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings
-from compresskv.methods.base import LayerInputs
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.registry import parse_methods
 from compresskv.methods.snapkv import SnapKV
 from compresskv.models.decoding import prefill

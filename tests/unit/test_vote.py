@@ -14,7 +14,8 @@ from torch import Tensor
 from compresskv.cache.eviction import Eviction
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.methods import registry
-from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.snapkv import SnapKV
 from compresskv.methods.vote import Vote, count_votes, window_for_budget
 from compresskv.models.fingerprint import Fingerprint

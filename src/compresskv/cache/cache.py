@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
+from compresskv.cache.costs import costs_of
 from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.full import branch
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
@@ -21,10 +22,9 @@ from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
 from compresskv.models.chunks import given_prompt, is_generating, lacks_what_was_read
 from compresskv.models.rotary import Rotations
-from compresskv.models.shape import compressible_layers, decoder_config, heads_of
+from compresskv.models.shape import compressible_layers
 from compresskv.selection import budgets
-from compresskv.selection.byte_budget import Costs
-from compresskv.selection.precision import NATIVE, PRECISIONS, Precision, find_precision
+from compresskv.selection.precision import NATIVE, Precision, find_precision
 from compresskv.system.memory import storage_nbytes
 
 
@@ -311,18 +311,6 @@ def _eviction(
     rotations = Rotations(model) if method.turns_back else None
     costs = costs_of(model, precision) if isinstance(budget, str) else None
     return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs)
-
-
-def costs_of(model: PreTrainedModel, precision: Precision) -> Costs:
-    """What tokens take in the layers that are compressed."""
-    config, itemsize = decoder_config(model), model.dtype.itemsize
-    heads = [heads_of(config, layer_idx) for layer_idx in compressible_layers(model)]
-
-    def nbytes(one: Precision) -> int:
-        return sum(own.num_kv_heads * one.nbytes(own.head_dim, itemsize) for own in heads)
-
-    fixed = sum(own.num_kv_heads * 2 * own.head_dim for own in heads) * precision.fixed_vectors
-    return Costs(full=nbytes(PRECISIONS[NATIVE]), held=nbytes(precision), fixed=fixed)
 
 
 def layers_nbytes(layers: Sequence[Any]) -> int:

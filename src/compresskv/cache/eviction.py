@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from compresskv.errors import ConfigError, PromptError
-from compresskv.methods.base import LayerInputs, Method, Observation
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.models.rotary import Rotations
 from compresskv.selection.budgets import Budget, check_budget, is_shared
 from compresskv.selection.byte_budget import Costs, find_byte_budget

@@ -17,7 +17,7 @@ from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.retain import retained
 from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError
-from compresskv.methods.base import FUTURE_POSITIONS, LayerInputs
+from compresskv.methods.inputs import FUTURE_POSITIONS, LayerInputs
 from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
 from compresskv.selection.budgets import is_share

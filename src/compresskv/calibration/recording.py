@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from compresskv.attention.routing import AttentionFunction, scaling_of
 from compresskv.cache.routed import RoutedLayer
 from compresskv.errors import ModelError
-from compresskv.methods.base import LayerInputs
+from compresskv.methods.inputs import LayerInputs
 from compresskv.models.shape import decoder_config
 from compresskv.selection.scores import window_attention
 from compresskv.selection.select import select

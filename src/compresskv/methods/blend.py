@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from compresskv.methods.base import LayerInputs, Observation
 from compresskv.methods.cake import CAKE, mean_plus_variance
+from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.vote import count_votes, layer_vote, window_for_budget

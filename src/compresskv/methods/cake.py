@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from compresskv.methods.base import LayerInputs, Observation
+from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compresskv.errors import ProfileError
-from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compresskv.errors import ProfileError
-from compresskv.methods.base import LayerInputs
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.registry import register
 from compresskv.methods.together import RankedTogether
 from compresskv.profiles.profile import Profile, needed_profile

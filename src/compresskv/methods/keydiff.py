@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.registry import register
 from compresskv.system.later import torch
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compresskv.errors import ConfigError
-from compresskv.methods.base import LayerInputs
+from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.together import RankedTogether

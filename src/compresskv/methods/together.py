@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compresskv.methods.base import LayerInputs, Method, Observation
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.selection.scores import set_first
 from compresskv.selection.select import head_counts_of_all, select_across_heads, select_rows

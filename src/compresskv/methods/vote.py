@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from compresskv.methods.base import LayerInputs, Method, Observation
+from compresskv.methods.base import Method
 from compresskv.methods.cake import mean_plus_variance
+from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile

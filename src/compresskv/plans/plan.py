@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.errors import PlanError
-from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.selection.budgets import Budget, check_budget

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compresskv.methods.base import LayerInputs, Method, Observation
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.serving.settings import EvictionSpec
 
 _NUM_SINKS = 4

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.methods.base import LayerInputs, Method
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import LayerInputs
 from compresskv.serving.choice import by_position, choose, observe
 from compresskv.serving.counters import counters
 from compresskv.serving.inputs import PagedInputs

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compresskv.methods.base import LayerInputs
+from compresskv.methods.inputs import LayerInputs
 from compresskv.selection.pieces import attention_in_pieces, moments_in_pieces, sums_in_pieces
 from compresskv.serving.pages import Pages
 

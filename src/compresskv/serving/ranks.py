@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.methods.base import Observation
+from compresskv.methods.inputs import Observation
 
 
 class Ranks:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from compresskv.errors import ServingError
-from compresskv.methods.base import Observation
+from compresskv.methods.inputs import Observation
 from compresskv.serving.settings import EvictionSpec
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import routing
-from compresskv.cache.cache import CompressedCache, costs_of
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.costs import costs_of
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.models.decoding import prefill
