@@ -60,7 +60,9 @@ class ReferenceStore(Store):
     def take(self, slots: Tensor, head: int | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
+    ) -> tuple[Tensor, Tensor]:
         for token in range(key_states.shape[2]):
             position = self.held.num_seen + token
             for row, heads in enumerate(self.entries):

@@ -62,10 +62,12 @@ class RoundingStore(ReferenceStore):
         scale = own.scale if bits[0] == 4 else torch.ones_like(own.scale)
         return position, scale * rounded(key / scale, own.key, bits[0]), rounded(value, own.value, bits[1])
 
-    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
+    ) -> tuple[Tensor, Tensor]:
         if self.held.num_seen - self.first_exact >= packed.TAIL:
             self._round()
-        return super().append(key_states, value_states, room)
+        return super().append(key_states, value_states, room, undecided=undecided)
 
     def crop(self, num_removed: int) -> None:
         super().crop(num_removed)

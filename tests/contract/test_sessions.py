@@ -28,6 +28,7 @@ from compresskv import (
     SessionError,
 )
 from compresskv.attention.routing import routing
+from compresskv.cache.stores.packed import TAIL
 from compresskv.compiled import decoding
 from compresskv.models.shape import compressible_layers
 from compresskv.prompts.prompt import build_prompt
@@ -308,6 +309,19 @@ def test_reading_in_chunks_keeps_what_reading_at_once_does(family: str, method: 
     assert steps == sorted(steps)
     assert all(done < total for done, total in steps[:-1])
     assert steps[-1][0] == steps[-1][1] == steps[0][1]
+
+
+@pytest.mark.parametrize("store", tiny.STORES)
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "kvzip", "full"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_later_part_is_read_in_chunks_as_at_once(family: str, method: str, store: str) -> None:
+    more = tiny.random_words(120, seed=4)
+    sessions = [read(tiny.tiny_model(family), method, 0.4, store=store) for _ in range(2)]
+    for session, chunk in zip(sessions, (None, TAIL + 1), strict=True):
+        session.append(more, chunk=chunk)
+    assert kept(sessions[0]) == kept(sessions[1])
+    # Between two codes, rounding decides.
+    torch.testing.assert_close(*map(logits, sessions), atol=1e-4 if store == "native" else 1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)

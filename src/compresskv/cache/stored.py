@@ -81,8 +81,13 @@ class StoredLayer(RoutedLayer):
             self.store = DenseStore(owned(key_states), owned(value_states))
             self.keys, self.values = self.store.states
         else:
-            self.keys, self.values = self.store.append(key_states, value_states, self._room)
+            self.keys, self.values = self.store.append(key_states, value_states, self._room, undecided=self.in_prefill)
         return self.keys, self.values
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether what is kept of the newest tokens is chosen later."""
+        return False
 
     @property
     def _room(self) -> int:

@@ -78,11 +78,14 @@ class Store(ABC):
     # What attention needs
 
     @abstractmethod
-    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Store new tokens (B, H_kv, T_new, D) in every head.
 
         Args:
             room: tokens beside the new ones that a new tensor gets room for.
+            undecided: what is kept of them is chosen later: until then they stay as they are given.
         Returns: what the model hands on to its attention, which is then asked of `attend`.
         """
 

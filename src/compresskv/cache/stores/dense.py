@@ -40,7 +40,9 @@ class DenseStore(Store):
         keys, values = gather_tokens(slots, *(states[:, part] for states in self.states))
         return keys, values
 
-    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Store new tokens; all that is held then, views."""
         self.held = self.held.appended(key_states.shape[2])
         return self._keys.append(key_states, room), self._values.append(value_states, room)

@@ -102,9 +102,12 @@ class PackedStore(Store):
         """See `Store.take`: unpacked."""
         return self._opened(back=True).take(slots, head)
 
-    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Store new tokens behind the tail, which is packed first where it is long; they alone are given back."""
-        self._pack_tail()
+        if not undecided:
+            self._pack_tail()
         for growing, states in zip(self._tail, (key_states, value_states), strict=True):
             growing.append(states, room)
         self.held = self.held.appended(key_states.shape[2])

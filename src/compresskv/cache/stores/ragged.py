@@ -116,7 +116,9 @@ class RaggedStore(Store):
         start = self._starts[head]
         return packed[:, None, start : start + self.counts[head]]
 
-    def append(self, key_states: Tensor, value_states: Tensor, room: int = ROOM) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Store new tokens in every head; they alone are given back."""
         num_new, counts = key_states.shape[2], self.counts
         self._reserve(num_new, key_states, room)
