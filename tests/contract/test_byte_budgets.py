@@ -7,6 +7,7 @@ import pytest
 import compresskv
 import tiny
 from compresskv import ConfigError
+from compresskv.cache.costs import costs_of
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.selection.precision import PRECISIONS
 
@@ -47,3 +48,47 @@ def test_bytes_for_less_than_a_token_are_refused_in_one_line() -> None:
         pytest.raises(ConfigError, match=r"budget='100B' has no room for one token: that takes 512 bytes$"),
     ):
         tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+
+
+@pytest.mark.parametrize("budget", ["10% of bytes", "6kB", 12, 0.1], ids=str)
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "kvzip"])
+@pytest.mark.parametrize("store", ["native", "int4"])
+def test_a_document_grows_by_few_tokens_of_which_one_is_kept_at_least(store: str, method: str, budget: Any) -> None:
+    model, tokenizer = tiny.tiny_model("llama"), tiny.tokenizer()
+    session = compresskv.read(model, tokenizer, tiny.random_words(120), method=method, budget=budget, store=store)
+    before = _means(session)
+    session.append(tiny.random_words(3, seed=2))
+    session.append(tiny.random_words(1, seed=3))
+    assert session.facts.num_tokens == 125
+    if isinstance(budget, float) or budget == "10% of bytes":
+        assert _means(session) - before == 2 if store == "native" else _means(session) - before >= 2
+    assert session.facts.kv_nbytes <= before * 512 + 6000
+
+
+@pytest.mark.parametrize("budget", ["10% of bytes", "12kB"])
+def test_what_is_kept_beside_tokens_is_counted_once_whatever_the_parts(budget: str) -> None:
+    model, tokenizer, words = tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(240)
+    options: dict[str, Any] = {"method": "snapkv", "budget": budget, "store": "int4"}
+    whole = compresskv.read(model, tokenizer, words, **options)
+    costs = costs_of(model, PRECISIONS["int4"])
+    parts = compresskv.read(model, tokenizer, words, **options, max_memory=100 * costs.full)
+    assert abs(_means(parts) - _means(whole)) <= 4 < 3 * costs.fixed / costs.held
+
+
+def test_bytes_for_less_than_a_token_are_refused_as_typed_before_a_document_is_read() -> None:
+    model, steps = tiny.tiny_model("llama"), []
+    for options in ({}, {"max_memory": 10**6}, {"method": "kvzip"}):
+        with pytest.raises(ConfigError, match=r"budget='100B' has no room for one token: that takes 512 bytes$"):
+            compresskv.read(
+                model,
+                tiny.tokenizer(),
+                tiny.random_words(120),
+                budget="100B",
+                on_read=lambda *done: steps.append(done),
+                **{"method": "snapkv", **options},  # type: ignore[arg-type]
+            )
+    assert not steps
+
+
+def _means(session: compresskv.Session) -> float:
+    return session.facts.mean_retained

@@ -24,6 +24,7 @@ from compresskv.models.chunks import given_prompt, is_generating, lacks_what_was
 from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers
 from compresskv.selection import budgets
+from compresskv.selection.byte_budget import Costs
 from compresskv.selection.precision import NATIVE, Precision, find_precision
 from compresskv.system.memory import storage_nbytes
 
@@ -65,7 +66,9 @@ class CompressedCache(RoutedCache):
             ModelError: the model has no full-attention layer.
             ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
         """
-        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, find_precision(store))
+        precision = find_precision(store)
+        costs = _costs(model, budget, precision)
+        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs)
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
         if exact_prefill is not None:
@@ -203,7 +206,10 @@ class CompressedCache(RoutedCache):
             ConfigError: the budget cannot work.
         """
         layers = self.compressed_layers
-        eviction = _eviction(model, method, budget, num_tokens, None, None, layers[0].precision)
+        precision = layers[0].precision
+        costs = _costs(model, budget, precision)
+        costs = costs and costs.of_part(is_first=self.get_seq_length() == 0)
+        eviction = _eviction(model, method, budget, num_tokens, None, None, precision, costs)
         for layer, own in zip(layers, replayed or [None] * len(layers), strict=True):
             layer.begin_part(eviction, left, own)
         self.method = method
@@ -305,12 +311,17 @@ def _eviction(
     on_layer: Callable[[int, int], None] | None,
     observer: EvictionObserver | None,
     precision: Precision,
+    costs: Costs | None,
 ) -> Eviction:
     """What the layers of a cache of this model decide together."""
     num_layers = len(compressible_layers(model))
     rotations = Rotations(model) if method.turns_back else None
-    costs = costs_of(model, precision) if isinstance(budget, str) else None
     return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs)
+
+
+def _costs(model: PreTrainedModel, budget: budgets.Budget, precision: Precision) -> Costs | None:
+    """What bytes are counted by, where the budget is one of bytes."""
+    return costs_of(model, precision) if isinstance(budget, str) else None
 
 
 def layers_nbytes(layers: Sequence[Any]) -> int:

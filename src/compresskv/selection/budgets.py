@@ -105,7 +105,7 @@ def of_part(budget: Budget, num_tokens: int, total: int) -> Budget:
     if isinstance(budget, str):
         found = find_byte_budget(budget)
         assert found is not None
-        return f"{int((found.count or 0) * num_tokens / total)}B"
+        return f"{max(1, int((found.count or 0) * num_tokens / total))}B"
     if isinstance(budget, (int, float)):
         return max(1, int(budget) * num_tokens // total)
     return [max(1, count * num_tokens // total) for count in budget]

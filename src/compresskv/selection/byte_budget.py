@@ -1,7 +1,7 @@
 """Budgets in bytes: what all full-attention layers together may hold of a prompt, and how many tokens that is."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compresskv.errors import ConfigError
 
@@ -21,6 +21,12 @@ class Costs:
     """Of a token that is kept."""
     fixed: int = 0
     """Of what is kept beside tokens."""
+    least: int = 0
+    """Tokens that are kept whatever they take."""
+
+    def of_part(self, *, is_first: bool) -> "Costs":
+        """Of a part of a text: it keeps a token at least, and what is kept beside tokens is the first part's."""
+        return replace(self, fixed=self.fixed if is_first else 0, least=1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class ByteBudget:
             ConfigError: not one does.
         """
         allowed = (self.share or 0.0) * num_tokens * costs.full if self.count is None else self.count
-        tokens = int((allowed - costs.fixed) // costs.held)
+        tokens = max(costs.least, int((allowed - costs.fixed) // costs.held))
         if tokens < 1:
             problem = f"has no room for one token: that takes {costs.held + costs.fixed:,} bytes"
             raise ConfigError(problem, option="budget", value=self.text)

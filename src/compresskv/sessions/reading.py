@@ -59,6 +59,8 @@ def read_document(
             raise ConfigError("must be an int of at least 1", option=option, value=value)
     total = len(token_ids)
     cache = CompressedCache(model, method, budget, store=store)
+    if isinstance(budget, str) and (in_bytes := find_byte_budget(budget)) is not None:
+        in_bytes.tokens(total, costs_of(model, find_precision(store)))  # refuses what has no room, before it is read
     step = total if max_memory is None else _part_tokens(model, method, budget, store, total, max_memory)
     parts = [token_ids[start : start + step] for start in range(0, total, step)]
     num_read = sum(_num_read(method, len(part), later=number > 0) for number, part in enumerate(parts))
