@@ -4,10 +4,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from compresskv.system.interrupts import ended_once, interrupted_once
+from compresskv.cli.chat import _interruptible, _lines
+from compresskv.system.interrupts import ended_once, hear_again, interrupted_once
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,65 @@ def test_what_nohup_ignores_stays_ignored() -> None:
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("later", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_after_one_that_was_handled_the_next_is_heard(later: str) -> None:
+    number = getattr(signal, later)
+
+    def work() -> None:
+        with ended_once():
+            for _ in range(3):
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                    heard = False
+                except KeyboardInterrupt:
+                    hear_again()
+                    heard = True
+                assert heard
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt if later == "SIGINT" else SystemExit):
+        work()
+
+
+def test_interrupts_at_the_prompt_of_a_conversation_drop_lines_and_leave_signals_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    typed = iter([None, "one", None, None, "two", EOFError()])
+
+    def read_line() -> str:
+        if (line := next(typed)) is None:
+            signal.raise_signal(signal.SIGINT)
+        if isinstance(line, EOFError):
+            raise line
+        return str(line)
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("compresskv.cli.chat._editor", lambda: read_line)
+    with ended_once():
+        assert list(_lines()) == ["one", "two"]
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM"])
+def test_what_ends_an_answer_and_the_process_is_heard_once(ending: str) -> None:
+    done = []
+
+    def work() -> None:
+        with ended_once():
+            try:
+                with _interruptible() as is_stopped:
+                    if ending == "SIGINT":
+                        signal.raise_signal(signal.SIGINT)
+                        assert is_stopped()
+                    signal.raise_signal(getattr(signal, ending))
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                done.append("what was left to remove")
+
+    with pytest.raises(KeyboardInterrupt if ending == "SIGINT" else SystemExit):
+        work()
+    assert done

@@ -31,6 +31,7 @@ from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
 from compresskv.selection.budgets import TOKENS, parse_budget
 from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.system.interrupts import hear_again
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -181,14 +182,16 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
     def note(*_: Any) -> None:
         if pressed:
-            raise KeyboardInterrupt
+            signal.signal(signal.SIGINT, before)
+            signal.raise_signal(signal.SIGINT)
         pressed.append(1)
 
     before = signal.signal(signal.SIGINT, note)
     try:
         yield lambda: bool(pressed)
     finally:
-        signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is note:  # else the process ends, and hears no more of them
+            signal.signal(signal.SIGINT, before)
 
 
 def _lines() -> Iterator[str]:
@@ -203,7 +206,7 @@ def _lines() -> Iterator[str]:
         try:
             yield read_line()
         except KeyboardInterrupt:
-            continue  # as shells do: the line is dropped
+            hear_again()  # as shells do: the line is dropped
         except EOFError:
             return
 

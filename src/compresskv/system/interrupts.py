@@ -2,11 +2,12 @@
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # of which a system may lack some
+_arming: list[Callable[[], None]] = []  # of each `with` that is open, the innermost last
 
 
 @contextmanager
@@ -32,6 +33,12 @@ def ended_once() -> Iterator[None]:
         yield
 
 
+def hear_again() -> None:
+    """The KeyboardInterrupt was caught, and work goes on: the next signal is heard as the first one was."""
+    if _arming and threading.current_thread() is threading.main_thread():
+        _arming[-1]()
+
+
 @contextmanager
 def _raised_once(signals: Sequence[signal.Signals]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
@@ -43,9 +50,16 @@ def _raised_once(signals: Sequence[signal.Signals]) -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {one: signal.signal(one, once) for one in signals}
+    def arm() -> None:
+        for one in signals:
+            signal.signal(one, once)
+
+    before = {one: signal.getsignal(one) for one in signals}
+    arm()
+    _arming.append(arm)
     try:
         yield
     finally:
+        _arming.remove(arm)
         for one, handler in before.items():
             signal.signal(one, handler)
