@@ -347,6 +347,17 @@ def test_a_document_grows_by_parts_that_see_what_was_kept(family: str, method: s
         assert session.facts.kv_nbytes_full == compresskv.read(model, tiny.tokenizer(), whole).facts.kv_nbytes_full
 
 
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "knorm", "kvzip"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_growing_document_stays_within_the_count_of_each_layer(family: str, method: str) -> None:
+    counts = [20, 2 * NUM_WORDS, 30, 24, 28, 40]  # one of them above all that was read at first
+    session = read(tiny.tiny_model(family), method, counts)
+    for number in range(2):
+        session.append(tiny.random_words(50, seed=number))
+        for count, layer in zip(counts, session.cache.compressed_layers, strict=False):
+            assert count - 3 <= layer.mean_retained <= count or layer.mean_retained == len(session.token_ids)
+
+
 @pytest.mark.parametrize("budget", [24, 0.4], ids=str)
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "vote", "kvzip", "knorm"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

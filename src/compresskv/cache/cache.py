@@ -191,7 +191,7 @@ class CompressedCache(RoutedCache):
         method: Method,
         budget: budgets.Budget,
         *,
-        left: float = 1.0,
+        left: Sequence[float] | None = None,
         replayed: Sequence[Tensor | None] | None = None,
     ) -> None:
         """Read on: the next `num_tokens` tokens, of one row, are cut as a prompt of its own once they were read.
@@ -200,7 +200,8 @@ class CompressedCache(RoutedCache):
 
         Args:
             budget: of the part.
-            left: how much of what is held of earlier parts stays in each KV head then; see `Part`.
+            left: for each full-attention layer, how much of what is held of earlier parts stays in each KV head then;
+                None: all. See `Part`.
             replayed: for each full-attention layer, as in `LayerInputs`.
         Raises:
             ConfigError: the budget cannot work.
@@ -210,8 +211,9 @@ class CompressedCache(RoutedCache):
         costs = _costs(model, budget, precision)
         costs = costs and costs.of_part(is_first=self.get_seq_length() == 0)
         eviction = _eviction(model, method, budget, num_tokens, None, None, precision, costs)
-        for layer, own in zip(layers, replayed or [None] * len(layers), strict=True):
-            layer.begin_part(eviction, left, own)
+        shares = left or [1.0] * len(layers)
+        for layer, share, own in zip(layers, shares, replayed or [None] * len(layers), strict=True):
+            layer.begin_part(eviction, share, own)
         self.method = method
 
     @torch.no_grad()

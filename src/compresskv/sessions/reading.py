@@ -66,7 +66,7 @@ def read_document(
     num_read = sum(_num_read(method, len(part), later=number > 0) for number, part in enumerate(parts))
     with routing(model), told(model, num_read, on_read):
         for part in parts:
-            _read_part(model, cache, part, method, of_part(budget, len(part), total), 1.0, chunk)
+            _read_part(model, cache, part, method, of_part(budget, len(part), total), None, chunk)
         cache.check_attended()
     return cache
 
@@ -91,21 +91,25 @@ def read_on(
         chunk, on_read: as for `read_document`.
     """
     before, num_new = cache.get_seq_length(), len(token_ids)
-    left = 1.0 if is_share(budget) else min(1.0, _allowed(cache, budget) * before / (before + num_new))
+    left = None
+    if not is_share(budget):
+        left = [min(1.0, allowed * before / (before + num_new)) for allowed in _allowed(cache, budget)]
     with routing(model), told(model, _num_read(method, num_new, later=True), on_read):
         _read_part(model, cache, token_ids, method, of_part(budget, num_new, before + num_new), left, chunk)
         cache.check_attended()
 
 
-def _allowed(cache: CompressedCache, budget: Budget) -> float:
-    """How much a count of tokens or bytes is of what the cache holds."""
+def _allowed(cache: CompressedCache, budget: Budget) -> list[float]:
+    """How much a count of tokens or bytes is of what each layer holds: alike where the method shared it out."""
     layers = cache.compressed_layers
     if isinstance(budget, str):
         found = find_byte_budget(budget)
         assert found is not None
-        return (found.count or 0) / sum(layer.retained_nbytes for layer in layers)
-    counts = [budget] if isinstance(budget, (int, float)) else list(budget)
-    return sum(counts) / len(counts) / (sum(layer.mean_retained for layer in layers) / len(layers))
+        return [(found.count or 0) / sum(layer.retained_nbytes for layer in layers)] * len(layers)
+    held = [layer.mean_retained for layer in layers]
+    if isinstance(budget, (int, float)):
+        return [budget * len(layers) / sum(held)] * len(layers)
+    return [count / own for count, own in zip(budget, held, strict=True)]
 
 
 def _read_part(
@@ -114,7 +118,7 @@ def _read_part(
     token_ids: Sequence[int],
     method: Method,
     budget: Budget,
-    left: float,
+    left: Sequence[float] | None,
     chunk: int | None,
 ) -> None:
     """Read what comes next and cut it, inside `routing`.
