@@ -23,7 +23,7 @@ from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
-from compresskv.selection.budgets import Budget
+from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.progress import Progress
 
@@ -130,8 +130,9 @@ def compressing(
         method: a name (see `compresskv methods`), a `Method`, or a `Plan` of this very prompt, which brings its budget.
         budget: tokens retained per KV head per layer, window included: a count, a fraction of the prompt as a float,
             one count for each full-attention layer, or text for bytes in all of these layers together: '3MB', or
-            '5% of bytes', a share of the full cache's. A budget of at least the prompt's length changes nothing; one at
-            or below the method's window keeps the most recent tokens (`blend` and `vote` narrow theirs).
+            '5% of bytes', a share of the full cache's. Other text is read as on the command line: '256', '15%'.
+            A budget of at least the prompt's length changes nothing; one at or below the method's window keeps the most
+            recent tokens (`blend` and `vote` narrow theirs).
         profile: for methods that need one, a `Profile` or its file; None finds the model's own.
         prompt_tokens: the prompt's exact length, where it is read in several forward passes (`prefill_chunk_size`):
             eviction waits until that many tokens were read.
@@ -159,6 +160,7 @@ def compressing(
     """
     check_model(model)
     check_prefill_memory(prefill_memory)
+    budget = read_budget(budget)
     if isinstance(method, Plan):
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")

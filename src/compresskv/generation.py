@@ -27,7 +27,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
-from compresskv.selection.budgets import Budget, as_json, check_budget
+from compresskv.selection.budgets import Budget, as_json, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system import memory
 from compresskv.system.clock import now
@@ -148,7 +148,7 @@ def ask(
     warn_of_slow_dtype(model)
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
-    check_budget(budget)
+    budget = read_budget(budget)
     find_precision(store)
     check_mode(compile)
     pieces.check_prefill_memory(prefill_memory)

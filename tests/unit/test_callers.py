@@ -1,13 +1,19 @@
 """What Python's callers give by mistake is refused by the parameter's name, before anything is computed."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import compresskv
 import planted
+from compresskv.attention.routing import routing
+from compresskv.explain.retention import explain
+from compresskv.methods.registry import create
+from compresskv.models.decoding import prefill
 from compresskv.models.load import load
 
 
@@ -50,6 +56,45 @@ def test_it_is_refused_by_name(call: Callable[[], Any], message: str) -> None:
         call()
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+TEXT = " ".join(planted.haystack_sentences(10))
+IDS: list[int] = planted.tokenizer()(TEXT)["input_ids"]
+
+
+def kept_of(context: AbstractContextManager[compresskv.CompressedCache]) -> list[float]:
+    """The tokens that each layer keeps of a prompt."""
+    with routing(planted.model()), context as cache:
+        prefill(planted.model(), torch.tensor([IDS]), cache)
+    return [layer.mean_retained for layer in cache.compressed_layers]
+
+
+TAKERS: dict[str, Callable[[Any], Any]] = {
+    "ask": lambda budget: ask(context=TEXT, method="snapkv", budget=budget, max_new_tokens=1).stats.budget,
+    "ask twice": lambda budget: ask(context=TEXT, budget=budget, max_new_tokens=1, two_pass=True).stats.budget,
+    "read": lambda budget: (
+        compresskv.read(planted.model(), planted.tokenizer(), TEXT, method="snapkv", budget=budget).facts.budget
+    ),
+    "make_plan": lambda budget: compresskv.make_plan(planted.model(), IDS, "snapkv", budget).budget,
+    "compressing": lambda budget: kept_of(compresskv.compressing(planted.model(), "snapkv", budget)),
+    "CompressedCache": lambda budget: kept_of(
+        nullcontext(compresskv.CompressedCache(planted.model(), create("snapkv"), budget))
+    ),
+    "explain": lambda budget: (
+        explain(planted.model(), planted.tokenizer(), torch.tensor([IDS]), create("snapkv"), budget).budget
+    ),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_budgets_are_taken_as_they_are_typed_on_the_command_line(taker: str) -> None:
+    for text, meant in (("15%", 0.15), ("0.5", 0.5), (" 12 ", 12), ("3MB", "3MB"), ("50% of bytes", "50% of bytes")):
+        assert TAKERS[taker](text) == TAKERS[taker](meant)
+    for nonsense in ("many", "0%", "3\nXB", "101% of bytes", ""):
+        with pytest.raises(compresskv.ConfigError) as caught:
+            TAKERS[taker](nonsense)
+        assert str(caught.value).startswith(f"budget={nonsense!r} ")
+        assert "\n" not in str(caught.value)
 
 
 class TestCallbacks:

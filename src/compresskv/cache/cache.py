@@ -66,6 +66,7 @@ class CompressedCache(RoutedCache):
             ModelError: the model has no full-attention layer.
             ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
         """
+        budget = budgets.read_budget(budget)
         precision = find_precision(store)
         costs = _costs(model, budget, precision)
         eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs)

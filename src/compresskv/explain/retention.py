@@ -16,7 +16,7 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import decode
 from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
-from compresskv.selection.budgets import Budget, as_json, check_budget
+from compresskv.selection.budgets import Budget, as_json, read_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -184,7 +184,7 @@ def explain(
     Raises:
         ConfigError, ModelError: as for `compressing`; or the method looks ahead.
     """
-    check_budget(budget)
+    budget = read_budget(budget)
     if method.lookahead:
         raise ConfigError(f"lookahead={method.lookahead} cannot be explained: nothing is evicted before the answer")
     with Compressing(model, method, budget, on_layer=on_prefill, store=store) as cache:

@@ -22,7 +22,7 @@ from compresskv.models.fingerprint import fingerprint
 from compresskv.plans.capture import read_prompt
 from compresskv.plans.plan import LayerPlan, Plan, prompt_digest
 from compresskv.profiles.profile import Profile
-from compresskv.selection.budgets import Budget
+from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -83,6 +83,7 @@ def make_plan(
     """
     if not len(token_ids) or not all(isinstance(token, int) for token in token_ids):
         raise PromptError("token_ids must be the integers of one prompt: pass input_ids[0].tolist()")
+    budget = read_budget(budget)
     chosen = prepare_method(model, method, profile, **options)
     if chosen.lookahead:
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")

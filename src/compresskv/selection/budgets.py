@@ -62,6 +62,15 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     return budget
 
 
+def read_budget(budget: Budget) -> Budget:
+    """What callers give: text as on the command line ('15%', '256', '3MB') is read, all else is checked.
+
+    Raises:
+        ConfigError: as `parse_budget` and `check_budget`.
+    """
+    return parse_budget(budget) if isinstance(budget, str) else check_budget(budget)
+
+
 def in_tokens(budget: SharedBudget, option: str = "budget") -> int | float:
     """Return `budget` unchanged where it says by itself how many tokens it is.
 

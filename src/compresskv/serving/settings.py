@@ -10,7 +10,7 @@ from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, methods, parse_methods
-from compresskv.selection.budgets import check_budget, in_tokens, parse_budget
+from compresskv.selection.budgets import in_tokens, read_budget
 from compresskv.serving.switch import KEY, VARIABLES, given_settings
 
 _LARGEST = 2**63 - 1  # that vLLM can send between its processes
@@ -159,7 +159,7 @@ def check_servable(method: Method) -> None:
 
 
 def _budget(given: Any) -> int | float:
-    budget = parse_budget(given) if isinstance(given, str) else check_budget(given)
+    budget = read_budget(given)
     if not isinstance(budget, (int, float)):
         raise ConfigError(f"budget={given!r}: vLLM has one block table for all layers, so give one number of tokens")
     if budget > _LARGEST:
