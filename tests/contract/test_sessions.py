@@ -32,6 +32,7 @@ from compresskv.cache.stores.packed import TAIL
 from compresskv.compiled import decoding
 from compresskv.models.shape import compressible_layers
 from compresskv.prompts.prompt import build_prompt
+from compresskv.prompts.turns import question_tokens
 from oracle import evictions, oracle_logits
 
 NUM_WORDS = 90
@@ -58,8 +59,8 @@ def answers(session: Session, max_new_tokens: int = 8) -> list[list[int]]:
 def logits(session: Session) -> Tensor:
     """What the model says after some more tokens, and after one of them."""
     document, more = torch.tensor([session.token_ids]), tiny.random_tokens(5, seed=8)
-    with session._branch(5) as cache, routing(session._model):
-        return tiny.read(session._model, cache, torch.cat([document, more], dim=1), [4, 1])
+    with session._lending() as lent, routing(session._model):
+        return tiny.read(session._model, lent.branch(5), torch.cat([document, more], dim=1), [4, 1])
 
 
 def digest(session: Session) -> str:
@@ -401,6 +402,63 @@ def test_reading_within_little_memory_cuts_part_by_part(
     assert 0 < peak[0] <= most
     assert len(caches) > 1
     assert session.facts.mean_retained == pytest.approx(0.2 * 181, abs=1)
+
+
+@pytest.mark.parametrize("ask", ["ask", "say"])
+def test_a_document_does_not_grow_between_a_questions_tokens_and_its_answer(
+    ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, refused = read(tiny.tiny_model("llama")), []
+    expected = answers(session)[0]
+
+    def grow() -> None:
+        try:
+            session.append(tiny.random_words(40))
+        except CacheStateError as error:
+            refused.append(str(error))
+
+    def interrupted(*args: Any) -> list[int]:
+        found = question_tokens(*args)
+        other = threading.Thread(target=grow)
+        other.start()
+        other.join()
+        return found
+
+    monkeypatch.setattr("compresskv.sessions.session.question_tokens", interrupted)
+    found = getattr(session, ask)(QUESTIONS[0], max_new_tokens=8, compile="never")
+    assert len(refused) == 1
+    assert found.token_ids == expected
+
+
+@pytest.mark.parametrize("ask", ["ask", "say"])
+def test_a_question_that_came_while_a_document_grew_is_of_what_it_was(
+    ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, found, asked, grown = read(tiny.tiny_model("llama")), [], threading.Event(), threading.Event()
+    expected, before = answers(session)[0], session.facts
+
+    def interrupted(*args: Any) -> list[int]:
+        tokens = question_tokens(*args)
+        asked.set()
+        grown.wait(20)
+        return tokens
+
+    def put() -> None:
+        found.append(getattr(session, ask)(QUESTIONS[0], max_new_tokens=8, compile="never"))
+
+    monkeypatch.setattr("compresskv.sessions.session.question_tokens", interrupted)
+    other = threading.Thread(target=put)
+
+    def start_once(_: int, __: int) -> None:
+        if not asked.is_set():
+            other.start()
+            asked.wait(20)
+
+    session.append(tiny.random_words(40), on_read=start_once)
+    grown.set()
+    other.join()
+    assert found[0].token_ids == expected
+    assert found[0].stats.kv_nbytes_full == before.kv_nbytes_full < session.facts.kv_nbytes_full
 
 
 def test_a_document_whose_growth_was_interrupted_is_as_before() -> None:

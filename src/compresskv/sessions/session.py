@@ -25,6 +25,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import room_for_prompt
 from compresskv.prompts.turns import Ending, next_part, question_tokens, turn_tokens
 from compresskv.sessions.conversation import TURNS_BUDGET, Conversation
+from compresskv.sessions.document import Document, Lent
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import Contents, Said, write_session
 from compresskv.sessions.progress import OnRead
@@ -46,15 +47,9 @@ class Session:
         facts: Facts,
         method: Method | None = None,
     ) -> None:
-        self.facts = facts
-        """Where it comes from and what it keeps."""
-        self.token_ids = token_ids
-        """Of the chat head and the document, as they were read."""
+        self._document = Document(cache, token_ids, ending, facts)
         self._model = model
         self.tokenizer = tokenizer
-        self.cache = cache
-        """The document's, to look at: questions go on from it."""
-        self._ending = ending
         self._method = method
         self._conversation: Conversation | None = None
         self._lent = threading.Lock()
@@ -62,6 +57,21 @@ class Session:
         self.turns_budget = TURNS_BUDGET
         """Tokens of turns that a conversation keeps: where it has more, the oldest turns are forgotten until half of
         that is left."""
+
+    @property
+    def facts(self) -> Facts:
+        """Where it comes from and what it keeps."""
+        return self._document.facts
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the chat head and the document, as they were read."""
+        return self._document.token_ids
+
+    @property
+    def cache(self) -> CompressedCache:
+        """The document's, to look at: questions go on from it."""
+        return self._document.cache
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +89,7 @@ class Session:
         Raises:
             PromptError: it is empty or no text, or the chat template loses it.
         """
-        return question_tokens(self.tokenizer, self._ending, question)
+        return question_tokens(self.tokenizer, self._document.ending, question)
 
     def ask(
         self,
@@ -103,10 +113,13 @@ class Session:
         """
         check_mode(compile)
         start = now(*devices_of(self._model))
-        token_ids = self.tokens_of(question)
-        self._check_fits(self.cache.get_seq_length() + len(token_ids), max_new_tokens)
-        with self._branch(len(token_ids) + max_new_tokens) as cache:
-            return self._answer(cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
+        with self._lending() as document:
+            token_ids = question_tokens(self.tokenizer, document.ending, question)
+            self._check_fits(len(document.token_ids) + len(token_ids), max_new_tokens)
+            cache = document.branch(len(token_ids) + max_new_tokens)
+            return self._answer(
+                document.facts, cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token
+            )
 
     def say(
         self,
@@ -131,18 +144,16 @@ class Session:
         start = now(*devices_of(self._model))
         talk = self._conversation
         if talk is None:
-            token_ids, seen = self.tokens_of(text), self.facts.num_tokens
+            talk, token_ids = self._begun(text, max_new_tokens)
         else:
             ends = end_tokens(self._model, self.tokenizer)
-            token_ids, seen = turn_tokens(self.tokenizer, talk.answer, ends, text), talk.cache.get_seq_length()
-        self._check_fits(seen + len(token_ids), max_new_tokens)
-        if talk is None:
-            lease = ExitStack()
-            room = len(token_ids) + max_new_tokens + self.turns_budget
-            talk = Conversation(lease.enter_context(self._branch(room)), seen, lease=lease)
-        talk.starts.append(seen)
+            token_ids = turn_tokens(self.tokenizer, talk.answer, ends, text)
+            self._check_fits(talk.cache.get_seq_length() + len(token_ids), max_new_tokens)
+        talk.starts.append(talk.cache.get_seq_length())
         try:
-            found = self._answer(talk.cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token)
+            found = self._answer(
+                self.facts, talk.cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token
+            )
         except BaseException:  # half a turn was read
             talk.lease.close()
             self._conversation = None
@@ -151,6 +162,16 @@ class Session:
         talk.forget_oldest(self.turns_budget)
         self._conversation = talk
         return found
+
+    def _begun(self, text: str, max_new_tokens: int) -> tuple[Conversation, list[int]]:
+        """A conversation in which nothing was said yet, and the tokens of its first turn."""
+        with ExitStack() as lease:
+            document = lease.enter_context(self._lending())
+            token_ids = question_tokens(self.tokenizer, document.ending, text)
+            seen = len(document.token_ids)
+            self._check_fits(seen + len(token_ids), max_new_tokens)
+            cache = document.branch(len(token_ids) + max_new_tokens + self.turns_budget)
+            return Conversation(cache, seen, lease=lease.pop_all()), token_ids
 
     def forget(self) -> None:
         """End the conversation: the next turn begins a new one."""
@@ -179,24 +200,25 @@ class Session:
             PromptError: an empty text, or one that does not fit into the model's context.
             ConfigError, ProfileError: the method, or its profile, is not to be found here.
         """
-        part = next_part(self.tokenizer, self._ending, text)
-        token_ids = [*self.token_ids, *part.input_ids]
-        check_length(self._model, len(token_ids))
-        method = self._found_method(profile)
         if self._conversation is not None or not self._lent.acquire(blocking=False):
             raise CacheStateError(
                 "the document cannot grow while a conversation or a question goes on: forget() it first"
             )
         try:
-            start = now(*devices_of(self._model))
-            cache = self.cache.branch()  # what was read stays as it is where this is interrupted
-            budget = self.facts.budget
-            read_on(self._model, cache, part.input_ids, method, budget, chunk=chunk, on_read=on_read)
-            read_s = self.facts.read_s + now(*devices_of(self._model)) - start
-            self.facts = replace(self.facts, **held_by(cache, token_ids), read_s=read_s)
-            self.cache, self.token_ids, self._ending, self._method = cache, token_ids, part.ending, method
+            self._grow(self._document, text, self._found_method(profile), chunk, on_read)
         finally:
             self._lent.release()
+
+    def _grow(self, document: Document, text: str, method: Method, chunk: int | None, on_read: OnRead | None) -> None:
+        part = next_part(self.tokenizer, document.ending, text)
+        token_ids = [*document.token_ids, *part.input_ids]
+        check_length(self._model, len(token_ids))
+        start = now(*devices_of(self._model))
+        cache = document.cache.branch()  # what was read stays as it is where this is interrupted
+        read_on(self._model, cache, part.input_ids, method, document.facts.budget, chunk=chunk, on_read=on_read)
+        read_s = document.facts.read_s + now(*devices_of(self._model)) - start
+        facts = replace(document.facts, **held_by(cache, token_ids), read_s=read_s)
+        self._document, self._method = Document(cache, token_ids, part.ending, facts), method
 
     def _found_method(self, profile: Profile | str | Path | None) -> Method:
         """What the document was read with.
@@ -216,17 +238,18 @@ class Session:
         return method
 
     @contextmanager
-    def _branch(self, room: int) -> Iterator[CompressedCache]:
-        """What goes on from the document: in its own tensors, or with copies where another thread does so now."""
-        lent = self._lent.acquire(blocking=False)
+    def _lending(self) -> Iterator[Lent]:
+        """The document, to be asked: it does not grow meanwhile, unless it was growing already."""
+        alone = self._lent.acquire(blocking=False)
         try:
-            yield self.cache.branch(room if lent else None)
+            yield Lent(**vars(self._document), alone=alone)
         finally:
-            if lent:
+            if alone:
                 self._lent.release()
 
     def _answer(
         self,
+        facts: Facts,
         cache: CompressedCache,
         token_ids: list[int],
         start: float,
@@ -255,14 +278,14 @@ class Session:
             )
         num_said = len(answered.token_ids) - 1  # read, of the answer
         stats = GenerationStats(
-            method=self.facts.method,
-            budget=self.facts.budget,
-            store=self.facts.store,
+            method=facts.method,
+            budget=facts.budget,
+            store=facts.store,
             prompt_tokens=cache.get_seq_length() - num_said,
             truncated_tokens=0,
             retained_per_layer=[layer.num_retained - num_said for layer in cache.compressed_layers],
-            kv_nbytes_full=self.facts.kv_nbytes_full,
-            kv_nbytes=self.facts.kv_nbytes,
+            kv_nbytes_full=facts.kv_nbytes_full,
+            kv_nbytes=facts.kv_nbytes,
             prefill_s=prefill_s,
             **answered.cost(model, cache),
         )
@@ -304,13 +327,13 @@ class Session:
         Raises:
             SessionError: the place cannot be written, or a layer holds what cannot be saved; nothing is written.
         """
-        talk = self._conversation
+        talk, document = self._conversation, self._document
         try:
-            state = cache_state(self.cache)
+            state = cache_state(document.cache)
             said = None if talk is None else Said(cache_state(talk.cache), talk.starts, talk.answer)
         except CacheStateError as error:
             raise SessionError(f"this session cannot be saved: {error}") from error
-        write_session(path, Contents(self.facts, self.token_ids, self._ending, state, said))
+        write_session(path, Contents(document.facts, document.token_ids, document.ending, state, said))
 
     def resume(self, cache: CompressedCache, starts: list[int], answer: list[int]) -> None:
         """Go on with a conversation that was saved; see `Conversation`."""
