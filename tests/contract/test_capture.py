@@ -35,9 +35,11 @@ def budget_for(model: PreTrainedModel, budget: Budget) -> Budget:
     return budget if isinstance(budget, (int, float)) else budget[: len(compressible_layers(model))]
 
 
-def captured_prompt(model: PreTrainedModel, num_pieces: int = 1, num_tokens: int = NUM_PROMPT) -> CapturedPrompt:
+def captured_prompt(
+    model: PreTrainedModel, num_pieces: int = 1, num_tokens: int = NUM_PROMPT, window_size: int = sys.maxsize
+) -> CapturedPrompt:
     """The start of `SEQUENCE`, read in pieces of which the last are shorter than a window."""
-    captured = CapturedPrompt(model, sys.maxsize)
+    captured = CapturedPrompt(model, window_size)
     ends = [num_tokens - 4 * piece for piece in range(num_pieces)][::-1]
     for start, end in zip([0, *ends], ends, strict=False):
         captured.read(SEQUENCE[0, start:end].tolist())
@@ -172,7 +174,7 @@ def test_a_capture_keeps_the_windows_queries_only() -> None:
     model = tiny.tiny_model("llama")
     with routing(model):
         for num_pieces in (1, 3):
-            for layer in captured_prompt(model, num_pieces).cache.routed:
+            for layer in captured_prompt(model, num_pieces, window_size=WINDOW).cache.routed:
                 queries = layer.window.queries
                 assert queries.shape[2] == WINDOW
                 assert queries.untyped_storage().nbytes() == queries.nbytes

@@ -2,8 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +77,6 @@ class CompressedCache(RoutedCache):
         self.method = method
         self._prompt_ids: Tensor | None = None
         self.piece_tokens = piece_tokens(model, prefill_memory)
-        """Tokens that a layer reads at once, inside of `in_pieces`; None: all."""
         self.num_compiled_steps = 0
         """Tokens that were read by a compiled step."""
         self.compile_s = 0.0
@@ -93,16 +91,6 @@ class CompressedCache(RoutedCache):
         that by a plain one: an empty cache that was true would never be used.
         """
         return self.get_seq_length() > 0
-
-    @contextmanager
-    def reading_piece(self, layer_idx: int, num_before: int, num_after: int) -> Iterator[None]:
-        """While a layer reads a piece of what this forward pass brings: between so many tokens of it."""
-        layer: Any = self.layers[layer_idx]
-        layer.piece_begins_pass, layer.num_to_come = num_before == 0, num_after
-        try:
-            yield
-        finally:
-            layer.piece_begins_pass, layer.num_to_come = True, 0
 
     def _check_goes_on(self, num_new: int) -> None:
         """Refuse, too, where the prompt ended before `prompt_tokens`, or another one begins.

@@ -34,8 +34,6 @@ class CompressedLayer(StoredLayer):
         super().__init__(layer_idx, decoder_config(model))
         self._position = position
         self._eviction = eviction
-        self.num_to_come = 0
-        """Tokens of this forward pass that come after those that are read now."""
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:

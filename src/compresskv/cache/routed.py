@@ -1,7 +1,8 @@
 """Caches whose full-attention layers see the attention over their keys."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class RoutedLayer(DynamicLayer):
         self.exact_prefill = exact_by_default()
         self.piece_begins_pass = True
         """Whether what it reads next begins a forward pass: later pieces of a prompt do not."""
+        self.num_to_come = 0
+        """Tokens of this forward pass that come after those that are read now."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedLayer":
         """A copy bound to the same model: with a config of its own, it could be used outside `compressing`."""
@@ -109,6 +112,18 @@ class RoutedCache(Cache):
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self._first_layer = next(index for index, layer in enumerate(layers) if isinstance(layer, DynamicLayer))
+        self.piece_tokens: int | None = None
+        """Tokens that a layer reads at once, inside of `in_pieces`; None: all."""
+
+    @contextmanager
+    def reading_piece(self, layer_idx: int, num_before: int, num_after: int) -> Iterator[None]:
+        """While a layer reads a piece of what this forward pass brings: between so many tokens of it."""
+        layer: Any = self.layers[layer_idx]
+        layer.piece_begins_pass, layer.num_to_come = num_before == 0, num_after
+        try:
+            yield
+        finally:
+            layer.piece_begins_pass, layer.num_to_come = True, 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.cache import CompressedCache, layers_nbytes
 from compresskv.cache.eviction import EvictionObserver
@@ -52,17 +53,19 @@ class WindowLayer(RoutedLayer):
         assert self.window is not None
         assert self.noted is not None
         keys, _ = self.stored()
-        num_sinks, num_new = min(NUM_SINKS, piece.start), query.shape[2]
-        among = [keys[:, :, :num_sinks], keys[:, :, piece.start : piece.stop], keys[:, :, keys.shape[2] - num_new :]]
+        num_sinks, own = min(NUM_SINKS, piece.start), slice(piece.start, piece.stop)
+        again = keys[:, :, self.noted.shape[2] :]
+        among = torch.cat([keys[:, :, :num_sinks], keys[:, :, own], again], dim=2)
         found = largest_attention(
             query,
-            torch.cat(among, dim=2),
-            num_sinks + piece.stop - piece.start,
+            among,
+            among.shape[2] - query.shape[2],
             scaling=self.window.scaling,
             softcap=self.window.softcap,
             sinks=self.window.sinks,
         )
-        self.noted[:, :, piece.start : piece.stop] = found[:, :, num_sinks:]
+        noted = self.noted[:, :, own]
+        torch.maximum(noted, found[:, :, num_sinks : num_sinks + noted.shape[2]], out=noted)
 
 
 class CapturedPrompt:
@@ -71,15 +74,25 @@ class CapturedPrompt:
     Batches of one prompt, without padding. All of it happens inside `routing(model)`.
     """
 
-    def __init__(self, model: PreTrainedModel, window_size: int, *, exact_prefill: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        window_size: int,
+        *,
+        exact_prefill: bool | None = None,
+        prefill_memory: PrefillMemory = AUTO,
+    ) -> None:
         """Make an empty one.
 
         Args:
             window_size: the largest observation window of the methods to come.
-            exact_prefill: as for `compressing`.
+            exact_prefill, prefill_memory: as for `compressing`.
+        Raises:
+            ConfigError: `prefill_memory` cannot work.
         """
         self._model = model
         self.cache = FullCache(model, lambda layer_idx, _: WindowLayer(layer_idx, model, window_size))
+        self.cache.piece_tokens = piece_tokens(model, prefill_memory)
         if exact_prefill is not None:
             for layer in self.cache.routed:
                 layer.exact_prefill = exact_prefill
@@ -164,7 +177,9 @@ def read_prompt(model: PreTrainedModel, token_ids: Sequence[int], cache: Compres
 
 def read_twice(model: PreTrainedModel, chunks: Iterable[Sequence[int]], cache: CompressedCache) -> Tensor:
     """Read one prompt in chunks, then once more for what `cache`, which is empty, keeps of it; see `read_prompt`."""
-    captured = CapturedPrompt(model, max(1, cache.method.num_observed()))
+    exact_prefill = cache.compressed_layers[0].exact_prefill
+    captured = CapturedPrompt(model, max(1, cache.method.num_observed()), exact_prefill=exact_prefill)
+    captured.cache.piece_tokens = cache.piece_tokens
     for chunk in chunks:
         logits = captured.read(chunk)
     captured.fill(cache)

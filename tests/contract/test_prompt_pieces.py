@@ -10,8 +10,11 @@ import compresskv
 import tiny
 from compresskv import CacheStateError, CompressedCache
 from compresskv.attention import pieces
+from compresskv.attention.routing import routing
 from compresskv.cache.layer import CompressedLayer
+from compresskv.cache.routed import RoutedLayer
 from compresskv.methods import registry
+from compresskv.plans.capture import CapturedPrompt, WindowLayer, read_prompt
 
 NUM_PROMPT, PIECE = 96, 20
 STEPS = [NUM_PROMPT, 1, 1, 7, 1]
@@ -27,14 +30,18 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of every query that reached a compressed layer."""
-    seen: list[int] = []
-    attend = CompressedLayer.attend
+    return noted_queries(CompressedLayer, monkeypatch)
 
-    def noted(layer: CompressedLayer, attention: object, query: Tensor, *args: object, **kwargs: object) -> object:
+
+def noted_queries(kind: type[RoutedLayer], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    seen: list[int] = []
+    attend = kind.attend
+
+    def noted(layer: RoutedLayer, attention: object, query: Tensor, *args: object, **kwargs: object) -> object:
         seen.append(query.shape[2])
         return attend(layer, attention, query, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CompressedLayer, "attend", noted)
+    monkeypatch.setattr(kind, "attend", noted)
     return seen
 
 
@@ -74,6 +81,55 @@ def check_pieces(model: str, method: str, padding: int, calls: list[int]) -> Non
         assert own.positions is other.positions is None or torch.equal(own.positions, other.positions)
         assert own.retained_nbytes == other.retained_nbytes
         assert own.full_nbytes == other.full_nbytes
+
+
+@pytest.mark.parametrize("window_size", [8, NUM_PROMPT])
+@pytest.mark.parametrize("model", [*MODELS, *OTHER_MODELS])
+def test_pieces_change_nothing_in_a_capture_and_its_replay(
+    model: str, window_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = noted_queries(WindowLayer, monkeypatch)
+    own = tiny.tiny_model(*model.split())
+    prompt = tiny.random_tokens(NUM_PROMPT)[0].tolist()
+    with routing(own):
+        whole, captured = CapturedPrompt(own, window_size, prefill_memory=None), CapturedPrompt(own, window_size)
+        expected = whole.read(prompt[:-5]), whole.read(prompt[-5:])
+        wanted = whole.replayed
+        assert max(seen) > PIECE
+        seen.clear()
+        found = captured.read(prompt[:-5]), captured.read(prompt[-5:])
+        replayed = captured.replayed
+    assert max(seen) <= PIECE
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(replayed, wanted, atol=1e-4, rtol=1e-3)
+    for layer, other in zip(captured.cache.routed, whole.cache.routed, strict=True):
+        torch.testing.assert_close(layer.stored(), other.stored(), atol=1e-4, rtol=0)
+        assert layer.window.queries.shape[2] == window_size
+        torch.testing.assert_close(layer.window.queries, other.window.queries, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("memory", ["auto", None])
+@pytest.mark.parametrize("method", tiny.REPLAYING_METHODS)
+def test_a_prompt_is_read_twice_as_its_cache_is_to_read(
+    method: str, memory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = noted_queries(WindowLayer, monkeypatch)
+    exact: list[bool] = []
+    make = CapturedPrompt.fill
+    monkeypatch.setattr(
+        CapturedPrompt,
+        "fill",
+        lambda own, cache: (exact.extend(layer.exact_prefill for layer in own.cache.routed), make(own, cache)),
+    )
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)[0].tolist()
+    compresskv.make_plan(model, prompt, method, 24, prefill_memory=memory)
+    assert (max(seen) <= PIECE) == (memory == "auto")
+    assert not any(exact)
+    exact.clear()
+    with routing(model):
+        read_prompt(model, prompt, CompressedCache(model, registry.create(method), 24, exact_prefill=True))
+    assert exact
+    assert all(exact)
 
 
 def test_feed_forward_parts_of_other_layers_and_the_last_norm_read_pieces() -> None:
