@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from compresskv import defaults
 from compresskv.cli.terminal import Bar
 from compresskv.errors import ConfigError
-from compresskv.sessions.header import is_session, read_facts
+from compresskv.sessions.header import is_cut, is_session, read_facts
 
 if TYPE_CHECKING:
     from compresskv.sessions.session import Session
@@ -15,8 +15,8 @@ SUFFIX = ".kvc"
 
 
 def names_session(document: str) -> bool:
-    """Whether a command's document is a session."""
-    return document != "-" and is_session(document)
+    """Whether a command's document is a session, or was one by its name and beginning before it was cut short."""
+    return document != "-" and (is_session(document) or (document.endswith(SUFFIX) and is_cut(document)))
 
 
 def check_unused(**options: tuple[Any, Any]) -> None:
@@ -45,5 +45,7 @@ def load_session(path: str | Path, model: str, dtype: str | None, device: str | 
 
     own = facts.model if model == defaults.MODEL and facts.model else model
     with Bar() as bar:
-        loaded, tokenizer = load(own, dtype=facts.dtype if dtype is None else dtype, device=device, on_progress=bar)
+        loaded, tokenizer = load(
+            own, dtype=facts.loaded_dtype if dtype is None else dtype, device=device, on_progress=bar
+        )
     return open_session(path, loaded, tokenizer)

@@ -127,7 +127,7 @@ def open_session(path: str | Path, model: PreTrainedModel, tokenizer: PreTrained
     if contents.facts.dtype != weights_dtype(model):
         raise SessionError(
             f"session {str(path)!r} was read in {contents.facts.dtype}, this model is in {weights_dtype(model)}: "
-            f"load it with dtype={contents.facts.dtype}"
+            f"load it with dtype={contents.facts.loaded_dtype}"
         )
     if not contents.ending.is_of(tokenizer):
         raise SessionError(f"session {str(path)!r} was read with another tokenizer")

@@ -34,10 +34,15 @@ class Facts:
     created: str
     """When, in UTC (ISO 8601)."""
     dtype: str
-    """Of the model's weights."""
+    """Of the model's weights; in brackets behind it, who else quantised them."""
     store: str
     """In how many bits a number it is kept; see `compressing`."""
     versions: dict[str, str]
+
+    @property
+    def loaded_dtype(self) -> str:
+        """What a model is loaded in to have this `dtype`: its checkpoint says who quantised the weights."""
+        return self.dtype.partition(" (")[0]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from compresskv.errors import SessionError
+from compresskv.errors import SessionError, told
 from compresskv.sessions.facts import Facts
 from compresskv.system.convert import convert
 
@@ -20,6 +20,17 @@ def is_session(path: str | Path) -> bool:
     try:
         with Path(path).open("rb") as file:
             return Path(path).is_file() and _head(file) is not None
+    except OSError:
+        return False
+
+
+def is_cut(path: str | Path) -> bool:
+    """Whether a file may be the first part of a session, cut before it says so. False where there is none."""
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(_LENGTH + len(_START))
+            length = int.from_bytes(start[:_LENGTH], "little")
+            return _START.startswith(start[_LENGTH:]) and Path(path).stat().st_size < _LENGTH + length <= _MOST_NBYTES
     except OSError:
         return False
 
@@ -55,7 +66,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with Path(path).open("rb") as file:
             head = _head(file)
     except OSError as error:
-        raise SessionError(f"session {str(path)!r}: {error.strerror}") from error
+        problem = "is a folder: give a file" if Path(path).is_dir() else f": {error.strerror}"
+        raise SessionError(told(f"session {str(path)!r}", problem)) from error
+    if head is None and is_cut(path):
+        raise SessionError(f"session {str(path)!r} is damaged: its head was cut short")
     if head is None:
         raise SessionError(f"{str(path)!r} is not a session: make one with `compresskv read`")
     try:
