@@ -3,11 +3,15 @@
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import planted
 from commands import Result, runner
@@ -112,22 +116,114 @@ def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call
     refused(call("read", "doc.txt", "-o", "notes.md", *base), "--output 'notes.md' exists and is no session")
     refused(call("read", "doc.txt", "other.txt", "-o", "one.kvc", *base), "name a folder for 2 documents")
     refused(call("read", "doc.txt", "doc.txt", *base), "several documents would be written to doc.kvc")
-    refused(call("read", "doc.kvc", *base), "documents 'doc.kvc' is a session: it was read before")
+    refused(call("read", "doc.kvc", *base), "document 'doc.kvc' is a session: it was read before")
     refused(call("read", "none.txt", *base), "document 'none.txt'")
     refused(call("read", "doc.txt", "--budget", "0", *base), "--budget '0' must be at least 1 token")
     refused(call("read", "doc.txt", "--max-memory", "5", *base), "--max-memory '5' must be a size such as 500MB")
     refused(call("read", "doc.txt", "--max-memory", "5kB", *base), "--max-memory 5000 is too little")
-    refused(call("read", "doc.txt", "--set", "x=1", *base), "--set 'x=1' are of a method: name it by --method")
-    refused(call("read", "doc.txt", "--chunk", "0", *base), "--chunk 0 must be an int of at least 1")
+    refused(
+        call("read", "doc.txt", "--set", "x=1", *base), "--set 'x=1' is an option of a method: name that by --method"
+    )
+    refused(call("read", "doc.txt", "--chunk", "0", *base), "--chunk 0 must be at least 1")
     refused(call("session", "show", "doc.txt"), "'doc.txt' is not a session: make one with `compresskv read`")
     refused(call("ask", "doc.kvc", QUESTION, "--budget", "3"), "--budget '3' has no place here")
     refused(call("ask", "doc.kvc", QUESTION, "--two-pass"), "--two-pass has no place here")
     refused(call("ask", "doc.kvc", " "), "the question is empty")
     refused(call("chat", "doc.kvc", "--chunk", "3"), "--chunk 3 has no place here")
-    refused(call("chat", "-"), "standard input is what you say")
+    refused(call("chat", "-"), "document '-' is standard input, from which your questions come: name a file")
+    refused(call("session", "show", "."), "session '.' is a folder: give a file")
+    refused(call("read", "doc.txt", "other.txt", "-o", "/proc/xx", *base), "--output '/proc/xx' cannot be a folder")
     damaged = place / "damaged.kvc"
     damaged.write_bytes(kept.read_bytes()[:-9])
     refused(call("ask", "damaged.kvc", QUESTION), "session 'damaged.kvc' is damaged")
+    for length in (1, 8, 9, 30, 300, 1000):
+        damaged.write_bytes(kept.read_bytes()[:length])
+        refused(call("ask", "damaged.kvc", QUESTION), "session 'damaged.kvc' is damaged: its head ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--budget", "0"],
+        ["--store", "int9"],
+        ["--max-memory", "5"],
+        ["--chunk", "0"],
+        ["--method", "nothing"],
+        ["--set", "x=1"],
+        ["none.txt"],
+    ],
+)
+def test_nothing_is_made_or_loaded_where_something_else_is_wrong(
+    place: Path, call: Callable[..., Result], wrong: list[str]
+) -> None:
+    refused(call("read", "doc.txt", "other.txt", "-o", "new/er", *wrong, "--model", "no/model"))
+    assert not (place / "new").exists()
+
+
+def test_a_folder_may_have_a_dot_in_its_name(place: Path, call: Callable[..., Result]) -> None:
+    assert call("read", "doc.txt", "other.txt", "-o", "kept.v2", "--model", "model", "--method", "full").code == 0
+    assert (place / "kept.v2" / "doc.kvc").exists()
+
+
+def test_reading_replaces_no_session_but_the_same_documents(
+    kept: Path, place: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model", "model", "--method", "full"]
+    (place / "mine.kvc").write_bytes(kept.read_bytes())
+    told = "--output 'mine.kvc' is a session of doc.txt: name another file"
+    refused(call("read", "other.txt", "-o", "mine.kvc", *options), told)
+    assert call("read", "doc.txt", "-o", "mine.kvc", *options).code == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n/save\n"))
+    assert "saved: mine.kvc" in call("chat", "mine.kvc").err
+    told = "--output 'mine.kvc' is a session with a conversation"
+    refused(call("read", "doc.txt", "-o", "mine.kvc", *options), told)
+
+
+def test_a_conversation_is_saved_over_nothing_but_itself(
+    kept: Path, place: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mine", "yours", "doc-2", "text"):
+        (place / f"{name}.kvc").write_bytes(kept.read_bytes())
+    (place / "notes.md").write_text("mine", encoding="utf-8")
+    (place / "text.txt").write_bytes((place / "doc.txt").read_bytes())
+    (place / "link.kvc").symlink_to("yours.kvc")
+    before = {path: path.read_bytes() for path in place.iterdir() if path.is_file()}
+    told = {
+        "text.txt": "'text.txt' would replace the document itself",
+        "notes.md": "'notes.md' exists and is no session",
+        "model/config.json": "would replace the model itself",
+        "yours.kvc": "'yours.kvc' is another session: name another file",
+        "link.kvc": "'link.kvc' is another session",
+        ".": "'.' is a folder: give a file",
+        "~nosuchuser/x.kvc": "'~nosuchuser/x.kvc' cannot be written: ",
+        "a\0b": "cannot be written: ",
+        "n" * 300: "cannot be written: File name too long",
+        "/proc/xx/x.kvc": "'/proc/xx/x.kvc' cannot be written: ",
+    }
+    lines = [*(f"/save {name}" for name in told), "/save", "/save", QUESTION]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    result = call("chat", "text.txt", "--model", "model", "--method", "full")
+    assert (result.code, result.out.strip()) == (0, ANSWER)
+    assert [problem for problem in told.values() if problem not in result.err] == []
+    assert result.err.count("saved: text-2.kvc") == 2
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("/save\n/save yours.kvc\n/save ./mine.kvc\n/save new.kvc\n/save new.kvc")
+    )
+    result = call("chat", "mine.kvc")
+    assert result.err.count("saved: mine.kvc") == 2
+    assert result.err.count("saved: new.kvc") == 2
+    changed = [path.name for path, data in before.items() if path.name != "mine.kvc" and path.read_bytes() != data]
+    assert changed == []
+
+
+def test_a_line_that_is_no_text_ends_no_conversation(
+    kept: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = b"caf\xe9?\n/save caf\xe9.kvc\n" + QUESTION.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said), encoding="utf-8"))
+    result = call("chat", "doc.kvc")
+    assert (result.code, result.out.strip()) == (0, ANSWER)
+    assert result.err.count("that line is not UTF-8 text: say it again") == 2
 
 
 def test_a_conversation_comes_from_standard_input(
@@ -154,3 +250,16 @@ def test_a_text_is_read_for_a_conversation(
     result = call("chat", "other.txt", "--model", "model", "--method", "full")
     assert result.out.splitlines() == [ANSWER]
     assert (place / "other.kvc").exists()
+
+
+def test_a_session_of_weights_that_others_quantised_is_opened(place: Path, call: Callable[..., Result]) -> None:
+    if not (place / "quantised").exists():
+        given = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+        model = AutoModelForCausalLM.from_pretrained(place / "model", quantization_config=given, dtype=torch.float32)
+        model.save_pretrained(place / "quantised")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(place / "model" / name, place / "quantised")
+    assert call("read", "doc.txt", "-o", "quantised.kvc", "--model", "quantised", "--method", "full").code == 0
+    assert "float32 (torchao)" in call("session", "show", "quantised.kvc").out
+    assert call("ask", "quantised.kvc", QUESTION).out.strip() == ANSWER
+    refused(call("ask", "quantised.kvc", QUESTION, "--dtype", "bfloat16"), "load it with --dtype float32\n")

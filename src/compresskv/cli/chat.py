@@ -1,5 +1,6 @@
 """`compresskv chat`: a conversation about a document, in the terminal."""
 
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv import defaults
-from compresskv.cli.kept import SUFFIX, check_unused, load_session, names_session
+from compresskv.cli.kept import check_unused, load_session, names_session
 from compresskv.cli.options import (
     BudgetOption,
     CompileOption,
@@ -23,14 +24,18 @@ from compresskv.cli.options import (
     StoreOption,
     create_methods,
 )
+from compresskv.cli.outputs import check_outputs
+from compresskv.cli.places import check_place, free_place
 from compresskv.cli.read import SESSION_BUDGET, ChunkOption, load_for_reading, read_with_bar
 from compresskv.cli.terminal import Bar, Building, Stream, err, megabytes
 from compresskv.compiled.modes import check_mode
-from compresskv.errors import CompressKVError, ConfigError
+from compresskv.errors import CompressKVError, ConfigError, PromptError, SessionError, told
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
 from compresskv.selection.budgets import TOKENS, parse_budget
 from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.sessions.header import is_session
+from compresskv.system.check import check_least
 from compresskv.system.interrupts import hear_again
 
 if TYPE_CHECKING:
@@ -72,11 +77,14 @@ def chat(
     Lines come from the terminal, or from standard input where that is none. /help lists commands.
     """
     check_mode(compile)
-    if max_new_tokens < 1:
-        raise ConfigError("must be at least 1", option="max_new_tokens", value=max_new_tokens)
+    check_least("max_new_tokens", max_new_tokens)
+    check_least("chunk", chunk)
     if document == "-":
-        raise ConfigError("standard input is what you say: name a file", option="document", value=document)
-    if names_session(document):
+        problem = "is standard input, from which your questions come: name a file"
+        raise ConfigError(problem, option="document", value=document)
+    inputs: dict[str, str | Path | None] = {"profile": profile, "model": model}
+    opened = Path(document) if names_session(document) else None
+    if opened is not None:
         check_unused(
             method=(method, None),
             budget=(budget, SESSION_BUDGET),
@@ -90,18 +98,19 @@ def chat(
         chosen, share = None if method is None else create_methods(method, "", None)[0], parse_budget(budget, of)
         find_precision(store)
         text = read_document(document)
+        inputs["document"] = document
         check_request(text, "?", "never")
         loaded, tokenizer, prepared = load_for_reading(model, chosen, profile, dtype, device)
         session = read_with_bar(loaded, tokenizer, text, prepared, share, document, store=store, chunk=chunk)
-    _Chat(session, Path(f"{Path(document).stem}{SUFFIX}"), max_new_tokens, compile).run(_lines())
+    _Chat(session, _Saving(Path(document).stem, opened, inputs), max_new_tokens, compile).run(_lines())
 
 
 class _Chat:
     """What is done with each line."""
 
-    def __init__(self, session: "Session", place: Path, max_new_tokens: int, compile: str) -> None:
+    def __init__(self, session: "Session", saving: "_Saving", max_new_tokens: int, compile: str) -> None:
         self._session = session
-        self._place = place
+        self._saving = saving
         self._max_new_tokens = max_new_tokens
         self._compile = compile
         self._last: Generation | None = None
@@ -126,6 +135,7 @@ class _Chat:
             if not name:
                 continue
             try:
+                _check_text(line)
                 if name.startswith("/") and not name.startswith("//"):
                     self._command(name, rest.strip())
                 else:
@@ -154,8 +164,9 @@ class _Chat:
         stream.finish()
 
     def _save(self, given: str) -> None:
-        place = Path(given).expanduser() if given else self._place
+        place = self._saving.find_place(given)
         self._session.save(place)
+        self._saving.note(place)
         err.print(f"[saved: {place}, {megabytes(place.stat().st_size)} MB]")
 
     def _forget(self, _: str) -> None:
@@ -173,6 +184,55 @@ class _Chat:
             speed = last.stats.decode_tokens_per_s
             then = "" if speed is None else f", then {speed:.0f} tokens/s"
             err.print(f"[last answer: first token after {last.stats.time_to_first_token_s:.1f} s{then}]")
+
+
+class _Saving:
+    """Which files a conversation is saved to: those of its own, and new ones."""
+
+    def __init__(self, stem: str, opened: Path | None, inputs: dict[str, str | Path | None]) -> None:
+        """Begin.
+
+        Args:
+            stem: of the document's name, for a file that nothing else was named for.
+            opened: the session that the conversation goes on with, if any.
+            inputs: what was read; see `check_outputs`.
+        """
+        self._stem = stem
+        self._own: list[Path] = []
+        self._inputs = inputs
+        if opened is not None:
+            self.note(opened)
+
+    def note(self, place: Path) -> None:
+        """A file that may be replaced from now on: what it holds is of this conversation."""
+        self._own.append(place)
+
+    def find_place(self, given: str) -> Path:
+        """The file that is named, or else the first of its own, or else a new one.
+
+        Raises:
+            SessionError: it cannot be written, or something else would be lost.
+        """
+        try:
+            place = Path(given).expanduser() if given else self._own[0] if self._own else free_place(self._stem)
+            check_outputs({"save": place}, self._inputs)
+            check_place("save", place)
+            if is_session(place) and not any(own.exists() and own.samefile(place) for own in self._own):
+                raise ConfigError("is another session: name another file", option="save", value=place)
+        except ConfigError as error:
+            raise SessionError(told(repr(str(error.value)), error.problem)) from error
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a NUL in it
+            reason = getattr(error, "strerror", None) or error
+            raise SessionError(f"{given!r} cannot be written: {reason}") from error
+        return place
+
+
+def _check_text(line: str) -> None:
+    """Refuse what was no text in the terminal's encoding; Python stands surrogates for its bytes."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise PromptError("that line is not UTF-8 text: say it again") from None
 
 
 @contextmanager
@@ -198,6 +258,8 @@ def _lines() -> Iterator[str]:
     """What is typed, with history and editing where that can be had; or the lines of standard input."""
     if sys.stdin is None:
         raise ConfigError("standard input is closed: nothing can be said")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that one bad line ends nothing; see _check_text
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

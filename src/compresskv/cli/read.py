@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv import defaults
-from compresskv.cli.kept import SUFFIX, names_session
+from compresskv.cli.kept import names_session
 from compresskv.cli.options import (
     BudgetOption,
     DeviceOption,
@@ -19,18 +19,18 @@ from compresskv.cli.options import (
     SessionMethodOption,
     SettingsOption,
     StoreOption,
-    check_writable,
     create_methods,
     parse_nbytes,
 )
 from compresskv.cli.outputs import check_outputs
+from compresskv.cli.places import check_places, choose_places, name_of
 from compresskv.cli.terminal import Bar, err, megabytes, out
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, PromptError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
 from compresskv.selection.budgets import TOKENS, parse_budget
 from compresskv.selection.precision import NATIVE, find_precision
-from compresskv.sessions.header import is_session
+from compresskv.system.check import check_least
 
 if TYPE_CHECKING:
     from compresskv.methods.base import Method
@@ -87,18 +87,18 @@ def read(
     """
     for document in documents:
         if names_session(document):
-            raise ConfigError("is a session: it was read before, ask it", option="documents", value=document)
-    places = _places(documents, output)
+            raise PromptError(f"document {document!r} is a session: it was read before, ask it")
+    places = choose_places(documents, output)
     check_outputs({"output": list(places)}, {"document": documents, "profile": profile, "model": model})
-    for place in places:
-        _check_place(place)
     chosen = _method(method, settings)
     share = parse_budget(budget, of)
     find_precision(store)
+    check_least("chunk", chunk)
     most = None if max_memory is None else parse_nbytes("max_memory", max_memory)
     texts = [read_document(document) for document in documents]
     for text in texts:
         check_request(text, "?", "never")
+    check_places(documents, places)
     loaded, tokenizer, prepared = load_for_reading(model, chosen, profile, dtype, device)
     told = []
     for document, text, place in zip(documents, texts, places, strict=True):
@@ -129,7 +129,7 @@ def read_with_bar(
     """
     from compresskv.sessions.begin import read as read_session
 
-    name = "standard input" if document == "-" else Path(document).name
+    name = name_of(document)
     with Bar() as bar:
         return read_session(
             loaded,
@@ -160,31 +160,8 @@ def _method(method: str | None, settings: list[str] | None) -> "Method | None":
     if method is not None:
         return create_methods(method, "", settings)[0]
     if settings:
-        raise ConfigError("are of a method: name it by --method", option="settings", value=settings[0])
+        raise ConfigError("is an option of a method: name that by --method", option="settings", value=settings[0])
     return None
-
-
-def _places(documents: list[str], output: Path | None) -> list[Path]:
-    """One file for each document."""
-    if len(documents) == 1 and output is not None and not output.is_dir():
-        return [output]
-    if output is not None and not output.is_dir():
-        if output.exists() or output.suffix:
-            raise ConfigError(f"is a file: name a folder for {len(documents)} documents", option="output", value=output)
-        output.mkdir(parents=True)
-    folder = Path() if output is None else output
-    names = ["document" if document == "-" else Path(document).stem for document in documents]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"several documents would be written to {name}{SUFFIX}: read them one by one")
-    return [folder / f"{name}{SUFFIX}" for name in names]
-
-
-def _check_place(place: Path) -> None:
-    """Refuse, before a model is loaded, what cannot be written, and what is no session and would be lost."""
-    check_writable("output", place)
-    if place.is_file() and place.stat().st_size and not is_session(place):
-        raise ConfigError("exists and is no session: name another file", option="output", value=place)
 
 
 def _cost(session: "Session") -> str:
