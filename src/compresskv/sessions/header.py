@@ -30,7 +30,8 @@ def is_cut(path: str | Path) -> bool:
         with Path(path).open("rb") as file:
             start = file.read(_LENGTH + len(_START))
             length = int.from_bytes(start[:_LENGTH], "little")
-            return _START.startswith(start[_LENGTH:]) and Path(path).stat().st_size < _LENGTH + length <= _MOST_NBYTES
+            begins = len(start) >= _LENGTH and _START.startswith(start[_LENGTH:])
+            return begins and Path(path).stat().st_size < _LENGTH + length <= _LENGTH + _MOST_NBYTES
     except OSError:
         return False
 
