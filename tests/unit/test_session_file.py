@@ -15,7 +15,7 @@ import tiny
 from compresskv import Session, SessionError
 from compresskv.sessions import file
 from compresskv.sessions.file import Contents, Said, read_session, write_session
-from compresskv.sessions.header import is_session, read_facts
+from compresskv.sessions.header import is_cut, is_session, read_facts
 from compresskv.sessions.integers import pack, unpack
 
 
@@ -60,10 +60,17 @@ def test_the_head_tells_what_it_is_without_pytorch(saved: Path, session: Session
 def test_only_sessions_are_taken_for_sessions(saved: Path, tmp_path: Path) -> None:
     assert is_session(saved)
     text = tmp_path / "text.kvc"
-    for data in (b"", b"A text.", b'{"__metadata__":{"format":"compresskv-session"}}', saved.read_bytes()[:40]):
+    for data in (b"", b"A text.", b'{"__metadata__":{"format":"compresskv-session"}}'):
         text.write_bytes(data)
         assert not is_session(text)
         with pytest.raises(SessionError, match="is not a session: make one with `compresskv read`"):
+            read_facts(text)
+        assert not is_cut(text)
+    for length in (8, 9, 40):
+        text.write_bytes(saved.read_bytes()[:length])
+        assert not is_session(text)
+        assert is_cut(text)
+        with pytest.raises(SessionError, match="is damaged: its head was cut short"):
             read_facts(text)
     assert not is_session(tmp_path)
     assert not is_session(tmp_path / "none")
