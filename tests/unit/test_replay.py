@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import compresskv
 import planted
 import tiny
-from compresskv import CacheStateError, ConfigError, make_plan
+from compresskv import CacheStateError, ConfigError, PromptError, make_plan
 from compresskv.attention.routing import routing
 from compresskv.cache.full import branch
 from compresskv.calibration.needles import encode_request
@@ -79,6 +79,42 @@ def test_near_the_last_position_that_the_model_knows_chunks_are_small(monkeypatc
         model.config.max_position_embeddings = NUM_TOKENS
         replay(model, captured.cache, IDS, on_chunk=lambda done, _: told.append(done))
     assert told == [8, 16, 24, 32, 40, 48, 56, 60]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "biogpt"])
+def test_positions_that_a_model_learned_are_not_left(model_type: str) -> None:
+    model, tokenizer = _with_positions(model_type), tiny.tokenizer()
+    fits = 512 - LEAD_TOKENS - 64
+    plan = make_plan(model, tiny.random_tokens(fits)[0].tolist(), "kvzip", 9)
+    assert plan.mean_retained == 9
+    words, computed = tiny.random_words(fits), []
+    calls = {
+        "plan": lambda: make_plan(model, tiny.random_tokens(fits + 1)[0].tolist(), "kvzip", 9),
+        "ask": lambda: compresskv.ask(model, tokenizer, words, "5 9", method="kvzip", budget=9, max_new_tokens=4),
+    }
+    with model.register_forward_pre_hook(lambda *_: computed.append(1)):
+        for name, call in calls.items():
+            with pytest.raises(
+                PromptError, match="but the model has 512: shorten the text, or choose a method"
+            ) as told:
+                call()
+            assert "\n" not in str(told.value), name
+    assert not computed
+
+
+def _with_positions(model_type: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=24,
+        word_embed_proj_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=24,
+        intermediate_size=24,
+        max_position_embeddings=512,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
 @pytest.mark.parametrize("budget", [1, 7, 0.4, [9, 30, 24, 70]], ids=str)

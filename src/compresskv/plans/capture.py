@@ -1,7 +1,7 @@
 """One prefill that serves every method: the full cache, with the last queries of the prompt kept."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from compresskv.methods.registry import create
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
-from compresskv.plans.replay import NUM_SINKS, Replayed, replay
+from compresskv.plans.replay import NUM_SINKS, Replayed, check_room, replay
 from compresskv.selection.budgets import Budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.replay import largest_attention
@@ -175,8 +175,13 @@ def read_prompt(model: PreTrainedModel, token_ids: Sequence[int], cache: Compres
     return read_twice(model, [token_ids], cache)
 
 
-def read_twice(model: PreTrainedModel, chunks: Iterable[Sequence[int]], cache: CompressedCache) -> Tensor:
-    """Read one prompt in chunks, then once more for what `cache`, which is empty, keeps of it; see `read_prompt`."""
+def read_twice(model: PreTrainedModel, chunks: Sequence[Sequence[int]], cache: CompressedCache) -> Tensor:
+    """Read one prompt in chunks, then once more for what `cache`, which is empty, keeps of it; see `read_prompt`.
+
+    Raises:
+        PromptError: the model has no positions for that; see `check_room`.
+    """
+    check_room(model, sum(map(len, chunks)))
     exact_prefill = cache.compressed_layers[0].exact_prefill
     captured = CapturedPrompt(model, max(1, cache.method.num_observed()), exact_prefill=exact_prefill)
     captured.cache.piece_tokens = cache.piece_tokens

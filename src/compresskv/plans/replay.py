@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from compresskv.attention.routing import base_implementation, without_masks
 from compresskv.cache.full import FullCache
+from compresskv.errors import PromptError
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
+from compresskv.models.positions import last_learned
 from compresskv.prompts.prompt import context_length
 
 CHUNK_TOKENS = 2048
@@ -59,10 +61,13 @@ def replay(
         cache: holds the text; its full-attention layers are `Replaying`. It stays as it is.
         token_ids: the text's, all of them.
         on_chunk: called with (tokens replayed, tokens).
+    Raises:
+        PromptError: as `check_room`.
     Returns: for each full-attention layer (1, H_kv, T) float32: the largest attention of all queries and query heads.
     Source: KVzip (arXiv 2505.23416), section 3. Differs: the text alone is repeated, without an instruction to do so,
     so that no tokenizer is needed.
     """
+    check_room(model, len(token_ids))
     layers = cache.routed
     for layer in layers:
         keys, _ = layer.stored()
@@ -85,6 +90,21 @@ def replay(
     for layer in layers:
         layer.noted = None
     return found
+
+
+def check_room(model: PreTrainedModel, num_tokens: int) -> None:
+    """Refuse a text that cannot be replayed behind itself, before it is read.
+
+    Raises:
+        PromptError: the model has a table of positions, which would end within a chunk.
+    """
+    limit = last_learned(model)
+    needed = num_tokens + LEAD_TOKENS + min(num_tokens, _LEAST_CHUNK)
+    if limit is not None and needed > limit:
+        raise PromptError(
+            f"reading {num_tokens} tokens a second time, behind themselves, needs {needed} positions, but the model "
+            f"has {limit}: shorten the text, or choose a method that reads it once"
+        )
 
 
 def _chunk_tokens(model: PreTrainedModel, num_tokens: int, wanted: int) -> int:
