@@ -119,7 +119,7 @@ def test_it_is_plain_safetensors_that_holds_the_text(saved: Path, session: Sessi
 def test_a_conversation_may_lie_in_its_documents_tensors(session: Session, tmp_path: Path) -> None:
     tensors = {"0.keys": torch.arange(12.0).reshape(1, 1, 4, 3)[:, :, :2]}
     said = Said(({"0.keys": torch.as_strided(tensors["0.keys"], (1, 1, 4, 3), (12, 12, 3, 1))}, []), [2], [5])
-    contents = Contents(session.facts, session.token_ids, session._ending, (tensors, []), said)
+    contents = Contents(session.facts, session.token_ids, session._document.ending, (tensors, []), said)
     write_session(tmp_path / "saved.kvc", contents)
     found = read_session(tmp_path / "saved.kvc")
     assert found.said is not None
