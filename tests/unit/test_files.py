@@ -35,7 +35,9 @@ ELSEWHERE = {
     "peers/presses.py": "a temporary folder",
     "models/download.py": "a scratch folder, renamed when its contents are checked",
     "models/embedded.py": "a scratch folder, renamed when it is complete",
-    "compiled/package.py": "a scratch folder, renamed when it is complete",
+    "compiled/export.py": "a scratch folder, renamed when it is complete",
+    "cli/read.py": "a session, by the helper",
+    "cli/chat.py": "a session, by the helper",
 }
 """Files that write otherwise, and why they may."""
 

@@ -74,6 +74,7 @@ def _activations_nbytes(model: PreTrainedModel) -> int:
     experts = getattr(config, "num_experts_per_tok", None)
     intermediate = getattr(config, "moe_intermediate_size", None) if experts else None
     intermediate = intermediate or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    intermediate = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate
     attention = (4 * heads.num_query_heads + 3 * heads.num_kv_heads) * heads.head_dim
     return model.dtype.itemsize * (4 * int(config.hidden_size) + max(attention, 3 * int(intermediate) * (experts or 1)))
 
@@ -178,7 +179,16 @@ def _part_in_pieces(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     """The `forward` of a part that reads each token by itself, and is given their hidden states alone."""
     if len(args) != 1 or kwargs or args[0].ndim != 3 or len(ranges := _ranges(args[0].shape[1])) == 1:
         return forward(*args, **kwargs)
-    return _joined((forward(args[0][:, start:end]) for start, end in ranges), ranges)
+    hidden = args[0]
+    pieces = (forward(hidden[:, start:end]) for start, end in ranges)
+    return _joined((_shaped(piece, hidden) for piece in pieces), ranges)
+
+
+def _shaped(piece: Any, hidden: Tensor) -> Any:
+    """A part's result with the rows of `hidden`: those with experts may give all tokens of a batch in one list."""
+    if isinstance(piece, tuple):
+        return (_shaped(piece[0], hidden), *piece[1:])
+    return piece if piece.ndim == hidden.ndim else piece.view(len(hidden), -1, piece.shape[-1])
 
 
 def _layer_in_pieces(layer_idx: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -52,9 +52,18 @@ def export_step(model: PreTrainedModel, kinds: tuple[str, ...], program: Path, c
             dynamic_shapes=(None, None, None, None, by_tokens, by_tokens, by_packed),
             strict=False,  # plain Python runs, with tensors that note what is done to them
         )
-        own = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
-        torch.save(own, constants)
+        torch.save(_constants(exported.constants), constants)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(program), inductor_configs=options)
+
+
+def _constants(exported: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a program needs, by the names that it may ask for them by.
+
+    Those that code made rather than a module holds, such as rotations, are numbered anew by the compiler, in order.
+    """
+    own = {name: value for name, value in exported.items() if isinstance(value, Tensor)}
+    made = [value for name, value in own.items() if "lifted_tensor" in name]
+    return own | {f"_tensor_constant{number}": value for number, value in enumerate(made)}
 
 
 def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs:
