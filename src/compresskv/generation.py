@@ -136,7 +136,7 @@ def ask(
         prefill_memory, compile: as for `compressing`.
         on_text: called with pieces of the answer as they come, in whole words.
         on_token: called with each token of the answer as it comes; True from it ends the answer.
-        on_prefill: called with (layers done, layers) while the prompt is read.
+        on_prefill: called with (layers done, layers) while the prompt is read; reading it again counts as more layers.
         on_compile: called with a message when a step is being compiled.
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`.

@@ -132,6 +132,25 @@ def test_a_prompt_is_read_twice_as_its_cache_is_to_read(
     assert all(exact)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reading_and_replaying_are_told_of_as_they_go(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compresskv.plans.replay._chunk_tokens", lambda *_: 40)
+    model, told = tiny.tiny_model(family), list[tuple[int, int]]()
+    seen, when = noted_queries(WindowLayer, monkeypatch), list[int]()
+    document = tiny.random_words(NUM_PROMPT)
+
+    def note(done: int, layers: int) -> None:
+        told.append((done, layers))
+        when.append(len(seen))
+
+    compresskv.ask(model, tiny.tokenizer(), document, "5 6", method="kvzip", on_prefill=note, max_new_tokens=1)
+    total = told[0][1]
+    assert {layers for _, layers in told} == {total}
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1][0] == total
+    assert len(set(when)) == len(told), "each after more was read"
+
+
 def test_feed_forward_parts_of_other_layers_and_the_last_norm_read_pieces() -> None:
     model = tiny.tiny_model("gemma3")
     longest: dict[str, int] = {}

@@ -75,6 +75,7 @@ class CompressedCache(RoutedCache):
             for layer in self.compressed_layers:
                 layer.exact_prefill = exact_prefill
         self.method = method
+        self.on_layer = on_layer
         self._prompt_ids: Tensor | None = None
         self.piece_tokens = piece_tokens(model, prefill_memory)
         self.num_compiled_steps = 0

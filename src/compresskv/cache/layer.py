@@ -106,7 +106,7 @@ class CompressedLayer(StoredLayer):
         self._window = window.following(self._window).last(eviction.method.num_observed(num_ahead))
         if self.seen_tokens >= self.num_prompt_tokens + lookahead:
             self.end_prefill(self._window, valid, num_ahead)
-        if eviction.on_layer is not None and num_ahead == 0:
+        if eviction.on_layer is not None and num_ahead == 0 and not eviction.method.replays:  # who reads twice tells
             eviction.on_layer(self._position + 1, eviction.num_layers)
 
     def end_prefill(self, window: QueryWindow, valid: Tensor | None, num_ahead: int) -> None:

@@ -1,7 +1,7 @@
 """One prefill that serves every method: the full cache, with the last queries of the prompt kept."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,20 +20,32 @@ from compresskv.methods.base import Method
 from compresskv.methods.registry import create
 from compresskv.models.decoding import prefill
 from compresskv.models.place import input_device
-from compresskv.models.shape import decoder_config
+from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.plans.replay import NUM_SINKS, Replayed, check_room, replay
 from compresskv.selection.budgets import Budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.replay import largest_attention
 from compresskv.selection.select import EMPTY_SLOT
 
+_REPLAY_COST = 3
+"""Readings that a replay takes as long as, about."""
+
 
 class WindowLayer(RoutedLayer):
     """Keeps everything and, beside it, the queries of the last `window_size` tokens read."""
 
-    def __init__(self, layer_idx: int, model: PreTrainedModel, window_size: int) -> None:
+    def __init__(
+        self,
+        layer_idx: int,
+        position: int,
+        model: PreTrainedModel,
+        window_size: int,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> None:
         super().__init__(layer_idx, decoder_config(model))
+        self._position, self._num_layers = position, len(compressible_layers(model))
         self._window_size = window_size
+        self._on_layer = on_layer
         self.window: QueryWindow | None = None
         self.replayed: Replayed | None = None
         self.noted: Tensor | None = None
@@ -44,9 +56,21 @@ class WindowLayer(RoutedLayer):
         """Plain attention; the queries are noted, or what those of a replay attend to."""
         if self.replayed is not None:
             self._note(query, self.replayed)
-            return super().attend(attention, query, mask, **kwargs)
-        self.window = QueryWindow.given(query, **kwargs).following(self.window).last(self._window_size)
-        return super().attend(attention, query, mask, **kwargs)
+        else:
+            self.window = QueryWindow.given(query, **kwargs).following(self.window).last(self._window_size)
+        output = super().attend(attention, query, mask, **kwargs)
+        if self._on_layer is not None and not self.num_to_come:
+            self._on_layer(self._layers_done(), (1 + _REPLAY_COST) * self._num_layers)
+        return output
+
+    def _layers_done(self) -> int:
+        """Layers that have read the prompt, those of a replay at their cost."""
+        done, piece = self._position + 1, self.replayed
+        if piece is None:
+            return done
+        assert self.noted is not None
+        again = piece.start * self._num_layers + (piece.stop - piece.start) * done
+        return self._num_layers + _REPLAY_COST * again // self.noted.shape[2]
 
     def _note(self, query: Tensor, piece: Replayed) -> None:
         """Note what a replay's queries (1, H_q, R, D) attend to among the tokens that they repeat."""
@@ -81,17 +105,21 @@ class CapturedPrompt:
         *,
         exact_prefill: bool | None = None,
         prefill_memory: PrefillMemory = AUTO,
+        on_layer: Callable[[int, int], None] | None = None,
     ) -> None:
         """Make an empty one.
 
         Args:
             window_size: the largest observation window of the methods to come.
             exact_prefill, prefill_memory: as for `compressing`.
+            on_layer: called with (layers done, layers): what reads the prompt again counts as more of them.
         Raises:
             ConfigError: `prefill_memory` cannot work.
         """
         self._model = model
-        self.cache = FullCache(model, lambda layer_idx, _: WindowLayer(layer_idx, model, window_size))
+        self.cache = FullCache(
+            model, lambda layer_idx, position: WindowLayer(layer_idx, position, model, window_size, on_layer)
+        )
         self.cache.piece_tokens = piece_tokens(model, prefill_memory)
         if exact_prefill is not None:
             for layer in self.cache.routed:
@@ -182,8 +210,11 @@ def read_twice(model: PreTrainedModel, chunks: Sequence[Sequence[int]], cache: C
         PromptError: the model has no positions for that; see `check_room`.
     """
     check_room(model, sum(map(len, chunks)))
-    exact_prefill = cache.compressed_layers[0].exact_prefill
-    captured = CapturedPrompt(model, max(1, cache.method.num_observed()), exact_prefill=exact_prefill)
+    as_given: dict[str, Any] = {
+        "exact_prefill": cache.compressed_layers[0].exact_prefill,
+        "on_layer": cache.on_layer,
+    }
+    captured = CapturedPrompt(model, max(1, cache.method.num_observed()), **as_given)
     captured.cache.piece_tokens = cache.piece_tokens
     for chunk in chunks:
         logits = captured.read(chunk)
