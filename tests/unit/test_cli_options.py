@@ -2,16 +2,18 @@
 
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compresskv.cli import main, terminal
-from compresskv.cli.options import parse_numbers, parse_prefill_memory
+from compresskv.cli.options import parse_nbytes, parse_numbers, parse_prefill_memory
 from compresskv.cli.terminal import Bar, megabytes
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
+from compresskv.selection.byte_budget import find_byte_budget
 
 
 class TestNumbers:
@@ -138,6 +140,33 @@ class TestProfileIsFind:
 )
 def test_the_memory_of_a_prefill(text: str, expected: int | str | None) -> None:
     assert parse_prefill_memory(text) == expected
+
+
+@pytest.mark.parametrize("number", ["1", "1.", ".5", "1.25"])
+@pytest.mark.parametrize("unit", ["b", "kb", "mb", "gb", "kib", "mib", "gib"])
+def test_all_options_take_the_same_sizes(number: str, unit: str) -> None:
+    power, base = " kmg".index(unit[0]) if unit != "b" else 0, 1024 if "i" in unit else 1000
+    expected = int(Fraction(number) * base**power)
+    for typed in (unit, unit.upper(), unit.capitalize(), f" {unit}", f"  {unit.replace('b', 'B')} "):
+        text = number + typed
+        if expected == 0:
+            with pytest.raises(ConfigError, match="must be a size"):
+                parse_nbytes("max_memory", text)
+            with pytest.raises(ConfigError, match="must be more than 0"):
+                find_byte_budget(text)
+            continue
+        found = find_byte_budget(text)
+        assert found is not None
+        assert parse_nbytes("max_memory", text) == parse_prefill_memory(text) == found.count == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["3iB", "3XB", "-1MB", "MB", ".MB", "1e3MB", "3M", "3", "9" * 5000 + "MB"], ids=lambda text: text[:9]
+)
+def test_no_option_takes_other_sizes(text: str) -> None:
+    assert find_byte_budget(text) is None
+    with pytest.raises(ConfigError, match="must be a size"):
+        parse_nbytes("max_memory", text)
 
 
 @pytest.mark.parametrize("text", ["", "0GB", "2", "2 TB", "-1MB", "half"])

@@ -1,6 +1,5 @@
 """Options that several commands take, and how their text becomes values."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -11,6 +10,7 @@ from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
 from compresskv.selection.precision import PRECISIONS
+from compresskv.selection.sizes import find_nbytes
 
 if TYPE_CHECKING:
     from compresskv.methods.base import Method
@@ -149,14 +149,10 @@ def parse_nbytes(option: str, text: str, problem: str = "must be a size such as 
     Raises:
         ConfigError: it is no size; with `problem`.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?B)", text.strip(), re.IGNORECASE)
-    nbytes = 0 if match is None else int(float(match[1]) * _UNITS[match[2].lower()])
-    if nbytes < 1:
+    nbytes = find_nbytes(text)
+    if not nbytes:
         raise ConfigError(problem, option=option, value=text)
     return nbytes
-
-
-_UNITS = {"b": 1, "kb": 1_000, "mb": 1_000_000, "gb": 1_000_000_000}
 
 
 def split_names(text: str) -> tuple[str, ...]:

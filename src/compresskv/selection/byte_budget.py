@@ -4,11 +4,10 @@ import re
 from dataclasses import dataclass, replace
 
 from compresskv.errors import ConfigError
+from compresskv.selection.sizes import NUMBER, find_nbytes
 
 OF_BYTES = "of bytes"
-_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3}
-_COUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kKMG]?)(i?)B")
-_SHARE = re.compile(rf"(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*{OF_BYTES}")
+_SHARE = re.compile(rf"{NUMBER}\s*(%?)\s*{OF_BYTES}")
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,8 @@ def find_byte_budget(text: str) -> ByteBudget | None:
         ConfigError: it names none that can be held: 0, or a share above 1.
     """
     text = text.strip()
-    if found := _COUNT.fullmatch(text):
-        number, prefix, binary = found.groups()
-        budget = ByteBudget(text, count=float(number) * (1024 if binary else 1000) ** _POWERS[prefix])
+    if (nbytes := find_nbytes(text)) is not None:
+        budget = ByteBudget(text, count=nbytes)
     elif found := _SHARE.fullmatch(text):
         number, percent = found.groups()
         budget = ByteBudget(text, share=float(number) / (100 if percent else 1))
