@@ -190,6 +190,12 @@ def test_given_options_are_not_given_twice(started: dict[str, Any], tmp_path: Pa
         (["org/name", "--method", "snapkv"], "'snapkv' keeps other tokens in every layer"),
         (["org/name", "--set", "window_sise=3"], "window_sise"),
         (["org/name", "--profile", "/nowhere.json"], "/nowhere.json"),
+        (["org/name", "--store", "int8"], "--store is of commands that load a model themselves"),
+        (["org/name", "--port", "8001", "--store=int4"], "--store is of"),
+        (["org/name", "--of", "bytes"], "--of is of"),
+        (["org/name", "--max_memory", "2GB"], "--max-memory is of"),
+        (["org/name", "--chunk", "4"], "--chunk is of"),
+        (["org/name", "--prefill-memory=2GB"], "--prefill-memory is of"),
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ _CPU_CACHE_NBYTES = 4 << 30
 _OWN_OPTIONS = {"budget": "--budget", "method": "--method", "settings": "--set", "profile": "--profile"}
 _ADDITIONAL = "--additional-config"
 _DTYPE = "--dtype"
+_UNSERVED = ("--store", "--of", "--chunk", "--max-memory", "--prefill-memory", "--compare", "--exact-prefill")
 _MEMORY_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--kv-cache-memory")
 
 
@@ -52,6 +53,7 @@ def serve(
     """
     if model.startswith("-"):
         raise ConfigError(f"the model goes before options of vLLM: compresskv serve MODEL {model} ...")
+    _check_served(context.args)
     from compresskv.serving.settings import plugins_with_ours
     from compresskv.serving.versions import check_version, installed_version
 
@@ -79,6 +81,17 @@ def serve(
     err.print(f"starting vLLM {told}; a first start compiles the model and takes a minute or more")
     # vLLM takes this process over, so that Ctrl-C and every other signal reach it as if it had been started by hand
     os.execve(sys.executable, [*command, *context.args], os.environ | environment)
+
+
+def _check_served(arguments: Sequence[str]) -> None:
+    """Refuse options of other commands, which vLLM does not know.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for argument in arguments:
+        if (option := argument.partition("=")[0].replace("_", "-")) in _UNSERVED:
+            raise ConfigError(f"{option} is of commands that load a model themselves: leave it out to serve")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

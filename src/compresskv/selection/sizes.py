@@ -18,5 +18,6 @@ def find_nbytes(text: str) -> int | None:
         return None
     number, prefix, binary = found.groups()
     whole, _, part = number.partition(".")
-    unit: int = (1024 if binary else 1000) ** _POWERS[(prefix or "").lower()]
-    return int(whole + part) * unit // 10 ** len(part)
+    unit = (1024 if binary else 1000) ** _POWERS[(prefix or "").lower()]
+    nbytes: int = int(whole + part) * unit // 10 ** len(part)
+    return nbytes
