@@ -160,7 +160,9 @@ def test_all_options_take_the_same_sizes(number: str, unit: str) -> None:
         assert parse_nbytes("max_memory", text) == parse_prefill_memory(text) == found.count == expected
 
 
-@pytest.mark.parametrize("text", ["3iB", "3XB", "-1MB", "MB", ".MB", "1e3MB", "3M", "3", f"{'9' * 5000}MB"])
+@pytest.mark.parametrize(
+    "text", ["3iB", "3XB", "-1MB", "MB", ".MB", "1e3MB", "3M", "3", pytest.param(f"{'9' * 5000}MB", id="long")]
+)
 def test_no_option_takes_other_sizes(text: str) -> None:
     assert find_byte_budget(text) is None
     with pytest.raises(ConfigError, match="must be a size"):
