@@ -458,6 +458,7 @@ def test_a_question_that_came_while_a_document_grew_is_of_what_it_was(
     grown.set()
     other.join()
     assert found[0].token_ids == expected
+    assert session.num_said == 0, "a conversation is of the document as it is"
     assert found[0].stats.kv_nbytes_full == before.kv_nbytes_full < session.facts.kv_nbytes_full
 
 

@@ -7,6 +7,7 @@ import torch
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.selection.select import EMPTY_SLOT
+from compresskv.sessions.facts import Facts
 
 TURNS_BUDGET = 1024
 """Tokens of turns that are kept beside the document's."""
@@ -17,8 +18,8 @@ class Conversation:
     """What was said so far, on a cache of its own."""
 
     cache: CompressedCache
-    num_document: int
-    """Tokens of the document, which are never forgotten."""
+    facts: Facts
+    """Of the document, whose tokens are never forgotten."""
     starts: list[int] = field(default_factory=list)
     """Where each turn that is kept begins, in tokens seen."""
     answer: list[int] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Conversation:
         for layer in self.cache.compressed_layers:
             assert layer.store is not None
             held = layer.store.positions
-            stays = (held < self.num_document) | (held >= first)
+            stays = (held < self.facts.num_tokens) | (held >= first)
             tokens = torch.where(stays, held, EMPTY_SLOT).sort(dim=-1).values
             layer.retain(tokens[..., int((tokens == EMPTY_SLOT).sum(dim=-1).min()) :])
         self.lease.close()  # what is kept is in tensors of its own now

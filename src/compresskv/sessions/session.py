@@ -152,7 +152,7 @@ class Session:
         talk.starts.append(talk.cache.get_seq_length())
         try:
             found = self._answer(
-                self.facts, talk.cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token
+                talk.facts, talk.cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token
             )
         except BaseException:  # half a turn was read
             talk.lease.close()
@@ -161,6 +161,8 @@ class Session:
         talk.answer = found.token_ids
         talk.forget_oldest(self.turns_budget)
         self._conversation = talk
+        if talk.facts is not self.facts:  # the document grew meanwhile
+            self.forget()
         return found
 
     def _begun(self, text: str, max_new_tokens: int) -> tuple[Conversation, list[int]]:
@@ -168,10 +170,9 @@ class Session:
         with ExitStack() as lease:
             document = lease.enter_context(self._lending())
             token_ids = question_tokens(self.tokenizer, document.ending, text)
-            seen = len(document.token_ids)
-            self._check_fits(seen + len(token_ids), max_new_tokens)
+            self._check_fits(len(document.token_ids) + len(token_ids), max_new_tokens)
             cache = document.branch(len(token_ids) + max_new_tokens + self.turns_budget)
-            return Conversation(cache, seen, lease=lease.pop_all()), token_ids
+            return Conversation(cache, document.facts, lease=lease.pop_all()), token_ids
 
     def forget(self) -> None:
         """End the conversation: the next turn begins a new one."""
@@ -190,7 +191,7 @@ class Session:
         """Let the document grow: `text` is read against what is kept, and cut so that the whole is within the budget.
 
         Every part has the share of the budget that it has of the tokens: of a count of tokens, earlier parts then keep
-        less. What was kept of them is not chosen anew.
+        less. What was kept of them is not chosen anew. A conversation that another thread began meanwhile is ended.
 
         Args:
             profile: as for `read`, where this was opened from a file and the method needs one.
@@ -219,6 +220,7 @@ class Session:
         read_s = document.facts.read_s + now(*devices_of(self._model)) - start
         facts = replace(document.facts, **held_by(cache, token_ids), read_s=read_s)
         self._document, self._method = Document(cache, token_ids, part.ending, facts), method
+        self.forget()  # what another thread began to say meanwhile was of the document as it was
 
     def _found_method(self, profile: Profile | str | Path | None) -> Method:
         """What the document was read with.
@@ -337,4 +339,4 @@ class Session:
 
     def resume(self, cache: CompressedCache, starts: list[int], answer: list[int]) -> None:
         """Go on with a conversation that was saved; see `Conversation`."""
-        self._conversation = Conversation(cache, self.facts.num_tokens, starts, answer)
+        self._conversation = Conversation(cache, self.facts, starts, answer)
