@@ -29,7 +29,8 @@ def test_a_killed_compile_leaves_no_folder(tmp_path: Path) -> None:
             process.send_signal(one)
             time.sleep(0.05)
         _, told = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+    # Python may hear both at once, or the second when all is cleaned up.
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGINT)
     assert "Traceback" not in told
     assert list(compiled.glob(".*.*")) == []
     assert not [path for path in compiled.iterdir() if path.is_dir()]

@@ -10,6 +10,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
+    import signal
     import sys
 
     try:
@@ -18,6 +19,9 @@ def main() -> None:
         status = run()
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except SystemExit:  # by a signal, and all is cleaned up
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise
     _let_go(interrupted=status == INTERRUPTED)
     sys.exit(status)
 

@@ -135,7 +135,7 @@ def run() -> int:
         return _refused("standard output is closed: send it to a file or to /dev/null")
     status: Any = 0
     try:
-        with ended_once(), warnings_in_one_line():
+        with ended_once(until_exit=True), warnings_in_one_line():
             status = app(prog_name="compresskv", standalone_mode=False)
         sys.stdout.flush()
     except CompressKVError as error:

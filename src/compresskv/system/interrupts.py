@@ -22,14 +22,19 @@ def interrupted_once() -> Iterator[None]:
 
 
 @contextmanager
-def ended_once() -> Iterator[None]:
+def ended_once(*, until_exit: bool = False) -> Iterator[None]:
     """`interrupted_once`; and a process that is told to end does so like one that is interrupted, cleaning up.
 
     SIGTERM and SIGHUP are a SystemExit with the code of the shells, 128 and the signal's number. What the process was
     started to ignore, as by nohup, it goes on ignoring.
+
+    Args:
+        until_exit: whether Ctrl-C stays unheard behind the `with` where a signal ended it: the process ends, too.
     """
     known = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
-    with _raised_once([one for one in known if one == signal.SIGINT or signal.getsignal(one) == signal.SIG_DFL]):
+    with _raised_once(
+        [one for one in known if one == signal.SIGINT or signal.getsignal(one) == signal.SIG_DFL], until_exit
+    ):
         yield
 
 
@@ -40,7 +45,7 @@ def hear_again() -> None:
 
 
 @contextmanager
-def _raised_once(signals: Sequence[signal.Signals]) -> Iterator[None]:
+def _raised_once(signals: Sequence[signal.Signals], until_exit: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -61,5 +66,8 @@ def _raised_once(signals: Sequence[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         _arming.remove(arm)
+        ended = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         for one, handler in before.items():
-            signal.signal(one, handler)
+            # what was ended inside of another such `with` ends that one, too
+            if not (ended and one == signal.SIGINT and (until_exit or _arming)):
+                signal.signal(one, handler)
