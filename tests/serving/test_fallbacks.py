@@ -137,11 +137,11 @@ def test_no_prompt_ends_with_a_single_token(budget: int, engine: Engine, monkeyp
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
-        chunks.extend(output.num_scheduled_tokens.values())
+        chunks.extend(num for name, num in output.num_scheduled_tokens.items() if name.startswith("single"))
         return output
 
     monkeypatch.setattr(engine.scheduler, "schedule", noted)
-    engine.add(prompt, 3, "0", budget)
+    engine.add(prompt, 3, "single", budget)
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
     assert chunks[:3] == [99, 2, 1]
