@@ -193,11 +193,14 @@ def _shaped(piece: Any, hidden: Tensor) -> Any:
 
 def _layer_in_pieces(layer_idx: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The `forward` of a decoder layer whose attention is over the whole prompt."""
+    cache = _cache()
+    if cache is None or (args and len(_ranges(args[0].shape[1])) == 1):  # every token that is decoded: quickly
+        return forward(*args, **kwargs)
     names = list(inspect.signature(forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     num_tokens = given[names[0]].shape[1]
-    ranges, cache = _ranges(num_tokens), _cache()
-    if len(ranges) == 1 or cache is None or not all(_can_cut(name, value, num_tokens) for name, value in given.items()):
+    ranges = _ranges(num_tokens)
+    if len(ranges) == 1 or not all(_can_cut(name, value, num_tokens) for name, value in given.items()):
         return forward(*args, **kwargs)
 
     def pieces() -> Iterator[Any]:
