@@ -256,10 +256,11 @@ from compresskv.models import load as models
 from compresskv.errors import ModelError
 for spec in sys.argv[1:]:
     try:
-        model, tokenizer = models.load(spec, device="cpu")
+        told = []
+        model, tokenizer = models.load(spec, device="cpu", on_progress=lambda message, _: told.append(message))
         print(type(model).__name__, tokenizer("a b").input_ids)
     except ModelError as error:
-        print(error)
+        print(error, [message for message in told if "does not answer" in message])
 """
 
 
@@ -341,6 +342,7 @@ def test_a_hub_id_is_downloaded_and_the_hubs_refusals_are_told(hub, tmp_path) ->
     assert unknown.startswith("model='org/nothing': no such folder, and no such model on the hub; check the spelling")
     assert gated.startswith("model='org/gated': a gated hub model; accept its terms there, run `hf auth login`")
     assert broken.startswith("model='org/broken': no such folder, the hub cannot be reached")
+    assert "'the hub does not answer: try 1 of 5 in 1 s', 'the hub does not answer: try 2 of 5 in 2 s'" in broken
 
 
 # --- a GGUF file ---

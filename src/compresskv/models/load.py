@@ -11,7 +11,7 @@ from compresskv import defaults
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
 from compresskv.models.embedded import EMBEDDED, ensure_embedded, nearest_embedded
 from compresskv.models.gguf import check_weights, load_gguf
-from compresskv.system.progress import Progress
+from compresskv.system.progress import Progress, silent
 from compresskv.system.quiet import hush_torchao, quiet
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load(
             model, tokenizer = load_gguf(path, wanted, spec=spec)
             model.to(place)
         else:
-            model, tokenizer = _load_checkpoint(spec, path, wanted, place)
+            model, tokenizer = _load_checkpoint(spec, path, wanted, place, on_progress or silent)
     model.config._name_or_path = spec  # an embedded model's folder would mean nothing to its user
     model.eval().requires_grad_(False)
     if wanted is None:
@@ -105,7 +105,7 @@ def _locate(spec: str) -> Path | None:
 
 
 def _load_checkpoint(
-    spec: str, folder: Path | None, dtype: torch.dtype | None, device: torch.device
+    spec: str, folder: Path | None, dtype: torch.dtype | None, device: torch.device, on_progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a folder or, where that is `None`, from the hub."""
     from transformers import AutoConfig, AutoTokenizer
@@ -115,7 +115,7 @@ def _load_checkpoint(
     name = spec if folder is None else str(folder)
     # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
     source: dict[str, Any] = {"local_files_only": folder is not None, "trust_remote_code": False}
-    with quiet(downloads=folder is None):
+    with quiet(downloads=folder is None, on_retry=lambda retry: on_progress(retry, None)):
         config = AutoConfig.from_pretrained(name, **source)
         if getattr(config, "is_encoder_decoder", False):
             kind = config.model_type

@@ -2,14 +2,17 @@
 
 import contextlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 _TALKATIVE = ("torchao", "torch.utils._pytree")
 _LIBRARIES = ("transformers", "huggingface_hub")
+_RETRY = re.compile(r"([\d.]+) ?s\b.*\[Retry (\d+)/(\d+)\]")
+"""The hub client's word of another try, and the seconds until then."""
 _here = threading.local()
-"""`depth`: how many `quiet` this thread is in."""
+"""`depth`: how many `quiet` this thread is in; `on_retry`: who is told of retries."""
 
 
 def hush_torchao() -> None:
@@ -19,7 +22,7 @@ def hush_torchao() -> None:
 
 
 @contextlib.contextmanager
-def quiet(*, downloads: bool = False) -> Iterator[None]:
+def quiet(*, downloads: bool = False, on_retry: Callable[[str], None] | None = None) -> Iterator[None]:
     """Keep transformers' messages and progress bars off the terminal inside the `with`.
 
     Messages of other threads are shown as ever, and verbosity stays what the caller made it. Progress bars can only be
@@ -27,22 +30,31 @@ def quiet(*, downloads: bool = False) -> Iterator[None]:
 
     Args:
         downloads: leave the progress bars of the hub's downloads as they are.
+        on_retry: told, in place of the terminal, that the hub does not answer and is asked again.
     """
     _library_logs().get_verbosity()  # makes transformers' handler, if nothing was told yet
     for name in _LIBRARIES:
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_heard)  # once, however often it is added
     _here.depth = getattr(_here, "depth", 0) + 1
+    before, _here.on_retry = getattr(_here, "on_retry", None), on_retry
     try:
         with _LOADING_BARS.off(), contextlib.nullcontext() if downloads else _DOWNLOAD_BARS.off():
             yield
     finally:
         _here.depth -= 1
+        _here.on_retry = before
 
 
 def _is_heard(record: logging.LogRecord) -> bool:
     """Whether a library's own handler shows a message: what goes wrong in a `quiet` is raised, and told in one line."""
-    return not getattr(_here, "depth", 0) or record.levelno >= logging.CRITICAL
+    if not getattr(_here, "depth", 0) or record.levelno >= logging.CRITICAL:
+        return True
+    retry = _RETRY.search(record.getMessage())
+    if retry is not None and _here.on_retry is not None:
+        seconds, number, most = retry.groups()
+        _here.on_retry(f"the hub does not answer: try {number} of {most} in {float(seconds):.0f} s")
+    return False
 
 
 class _Switch:
