@@ -12,7 +12,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -79,35 +79,24 @@ def _activations_nbytes(model: PreTrainedModel) -> int:
     return model.dtype.itemsize * (4 * int(config.hidden_size) + max(attention, 3 * int(intermediate) * (experts or 1)))
 
 
-_lock = threading.Lock()
-_patched: dict[int, tuple[int, list[tuple[nn.Module, Any]]]] = {}
-"""id(model) -> contexts open on it, and what stood in place of its modules' own `forward`."""
-
-
-@contextmanager
-def in_pieces(model: PreTrainedModel) -> Iterator[None]:
+def let_read_in_pieces(model: PreTrainedModel) -> Callable[[], None]:
     """Let the model's layers read prompts in pieces, for caches that ask for it.
 
     Offloaded models stay as they are: each piece would load the weights anew.
+
+    Returns: what puts back how they read.
     """
-    with _lock:
-        count, replaced = _patched.get(id(model), (0, []))
-        if count == 0 and not any(parameter.is_meta for parameter in model.parameters()):
-            replaced = [_replace(module, function) for module, function in _piecewise(model)]
-        _patched[id(model)] = (count + 1, replaced)
-    try:
-        yield
-    finally:
-        with _lock:
-            count, replaced = _patched.pop(id(model))
-            if count > 1:
-                _patched[id(model)] = (count - 1, replaced)
+    is_offloaded = any(parameter.is_meta for parameter in model.parameters())
+    replaced = [] if is_offloaded else [_replace(module, function) for module, function in _piecewise(model)]
+
+    def undo() -> None:
+        for module, before in replaced:
+            if before is None:
+                del module.forward
             else:
-                for module, before in replaced:
-                    if before is None:
-                        del module.forward
-                    else:
-                        module.forward = before
+                module.forward = before
+
+    return undo
 
 
 def _replace(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, Any]:

@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from compresskv.attention.pieces import in_pieces
+from compresskv.attention.opened import Opened
+from compresskv.attention.pieces import let_read_in_pieces
 from compresskv.attention.prefill import causal_attention, causal_mask, is_faster, later_attention
 from compresskv.attention.support import BASES, CANNOT, PREFIX, check_supported
 from compresskv.errors import CacheStateError, ModelError
@@ -248,8 +249,7 @@ for _base in BASES:
     AttentionMaskInterface.register(PREFIX + _base, functools.partial(_mask, _base))
 
 
-_lock = threading.Lock()
-_routed: dict[int, tuple[int, str]] = {}  # id(config) -> (contexts open on it, the implementation to restore)
+_routed = Opened()
 
 
 @contextmanager
@@ -259,23 +259,22 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         ModelError: the model, or its attention implementation, cannot be used with a compressed cache.
     """
-    config = decoder_config(model)
-    with _lock:
-        count, original = _routed.get(id(config), (0, base_implementation(model)))  # copies made inside bear our name
-        if count == 0:
-            check_supported(model)
-            config._attn_implementation = PREFIX + original
-        _routed[id(config)] = (count + 1, original)
-    try:
-        with in_pieces(model):
-            yield
-    finally:
-        with _lock:
-            count, original = _routed.pop(id(config))
-            if count > 1:
-                _routed[id(config)] = (count - 1, original)
-            elif is_routed(config):  # else it was set anew inside, and is meant to stay
-                config._attn_implementation = original
+    with _routed.on(decoder_config(model), lambda: _route(model)):
+        yield
+
+
+def _route(model: PreTrainedModel) -> Callable[[], None]:
+    check_supported(model)
+    config, original = decoder_config(model), base_implementation(model)  # copies made inside bear our name
+    undo_pieces = let_read_in_pieces(model)
+    config._attn_implementation = PREFIX + original
+
+    def undo() -> None:
+        undo_pieces()
+        if is_routed(config):  # else it was set anew inside, and is meant to stay
+            config._attn_implementation = original
+
+    return undo
 
 
 def check_routable(model: PreTrainedModel) -> None:
@@ -284,9 +283,7 @@ def check_routable(model: PreTrainedModel) -> None:
     Raises:
         ModelError: as for `routing`.
     """
-    with _lock:
-        is_open = id(decoder_config(model)) in _routed
-    if not is_open:
+    if decoder_config(model) not in _routed:
         check_supported(model)
 
 

@@ -113,7 +113,7 @@ class RoutedCache(Cache):
         super().__init__(layers=layers)
         self._first_layer = next(index for index, layer in enumerate(layers) if isinstance(layer, DynamicLayer))
         self.piece_tokens: int | None = None
-        """Tokens that a layer reads at once, inside of `in_pieces`; None: all."""
+        """Tokens that a layer reads at once, inside of `routing`; None: all."""
 
     @contextmanager
     def reading_piece(self, layer_idx: int, num_before: int, num_after: int) -> Iterator[None]:

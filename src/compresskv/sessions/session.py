@@ -6,24 +6,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.state import cache_state
-from compresskv.compiled.decoding import CompiledDecoding
-from compresskv.compiled.modes import AUTO, NEVER, check_mode
+from compresskv.compiled.modes import AUTO
 from compresskv.errors import CacheStateError, ProfileError, PromptError, SessionError
-from compresskv.generation import Generation, GenerationStats, speak
+from compresskv.generation import Generation
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.registry import parse_methods
-from compresskv.models.decoding import OnToken, end_tokens, prefill
-from compresskv.models.place import devices_of, input_device
+from compresskv.models.decoding import OnToken, end_tokens
+from compresskv.models.place import devices_of
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import room_for_prompt
 from compresskv.prompts.turns import Ending, next_part, question_tokens, turn_tokens
+from compresskv.sessions.answering import Answering, Asked
 from compresskv.sessions.conversation import TURNS_BUDGET, Conversation
 from compresskv.sessions.document import Document, Lent
 from compresskv.sessions.facts import Facts
@@ -53,7 +51,7 @@ class Session:
         self._method = method
         self._conversation: Conversation | None = None
         self._lent = threading.Lock()
-        self._eager_s = 0.0
+        self._answering = Answering(model, tokenizer)
         self.turns_budget = TURNS_BUDGET
         """Tokens of turns that a conversation keeps: where it has more, the oldest turns are forgotten until half of
         that is left."""
@@ -111,15 +109,12 @@ class Session:
             ConfigError: a value out of range.
             PromptError: an empty question, or one that does not fit into the model's context.
         """
-        check_mode(compile)
-        start = now(*devices_of(self._model))
+        asked = Asked(now(*devices_of(self._model)), max_new_tokens, compile, on_text, on_token, on_compile)
         with self._lending() as document:
             token_ids = question_tokens(self.tokenizer, document.ending, question)
             self._check_fits(len(document.token_ids) + len(token_ids), max_new_tokens)
             cache = document.branch(len(token_ids) + max_new_tokens)
-            return self._answer(
-                document.facts, cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token
-            )
+            return self._answering.answer(document.facts, cache, token_ids, asked)
 
     def say(
         self,
@@ -140,8 +135,7 @@ class Session:
         Raises:
             ConfigError, PromptError: as for `ask`; or the model's chat template takes no conversation.
         """
-        check_mode(compile)
-        start = now(*devices_of(self._model))
+        asked = Asked(now(*devices_of(self._model)), max_new_tokens, compile, on_text, on_token, on_compile)
         talk = self._conversation
         if talk is None:
             talk, token_ids = self._begun(text, max_new_tokens)
@@ -151,9 +145,7 @@ class Session:
             self._check_fits(talk.cache.get_seq_length() + len(token_ids), max_new_tokens)
         talk.starts.append(talk.cache.get_seq_length())
         try:
-            found = self._answer(
-                talk.facts, talk.cache, token_ids, start, max_new_tokens, compile, on_compile, on_text, on_token
-            )
+            found = self._answering.answer(talk.facts, talk.cache, token_ids, asked)
         except BaseException:  # half a turn was read
             talk.lease.close()
             self._conversation = None
@@ -248,66 +240,6 @@ class Session:
         finally:
             if alone:
                 self._lent.release()
-
-    def _answer(
-        self,
-        facts: Facts,
-        cache: CompressedCache,
-        token_ids: list[int],
-        start: float,
-        max_new_tokens: int,
-        compile: str,
-        on_compile: Progress | None,
-        on_text: Callable[[str], None] | None,
-        on_token: OnToken | None,
-    ) -> Generation:
-        model, device = self._model, input_device(self._model)
-        cache.num_compiled_steps, cache.compile_s = 0, 0.0  # of this answer alone, in a conversation too
-        with routing(model), self._decoding(cache, compile, on_compile) as prepare:
-            logits = prefill(model, torch.tensor([token_ids], device=device), cache)
-            cache.check_attended()
-            prefill_s = now(*devices_of(model)) - start
-            answered = speak(
-                model,
-                self.tokenizer,
-                cache,
-                int(logits.argmax()),
-                max_new_tokens,
-                start=start,
-                prepare=prepare,
-                on_text=on_text,
-                on_token=on_token,
-            )
-        num_said = len(answered.token_ids) - 1  # read, of the answer
-        stats = GenerationStats(
-            method=facts.method,
-            budget=facts.budget,
-            store=facts.store,
-            prompt_tokens=cache.get_seq_length() - num_said,
-            truncated_tokens=0,
-            retained_per_layer=[layer.num_retained - num_said for layer in cache.compressed_layers],
-            kv_nbytes_full=facts.kv_nbytes_full,
-            kv_nbytes=facts.kv_nbytes,
-            prefill_s=prefill_s,
-            **answered.cost(model, cache),
-        )
-        return Generation(answered.text, answered.token_ids, stats)
-
-    @contextmanager
-    def _decoding(
-        self, cache: CompressedCache, compile: str, on_progress: Progress | None
-    ) -> Iterator[Callable[[], None]]:
-        """Steps are compiled where that is asked for; what to call before the first one.
-
-        With 'auto' a step is loaded once decoding has taken as long, all answers together.
-        """
-        if compile == NEVER:
-            yield lambda: None
-            return
-        with CompiledDecoding(self._model, cache, compile, on_progress) as compiled:
-            compiled.eager_s = self._eager_s
-            yield compiled.prepare
-            self._eager_s = compiled.eager_s
 
     def _check_fits(self, num_tokens: int, max_new_tokens: int) -> None:
         """Refuse what would go beyond the model's positions.
