@@ -160,7 +160,8 @@ class TestShowImportVerify:
         args = ["profile", "import", "--heads", str(heads), "--layers", str(layers), "--model"]
 
         imported = call(*args, "model")
-        assert (imported.code, imported.err) == (0, "")
+        assert imported.code == 0
+        assert imported.err.startswith("It holds ranks within layers: blend and vote")
         assert read_profile(imported.out.strip()).top_heads(1, 2) == [2, 0]
         shown = call("profile", "show", imported.out.strip())
         assert (shown.code, shown.err) == (0, "")
@@ -173,6 +174,48 @@ class TestShowImportVerify:
         assert_refused(call(*args, str(tmp_path)), "its shape cannot be read")
         heads.write_text('{"0": [0, 1, 2, 3]}', encoding="utf-8")
         assert_refused(call(*args, "model"), "layers.jsonl")
+
+    def test_import_with_head_scores_serves_methods_that_compare_layers(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        heads, layers, scores = (tmp_path / name for name in ("heads.json", "layers.jsonl", "scores.json"))
+        heads.write_text(json.dumps({str(layer): [2, 1, 0, 3] for layer in range(3)}), encoding="utf-8")
+        layers.write_text(json.dumps({"avg_score": [0.2, 0.4, 0.4]}), encoding="utf-8")
+        means = {f"{layer}-{head}": float((layer, head) in planted.COPYING) for layer in range(3) for head in range(4)}
+        scores.write_text(json.dumps({"kind": "traditional", "runs": 7, "mean": means}), encoding="utf-8")
+        args = ["profile", "import", "--heads", str(heads), "--layers", str(layers), "--model", "model"]
+
+        ranks_alone = call(*args)
+        assert ranks_alone.code == 0
+        assert "ranked within each layer only" in call("profile", "show", ranks_alone.out.strip()).out
+        asked = ["ask", "doc.txt", QUESTION, "--model", "model", "--method", "vote", "--budget", "128"]
+        assert_refused(call(*asked), "ranks within layers", "import head scores")
+
+        imported = call(*args, "--head-scores", str(scores))
+        assert (imported.code, imported.err) == (0, "")
+        shown = call("profile", "show", imported.out.strip()).out
+        assert "best heads (mean of 7 runs)" in shown
+        assert re.search(r"1 +1 +2 +1\.000", shown)
+        assert call(*asked).out == f"{ANSWER}\n"
+        verified = call(*self.verify(imported.out.strip(), "--counts", "2", "--json"))
+        rows = {(row["masked"], row["heads"]): row["accuracy"] for row in json.loads(verified.out)}
+        assert rows["traditional", 2] == 0
+        assert ("semantic", 2) not in rows
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            ([], "--heads is missing"),
+            (["--heads", "h.json"], "--layers is missing"),
+            (["--heads", "h.json", "--layers", "l.json"], "--model is missing"),
+            (["--folder", "x"], "--folder 'x' holds files of a --published NAME"),
+            (["--published", "GPT-5"], "--published 'GPT-5' is none of Llama-3.1-8B-Instruct,"),
+            (["--published", "Qwen2.5-7B-Instruct", "--layers", "l.json"], "--layers 'l.json' cannot be given beside"),
+            (["--published", "Qwen2.5-7B-Instruct", "--folder", "x"], "_head_idx.json': No such file"),
+        ],
+    )
+    def test_import_refuses_what_does_not_fit(self, call: Callable[..., Result], args: list[str], words: str) -> None:
+        assert_refused(call("profile", "import", *args), words)
 
     def verify(self, *args: str) -> list[str]:
         given = ["--needles", "needles.json", "--haystack", "haystack.txt", "--length", "256", "--documents", "1"]

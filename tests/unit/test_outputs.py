@@ -24,7 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench.bench,
     "profile find": profile.find,
     "profile show": profile.show,
-    "profile import": profile.import_,
+    "profile import": profile.import_profile,
     "profile verify": profile.verify,
 }
 WRITTEN = {("eval", "output"): "records.jsonl", ("profile show", "plot"): "layer_budgets.png"}

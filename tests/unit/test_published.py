@@ -1,26 +1,33 @@
 """Profiles out of the published files, and which models they are used for."""
 
+import functools
 import json
 import math
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import planted
 from compresskv.calibration import plots
+from compresskv.compression import compressing
 from compresskv.errors import CompressKVError, ModelError, ProfileError
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import load
-from compresskv.profiles import store
+from compresskv.profiles import authors, store
+from compresskv.profiles.authors import published_files
 from compresskv.profiles.profile import Profile, combined, l1_normalised, read_profile
 from compresskv.profiles.published import import_published
 from compresskv.profiles.store import default_path, resolve_profile, user_folder, write_profile
 from compresskv.selection.budgets import error_aware
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_profiles"
-PUBLISHED_MODELS = ["Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"]
+PUBLISHED_MODELS = ["Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3", "Qwen2.5-7B-Instruct"]
 
 HEADS = {"0": [3, 1, 0, 2], "1": [2, 0, 1, 3], "2": [0, 1, 2, 3]}
 ERRORS = {"one": [2.0, 1.0, 1.0], "two": [0.1, 0.2, 0.7], "avg_score": [0.3, 0.225, 0.475]}
@@ -37,6 +44,16 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty user's cache, and nothing shipped."""
     monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "_SHIPPED", tmp_path / "none")
+
+
+RUNS = {f"{layer}-{head}": [0.125 * (layer + 1), 0.25 * head, 0.0, 0.0] for layer in range(3) for head in range(4)}
+"""Raw scores of each run, as the authors have them."""
+
+
+def write_scores(folder: Path, content: Any = RUNS) -> Path:
+    path = folder / "scores.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
 
 
 def write_pair(folder: Path, heads: Any = HEADS, errors: Any = ERRORS) -> tuple[Path, Path]:
@@ -61,22 +78,28 @@ def assert_is_what_the_files_say(profile: Profile, heads: dict[str, list[int]], 
         assert sum(tokens) == budget * len(average)
         assert max(tokens) <= 3 * budget
     assert profile.num_runs == 0
-    assert profile.traditional_scores is None
     assert profile.fingerprint.weights is None
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here: ../shared/data is absent")
 @pytest.mark.parametrize("name", PUBLISHED_MODELS)
 def test_the_published_files(name: str, tmp_path: Path) -> None:
-    """Both models' shapes are known: nothing is fetched."""
+    """Their shapes are known: nothing is fetched."""
     heads, layers = PUBLISHED / f"{name}_head_idx.json", PUBLISHED / f"{name}_layer_score.jsonl"
-    profile = import_published(heads, layers, f"some-org/{name}")
+    with published_files(name, PUBLISHED) as (_, _, scores):
+        profile = import_published(heads, layers, f"some-org/{name}", scores)
     assert_is_what_the_files_say(profile, json.loads(heads.read_text()), json.loads(layers.read_text()))
-    assert (profile.model_id, len(profile.layer_indices)) == (f"some-org/{name}", 32)
     shape = profile.fingerprint
-    assert (shape.num_layers, shape.num_query_heads, shape.num_kv_heads, shape.head_dim) == (32, 32, 8, 128)
+    assert (profile.model_id, len(profile.layer_indices)) == (f"some-org/{name}", shape.num_layers)
     write_profile(profile, tmp_path / "profile.json")
     assert read_profile(tmp_path / "profile.json") == profile
+    if scores is None:
+        assert profile.comparable_scores is None
+    else:
+        means = json.loads(scores.read_text())["mean"]
+        layer, head = max(means, key=lambda place: means[place]).split("-")
+        assert profile.best_heads[0] == (int(layer), int(head))
+        assert profile.comparable_scores_of(int(layer))[int(head)] == means[f"{layer}-{head}"]
 
 
 def test_a_pair_for_a_models_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -95,6 +118,121 @@ def test_without_an_average_it_is_computed(model_folder: Path, tmp_path: Path) -
 def test_an_average_alone_is_enough(model_folder: Path, tmp_path: Path) -> None:
     profile = import_published(*write_pair(tmp_path, errors={"avg_score": [4, 0, 4]}), str(model_folder))
     assert (profile.layer_errors, profile.layer_errors_by_set) == ((0.5, 0.0, 0.5), {})
+
+
+class TestHeadScores:
+    @pytest.mark.parametrize("as_means", [False, True])
+    def test_they_compare_heads_of_all_layers(self, model_folder: Path, tmp_path: Path, as_means: bool) -> None:
+        means = {place: sum(scores) / 4 for place, scores in RUNS.items()}
+        content = {"kind": "traditional", "runs": 4, "mean": means} if as_means else RUNS
+        pair, scores = write_pair(tmp_path), write_scores(tmp_path, content)
+        profile = import_published(*pair, str(model_folder), scores)
+        assert_is_what_the_files_say(profile, HEADS, ERRORS)  # the order within a layer is that of the semantic ranks
+        assert profile.best_heads[:5] == [(2, 3), (1, 3), (0, 3), (2, 2), (1, 2)]
+        assert profile.comparable_scores_of(1) == pytest.approx([0.0625, 0.125, 0.1875, 0.25])
+        assert profile.kv_head_weights(1) == pytest.approx([0.125 / 0.28125, 0.25 / 0.28125])
+        assert profile.provenance["imported_from"] == ["heads.json", "layers.jsonl", "scores.json"]
+        assert profile.provenance["traditional_runs"] == 4
+        write_profile(profile, tmp_path / "profile.json")
+        assert read_profile(tmp_path / "profile.json") == profile
+
+    @pytest.mark.parametrize("name", ["blend", "vote"])
+    def test_methods_that_compare_layers_run_by_them(self, model_folder: Path, tmp_path: Path, name: str) -> None:
+        model, _ = load(str(model_folder), device="cpu")
+        bare = import_published(*write_pair(tmp_path), str(model_folder))
+        with pytest.raises(ProfileError, match="import head scores, too"):
+            compressing(model, name, 40, profile=bare)
+        scored = import_published(*write_pair(tmp_path), str(model_folder), write_scores(tmp_path))
+        with compressing(model, name, 40, profile=scored) as cache:
+            model(torch.arange(100)[None] % 50, past_key_values=cache)
+        kept = [layer.mean_retained for layer in cache.compressed_layers]
+        assert sum(kept) == pytest.approx(120)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "no JSON",
+            "[]",
+            '{"0-0": 1}',
+            '{"mean": [1]}',
+            json.dumps({"kind": "semantic", "runs": 1, "mean": dict.fromkeys(RUNS, 1.0)}),
+            json.dumps({"kind": "traditional", "runs": "many", "mean": dict.fromkeys(RUNS, 1.0)}),
+            *(
+                json.dumps({**RUNS, "1-2": bad})
+                for bad in (None, [], ["much"], [-1.0], [math.nan], [math.inf], [10**400])
+            ),
+            json.dumps({place: scores for place, scores in RUNS.items() if place != "1-2"}),
+            json.dumps({**RUNS, "3-0": [1.0]}),
+            json.dumps({place: [0.0, 0.0] for place in RUNS}),
+        ],
+    )
+    def test_malformed_scores(self, model_folder: Path, tmp_path: Path, content: str) -> None:
+        pair, scores = write_pair(tmp_path), write_scores(tmp_path, content)
+        with pytest.raises(ProfileError) as caught:
+            import_published(*pair, str(model_folder), scores)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"head_scores={str(scores)!r}")
+
+
+class TestByName:
+    """Files from a server on this machine, which has them where the authors do."""
+
+    @pytest.fixture
+    def served(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        class Quiet(SimpleHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+        folder = tmp_path / "served"
+        with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            monkeypatch.setattr(authors, "_ADDRESS", f"http://127.0.0.1:{server.server_address[1]}")
+            yield folder
+            server.shutdown()
+            thread.join()
+
+    def write(self, folder: Path, name: str) -> None:
+        shape = authors.find_published(name).shape
+        layers, heads = range(shape.num_layers), range(shape.num_query_heads)
+        (folder / "scores").mkdir(parents=True)
+        scores = folder / "Retrieval_Head_Identification" / "head_score" / f"{name}.json"
+        scores.parent.mkdir(parents=True)
+        ranked = {str(layer): list(reversed(heads)) for layer in layers}
+        (folder / "scores" / f"{name}_head_idx.json").write_text(json.dumps(ranked))
+        (folder / "scores" / f"{name}_layer_score.jsonl").write_text(json.dumps({"avg_score": [1.0] * len(layers)}))
+        scores.write_text(json.dumps({f"{layer}-{head}": [layer, head] for layer in layers for head in heads}))
+
+    @pytest.mark.parametrize("name", PUBLISHED_MODELS)
+    def test_all_that_was_published_is_fetched(self, served: Path, name: str) -> None:
+        published = authors.find_published(name)
+        self.write(served / published.commit, name)
+        with published_files(published.hub_id) as (heads, layers, scores):
+            profile = import_published(heads, layers, published.hub_id, scores)
+        assert profile.top_heads(3, 1) == [published.shape.num_query_heads - 1]
+        assert (profile.comparable_scores is not None) == published.has_head_scores
+        assert not heads.exists()
+
+    def test_a_file_that_is_not_there_is_told_in_one_line(self, served: Path) -> None:
+        name = PUBLISHED_MODELS[0]
+        self.write(served / authors.find_published(name).commit, name)
+        next(served.glob("*/scores/*_layer_score.jsonl")).unlink()
+        message = self.refused(name)
+        assert message.startswith(f"published={name!r}: http://127.0.0.1:")
+        assert "_layer_score.jsonl cannot be fetched (File not found)" in message
+
+    def test_without_a_network_the_folder_is_told_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(authors, "_ADDRESS", "http://127.0.0.1:9")
+        assert self.refused(PUBLISHED_MODELS[1]).endswith("have its files in a folder and give folder=FOLDER")
+
+    def test_an_unknown_name(self) -> None:
+        assert self.refused("Llama-2") == f"published='Llama-2' is none of {', '.join(PUBLISHED_MODELS)}"
+
+    def refused(self, name: str) -> str:
+        with pytest.raises(ProfileError) as caught, published_files(name):
+            pass
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
 
 class TestUse:

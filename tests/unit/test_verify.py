@@ -238,7 +238,7 @@ class TestRefusals:
     def test_an_imported_profile(self, settings: VerifySettings) -> None:
         """Its ranks within each layer do not say which heads are the model's best."""
         imported = replace(profile_of([planted.WIDE]), num_runs=0)
-        with pytest.raises(ProfileError, match="imported") as caught:
+        with pytest.raises(ProfileError, match="ranks within layers") as caught:
             verify_profile(planted.model(), planted.tokenizer(), imported, settings)
         assert "\n" not in str(caught.value)
 

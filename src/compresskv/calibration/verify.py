@@ -28,7 +28,7 @@ from compresskv.calibration.needles import (
 )
 from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import MaskedLayer
-from compresskv.errors import ConfigError, ProfileError
+from compresskv.errors import ConfigError
 from compresskv.models.decoding import end_tokens, last_logits, prefill
 from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config
@@ -103,10 +103,11 @@ def verify_profile(
     The document is read whole; heads are masked, at the attention's output, from the question on. A case counts as
     answered by the needle's words that the question does not hold: a model that can only echo the question fails.
 
-    Returns: no head masked, then for each count the semantic, traditional and random heads.
+    Returns: no head masked, then for each count the semantic, traditional and random heads; of the first two, those
+        that the profile has scores of.
     Raises:
         ConfigError: fewer heads to mask than one or more than the model has, or a length above the model's context.
-        ProfileError: the haystack is too short.
+        ProfileError: the haystack is too short, or the profile holds ranks within layers alone.
     """
     settings = settings or VerifySettings()
     limit = context_length(model)
@@ -136,24 +137,21 @@ def verify_profile(
 
 
 def _groups(profile: Profile, settings: VerifySettings) -> Iterator[tuple[str, int, list[Head]]]:
-    if not profile.num_runs:
-        raise ProfileError(
-            f"the profile of {profile.model_id} was imported and ranks heads within each layer only: "
-            "nothing says which are the model's best; make a measured one with 'compresskv profile'"
-        )
-    semantic = profile.semantic_heads
+    semantic = profile.ranked_heads(profile.semantic_scores) if profile.num_runs else None
     traditional = None if profile.traditional_scores is None else profile.ranked_heads(profile.traditional_scores)
-    if not settings.counts or not all(1 <= count <= len(semantic) for count in settings.counts):
-        problem = f"must lie between 1 and the model's {len(semantic)} heads"
+    heads = profile.best_heads
+    if not settings.counts or not all(1 <= count <= len(heads) for count in settings.counts):
+        problem = f"must lie between 1 and the model's {len(heads)} heads"
         raise ConfigError(problem, option="counts", value=settings.counts)
     draw = random.Random(settings.seed)
     yield "none", 0, []
     for count in settings.counts:
-        yield "semantic", count, semantic[:count]
+        if semantic is not None:
+            yield "semantic", count, semantic[:count]
         if traditional is not None:
             yield "traditional", count, traditional[:count]
         for _ in range(settings.random_draws):
-            yield "random", count, draw.sample(semantic, count)
+            yield "random", count, draw.sample(heads, count)
 
 
 def _answered(

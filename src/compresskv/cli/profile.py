@@ -19,6 +19,7 @@ from compresskv.cli.options import (
     parse_numbers,
 )
 from compresskv.cli.outputs import check_outputs
+from compresskv.cli.profile_import import IMPORT_EPILOG, import_profile
 from compresskv.cli.profile_tables import answers, layer_table, print_heads
 from compresskv.cli.terminal import Bar, counted, err, new_table, out
 from compresskv.errors import ProfileError
@@ -72,11 +73,6 @@ _SHOW_EPILOG = f"""\b
 Examples:
   compresskv profile show {defaults.MODEL}
   compresskv profile show my-profile.json --budget 128 --plot figures
-"""
-_IMPORT_EPILOG = """\b
-Example:
-  compresskv profile import --heads heads.json --layers layers.json \\
-      --model org/name
 """
 _VERIFY_EPILOG = f"""\b
 Examples:
@@ -178,24 +174,7 @@ def show(
         err.print(f"figures: {plot / 'head_scores.png'}, {plot / 'layer_budgets.png'}")
 
 
-@profile_app.command("import", epilog=_IMPORT_EPILOG)
-def import_(
-    heads: Annotated[Path, typer.Option(help="JSON: for each layer, query heads, best first.")],
-    layers: Annotated[Path, typer.Option(help="JSON: for each data set, an error for each layer.")],
-    model: Annotated[str, typer.Option(help="The id that the model is loaded by, such as org/Llama-3.1-8B-Instruct.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
-) -> None:
-    """Make a profile from the files published with CompressKV."""
-    check_outputs({"output": output}, {"heads": heads, "layers": layers, "model": model})
-    if output is not None:
-        check_writable("output", output)
-    from compresskv.profiles import store
-    from compresskv.profiles.published import import_published
-
-    imported = import_published(heads, layers, model)
-    path = output or store.user_folder() / f"imported-{model.replace('/', '--')}.json"
-    store.write_profile(imported, path)
-    out.print(str(path))
+profile_app.command("import", epilog=IMPORT_EPILOG)(import_profile)
 
 
 @profile_app.command(epilog=_VERIFY_EPILOG)

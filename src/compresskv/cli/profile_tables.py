@@ -12,14 +12,18 @@ if TYPE_CHECKING:
 
 def print_heads(profile: "Profile") -> None:
     """The twenty best heads, or that an imported profile does not know them."""
-    if not profile.num_runs:
+    if profile.comparable_scores is None:
         out.print(f"{profile.model_id}: imported; its heads are ranked within each layer only")
         return
-    scores = dict(zip(profile.layer_indices, profile.semantic_scores, strict=True))
-    out.print(f"{profile.model_id}: best heads (mean of {counted(profile.num_runs, 'run')})")
-    columns = ("rank", "layer", "head", "semantic score")
+    scores = dict(zip(profile.layer_indices, profile.comparable_scores, strict=True))
+    num_runs, kind = profile.num_runs, "semantic"
+    if not num_runs:
+        num_runs, kind = profile.provenance.get("traditional_runs") or 0, "traditional"
+    mean = f" (mean of {counted(num_runs, 'run')})" if num_runs else ""
+    out.print(f"{profile.model_id}: best heads{mean}")
+    columns = ("rank", "layer", "head", f"{kind} score")
     table = new_table(*columns, numbers=columns)
-    for rank, (layer, head) in enumerate(profile.semantic_heads[:20], start=1):
+    for rank, (layer, head) in enumerate(profile.best_heads[:20], start=1):
         table.add_row(str(rank), str(layer), str(head), f"{scores[layer][head]:.3f}")
     out.print(table, soft_wrap=False)
 

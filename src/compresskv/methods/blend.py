@@ -27,8 +27,8 @@ class Blend(CAKE):
 
     Local scores are CAKE's (attention from the window, and its variance), without pooling, times the norm of the
     token's value, divided by their mean sum over the layer's KV heads. The vote (see `Vote`) sums to 1; in a KV head it
-    is weighted by `vote_weight` times the best semantic retrieval score among the query heads that read it, divided by
-    the model's best.
+    is weighted by `vote_weight` times the best retrieval score among the query heads that read it, divided by the
+    model's best: the semantic score, or in imported profiles the traditional one.
 
     The budgets of `settled_layers` layers are dealt to all layers by the profile's eviction errors, whatever the
     prompt, and the rest by CAKE's preferences: where few layers attend in full, no prompt can starve one of them. The

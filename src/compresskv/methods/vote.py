@@ -67,7 +67,7 @@ class Vote(Method):
 
     def reads_layer(self, layer_idx: int) -> bool:
         """All layers where local attention counts, else those of the retrieval heads."""
-        best = needed_profile(self.name, self.profile).semantic_heads[: self.num_heads]
+        best = needed_profile(self.name, self.profile).best_heads[: self.num_heads]
         return self.local_weight > 0 or any(layer == layer_idx for layer, _ in best)
 
     def observe(self, inputs: LayerInputs) -> Observation:
@@ -105,20 +105,20 @@ def layer_vote(
 ) -> Tensor | None:
     """(B, 1, T): the votes of a layer's heads that are among the model's `num_heads` best; None where none of them is.
 
-    Each head's window attention is pooled and normalised to sum 1, and counts by the head's semantic retrieval score.
+    Each head's window attention is pooled and normalised to sum 1, and counts by the head's retrieval score.
 
     Args:
         all_heads: whether the attention of all the layer's heads is needed anyway.
     """
     first, num_here = inputs.first_head, inputs.query_window.shape[1]
-    best = profile.semantic_heads[:num_heads]
+    best = profile.best_heads[:num_heads]
     heads = [head - first for layer, head in best if layer == inputs.layer_idx and first <= head < first + num_here]
     if not heads:
         return None
     attention = inputs.attention_moments[0][:, heads] if all_heads else inputs.attention_sums(heads)
     pooled = pool(attention, kernel_size)
     own = summing_to_one(without_padding(pooled, inputs.valid))  # (B, n, T)
-    scores = profile.semantic_scores[profile.layer_indices.index(inputs.layer_idx)]
+    scores = profile.comparable_scores_of(inputs.layer_idx)
     weights = own.new_tensor([scores[first + head] for head in heads])
     return (own * weights[:, None]).sum(dim=1, keepdim=True)
 

@@ -21,6 +21,11 @@ from compresskv.system.convert import convert
 FORMAT = "compresskv-profile"
 VERSION = 1
 
+RANKS_ALONE = (
+    "holds ranks within layers: import head scores, too ('compresskv profile import'), or measure one with "
+    "'compresskv profile MODEL'"
+)
+
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -53,9 +58,9 @@ class Profile:
     semantic_scores: Rows
     """(L, H_q): mean semantic retrieval score of each query head."""
     traditional_scores: Rows | None
-    """(L, H_q): mean traditional retrieval score; None in imported profiles."""
+    """(L, H_q): mean traditional retrieval score; None in profiles that were imported without."""
     num_runs: int
-    """Runs that the means are over; 0 in imported profiles, whose scores are ranks."""
+    """Runs that the semantic scores are means over; 0 in imported profiles, where they are ranks within a layer."""
     layer_errors_by_set: dict[str, tuple[float, ...]]
     """For each calibration set, (L,) eviction errors, L1-normalised."""
     layer_errors: tuple[float, ...]
@@ -87,7 +92,9 @@ class Profile:
                     f"does not have {num_heads} heads in each layer",
                 )
                 _check(all(map(_usable, rows)), name, "holds a number that is negative, NaN or infinite")
-        _check(any(any(row) for row in self.semantic_scores), "semantic_scores", "holds only zeros")
+        for name in ("semantic_scores", *(() if self.num_runs else ("traditional_scores",))):
+            rows = getattr(self, name)
+            _check(rows is None or any(map(any, rows)), name, "holds only zeros")
         for name, errors in [*self.layer_errors_by_set.items(), ("combined", self.layer_errors)]:
             where = f"layer_errors.{name}"
             _check(len(errors) == num_layers, where, f"has {len(errors)} layers instead of {num_layers}")
@@ -142,20 +149,47 @@ class Profile:
         heads.sort(key=lambda place: -scores[place[0]][place[1]])
         return [(self.layer_indices[row], head) for row, head in heads]
 
-    @cached_property
-    def semantic_heads(self) -> list[tuple[int, int]]:
-        """All (layer of the model, head), best semantic retrieval heads first."""
-        return self.ranked_heads(self.semantic_scores)
+    @property
+    def comparable_scores(self) -> Rows | None:
+        """(L, H_q): scores by which heads of different layers compare; None where there are ranks within layers alone.
 
-    def kv_head_weights(self, layer_idx: int) -> list[float]:
-        """For each KV head of a layer, the best semantic score of the query heads that read it; the model's best is 1.
+        They are the semantic ones where these were measured, and the traditional ones of imported profiles.
+        """
+        return self.semantic_scores if self.num_runs else self.traditional_scores
+
+    @cached_property
+    def best_heads(self) -> list[tuple[int, int]]:
+        """All (layer of the model, head), best first by `comparable_scores`.
 
         Raises:
-            ProfileError: the profile has no such layer.
+            ProfileError: there are none.
         """
-        scores = self._layer_scores(layer_idx)
+        return self.ranked_heads(self._comparable)
+
+    @property
+    def _comparable(self) -> Rows:
+        scores = self.comparable_scores
+        if scores is None:
+            raise ProfileError(f"the profile of {self.model_id} {RANKS_ALONE}")
+        return scores
+
+    def comparable_scores_of(self, layer_idx: int) -> tuple[float, ...]:
+        """(H_q,): those of one layer.
+
+        Raises:
+            ProfileError: the profile has no such layer, or none.
+        """
+        return self._comparable[self._row(layer_idx)]
+
+    def kv_head_weights(self, layer_idx: int) -> list[float]:
+        """For each KV head of a layer, the best score of the query heads that read it; the model's best is 1.
+
+        Raises:
+            ProfileError: as for `comparable_scores_of`.
+        """
+        scores = self.comparable_scores_of(layer_idx)
         groups = self.fingerprint.num_query_heads // self.fingerprint.num_kv_heads
-        best = max(score for row in self.semantic_scores for score in row)
+        best = max(score for row in self._comparable for score in row)
         return [max(scores[head : head + groups]) / best for head in range(0, len(scores), groups)]
 
     @cached_property
@@ -261,9 +295,8 @@ def needed_profile(name: str, profile: Profile | None, *, across_layers: bool = 
     """
     if profile is None:
         raise ProfileError(f"method {name!r} needs a profile of the model: make one with 'compresskv profile MODEL'")
-    if across_layers and profile.num_runs == 0:
+    if across_layers and profile.comparable_scores is None:
         raise ProfileError(
-            f"method {name!r} compares heads of different layers, but the profile of {profile.model_id} holds ranks "
-            "within layers: measure one with 'compresskv profile MODEL'"
+            f"method {name!r} compares heads of different layers, but the profile of {profile.model_id} {RANKS_ALONE}"
         )
     return profile

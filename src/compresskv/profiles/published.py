@@ -1,7 +1,8 @@
 """Profiles from the files that were published with CompressKV: ranked heads per layer, errors per data set.
 
 So users of those models need not calibrate. The files hold ranks, not scores, and nothing that identifies the
-weights: an imported profile is taken on the model's name and shape.
+weights: an imported profile is taken on the model's name and shape. Raw traditional scores, where there are any, say
+how heads of different layers compare.
 """
 
 import json
@@ -13,26 +14,23 @@ from transformers import AutoConfig
 
 from compresskv.errors import ModelError, ProfileError, first_line
 from compresskv.models.fingerprint import Fingerprint, of_shape
-from compresskv.profiles.profile import Profile, combined, l1_normalised
+from compresskv.profiles.authors import PUBLISHED
+from compresskv.profiles.profile import Profile, Rows, combined, l1_normalised
 from compresskv.system.quiet import quiet
 
 _AVERAGE = "avg_score"
+_KIND = "traditional"
 
 
-# Known without a download: the two models whose files were published.
-_KNOWN = {
-    "Llama-3.1-8B-Instruct": Fingerprint("llama", 32, 32, 8, 128, 128256),
-    "Mistral-7B-Instruct-v0.3": Fingerprint("mistral", 32, 32, 8, 128, 32768),
-}
-
-
-def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
-    """A profile from a pair of published files.
+def import_published(heads: Path, layers: Path, model_id: str, head_scores: Path | None = None) -> Profile:
+    """A profile from published files.
 
     Args:
         heads: JSON, {layer: [query heads, best first]}.
         layers: JSON, {data set: [error of each layer], "avg_score": [...]}; `avg_score` is computed where missing.
         model_id: the hub id or folder that the model is loaded by.
+        head_scores: JSON, raw traditional retrieval scores: {"layer-head": [score of each run]}, or their means as
+            {"kind": "traditional", "runs": number, "mean": {"layer-head": score}}; every head once.
     Raises:
         ProfileError: a file is missing, malformed, or they disagree; the message names the file.
         ModelError: the model's shape is neither known nor to be had from the hub.
@@ -42,6 +40,13 @@ def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
     num_heads = len(rankings[0])
     average = errors.pop(_AVERAGE, None)
     by_set = {name: l1_normalised(row) for name, row in errors.items()}
+    provenance: dict[str, Any] = {
+        "imported_from": [path.name for path in (heads, layers, head_scores) if path is not None],
+        "semantic_scores": "ranks within each layer, 1 for the best head: not comparable across layers",
+    }
+    traditional: Rows | None = None
+    if head_scores is not None:
+        traditional, provenance["traditional_runs"] = _read_scores(head_scores, len(rankings), num_heads)
     shape = _shape(model_id)
     if (len(rankings), num_heads) != (shape.num_layers, shape.num_query_heads):
         problem = (
@@ -54,14 +59,11 @@ def import_published(heads: Path, layers: Path, model_id: str) -> Profile:
         fingerprint=shape,
         layer_indices=tuple(range(len(rankings))),
         semantic_scores=tuple(_scores_of_ranks(ranking) for ranking in rankings),
-        traditional_scores=None,
+        traditional_scores=traditional,
         num_runs=0,
         layer_errors_by_set=by_set,
         layer_errors=l1_normalised(average) if average is not None else combined(by_set),
-        provenance={
-            "imported_from": [heads.name, layers.name],
-            "semantic_scores": "ranks within each layer, 1 for the best head: not comparable across layers",
-        },
+        provenance=provenance,
     )
 
 
@@ -102,6 +104,31 @@ def _read_errors(path: Path, num_layers: int) -> dict[str, list[float]]:
     return errors
 
 
+def _read_scores(path: Path, num_layers: int, num_heads: int) -> tuple[Rows, int | None]:
+    """Mean scores (L, H_q), and how many runs they are over, if the file says it."""
+    data = _read_json("head_scores", path)
+    runs = None
+    try:
+        if "mean" in data:
+            if data.get("kind", _KIND) != _KIND:
+                raise ProfileError(f"holds {data['kind']!r} scores", option="head_scores", value=str(path))
+            means = {str(place): float(score) for place, score in data["mean"].items()}
+            runs = None if data.get("runs") is None else int(data["runs"])
+        else:
+            means = {place: math.fsum(scores) / len(scores) for place, scores in data.items()}
+            runs = min(map(len, data.values()))
+    except (AttributeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        problem = "holds no numbers for each 'layer-head'"
+        raise ProfileError(problem, option="head_scores", value=str(path)) from error
+    if set(means) != {f"{layer}-{head}" for layer in range(num_layers) for head in range(num_heads)}:
+        problem = f"does not score each of {num_heads} heads in {num_layers} layers once, as the heads have them"
+        raise ProfileError(problem, option="head_scores", value=str(path))
+    if not all(math.isfinite(score) and score >= 0 for score in means.values()) or not any(means.values()):
+        problem = "holds a number that is negative, NaN or infinite, or zeros alone"
+        raise ProfileError(problem, option="head_scores", value=str(path))
+    return tuple(tuple(means[f"{layer}-{head}"] for head in range(num_heads)) for layer in range(num_layers)), runs
+
+
 def _read_json(option: str, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -115,9 +142,9 @@ def _read_json(option: str, path: Path) -> dict[str, Any]:
 
 
 def _shape(model_id: str) -> Fingerprint:
-    known = _KNOWN.get(Path(model_id).name)
+    known = PUBLISHED.get(Path(model_id).name)
     if known is not None:
-        return known
+        return known.shape
     try:
         with quiet():
             # False, not the default: that asks on the terminal whether a checkpoint's own code may run.

@@ -1,0 +1,91 @@
+"""`compresskv profile import`: a profile from the files published with CompressKV."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compresskv.cli.options import check_writable
+from compresskv.cli.outputs import check_outputs
+from compresskv.cli.terminal import err, out
+from compresskv.errors import ConfigError
+
+IMPORT_EPILOG = """\b
+Examples:
+  compresskv profile import --published Llama-3.1-8B-Instruct
+  compresskv profile import --heads heads.json --layers layers.json \\
+      --head-scores scores.json --model org/name
+"""
+
+
+def import_profile(
+    published: Annotated[
+        str | None,
+        typer.Option(
+            help="A model of which files were published: Llama-3.1-8B-Instruct, Mistral-7B-Instruct-v0.3 or "
+            "Qwen2.5-7B-Instruct. They are fetched.",
+            metavar="NAME",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="With --published: where its files lie, so that nothing is fetched.")
+    ] = None,
+    heads: Annotated[Path | None, typer.Option(help="JSON: for each layer, query heads, best first.")] = None,
+    layers: Annotated[Path | None, typer.Option(help="JSON: for each data set, an error for each layer.")] = None,
+    head_scores: Annotated[
+        Path | None,
+        typer.Option(help="JSON: raw traditional scores, for methods that compare heads of different layers."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The id that the model is loaded by, such as org/Llama-3.1-8B-Instruct. Default with --published: "
+            "its id on the hub.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
+) -> None:
+    """Make a profile from the files published with CompressKV."""
+    files = {"heads": heads, "layers": layers, "head_scores": head_scores}
+    _check_source(published, folder, files, model)
+    check_outputs({"output": output}, {**files, "folder": folder, "model": model})
+    if output is not None:
+        check_writable("output", output)
+    from compresskv.profiles import store
+    from compresskv.profiles.authors import find_published, published_files
+    from compresskv.profiles.published import import_published
+
+    if published is None:
+        assert heads is not None
+        assert layers is not None
+        assert model is not None
+        imported = import_published(heads, layers, model, head_scores)
+    else:
+        model_id = model or find_published(published).hub_id
+        with published_files(published, folder) as (own_heads, own_layers, own_scores):
+            imported = import_published(own_heads, own_layers, model_id, own_scores)
+    path = output or store.user_folder() / f"imported-{imported.model_id.replace('/', '--')}.json"
+    store.write_profile(imported, path)
+    out.print(str(path))
+    if imported.comparable_scores is None:
+        methods = "blend and vote, which compare heads of different layers, need head scores, too"
+        err.print(f"It holds ranks within layers: {methods}, or a measured profile.")
+
+
+def _check_source(published: str | None, folder: Path | None, files: dict[str, Path | None], model: str | None) -> None:
+    """Refuse a name beside files, a folder without a name, and files without one another.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if published is not None:
+        for option, path in files.items():
+            if path is not None:
+                problem = f"cannot be given beside published={published!r}, which names all its files"
+                raise ConfigError(problem, option=option, value=str(path))
+        return
+    if folder is not None:
+        raise ConfigError("holds files of a published=NAME: give that, too", option="folder", value=str(folder))
+    for option, value in {"heads": files["heads"], "layers": files["layers"], "model": model}.items():
+        if value is None:
+            raise ConfigError("is missing: give heads, layers and model, or published=NAME", option=option)
