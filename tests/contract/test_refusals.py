@@ -176,6 +176,17 @@ def test_training_with_gradient_checkpointing_is_refused() -> None:
         enter(model.train())
 
 
+def test_a_model_that_drops_the_cache_inside_is_told_of() -> None:
+    model = tiny.build_model("llama")
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        model.train()
+        with refused(ModelError, "read without the cache that it was given"):
+            model(tiny.random_tokens(60), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
 def test_an_attention_implementation_that_is_set_inside_stays_and_the_cache_is_refused() -> None:
     model = tiny.build_model("llama")
     with compresskv.compressing(model, "snapkv", 12) as cache:

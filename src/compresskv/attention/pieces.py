@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskv.attention.support import attention_modules
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of, shares_keys
 
 AUTO = "auto"
@@ -139,14 +139,23 @@ _reading = threading.local()  # .cache: see `_cache`
 
 
 def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The decoder's `forward`: what it calls is told of the cache."""
+    """The decoder's `forward`: what it calls is told of the cache.
+
+    Raises:
+        ModelError: it was given one of ours, and read without it.
+    """
     cache = kwargs.get("past_key_values")
-    wanted = getattr(cache, "piece_tokens", None) is not None and not torch.is_grad_enabled()
+    is_ours = hasattr(cache, "piece_tokens")
+    seen = cache.get_seq_length() if is_ours else None
+    wanted = is_ours and cache.piece_tokens is not None and not torch.is_grad_enabled()
     before, _reading.cache = _cache(), cache if wanted else None
     try:
-        return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
     finally:
         _reading.cache = before
+    if is_ours and cache.get_seq_length() == seen:
+        raise ModelError("the model read without the cache that it was given, as in training with checkpointing")
+    return output
 
 
 def _cache() -> PiecewiseCache | None:
