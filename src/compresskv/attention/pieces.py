@@ -144,7 +144,7 @@ def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         ModelError: it was given one of ours, and read without it.
     """
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     is_ours = hasattr(cache, "piece_tokens")
     seen = cache.get_seq_length() if is_ours else None
     wanted = is_ours and cache.piece_tokens is not None and not torch.is_grad_enabled()
