@@ -96,7 +96,7 @@ def _plans(options: argparse.Namespace) -> Iterator[tuple[str, EvaluationConfig]
         "needle",
         EvaluationConfig(tasks=("needle",), subsets=("single", "paraphrase", "multi", "uuid"), **made, **shared),
     )
-    yield "ruler", EvaluationConfig(tasks=("ruler",), limit=2, **made, **shared)
+    yield "ruler", EvaluationConfig(tasks=("ruler",), subsets=("variable_tracking",), limit=2, **made, **shared)
     if options.data is not None:
         read: dict[str, Any] = {
             "data": options.data,
