@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import product
@@ -19,6 +19,7 @@ from compresskv.bench.machine import machine
 from compresskv.cli.options import parse_numbers
 from compresskv.cli.terminal import err
 from compresskv.errors import CompressKVError, ConfigError
+from compresskv.methods.options import parse_settings
 from compresskv.serving.versions import installed_version
 
 _MARGIN = 8  # tokens beyond a needle's prompt, which its answer may need
@@ -33,6 +34,10 @@ ModelOption = Annotated[str, typer.Option(help="Folder, hub id, or the embedded 
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")]
 CachingOption = Annotated[bool, typer.Option(help="vLLM's prefix caching, which is on by default there.")]
 BudgetsOption = Annotated[str, typer.Option(help="Tokens kept of each prompt. Plain vLLM is measured beside them.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another setting of the plugin's, such as chunk_budget=512.", metavar="NAME=VALUE"),
+]
 LengthsOption = Annotated[str, typer.Option(help="Prompt lengths in tokens.")]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw all loads of the file.", metavar="FILE.png")]
 
@@ -50,6 +55,7 @@ def load(
     dtype: DtypeOption = "auto",
     prefix_caching: CachingOption = True,
     plot: PlotOption = None,
+    settings: SettingsOption = None,
 ) -> None:
     """Many requests in a small pool: at each length, pool and budget."""
     from benchmarks.serving.load import run_load
@@ -65,11 +71,13 @@ def load(
         [{"kind": "load", **vars(size), "budget": budget, "round": number} for budget in kept]
         for size, number in product(sizes, range(1, rounds + 1))
     ]
-    results = Results(output, common_settings(model, dtype, prefix_caching))
+    own = parse_settings("settings", settings or [])
+    results = Results(output, common_settings(model, dtype, prefix_caching, own))
     missing = results.missing(keys)
     if missing:
         longest = max(size.length for size in sizes) + new_tokens
-        engines, text = _engines(model, dtype, prefix_caching, longest, max(size.num_blocks for size in sizes))
+        most = max(size.num_blocks for size in sizes)
+        engines, text = _engines(model, dtype, prefix_caching, longest, most, own)
         small = replace(min(sizes, key=lambda size: size.num_blocks), num_requests=2, new_tokens=4)
         for engine, budget in zip(engines, kept[:2], strict=True):
             run_load(engine, small, text, budget)  # warms up
@@ -91,10 +99,12 @@ def single(
     model: ModelOption = "smollm2-135m",
     dtype: DtypeOption = "auto",
     prefix_caching: CachingOption = True,
+    settings: SettingsOption = None,
 ) -> None:
     """One request alone: eviction's share of its prefill, and decoding beside that after a prompt of BUDGET tokens."""
     own = list(product(_numbers("--lengths", lengths), _numbers("--budgets", budgets)))
-    results = Results(output, common_settings(model, dtype, prefix_caching))
+    others = parse_settings("settings", settings or [])
+    results = Results(output, common_settings(model, dtype, prefix_caching, others))
     keys = [
         {"kind": "single", "length": length, "budget": budget, "round": number}
         for number, (length, budget) in product(range(1, rounds + 1), own)
@@ -103,7 +113,8 @@ def single(
     if missing:
         from benchmarks.serving.single import run_round
 
-        engines, text = _engines(model, dtype, prefix_caching, max(length for length, _ in own) + 64, None)
+        longest = max(length for length, _ in own) + 64
+        engines, text = _engines(model, dtype, prefix_caching, longest, None, others)
         for length, budget in dict.fromkeys((key["length"], key["budget"]) for key in missing):
             run_round(engines[0], engines[1], text, length, budget, 0)  # warms up
     for key in missing:
@@ -171,7 +182,12 @@ def _tokenizer(folder: str) -> Any:
 
 
 def _engines(
-    model: str, dtype: str, prefix_caching: bool, max_model_len: int, num_blocks: int | None
+    model: str,
+    dtype: str,
+    prefix_caching: bool,
+    max_model_len: int,
+    num_blocks: int | None,
+    settings: Mapping[str, Any],
 ) -> tuple[list[Any], list[int]]:
     """Plain vLLM and CompressKV, and the calibration text in tokens."""
     from compresskv.calibration.haystack import read_haystack
@@ -181,12 +197,19 @@ def _engines(
     text: list[int] = _tokenizer(folder)("\n\n".join(read_haystack(())), verbose=False)["input_ids"]
     size: dict[str, Any] = {"max_model_len": max_model_len, "num_blocks": num_blocks, "dtype": dtype}
     return [
-        start_engine(folder, compressed=ours, prefix_caching=prefix_caching, **size) for ours in (False, True)
+        start_engine(folder, compressed=ours, prefix_caching=prefix_caching, settings=settings, **size)
+        for ours in (False, True)
     ], text
 
 
-def common_settings(model: str, dtype: str, prefix_caching: bool) -> dict[str, Any]:
-    """What all rows of a file have in common."""
+def common_settings(
+    model: str, dtype: str, prefix_caching: bool, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What all rows of a file have in common.
+
+    Args:
+        settings: of the plugin, beside budgets.
+    """
     import torch
 
     names = ("compresskv", "torch", "transformers")
@@ -195,6 +218,7 @@ def common_settings(model: str, dtype: str, prefix_caching: bool) -> dict[str, A
         "model": model,
         "dtype": dtype,
         "prefix_caching": prefix_caching,
+        **({"settings": dict(settings)} if settings else {}),
         "machine": {name: own[name] for name in ("device", "processor", "cores", "system")},
         "versions": {name: version(name) for name in names}
         | {"vllm": installed_version(), "python": platform.python_version()},

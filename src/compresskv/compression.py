@@ -14,6 +14,7 @@ from compresskv import defaults
 from compresskv.attention.pieces import AUTO, PrefillMemory, check_prefill_memory
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.eviction import find_chunks
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
 from compresskv.errors import ConfigError
@@ -24,6 +25,7 @@ from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget, read_budget
+from compresskv.selection.cuts import CHUNK_TOKENS
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.progress import Progress
 
@@ -110,6 +112,8 @@ def compressing(
     *,
     profile: Profile | str | Path | None = None,
     prompt_tokens: int | None = None,
+    chunk_budget: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
     exact_prefill: bool | None = None,
     store: str = NATIVE,
     prefill_memory: PrefillMemory = AUTO,
@@ -136,6 +140,11 @@ def compressing(
         profile: for methods that need one, a `Profile` or its file; None finds the model's own.
         prompt_tokens: the prompt's exact length, where it is read in several forward passes (`prefill_chunk_size`):
             eviction waits until that many tokens were read.
+        chunk_budget: cut long prompts while they are read, too, so that no more than a part of one is ever held: at
+            each multiple of `chunk_tokens` tokens, but where the prompt ends within an observation window, so many stay
+            in every KV head (or `budget`, where that is more). What is cut early cannot be asked for by what comes
+            later; attention to the prompt gets cheaper. None: prompts are cut at their end. Not for padded batches.
+        chunk_tokens: see `chunk_budget`; at least the method's window.
         exact_prefill: True reads prompts by the model's own attention function alone. Else, in bfloat16 on a CPU that
             multiplies it, whole prompts of 256 to 16,384 tokens are read two to three times as fast by matrix products
             that round logits and weights to bfloat16 (docs/speed.md). None: as the variable COMPRESSKV_EXACT_PREFILL
@@ -153,7 +162,8 @@ def compressing(
         on_compile: called with a message when a step is being built.
         options: the method's own options, such as window_size.
     Raises:
-        ConfigError: an unknown method, option or mode, a value out of range, or a method that replays the prompt.
+        ConfigError: an unknown method, option or mode, a value out of range, a method that replays the prompt, or one
+            that must see all of it beside `chunk_budget`.
         ProfileError: no profile of this model, or one of another model.
         PlanError: a plan of another model.
         ModelError: a model that cannot be used; where no profile is needed, on entering.
@@ -172,6 +182,7 @@ def compressing(
             f"method {chosen.name!r} reads the prompt twice and must know its tokens: give compressing a plan by "
             "compresskv.make_plan, or use compresskv.ask"
         )
+    chunks = find_chunks(chosen, chunk_budget, chunk_tokens)
     warn_of_slow_dtype(model)
     return Compressing(
         model,
@@ -181,6 +192,7 @@ def compressing(
         on_progress=on_compile,
         store=store,
         prompt_tokens=prompt_tokens,
+        chunks=chunks,
         exact_prefill=exact_prefill,
         prefill_memory=prefill_memory,
     )

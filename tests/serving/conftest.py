@@ -16,8 +16,8 @@ CLEAN_ENVIRONMENT = dict(os.environ)
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-for _variable in ("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"):
-    os.environ.pop(_variable, None)
+for _variable in ("BUDGET", "METHOD", "PROFILE", "CHUNK_BUDGET", "CHUNK_TOKENS"):
+    os.environ.pop(f"COMPRESSKV_{_variable}", None)
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
@@ -105,3 +105,22 @@ def small_caching(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]
     from random_model import small_engine_options
 
     yield from start(**small_engine_options(tmp_path_factory.mktemp("small")), enable_prefix_caching=True)
+
+
+@pytest.fixture(scope="session")
+def small_chunks(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
+    """As `small`, with a pool of 288 tokens for longer prompts, which are cut while they are read."""
+    from engine import start
+    from random_model import chunked_engine_options
+
+    yield from start(**chunked_engine_options(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="session")
+def small_chunks_async(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
+    """As `small_chunks`, with prefix caching, and scheduled asynchronously."""
+    from engine import start
+    from random_model import chunked_engine_options
+
+    options = chunked_engine_options(tmp_path_factory.mktemp("small"))
+    yield from start(**options, enable_prefix_caching=True, asynchronous=True)

@@ -38,7 +38,9 @@ class Engine:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self.positions: list[list[int]] = []
-        """What was kept of each prompt, in the order of evictions."""
+        """What each cut kept, in their order: true positions."""
+        self.kept: dict[str, tuple[int, list[int]]] = {}
+        """The tokens that each request's last cut had read, and what it kept."""
         self.max_running = 0
         engine_core: Any = llm.llm_engine.engine_core
         self.core = engine_core.engine_core
@@ -64,9 +66,13 @@ class Engine:
         evict = compaction.evict
 
         def noting(prompt: EndingPrompt, targets: torch.Tensor) -> torch.Tensor:
-            positions = evict(prompt, targets)
-            self.positions.append(positions.tolist())
-            return positions
+            chosen, spec = evict(prompt, targets), prompt.spec
+            is_first = spec.num_held == spec.num_read
+            num_read, kept = (0, []) if is_first else self.kept[prompt.request_id]
+            held = [*kept, *range(num_read, spec.num_read)]
+            self.positions.append([held[place] for place in chosen.tolist()])
+            self.kept[prompt.request_id] = spec.num_read, self.positions[-1]
+            return chosen
 
         compaction.evict = noting  # type: ignore[method-assign]
 
@@ -94,6 +100,7 @@ class Engine:
     ) -> list[Answer]:
         """Answers to prompts that are asked at once; the pool must be whole before and after."""
         self.positions.clear()
+        self.kept.clear()
         self.max_running = 0
         assert self.pool.get_num_free_blocks() == self.num_free
         for number, prompt in enumerate(prompts):

@@ -71,3 +71,13 @@ def small_engine_options(folder: Path) -> dict[str, Any]:
         "max_num_batched_tokens": 100,
         "num_gpu_blocks_override": 24,
     }
+
+
+CHUNKS = {"chunk_budget": 64, "chunk_tokens": 96}
+
+
+def chunked_engine_options(folder: Path) -> dict[str, Any]:
+    """Of such an engine whose prompts are cut while they are read: a pool of 9 blocks, half of the longest prompt."""
+    options = small_engine_options(folder)
+    options["compresskv"] |= CHUNKS
+    return options | {"num_gpu_blocks_override": 10}

@@ -19,9 +19,9 @@ class Asked:
     budget: object
 
 
-@pytest.fixture(params=["small", "small_caching", "small_async"])
+@pytest.fixture(params=["small", "small_caching", "small_async", "small_chunks", "small_chunks_async"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Without prefix caching, with it, and where steps are scheduled ahead."""
+    """Without prefix caching, with it, where steps are scheduled ahead, and where prompts are larger than the pool."""
     found: Engine = request.getfixturevalue(request.param)
     return found
 

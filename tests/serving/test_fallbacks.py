@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_what_cannot_be_cut_is_kept_whole(
 def a_wider_window(scheduler: Any, output: Any, update: Any = CompressedScheduler._update_after_schedule) -> None:
     """As if the last chunk were too short."""
     for name, spec in scheduler._ending.items():
-        scheduler._ending[name] = EvictionSpec(spec.num_prompt, spec.num_kept, 400)
+        scheduler._ending[name] = replace(spec, window_size=400)
     update(scheduler, output)
 
 
@@ -119,7 +120,7 @@ def test_a_cut_of_a_request_that_is_not_there_is_ignored(small: Engine, monkeypa
 
     def with_another(output: Any, *rest: Any) -> Any:
         output = copy.copy(output)
-        planned = {"nobody": PlannedEviction(EvictionSpec(100, 40, 18), [1, 2])}
+        planned = {"nobody": PlannedEviction(EvictionSpec(100, 100, 40, 18), [1, 2])}
         output.compresskv_evictions = output.compresskv_evictions | planned
         return execute(output, *rest)
 

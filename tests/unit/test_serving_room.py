@@ -168,4 +168,4 @@ def test_scratch_of_real_models() -> None:
 
 @pytest.mark.parametrize(("num_kept", "kept"), [(1, [0]), (4, [0, 1, 2, 3]), (6, [0, 1, 2, 3, 8, 9])])
 def test_positions_alone(num_kept: int, kept: list[int]) -> None:
-    assert by_position(EvictionSpec(10, num_kept, 2), torch.device("cpu")).tolist() == kept
+    assert by_position(EvictionSpec(10, 10, num_kept, 2), torch.device("cpu")).tolist() == kept

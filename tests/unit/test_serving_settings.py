@@ -94,15 +94,15 @@ def test_requests_that_cannot_work(asked: Any) -> None:
 
 def test_what_is_evicted_follows_from_length_and_budget() -> None:
     settings = Settings(200)
-    assert settings.eviction_spec(1000, None) == EvictionSpec(1000, 200, 32)
-    narrowed = settings.eviction_spec(1000, {"compresskv": "3%"})
-    assert narrowed == EvictionSpec(1000, 30, 15)
-    assert narrowed.num_evicted == 970
-    for whole in (settings.eviction_spec(200, None), settings.eviction_spec(5000, {"compresskv": "off"})):
-        assert whole is None
-    assert Settings(1.0).eviction_spec(777, None) is None
+    assert settings.eviction_specs(1000, None) == (EvictionSpec(1000, 1000, 200, 32),)
+    (narrowed,) = settings.eviction_specs(1000, {"compresskv": "3%"})
+    assert narrowed == EvictionSpec(1000, 1000, 30, 15)
+    assert narrowed.num_lost == 970
+    for whole in (settings.eviction_specs(200, None), settings.eviction_specs(5000, {"compresskv": "off"})):
+        assert whole == ()
+    assert Settings(1.0).eviction_specs(777, None) == ()
     wide = Settings(1, "vote[narrow=false]")
-    assert wide.eviction_spec(9, None) == EvictionSpec(9, 1, 9)  # no longer than the prompt
+    assert wide.eviction_specs(9, None) == (EvictionSpec(9, 9, 1, 9),)  # no longer than the prompt
 
 
 @pytest.mark.parametrize("label", ["vote", "streaming_llm"])
@@ -110,8 +110,8 @@ def test_what_is_evicted_follows_from_length_and_budget() -> None:
 def test_the_last_chunk_is_never_a_single_token(label: str, budget: int) -> None:
     """vLLM takes it for a decode step, and may replay it as a CUDA graph, in which no query is seen."""
     for num_prompt in (2, 3, 33, 1000):
-        spec = Settings(budget, label).eviction_spec(num_prompt, None)
-        assert spec is None or spec.last_chunk == min(max(2, spec.window_size), num_prompt)
+        for spec in Settings(budget, label).eviction_specs(num_prompt, None):
+            assert spec.last_chunk == min(max(2, spec.window_size), num_prompt)
 
 
 def test_the_entry_point_is_cheap() -> None:
@@ -148,5 +148,5 @@ def test_nothing_else_needs_this_package_or_vllm() -> None:
 
 def test_one_token_is_not_all_of_them() -> None:
     settings = Settings(256)
-    assert settings.eviction_spec(777, {"compresskv": 1.0}) is None
-    assert settings.eviction_spec(777, {"compresskv": 1}) == EvictionSpec(777, 1, 1)
+    assert settings.eviction_specs(777, {"compresskv": 1.0}) == ()
+    assert settings.eviction_specs(777, {"compresskv": 1}) == (EvictionSpec(777, 777, 1, 1),)

@@ -78,10 +78,10 @@ def test_a_missing_hook_is_refused() -> None:
 
 
 def test_signatures() -> None:
-    names = tuple(inspect.signature(Settings.eviction_spec).parameters)
-    versions.check_signature(Settings.eviction_spec, *names)
-    with pytest.raises(ConfigError, match=r"Settings\.eviction_spec .* takes \(self, .*expects \(self, length\)"):
-        versions.check_signature(Settings.eviction_spec, "self", "length")
+    names = tuple(inspect.signature(Settings.eviction_specs).parameters)
+    versions.check_signature(Settings.eviction_specs, *names)
+    with pytest.raises(ConfigError, match=r"Settings\.eviction_specs .* takes \(self, .*expects \(self, length\)"):
+        versions.check_signature(Settings.eviction_specs, "self", "length")
 
 
 @pytest.mark.parametrize("found", ["0.31.0", "0.32", "0.32.0", "0.32.1", "0.32.0+cpu", "0.33.0", "0.33.1.post2"])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compresskv.attention.chunks import forward_in_chunks
 from compresskv.attention.support import attention_modules
 from compresskv.errors import ConfigError, ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of, shares_keys
@@ -82,12 +83,14 @@ def _activations_nbytes(model: PreTrainedModel) -> int:
 def let_read_in_pieces(model: PreTrainedModel) -> Callable[[], None]:
     """Let the model's layers read prompts in pieces, for caches that ask for it.
 
-    Offloaded models stay as they are: each piece would load the weights anew.
+    Layers of offloaded models stay as they are: each piece would load the weights anew.
 
     Returns: what puts back how they read.
     """
     is_offloaded = any(parameter.is_meta for parameter in model.parameters())
-    replaced = [] if is_offloaded else [_replace(module, function) for module, function in _piecewise(model)]
+    replaced = [
+        _replace(module, function) for module, function in _piecewise(model) if function is _decoder or not is_offloaded
+    ]
 
     def undo() -> None:
         for module, before in replaced:
@@ -139,12 +142,16 @@ _reading = threading.local()  # .cache: see `_cache`
 
 
 def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The decoder's `forward`: what it calls is told of the cache.
+    """The decoder's `forward`, in chunks where the cache asks for them; what it calls is told of the cache.
 
     Raises:
         ModelError: it was given one of ours, and read without it.
     """
     cache: Any = kwargs.get("past_key_values")
+    if getattr(cache, "reads_in_chunks", False):
+        given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
+        if len(ends := _chunk_ends(cache, **given)) > 1:
+            return forward_in_chunks(functools.partial(_decoder, forward), cache, ends, **given)
     is_ours = hasattr(cache, "piece_tokens")
     seen = cache.get_seq_length() if is_ours else None
     wanted = is_ours and cache.piece_tokens is not None and not torch.is_grad_enabled()
@@ -156,6 +163,13 @@ def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if is_ours and cache.get_seq_length() == seen:
         raise ModelError("the model read without the cache that it was given, as in training with checkpointing")
     return output
+
+
+def _chunk_ends(cache: Any, input_ids: Any = None, inputs_embeds: Any = None, **_: Any) -> list[int]:
+    """Where chunks end that the cache asks for."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    ends: list[int] = [] if given is None else cache.chunk_ends(given.shape[1])
+    return ends
 
 
 def _cache() -> PiecewiseCache | None:

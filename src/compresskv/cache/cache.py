@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
+from compresskv.attention.routing import base_implementation, without_masks
 from compresskv.cache.costs import costs_of
 from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.full import branch
@@ -19,11 +21,12 @@ from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_win
 from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
-from compresskv.models.chunks import given_prompt, is_generating, lacks_what_was_read
+from compresskv.models.chunks import chunked_prompt_length, given_prompt, is_generating, lacks_what_was_read
 from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers
 from compresskv.selection import budgets
 from compresskv.selection.byte_budget import Costs
+from compresskv.selection.cuts import Chunks
 from compresskv.selection.precision import NATIVE, Precision, find_precision
 from compresskv.system.memory import storage_nbytes
 
@@ -52,6 +55,7 @@ class CompressedCache(RoutedCache):
         on_layer: Callable[[int, int], None] | None = None,
         observer: EvictionObserver | None = None,
         store: str = NATIVE,
+        chunks: Chunks | None = None,
     ) -> None:
         """Build an empty cache.
 
@@ -61,16 +65,21 @@ class CompressedCache(RoutedCache):
             on_layer: called in prefill with (layers done, layers).
             observer: told of every eviction, to time it.
             store: as for `compressing`.
+            chunks: how the prompt is cut while it is read; None: at its end alone.
         Raises:
             ModelError: the model has no full-attention layer.
-            ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
+            ConfigError: the budget or `prefill_memory` cannot work, an unknown store, or a method that cannot cut
+                chunk by chunk.
         """
         budget = budgets.read_budget(budget)
         precision = find_precision(store)
         costs = _costs(model, budget, precision)
-        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs)
+        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs, chunks)
+        self._eviction = eviction
         make = functools.partial(self.layer_type, model=model, eviction=eviction)
         super().__init__(layers=routed_layers(model, make))
+        # Without a mask, attention of later chunks is faster. A sliding window, and 'eager', need theirs.
+        self._reads_maskless = eviction.num_layers == len(self.layers) and base_implementation(model) == "sdpa"
         if exact_prefill is not None:
             for layer in self.compressed_layers:
                 layer.exact_prefill = exact_prefill
@@ -114,6 +123,29 @@ class CompressedCache(RoutedCache):
                 f"this prompt does not begin with the {layer.seen_tokens} tokens that the cache has seen: "
                 "reset() the cache before another prompt"
             )
+
+    @property
+    def reads_in_chunks(self) -> bool:
+        """Whether a prompt is read that is cut before its end."""
+        return self._eviction.chunks is not None and self.compressed_layers[0].in_prefill
+
+    def chunk_ends(self, num_new: int) -> list[int]:
+        """Where the model is to stop while it reads so many new tokens, since the cache is cut there; and their end."""
+        layer = self.compressed_layers[0]
+        num_seen = layer.seen_tokens
+        num_prompt = max(num_seen + num_new, layer.num_prompt_tokens or chunked_prompt_length() or 0)
+        ends = [end - num_seen for end in self._eviction.cuts(num_prompt) if num_seen < end < num_seen + num_new]
+        return [*ends, num_new]
+
+    @contextmanager
+    def reading_chunk(self, num_after: int) -> Iterator[None]:
+        """While the model reads a chunk of the prompt, before so many tokens more."""
+        self._eviction.num_later = num_after
+        try:
+            with without_masks() if self._reads_maskless else nullcontext():
+                yield
+        finally:
+            self._eviction.num_later = 0
 
     def _is_another_prompt(self) -> bool:
         """Whether `generate`, which leaves out as many tokens as were seen, is given others than it was at first."""
@@ -304,11 +336,12 @@ def _eviction(
     observer: EvictionObserver | None,
     precision: Precision,
     costs: Costs | None,
+    chunks: Chunks | None = None,
 ) -> Eviction:
     """What the layers of a cache of this model decide together."""
     num_layers = len(compressible_layers(model))
     rotations = Rotations(model) if method.turns_back else None
-    return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs)
+    return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs, chunks)
 
 
 def _costs(model: PreTrainedModel, budget: budgets.Budget, precision: Precision) -> Costs | None:

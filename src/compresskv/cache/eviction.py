@@ -12,8 +12,9 @@ from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.models.rotary import Rotations
-from compresskv.selection.budgets import Budget, check_budget, is_shared
+from compresskv.selection.budgets import Budget, check_budget, is_shared, resolve
 from compresskv.selection.byte_budget import Costs, find_byte_budget
+from compresskv.selection.cuts import Chunks, Cut, prompt_cuts
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -57,13 +58,19 @@ class Eviction:
         precision: Precision = PRECISIONS[NATIVE],
         rotations: Rotations | None = None,
         costs: Costs | None = None,
+        chunks: Chunks | None = None,
     ) -> None:
         """Nothing is read yet.
 
         Args:
             costs: of the model in that precision, where the budget is one of bytes.
+            chunks: how the prompt is cut while it is read; None: at its end alone.
         """
         self._costs = costs
+        self.chunks = chunks
+        self._cuts: dict[int, dict[int, Cut]] = {}
+        self.num_later = 0
+        """Tokens of the prompt behind the chunk that is read now."""
         self.method = method
         self.rotations = rotations
         self.precision = precision
@@ -74,7 +81,7 @@ class Eviction:
         self.prompt_tokens = prompt_tokens
         self.on_layer = on_layer
         self._observer = observer or _Unobserved()
-        self._head_budgets: dict[int, list[list[int]]] = {}
+        self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -83,19 +90,39 @@ class Eviction:
         self._groups: list[_Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
 
-    def end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs) -> None:
-        """Cut the layer, now or, where the method decides for all layers together, when the last one has come."""
-        with self._observer.evicting():
-            self._end_of_prompt(layer, position, inputs)
+    def cuts(self, num_prompt: int) -> dict[int, Cut]:
+        """The cuts before a prompt's end, by the tokens that were read then."""
+        if self.chunks is None:
+            return {}
+        if num_prompt not in self._cuts:
+            num_kept = max(max(counts) for counts in self._budgets(num_prompt, num_prompt))
+            cuts = prompt_cuts(num_prompt, num_kept, self.method.window_size, self.chunks)
+            self._cuts[num_prompt] = {cut.num_read: cut for cut in cuts if cut.num_read < num_prompt}
+        return self._cuts[num_prompt]
 
-    def _end_of_prompt(self, layer: Retaining, position: int, inputs: LayerInputs) -> None:
+    def end_of_prompt(
+        self, layer: Retaining, position: int, inputs: LayerInputs, *, num_evicted: int = 0, cut: Cut | None = None
+    ) -> None:
+        """Cut the layer, now or, where the method decides for all layers together, when the last one has come.
+
+        Args:
+            inputs: of what the layer holds.
+            num_evicted: the prompt's tokens that earlier cuts evicted.
+            cut: one before the prompt's end, which leaves as many tokens in all KV heads; None: its end.
+        """
+        with self._observer.evicting():
+            self._end_of_prompt(layer, position, inputs, num_evicted, cut)
+
+    def _end_of_prompt(
+        self, layer: Retaining, position: int, inputs: LayerInputs, num_evicted: int, cut: Cut | None
+    ) -> None:
         if position == 0:  # caches that branched off before the end of the prompt share this
             self.reset()
         row_lengths = self._note_rows(inputs)
         if min(row_lengths) == inputs.keys.shape[2]:
             inputs = replace(inputs, valid=None)
         if position == 0:
-            self._groups = self._grouped(row_lengths, inputs.num_ahead)
+            self._groups = self._grouped(row_lengths, inputs.num_ahead, num_evicted, cut)
         if not self._groups:
             self._keep_all(layer, row_lengths, inputs)
             return
@@ -143,32 +170,39 @@ class Eviction:
         rows = [group.rows for group in self._groups]
         layer.retain(_one_batch(chosen, rows), _one_batch(scores, rows))
 
-    def _grouped(self, row_lengths: list[int], num_ahead: int) -> "list[_Group]":
+    def _grouped(self, row_lengths: list[int], num_ahead: int, num_evicted: int, cut: Cut | None) -> "list[_Group]":
         """Rows whose budgets ask for the same window belong together; none where nothing is to be evicted."""
         groups: dict[int, _Group] = {}
         for row, length in enumerate(row_lengths):
-            budgets = self._budgets(length - num_ahead)
+            num_held = length - num_ahead
+            if cut is None:
+                budgets = self._budgets(num_held + num_evicted, num_held)
+            else:
+                budgets = [[cut.num_kept]] * self.num_layers
             counts = [count for layer in budgets for count in layer]
             window_size = self.method.window_at(sum(counts) // len(counts))
             if window_size not in groups:
-                groups[window_size] = _Group(self.method.with_window(window_size + num_ahead))
+                method = self.method.with_window(window_size + num_ahead)
+                groups[window_size] = _Group(method, evenly=cut is not None)
             group = groups[window_size]
             group.rows.append(row)
             group.lengths.append(length)
             group.budgets.append([[count + num_ahead for count in layer] for layer in budgets])
         return [] if all(group.keeps_all for group in groups.values()) else list(groups.values())
 
-    def _budgets(self, num_tokens: int) -> list[list[int]]:
-        """What each layer retains of a prompt of `num_tokens`: one number, or one for each KV head."""
-        if num_tokens not in self._head_budgets:
+    def _budgets(self, num_prompt: int, num_held: int) -> list[list[int]]:
+        """What each layer retains of a prompt of which it holds so many tokens: one number, or one for each KV head."""
+        if (num_prompt, num_held) not in self._head_budgets:
             budget = self.budget
             if isinstance(budget, str) and self._costs is not None:
                 in_bytes = find_byte_budget(budget)
                 assert in_bytes is not None
-                budget = in_bytes.tokens(num_tokens, self._costs)
-            per_layer = self.method.resolve_budgets(budget, self.num_layers, num_tokens)
-            self._head_budgets[num_tokens] = per_layer
-        return self._head_budgets[num_tokens]
+                budget = in_bytes.tokens(num_prompt, self._costs)
+            if isinstance(budget, float) and num_held < num_prompt:
+                budget = resolve(budget, num_prompt)
+            per_layer = self.method.resolve_budgets(budget, self.num_layers, num_held)
+            self._head_budgets[num_prompt, num_held] = per_layer
+        return self._head_budgets[num_prompt, num_held]
 
     def _note_rows(self, inputs: LayerInputs) -> list[int]:
         """The number of tokens in each row that are no padding: read from the device once a prompt.
@@ -195,6 +229,8 @@ class _Group:
     """Rows of a batch that one method serves with one window."""
 
     method: Method
+    evenly: bool
+    """Whether all KV heads keep as many tokens, however the method shares them out in the end."""
     rows: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     """Tokens of each row that are no padding."""
@@ -214,7 +250,7 @@ class _Group:
 
     def decided(self, *, shared: bool) -> list[Tensor]:
         """Scores of all layers, once all were observed; budgets that the prompt tells are shared out first."""
-        if shared:
+        if shared and not self.evenly:
             means = [[budgets[position][0] for budgets in self.budgets] for position in range(len(self.observed))]
             by_layer = self.method.share_heads(self.observed, means, self.lengths)
             self.budgets = [list(row) for row in zip(*by_layer, strict=True)]
@@ -224,7 +260,8 @@ class _Group:
 
     def selected(self, position: int, scores: Tensor) -> Tensor:
         """(rows, 1 or H_kv, R): the tokens that one layer keeps."""
-        return self.method.select(scores, [budgets[position] for budgets in self.budgets], self.lengths)
+        select = Method.select if self.evenly else type(self.method).select
+        return select(self.method, scores, [budgets[position] for budgets in self.budgets], self.lengths)
 
 
 def _one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:
@@ -236,3 +273,20 @@ def _one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:
     for part, own in zip(parts, rows, strict=True):
         batch[own, :, longest - part.shape[2] :] = part.expand(-1, num_heads, -1)
     return batch
+
+
+def find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | None:
+    """How prompts are cut while they are read; None: at their end alone.
+
+    Raises:
+        ConfigError: numbers that cannot work, or a method that must see all of a prompt at once.
+    """
+    if budget is None:
+        return None
+    if not method.cuts_again:
+        raise ConfigError(
+            f"method {method.label!r} must see the whole prompt at once: leave out chunk_budget, or use another method"
+        )
+    chunks = Chunks(budget, tokens)
+    chunks.check_window(method.window_size)
+    return chunks

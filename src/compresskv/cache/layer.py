@@ -1,6 +1,6 @@
 """One compressed layer: what it does with a prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.eviction import Eviction
+from compresskv.cache.held import HeldOf
 from compresskv.cache.masks import valid_keys
 from compresskv.cache.part import Part, PartOf
 from compresskv.cache.stored import StoredLayer
@@ -16,12 +17,13 @@ from compresskv.cache.stores.base import Store
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.retain import retained
 from compresskv.cache.window import QueryWindow
-from compresskv.errors import CacheStateError
+from compresskv.errors import CacheStateError, PromptError
 from compresskv.methods.inputs import FUTURE_POSITIONS, LayerInputs
 from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
 from compresskv.selection.budgets import is_share
-from compresskv.selection.precision import Precision
+from compresskv.selection.cuts import Cut
+from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
 
 NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
@@ -45,6 +47,8 @@ class CompressedLayer(StoredLayer):
         """Bytes of the prompt's keys and values before eviction."""
         self._retained_nbytes = 0
         self._part: Part | None = None
+        self._cut_at = 0
+        """The last cut before the prompt's end, by the tokens that were read then."""
         self.strengths: Tensor | None = None
         self._window: QueryWindow | None = None
 
@@ -96,7 +100,7 @@ class CompressedLayer(StoredLayer):
         eviction, lookahead = self._eviction, self._eviction.method.lookahead
         if not (self.num_prompt_tokens and lookahead):
             known = self.num_prompt_tokens or chunked_prompt_length() or 0
-            self.num_prompt_tokens = max(self.seen_tokens + self.num_to_come, known)
+            self.num_prompt_tokens = max(self.seen_tokens + self.num_to_come + eviction.num_later, known)
         num_prompt = min(self.num_prompt_tokens, self.seen_tokens)
         self.full_nbytes = num_prompt * sum(
             states.shape[0] * states.shape[1] * states.shape[3] * states.element_size()
@@ -104,24 +108,59 @@ class CompressedLayer(StoredLayer):
         )
         num_ahead = self.seen_tokens - num_prompt
         self._window = window.following(self._window).last(eviction.method.num_observed(num_ahead))
+        if cuts := eviction.cuts(self.num_prompt_tokens):
+            self._check_cuts(cuts, valid)
+            valid = None
+        num_before = sum(end < self.seen_tokens for end in cuts) * eviction.num_layers
         if self.seen_tokens >= self.num_prompt_tokens + lookahead:
             self.end_prefill(self._window, valid, num_ahead)
+        elif self.seen_tokens in cuts:
+            self._cut_chunk(cuts[self.seen_tokens], self._window)
         if eviction.on_layer is not None and num_ahead == 0 and not eviction.method.replays:  # who reads twice tells
-            eviction.on_layer(self._position + 1, eviction.num_layers)
+            eviction.on_layer(num_before + self._position + 1, (len(cuts) + 1) * eviction.num_layers)
+
+    def _check_cuts(self, cuts: Iterable[int], valid: Tensor | None) -> None:
+        """Refuse what cannot be cut before its end.
+
+        Raises:
+            CacheStateError: it was read beyond such a cut.
+            PromptError: rows are padded.
+        """
+        if any(self._cut_at < end < self.seen_tokens for end in cuts):
+            raise CacheStateError(
+                f"{self.seen_tokens} tokens were read at once, beyond a cut: this model cannot read prompts in chunks"
+            )
+        if valid is not None and not bool(valid.all()):
+            raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget")
+
+    def _cut_chunk(self, cut: Cut, window: QueryWindow) -> None:
+        """Cut what is held, before the prompt's end."""
+        self._cut_at = cut.num_read
+        self._eviction.end_of_prompt(HeldOf(self), self._position, self._inputs(window, None), cut=cut)
 
     def end_prefill(self, window: QueryWindow, valid: Tensor | None, num_ahead: int) -> None:
         """Let the method choose what stays of all that is stored, now or when it can."""
         self._window, self._decided_at = None, self.seen_tokens
         self._retained_nbytes = self.nbytes
-        rotations = self._eviction.rotations
         part, method = self._part, self._eviction.method
-        start = 0 if part is None else part.start
-        keys, values = self._read_from(start)
-        if method.observes_all and window.queries.shape[2] < keys.shape[2]:
-            num_queries = window.queries.shape[2]
+        inputs = self._inputs(window, valid, num_ahead, 0 if part is None else part.start)
+        num_queries = window.queries.shape[2]
+        if method.observes_all and num_queries < inputs.keys.shape[2]:
             raise CacheStateError(f"method {method.name!r} needs the queries of the whole prompt, not {num_queries}")
+        if part is not None:
+            self._eviction.end_of_prompt(PartOf(self, part, method.window_size), self._position, inputs)
+        elif self._cut_at:
+            num_evicted = self.seen_tokens - inputs.keys.shape[2]
+            self._eviction.end_of_prompt(HeldOf(self), self._position, inputs, num_evicted=num_evicted)
+        else:
+            self._eviction.end_of_prompt(self, self._position, inputs)
+
+    def _inputs(self, window: QueryWindow, valid: Tensor | None, num_ahead: int = 0, start: int = 0) -> LayerInputs:
+        """What the method may look at: of all that is stored, or of the tokens from `start` on."""
+        rotations, part = self._eviction.rotations, self._part
+        keys, values = self._read_from(start)
         num_positions = self.seen_tokens + FUTURE_POSITIONS
-        inputs = LayerInputs(
+        return LayerInputs(
             self.layer_idx,
             window.queries,
             keys,
@@ -135,8 +174,6 @@ class CompressedLayer(StoredLayer):
             rotation=None if rotations is None else rotations.of(self.layer_idx, num_positions, keys.device),
             first_position=start,
         )
-        cut = self if part is None else PartOf(self, part, method.window_size)
-        self._eviction.end_of_prompt(cut, self._position, inputs)
 
     def _read_from(self, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H_kv, T, D) of the tokens from `start` on, which were all kept so far."""
@@ -193,7 +230,8 @@ class CompressedLayer(StoredLayer):
         Raises:
             CacheStateError: a token is not stored.
         """
-        self.store, self.strengths = retained(self._held(), tokens, self._eviction.precision), None
+        precision = PRECISIONS[NATIVE] if self.in_prefill else self._eviction.precision
+        self.store, self.strengths = retained(self._held(), tokens, precision), None
         self._show_states()
         self._retained_nbytes = self.nbytes
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from compresskv import defaults
 from compresskv.cli.options import BudgetOption, ProfileOption, SettingsOption, create_methods
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
+from compresskv.selection.cuts import CHUNK_TOKENS
 
 EPILOG = """\b
 Examples:
@@ -21,13 +22,17 @@ Examples:
   compresskv serve org/name --budget 5% --port 8001
   compresskv serve ./my-model --budget 512 --set window_size=16 \\
       --max-model-len 32768
+  compresskv serve org/name --max-model-len 131072 --chunk-budget 4096
 
 Options that are not listed here go to vLLM's server; MODEL comes before them. More: docs/serving.md
 """
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 _CPU_CACHE_NBYTES = 4 << 30
-_OWN_OPTIONS = {"budget": "--budget", "method": "--method", "settings": "--set", "profile": "--profile"}
+_OWN_OPTIONS = {"budget": "--budget", "method": "--method", "settings": "--set", "profile": "--profile"} | {
+    "chunk_budget": "--chunk-budget",
+    "chunk_tokens": "--chunk-tokens",
+}
 _ADDITIONAL = "--additional-config"
 _DTYPE = "--dtype"
 _UNSERVED = ("--store", "--of", "--chunk", "--max-memory", "--prefill-memory", "--compare", "--exact-prefill")
@@ -45,10 +50,22 @@ def serve(
     ] = defaults.SERVED_METHOD,
     settings: SettingsOption = None,
     profile: ProfileOption = None,
+    chunk_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Cut prompts while they are read, too, so that they may be longer than the KV cache: as many tokens "
+            "stay from chunk to chunk.",
+            metavar="TOKENS",
+        ),
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(help=f"Tokens between two such cuts ({CHUNK_TOKENS}).", metavar="TOKENS")
+    ] = None,
 ) -> None:
     """Serve a model through vLLM's OpenAI API, with each request's prompt cache cut to a budget.
 
-    What is not given is taken from COMPRESSKV_BUDGET, COMPRESSKV_METHOD and COMPRESSKV_PROFILE where they are exported.
+    What is not given is taken from COMPRESSKV_BUDGET, COMPRESSKV_METHOD, COMPRESSKV_PROFILE, COMPRESSKV_CHUNK_BUDGET
+    and COMPRESSKV_CHUNK_TOKENS where they are exported.
     A request may ask for another budget: "vllm_xargs": {"compresskv": 128}, "5%", or "off".
     """
     if model.startswith("-"):
@@ -70,7 +87,8 @@ def serve(
             method = _exported_method(method, settings)
         if profile is None and os.environ.get("COMPRESSKV_PROFILE"):
             profile = Path(os.environ["COMPRESSKV_PROFILE"])
-        own = _settings_environment(budget, method, settings, profile)
+        counts = {"chunk_budget": chunk_budget, "chunk_tokens": chunk_tokens}
+        own = _settings_environment(budget, method, settings, profile, counts)
         environment |= own
         told = _what_happens(own)
     with Bar() as bar:
@@ -158,13 +176,18 @@ def _exported_method(default: str, settings: list[str] | None) -> str:
     return exported
 
 
-def _settings_environment(budget: str, method: str, settings: list[str] | None, profile: Path | None) -> dict[str, str]:
+def _settings_environment(
+    budget: str, method: str, settings: list[str] | None, profile: Path | None, counts: Mapping[str, int | None]
+) -> dict[str, str]:
     """The plugin's settings, checked.
 
+    Args:
+        counts: other settings; what is None is taken from the environment.
     Raises:
         ConfigError, ProfileError: a value that cannot work.
     """
     from compresskv.serving.settings import find_settings
+    from compresskv.serving.switch import VARIABLES
 
     if profile is not None:
         from compresskv.profiles.profile import read_profile
@@ -176,6 +199,9 @@ def _settings_environment(budget: str, method: str, settings: list[str] | None, 
         "COMPRESSKV_METHOD": chosen.label,
         "COMPRESSKV_PROFILE": "" if profile is None else str(profile.absolute()),
     }
+    for name, count in counts.items():
+        variable = VARIABLES[name]
+        environment[variable] = os.environ.get(variable, "") if count is None else str(count)
     find_settings({}, environment)
     return environment
 
@@ -192,6 +218,8 @@ def _what_happens(environment: dict[str, str]) -> str:
         kept = f"{100 * chosen.budget:.3g}% of its tokens"
     else:
         return "with prompts kept whole, except where a request gives a budget of its own"
+    if chosen.chunks is not None:
+        kept += f" (and to {chosen.chunks.budget} after each {chosen.chunks.tokens} while it is read)"
     return (
         f"with each prompt cut to {kept} once it has been read, and its other blocks freed; prompts within the budget, "
         "or of requests that say 'off', are kept whole, and others for reasons that the log and the metrics tell"

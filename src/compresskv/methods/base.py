@@ -108,6 +108,11 @@ class Method:
         """The observation window at a mean budget of `budget` tokens, at most `window_size`."""
         return self.window_size
 
+    @property
+    def cuts_again(self) -> bool:
+        """Whether the method can choose among tokens of which others were evicted before."""
+        return not (self.observes_all or self.turns_back or self.replays or self.lookahead)
+
     def num_observed(self, num_ahead: int = 0) -> int:
         """How many of the last queries the method looks at, where `num_ahead` tokens are looked ahead at."""
         return sys.maxsize if self.observes_all else self.window_size + num_ahead

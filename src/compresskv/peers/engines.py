@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,11 +70,13 @@ def start_engine(
     num_blocks: int | None,
     dtype: str,
     prefix_caching: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Engine:
     """An engine with or without the plugin; everything else is the same.
 
     Args:
         num_blocks: blocks of 128 tokens in the pool; None: what 2 GB hold.
+        settings: the plugin's, beside budgets, which requests give.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -93,7 +95,7 @@ def start_engine(
         enable_prefix_caching=prefix_caching,
         enforce_eager=True,  # compiling each engine would take longer than the measurement
         seed=0,
-        additional_config={"compresskv": {"budget": 1.0} if compressed else False},
+        additional_config={"compresskv": {"budget": 1.0, **(settings or {})} if compressed else False},
     )
     _alive.append(llm)
     return Engine(llm)

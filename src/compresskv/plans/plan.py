@@ -237,6 +237,11 @@ class Planned(Method):
     plan: Plan | None = None
 
     @property
+    def cuts_again(self) -> bool:
+        """No: it names tokens of the whole prompt."""
+        return False
+
+    @property
     def _layers(self) -> tuple[LayerPlan, ...]:
         assert self.plan is not None
         return self.plan.layers

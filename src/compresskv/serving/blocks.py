@@ -1,5 +1,6 @@
 """Blocks of requests whose prompt was cut: how many they need, and how the others are given back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from compresskv.serving.settings import EvictionSpec
+from compresskv.selection.cuts import most_held
+from compresskv.serving.settings import EvictionSpec, find_settings
 from compresskv.serving.versions import check_hooks
 
 check_hooks(FullAttentionManager)
+check_hooks(FullAttentionSpec)
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -22,27 +25,42 @@ class CompressedAttentionManager(FullAttentionManager):
         self.num_evicted: dict[str, int] = {}
         """For each request whose prompt was cut, the tokens that are gone."""
         self._num_wanted: dict[str, int] = {}
+        self._most_tokens: dict[str, int] = {}
         self._fresh: dict[str, list[Any]] = {}
 
-    def has_room(self, spec: EvictionSpec) -> bool:
-        """Whether the whole pool has room for the prompt and what is retained beside it: else it would wait for ever.
+    def num_needed(self, specs: Sequence[EvictionSpec], num_prompt: int) -> int:
+        """Blocks that a prompt needs at once while it is read and cut.
 
-        Without prefix caching, what is retained stays in the prompt's own blocks.
+        With prefix caching, what the first cut retains lies beside the prompt's own blocks for one step.
         """
-        if not self.enable_caching:
-            return True
-        num_needed = cdiv(spec.num_prompt, self.block_size) + cdiv(spec.num_kept, self.block_size)
-        return bool(num_needed < self.block_pool.num_gpu_blocks)  # one is vLLM's own
+        needed: int = cdiv(most_held(num_prompt, specs), self.block_size)
+        if specs and self.enable_caching:
+            first = specs[0]
+            needed = max(needed, cdiv(first.num_held, self.block_size) + cdiv(first.num_kept, self.block_size))
+        return needed
 
-    def prepare(self, request_id: str, spec: EvictionSpec | None) -> None:
-        """Say before each allocation whether the request's prompt is cut in this very step; None: it is not.
+    @property
+    def num_usable(self) -> int:
+        """Blocks of the pool that requests can have: one is vLLM's own."""
+        return int(self.block_pool.num_gpu_blocks) - 1
+
+    def prepare(self, request_id: str, spec: EvictionSpec | None, most_tokens: int) -> None:
+        """Say before each allocation whether the request is cut in this very step; None: it is not.
 
         With prefix caching, the prompt's blocks may be others' too, and stay cached as they are: what is retained moves
-        to fresh blocks, which are allocated together with those of the prompt's last chunk.
+        to fresh blocks, which are allocated together with those of the chunk. After that all blocks are its own.
+
+        Args:
+            most_tokens: that the request will hold at once, as far as it is known.
         """
+        self._most_tokens[request_id] = most_tokens
         self._num_wanted.pop(request_id, None)
-        if spec is not None and self.enable_caching:
+        if spec is not None and self._moves(request_id):
             self._num_wanted[request_id] = cdiv(spec.num_kept, self.block_size)
+
+    def _moves(self, request_id: str) -> bool:
+        """Whether what the request's next cut retains goes to other blocks."""
+        return bool(self.enable_caching) and request_id not in self.num_evicted
 
     def evict(self, request_id: str, spec: EvictionSpec) -> tuple[list[int], int] | None:
         """Give back the blocks that are not needed for the retained tokens.
@@ -53,14 +71,14 @@ class CompressedAttentionManager(FullAttentionManager):
         """
         blocks, num_free = self.req_to_blocks[request_id], self.block_pool.get_num_free_blocks()
         num_held = cdiv(spec.num_kept, self.block_size)
-        if self.enable_caching:
+        if self._moves(request_id):
             kept, freed, num_fresh = self._fresh.pop(request_id, []), list(blocks), num_held
         else:
             kept, freed, num_fresh = blocks[:num_held], blocks[num_held:], 0
         if not kept:
             return None
         blocks[:] = kept
-        self.num_evicted[request_id] = spec.num_evicted
+        self.num_evicted[request_id] = spec.num_lost
         self.block_pool.free_blocks(reversed(freed))
         num_freed = self.block_pool.get_num_free_blocks() - num_free - num_fresh
         return [block.block_id for block in kept], max(0, num_freed)
@@ -71,11 +89,13 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that are missing for `num_tokens` tokens, the evicted ones among them."""
-        num_missing: int = super().get_num_blocks_to_allocate(
-            request_id, num_tokens - self.num_evicted.get(request_id, 0), *args, **kwargs
-        )
+        num_held = num_tokens - self.num_evicted.get(request_id, 0)
         # Admission asks for the whole request's blocks; the allocation itself asks again, for this step's.
-        return num_missing + (0 if kwargs.get("apply_admission_cap") else self._num_wanted.get(request_id, 0))
+        is_admission, num_wanted = kwargs.get("apply_admission_cap"), self._num_wanted.get(request_id, 0)
+        if is_admission:
+            num_held, num_wanted = min(num_held, self._most_tokens.get(request_id, num_held)), 0
+        num_missing: int = super().get_num_blocks_to_allocate(request_id, num_held, *args, **kwargs)
+        return num_missing + num_wanted
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int, *args: Any, **kwargs: Any
@@ -99,12 +119,25 @@ class CompressedAttentionManager(FullAttentionManager):
         """All blocks of a request that is finished, aborted or preempted: the next time its prompt is whole again."""
         self.num_evicted.pop(request_id, None)
         self._num_wanted.pop(request_id, None)
+        self._most_tokens.pop(request_id, None)
         return [*super().pop_blocks_for_free(request_id, *args, **kwargs), *self._fresh.pop(request_id, ())]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedAttentionSpec(FullAttentionSpec):
     """Full attention, managed by `CompressedAttentionManager`."""
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """What one request may need: less than its longest length, where prompts are cut while they are read."""
+        whole: int = super().max_memory_usage_bytes(vllm_config)
+        settings = find_settings(vllm_config.additional_config)
+        if settings is None or settings.chunks is None:
+            return whole
+        most, kept = settings.most_tokens(vllm_config.model_config.max_model_len)
+        num_blocks = cdiv(most, self.block_size) + 1  # one for the answer
+        if vllm_config.cache_config.enable_prefix_caching:
+            num_blocks += cdiv(kept, self.block_size)
+        return int(min(whole, num_blocks * self.page_size_bytes))
 
 
 # vLLM adds its own entries only while the registry is empty, and at its first use: so before ours

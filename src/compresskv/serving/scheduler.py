@@ -4,12 +4,15 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from compresskv.errors import ConfigError, ServingError
+from compresskv.selection.cuts import most_held
 from compresskv.serving.blocks import CompressedAttentionManager
 from compresskv.serving.counters import counters
 from compresskv.serving.room import max_observed_tokens
@@ -47,26 +50,45 @@ class CompressedScheduler(Scheduler):
         counters()  # makes their file now, while its folder is surely there
 
     def add_request(self, request: Any) -> None:
-        """Queue a request, and decide what is evicted of its prompt."""
+        """Queue a request, and decide how it is cut."""
         if request.request_id not in self.requests:  # else it adds to a streaming session
-            request.compresskv_spec = self._decide(request)
+            request.compresskv_specs = self._decide(request)
+            self._limit_answer(request)
         super().add_request(request)
 
-    def _decide(self, request: Any) -> EvictionSpec | None:
+    def _decide(self, request: Any) -> tuple[EvictionSpec, ...]:
+        num_prompt, extra_args = request.num_prompt_tokens, request.sampling_params.extra_args
         try:
-            spec = self._settings.eviction_spec(request.num_prompt_tokens, request.sampling_params.extra_args)
+            specs = self._settings.eviction_specs(num_prompt, extra_args)
         except ConfigError:  # the server has refused it unless requests come another way
             self._keep_whole("bad budget")
-            return None
-        if spec is None:
-            return None
-        if request.resumable:
+            specs = ()
+        if specs and request.resumable:
             self._keep_whole("streaming session")
-            return None
-        if not self._manager.has_room(spec):
+            return ()
+        if self._fits(specs, num_prompt):
+            return specs
+        if self._fits((), num_prompt):
             self._keep_whole("no room for a copy in the pool")
-            return None
-        return spec
+            return ()
+        self._has_news = True
+        self._reasons["no room for what it asked for, cut as all others"] += 1
+        return self._settings.eviction_specs(num_prompt, None)
+
+    def _fits(self, specs: Sequence[EvictionSpec], num_prompt: int) -> bool:
+        """Whether the whole pool has room for the prompt: else it would wait for ever."""
+        return self._manager.num_needed(specs, num_prompt) <= self._manager.num_usable
+
+    def _limit_answer(self, request: Any) -> None:
+        """End an answer where the pool is full, as vLLM ends it where the model's longest length is reached.
+
+        That is where prompts may be longer than the pool: vLLM refuses to start with others.
+        """
+        if self._settings.chunks is None:
+            return
+        held = request.num_prompt_tokens - _num_lost(request.compresskv_specs)
+        room = self._manager.num_usable * self.block_size - held
+        request.max_tokens = max(1, min(request.max_tokens, room))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step."""
@@ -74,39 +96,48 @@ class CompressedScheduler(Scheduler):
         return super().schedule(*args, **kwargs)
 
     def _get_local_prefix_cache_hit(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """Cached blocks of the prompt, without those of its last chunk: the window's queries have to be computed."""
+        """Cached blocks of the prompt, up to the last chunk before its first cut: the window has to be computed."""
         blocks, num_local, *others = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        spec = request.compresskv_spec
-        if spec is not None and num_local > spec.num_prompt - spec.last_chunk:
-            num_local = (spec.num_prompt - spec.last_chunk) // self.block_size * self.block_size
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_local)
+        if request.compresskv_specs:
+            first: EvictionSpec = request.compresskv_specs[0]
+            if num_local > (most := first.num_read - first.last_chunk):
+                num_local = most // self.block_size * self.block_size
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_local)
         return blocks, num_local, *others
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """No chunk goes beyond the prompt's end, and the chunk that reaches it holds the whole observation window.
+        """No chunk goes beyond a cut, and the chunk that reaches it holds the whole observation window.
 
         Returns: tokens to read in this step; 0 where the window does not fit any more, so that the request waits.
         """
         num_new: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        spec: EvictionSpec | None = request.compresskv_spec
-        num_left: int = request.num_prompt_tokens - num_computed_tokens
-        if num_left <= 0 or spec is None:
+        spec = self._next_cut(request, num_computed_tokens)
+        if spec is None:
             return num_new
+        num_left = spec.num_read - num_computed_tokens
         ends = num_new >= num_left and self._may_end(spec)
-        self._manager.prepare(request.request_id, spec if ends else None)
+        self._manager.prepare(request.request_id, spec if ends else None, _most_tokens(request))
         if ends:
             self._ending[request.request_id] = spec
             return num_left
         self._ending.pop(request.request_id, None)
         return max(0, min(num_new, num_left - spec.last_chunk))
 
+    def _next_cut(self, request: Any, num_computed_tokens: int) -> EvictionSpec | None:
+        """The next cut of a request; what it holds then is more than planned where an earlier one was not made."""
+        specs: tuple[EvictionSpec, ...] = request.compresskv_specs
+        spec = next((spec for spec in specs if spec.num_read > num_computed_tokens), None)
+        if spec is None or spec is specs[0]:
+            return spec
+        return replace(spec, num_held=spec.num_read - self._manager.num_evicted.get(request.request_id, 0))
+
     def _may_end(self, spec: EvictionSpec) -> bool:
-        """Whether what is noted of the prompt's tokens fits beside the step's other endings; one always does."""
-        others = sum(other.num_prompt for other in self._ending.values())
-        return not others or others + spec.num_prompt <= self._max_observed
+        """Whether what is noted of the prompt's tokens fits beside the step's other cuts; one always does."""
+        others = sum(other.num_held for other in self._ending.values())
+        return not others or others + spec.num_held <= self._max_observed
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
-        """Give back the blocks of prompts that this step reads to their end.
+        """Give back the blocks of prompts that this step reads up to a cut.
 
         The workers compact the cache in this very step, after its forward pass; new owners write in a later one.
         """
@@ -116,7 +147,8 @@ class CompressedScheduler(Scheduler):
             num_scheduled = scheduler_output.num_scheduled_tokens.get(request_id, 0)
             if not num_scheduled:  # there was no room, or it was preempted
                 continue
-            ends = self.requests[request_id].num_computed_tokens == spec.num_prompt and num_scheduled >= spec.last_chunk
+            request = self.requests[request_id]
+            ends = request.num_computed_tokens == spec.num_read and num_scheduled >= spec.last_chunk
             evicted = self._manager.evict(request_id, spec) if ends else None
             if evicted is None:
                 self._manager.keep(request_id)
@@ -124,7 +156,7 @@ class CompressedScheduler(Scheduler):
                 continue
             targets, num_freed = evicted
             planned[request_id] = PlannedEviction(spec, targets)
-            self._count(spec, num_freed)
+            self._count(spec, num_freed, is_last=spec.num_read == request.compresskv_specs[-1].num_read)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
         """After a step, in which the workers have cut what it read to the end."""
@@ -138,11 +170,11 @@ class CompressedScheduler(Scheduler):
         self._log(may_wait=False)
         super().shutdown()
 
-    def _count(self, spec: EvictionSpec, num_freed: int) -> None:
+    def _count(self, spec: EvictionSpec, num_freed: int, *, is_last: bool) -> None:
         self._has_news = True
         counts = counters()
-        counts.add("evicted_prompts", 1)
-        counts.add("evicted_tokens", spec.num_evicted)
+        counts.add("evicted_prompts", is_last)
+        counts.add("evicted_tokens", spec.num_held - spec.num_kept)
         counts.add("freed_blocks", num_freed)
 
     def _keep_whole(self, reason: str) -> None:
@@ -165,6 +197,18 @@ class CompressedAsyncScheduler(CompressedScheduler, AsyncScheduler):
     What a prompt keeps is known from its length and the settings alone, and the device works in one order: a block that
     is given back in a step has another owner in a later one.
     """
+
+
+def _num_lost(specs: Sequence[EvictionSpec]) -> int:
+    """Tokens that are gone when a prompt has been read."""
+    return specs[-1].num_lost if specs else 0
+
+
+def _most_tokens(request: Any) -> int:
+    """What a request holds at once until it has been read, what it generated before it was preempted included."""
+    specs: tuple[EvictionSpec, ...] = request.compresskv_specs
+    in_the_end: int = request.num_tokens - _num_lost(specs)
+    return max(most_held(request.num_prompt_tokens, specs), in_the_end)
 
 
 def told(totals: dict[str, float], reasons: Counter[str]) -> str:

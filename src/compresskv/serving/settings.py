@@ -11,38 +11,33 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, methods, parse_methods
 from compresskv.selection.budgets import in_tokens, read_budget
+from compresskv.selection.cuts import CHUNK_TOKENS, Chunks, Cut, least_end, prompt_cuts
 from compresskv.serving.switch import KEY, VARIABLES, given_settings
 
+_COUNTS = ("chunk_budget", "chunk_tokens")
 _LARGEST = 2**63 - 1  # that vLLM can send between its processes
 
 
 @dataclass(frozen=True)
-class EvictionSpec:
-    """What is evicted of one request's prompt. The scheduler decides it when the request comes; workers are told."""
+class EvictionSpec(Cut):
+    """One cut of one request. The scheduler decides it when the request comes; workers are told."""
 
-    num_prompt: int
-    num_kept: int
     window_size: int
-    """The observation window: so many of the prompt's last tokens are read in one step."""
-
-    @property
-    def num_evicted(self) -> int:
-        """Tokens of the prompt that are not kept."""
-        return self.num_prompt - self.num_kept
+    """The observation window: so many of the last tokens before the cut are read in one step."""
 
     @property
     def last_chunk(self) -> int:
-        """Tokens that the step which ends the prompt reads at least: the window, and never one alone.
+        """Tokens that the step which ends with the cut reads at least: the window, and never one alone.
 
         A step of one token a request is a decode step to vLLM, which may replay it as one CUDA graph, where no query
         can be seen.
         """
-        return min(max(self.window_size, 2), self.num_prompt)
+        return min(least_end(self.window_size), self.num_held)
 
 
 @dataclass(frozen=True)
 class PlannedEviction:
-    """What workers do with a request when a step has read its prompt to the end."""
+    """What workers do with a request when a step has read it up to a cut."""
 
     spec: EvictionSpec
     targets: list[int]
@@ -58,6 +53,10 @@ class Settings:
     """The method's label: its name and the options that differ from its defaults."""
     profile: str | None = None
     """A profile file; None finds the model's own."""
+    chunk_budget: int | None = None
+    """Tokens of a prompt that stay from chunk to chunk; None: prompts are cut at their end alone."""
+    chunk_tokens: int = CHUNK_TOKENS
+    """Tokens of a chunk."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -67,13 +66,20 @@ class Settings:
         """
         in_tokens(self.budget)
         check_servable(_method(self.method))
+        if self.chunks is not None:
+            self.chunks.check_window(self.bare_method().window_size)
+
+    @property
+    def chunks(self) -> Chunks | None:
+        """How prompts are cut while they are read."""
+        return None if self.chunk_budget is None else Chunks(self.chunk_budget, self.chunk_tokens)
 
     def bare_method(self) -> Method:
         """The method, without a profile yet."""
         return _method(self.method)
 
-    def eviction_spec(self, num_prompt: int, extra_args: Mapping[str, Any] | None) -> EvictionSpec | None:
-        """What is evicted of a prompt of `num_prompt` tokens; None where it is kept whole.
+    def eviction_specs(self, num_prompt: int, extra_args: Mapping[str, Any] | None) -> tuple[EvictionSpec, ...]:
+        """How a prompt of `num_prompt` tokens is cut; none where it is kept whole.
 
         Args:
             extra_args: the request's own, see `requested_budget`.
@@ -82,11 +88,20 @@ class Settings:
         """
         budget, method = requested_budget(extra_args, self.budget), self.bare_method()
         if budget is None:
-            return None
+            return ()
         num_kept = method.resolve_budgets(budget, 1, num_prompt)[0][0]
-        if num_kept >= num_prompt:
-            return None
-        return EvictionSpec(num_prompt, num_kept, min(method.window_at(num_kept), num_prompt))
+        cuts = prompt_cuts(num_prompt, num_kept, method.window_size, self.chunks)
+        windows = [min(method.window_at(cut.num_kept), cut.num_held) for cut in cuts]
+        return tuple(EvictionSpec(**asdict(cut), window_size=size) for cut, size in zip(cuts, windows, strict=True))
+
+    def most_tokens(self, longest: int) -> tuple[int, int]:
+        """What a prompt of at most `longest` tokens holds at once, and what its cuts retain of that, at most."""
+        method = self.bare_method()
+        kept = method.resolve_budgets(self.budget, 1, longest)[0][0]
+        if self.chunks is None:
+            return longest, kept
+        kept = max(kept, self.chunks.budget)
+        return min(longest, kept + self.chunks.tokens + least_end(method.window_size) - 1), kept
 
     def to_dict(self) -> dict[str, Any]:
         """For vLLM's `additional_config`."""
@@ -97,8 +112,8 @@ def find_settings(additional: Any, environ: Mapping[str, str] = os.environ) -> S
     """The settings in vLLM's `additional_config`, and where that has none, in the environment; None: switched off.
 
     Args:
-        additional: {"compresskv": {"budget": ..., "method": ..., "profile": ..., OPTION_OF_THE_METHOD: ...}}, or
-            {"compresskv": false}, which switches off whatever the environment says.
+        additional: {"compresskv": {"budget": ..., "method": ..., "profile": ..., "chunk_budget": ...,
+            OPTION_OF_THE_METHOD: ...}}, or {"compresskv": false}, which switches off whatever the environment says.
     Raises:
         ConfigError: a value that cannot work, with the option's name.
     """
@@ -111,7 +126,10 @@ def find_settings(additional: Any, environ: Mapping[str, str] = os.environ) -> S
         raise ConfigError(f"{KEY}: {dict(given)} has no budget: give one, such as 256 or '3%'")
     options = {name: value for name, value in given.items() if name not in VARIABLES}
     profile = given.get("profile")
-    return Settings(_budget(given["budget"]), _label(given.get("method"), options), str(profile) if profile else None)
+    numbers = {name: _count(name, given[name]) for name in _COUNTS if given.get(name) is not None}
+    return Settings(
+        _budget(given["budget"]), _label(given.get("method"), options), str(profile) if profile else None, **numbers
+    )
 
 
 def plugins_with_ours(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -165,6 +183,15 @@ def _budget(given: Any) -> int | float:
     if budget > _LARGEST:
         raise ConfigError(f"budget={budget} is more than vLLM can pass on: give at most {_LARGEST}, or 'off'")
     return budget
+
+
+def _count(name: str, given: Any) -> int:
+    """A number of tokens, which the environment has as text."""
+    if isinstance(given, str) and given.strip().isdecimal():
+        return int(given)
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise ConfigError("must be a number of tokens", option=name, value=given)
+    return given
 
 
 def _label(method: Any, options: Mapping[str, Any]) -> str:

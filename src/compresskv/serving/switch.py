@@ -6,7 +6,9 @@ from typing import Any
 
 KEY = "compresskv"
 """Names us in vLLM's `additional_config`, and in a request's `extra_args` (`vllm_xargs` in the OpenAI API)."""
-VARIABLES = {"budget": "COMPRESSKV_BUDGET", "method": "COMPRESSKV_METHOD", "profile": "COMPRESSKV_PROFILE"}
+VARIABLES = {
+    name: f"COMPRESSKV_{name.upper()}" for name in ("budget", "method", "profile", "chunk_budget", "chunk_tokens")
+}
 """The settings in the environment. The budget switches on; the others alone do nothing."""
 
 

@@ -65,10 +65,10 @@ class Positions:
             mask: (B or 1, 1, T_new, seen), bool or additive; None where nothing is masked but the future.
             query: (B, H_q, T_new, D), of all KV heads or of one.
             head: the one.
-        Returns: (B, 1 or H_q, T_new, stored); None where nothing is masked but the future, and that not in one token.
+        Returns: (B, 1 or H_q, T_new, stored); None where nothing is masked but the future: new tokens come last.
         """
         num_new = query.shape[2]
-        if self.chosen is None or (mask is None and num_new == 1 and not self.has_empty_slots):
+        if self.chosen is None or (mask is None and not self.has_empty_slots):
             return mask
         if mask is None:
             mask = causal_mask(num_new, self.num_seen, query.device)

@@ -1,0 +1,64 @@
+"""Reading a prompt chunk by chunk through the whole model, for caches that are cut in between."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compresskv.errors import ModelError, PromptError
+
+
+class ChunkwiseCache(Protocol):
+    """A cache that may ask for chunks."""
+
+    reads_in_chunks: bool
+    """Whether it does."""
+
+    def chunk_ends(self, num_new: int) -> list[int]:
+        """Where each chunk of so many new tokens ends; the last one with them."""
+
+    def reading_chunk(self, num_after: int) -> AbstractContextManager[None]:
+        """While the model reads one, before so many tokens more."""
+
+
+def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: list[int], **given: Any) -> Any:
+    """What a decoder's `forward` would return, called for one chunk after another.
+
+    Args:
+        ends: see `ChunkwiseCache`.
+        given: to the whole call.
+    Raises:
+        PromptError: rows are padded.
+        ModelError: the decoder is given, or is to return, what cannot be told of a chunk.
+    """
+    num_tokens, outputs = ends[-1], []
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget")
+    for start, end in pairwise([0, *ends]):
+        with cache.reading_chunk(num_tokens - end):
+            outputs.append(forward(**dict(_cut(given, start, end, num_tokens))))
+    last = outputs[-1]
+    if any(getattr(last, name, None) is not None for name in ("hidden_states", "attentions")):
+        raise ModelError("a prompt that is cut chunk by chunk has no hidden states or attentions to return")
+    last.last_hidden_state = torch.cat([output.last_hidden_state for output in outputs], dim=1)
+    return last
+
+
+def _cut(given: dict[str, Any], start: int, end: int, num_tokens: int) -> Iterator[tuple[str, Any]]:
+    """The arguments that go with tokens `start` to `end`."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            if isinstance(value, dict):
+                raise ModelError(f"this model's {name} cannot be told of a chunk: leave out chunk_budget")
+            yield name, value
+        elif name == "attention_mask":
+            if value.ndim != 2:
+                raise ModelError("prompts with masks of their own cannot be cut chunk by chunk: leave out chunk_budget")
+            yield name, value[:, : value.shape[1] - (num_tokens - end)]
+        else:
+            dim = -1 if name in ("position_ids", "cache_position") else 1
+            yield name, value.narrow(dim, start, end - start)

@@ -1,0 +1,34 @@
+"""A layer of which some tokens were evicted before, to whoever cuts what is left of it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from compresskv.cache.stores.base import Store
+from compresskv.selection.select import EMPTY_SLOT
+
+
+class Holding(Protocol):
+    """A cache layer as it is seen here."""
+
+    store: Store | None
+
+    def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
+        """See `Retaining`."""
+
+
+@dataclass(frozen=True)
+class HeldOf:
+    """See `Retaining`. Tokens count among those that are held."""
+
+    layer: Holding
+
+    def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
+        """Keep the named ones of what is held, by their true positions."""
+        assert self.layer.store is not None
+        held = self.layer.store.positions
+        num_heads = max(tokens.shape[1], held.shape[1])
+        slots = tokens.expand(-1, num_heads, -1)
+        positions = held.expand(-1, num_heads, -1).gather(-1, slots.clamp(min=0))
+        self.layer.retain(positions.masked_fill(slots == EMPTY_SLOT, EMPTY_SLOT))

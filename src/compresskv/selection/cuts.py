@@ -1,0 +1,92 @@
+"""When a cache is cut, by tokens read alone: the same cuts whatever batches and chunks a text is read in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compresskv.errors import ConfigError
+
+CHUNK_TOKENS = 1024
+"""Tokens of a prompt between two cuts, where nothing is said."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is done when so many tokens were read."""
+
+    num_read: int
+    """Of the whole text, the evicted ones included."""
+    num_held: int
+    """What is chosen among: what an earlier cut kept, and what was read since."""
+    num_kept: int
+
+    @property
+    def num_lost(self) -> int:
+        """Tokens that are gone then, those of earlier cuts included."""
+        return self.num_read - self.num_kept
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a prompt is cut while it is read, so that no more than a part of it is ever held."""
+
+    budget: int
+    """Tokens that are kept from chunk to chunk; more where more stay in the end."""
+    tokens: int = CHUNK_TOKENS
+    """New tokens between two cuts, which are made at multiples of it."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: they are no numbers of tokens.
+        """
+        for name, value in (("chunk_budget", self.budget), ("chunk_tokens", self.tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError("must be an int of at least 1", option=name, value=value)
+
+    def check_window(self, window_size: int) -> None:
+        """Refuse chunks in which an observation window has no room.
+
+        Raises:
+            ConfigError: naming both.
+        """
+        if min(self.tokens, self.budget) < (least := least_end(window_size)):
+            name, value = ("chunk_tokens", self.tokens) if self.tokens < least else ("chunk_budget", self.budget)
+            raise ConfigError(f"must be at least {least}, the observation window's tokens", option=name, value=value)
+
+
+def least_end(window_size: int) -> int:
+    """Tokens that a prompt has behind its last cut but one, at least: the window that observes its end.
+
+    And never one alone, which engines read as they read a token that was generated.
+    """
+    return max(2, window_size)
+
+
+def prompt_cuts(num_prompt: int, num_kept: int, window_size: int, chunks: Chunks | None = None) -> list[Cut]:
+    """How a prompt is cut, the last time at its end; no cut where nothing is evicted.
+
+    Args:
+        num_kept: what stays in the end.
+        window_size: the most tokens that observe a cut.
+        chunks: None: it is cut at its end alone.
+    """
+    cuts: list[Cut] = []
+    num_read = num_held = 0
+    between = 0 if chunks is None else max(chunks.budget, num_kept)
+    ends = () if chunks is None else range(chunks.tokens, num_prompt - least_end(window_size) + 1, chunks.tokens)
+    for end in ends:
+        num_held, num_read = num_held + end - num_read, end
+        if num_held > between:
+            cuts.append(Cut(end, num_held, between))
+            num_held = between
+    num_held += num_prompt - num_read
+    if num_held > num_kept:
+        cuts.append(Cut(num_prompt, num_held, num_kept))
+    return cuts
+
+
+def most_held(num_prompt: int, cuts: Sequence[Cut]) -> int:
+    """Tokens that are held at once while a prompt is read."""
+    in_the_end = num_prompt - (cuts[-1].num_lost if cuts else 0)
+    return max([in_the_end, *(cut.num_held for cut in cuts)])

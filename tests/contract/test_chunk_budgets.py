@@ -1,0 +1,119 @@
+"""Prompts that are cut while they are read: every logit is that of a full cache in which what is gone is masked out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+import compresskv
+import tiny
+from compresskv import CacheStateError, CompressedCache, ConfigError, PromptError
+from compresskv.compression import Compressing
+from compresskv.methods import registry
+from oracle import Evictions, evictions, oracle_logits
+
+NUM_PROMPT, CHUNK, KEPT, BUDGET = 140, 32, 40, 24
+STEPS = [NUM_PROMPT, 1, 1, 5, 1]
+CUTTING = [name for name, kind in registry.methods().items() if kind().cuts_again]
+MODELS = ["llama sdpa", "llama eager", "gemma3 sdpa", "gpt2 sdpa", "gemma2 eager", "gpt_oss eager"]
+
+
+def chunked(model: object, method: str, budget: float = BUDGET, **options: object) -> Compressing:
+    options = {"chunk_budget": KEPT, "chunk_tokens": CHUNK, **options}
+    return compresskv.compressing(model, method, budget, **tiny.options_for(model, method), **options)
+
+
+@contextmanager
+def noted(cache: CompressedCache) -> Iterator[list[Evictions]]:
+    """What was gone when each chunk had been read."""
+    found: list[Evictions] = []
+    reading = cache.reading_chunk
+
+    @contextmanager
+    def noting(num_after: int) -> Iterator[None]:
+        with reading(num_after):
+            yield
+        found.append(evictions(cache))
+        assert all(layer.num_retained <= KEPT + CHUNK for layer in cache.compressed_layers)
+
+    cache.reading_chunk = noting  # type: ignore[method-assign]
+    yield found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_are_exact(model: str) -> None:
+    family, attention = model.split()
+    for method in ("snapkv", "adakv", "vote"):
+        own, sequence = tiny.tiny_model(family, attention), tiny.random_tokens(sum(STEPS), batch_size=2)
+        with chunked(own, method) as cache, noted(cache) as gone:
+            logits = tiny.read(own, cache, sequence, STEPS)
+        assert len(gone) == (3 if method == "vote" else 4)  # at 64, 96, 128 but for wide windows, and in the end
+        expected = oracle_logits(family, sequence, gone[0], None, *gone[1:])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", CUTTING)
+def test_all_methods_keep_as_many_as_ever(method: str) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    counts = []
+    for options in ({}, {"chunk_budget": None}):
+        with chunked(model, method, **options) as cache:
+            tiny.read(model, cache, prompt, [NUM_PROMPT])
+        counts.append(tiny.kept_counts(cache).sum())
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("store", ["native", "int8"])
+def test_generate_and_its_own_chunks_cut_alike(store: str) -> None:
+    """Whatever a prompt is read in, the cuts are at the same places."""
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    found: list[tuple[Tensor, list[list[list[int]]]]] = []
+    for options in ({}, {"prefill_chunk_size": 23}):
+        with chunked(model, "snapkv", 0.2, store=store) as cache:
+            tokens = tiny.generate(model, prompt, cache, **options)
+        found.append((tokens, tiny.kept_tokens(cache.compressed_layers[1]) if store == "native" else []))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_a_prompt_of_a_chunk_is_cut_at_its_end_alone() -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(CHUNK + 7)  # its end lies within the window
+    found = []
+    for options in ({}, {"chunk_budget": None}):
+        with chunked(model, "snapkv", **options) as cache:
+            tiny.read(model, cache, prompt, [prompt.shape[1]])
+            found.append(tiny.kept_tokens(cache.compressed_layers[0]))
+    assert found[0] == found[1]
+
+
+def test_sinks_and_the_latest_tokens_outlast_all_cuts() -> None:
+    model = tiny.tiny_model("llama")
+    with chunked(model, "streaming_llm", 10) as cache:
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+        assert tiny.kept_tokens(cache.compressed_layers[0])[0][0] == [0, 1, 2, 3, *range(134, 140)]
+        cache.reset()
+        tiny.read(model, cache, tiny.random_tokens(70), [70])  # the next prompt has cuts of its own
+        assert tiny.kept_tokens(cache.compressed_layers[0])[0][0] == [0, 1, 2, 3, *range(64, 70)]
+
+
+def test_what_cannot_be_cut_in_chunks_is_refused_by_name() -> None:
+    model = tiny.tiny_model("llama")
+    for method in set(registry.methods()) - set(CUTTING) - set(tiny.REPLAYING_METHODS):
+        with pytest.raises(ConfigError, match=f"{method}.*chunk_budget"):
+            chunked(model, method)
+    with pytest.raises(ConfigError, match="chunk_tokens=4 must be at least 8"):
+        chunked(model, "snapkv", chunk_tokens=4)
+    with pytest.raises(ConfigError, match="chunk_budget=0"):
+        chunked(model, "snapkv", chunk_budget=0)
+    rows, mask = tiny.left_padded([tiny.random_tokens(NUM_PROMPT), tiny.random_tokens(80)])
+    with chunked(model, "snapkv") as cache, pytest.raises(PromptError, match="padded"):
+        tiny.generate(model, rows, cache, attention_mask=mask)
+
+
+def test_reading_beyond_a_cut_is_found() -> None:
+    """A decoder that is called past our hook reads all at once."""
+    model = tiny.tiny_model("llama")
+    with chunked(model, "snapkv") as cache, pytest.raises(CacheStateError, match="beyond a cut"):
+        type(model.model).forward(model.model, input_ids=tiny.random_tokens(NUM_PROMPT), past_key_values=cache)
