@@ -15,17 +15,19 @@ from compresskv.attention.pieces import AUTO, PrefillMemory, check_prefill_memor
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.eviction import find_chunks
+from compresskv.cache.generated import check_decoding
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
+from compresskv.methods.registry import parse_methods
 from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget, read_budget
-from compresskv.selection.cuts import CHUNK_TOKENS
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, DecodeBudget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.progress import Progress
 
@@ -114,6 +116,9 @@ def compressing(
     prompt_tokens: int | None = None,
     chunk_budget: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    decode_budget: int | None = None,
+    decode_interval: int = DECODE_INTERVAL,
+    decode_method: str | Method = defaults.DECODE_METHOD,
     exact_prefill: bool | None = None,
     store: str = NATIVE,
     prefill_memory: PrefillMemory = AUTO,
@@ -145,6 +150,12 @@ def compressing(
             in every KV head (or `budget`, where that is more). What is cut early cannot be asked for by what comes
             later; attention to the prompt gets cheaper. None: prompts are cut at their end. Not for padded batches.
         chunk_tokens: see `chunk_budget`; at least the method's window.
+        decode_budget: cut what is generated, too, so that the cache does not grow with the answer: after each
+            `decode_interval` new tokens, KV heads that hold more keep so many, the prompt's among them. None: what is
+            generated stays.
+        decode_interval: see `decode_budget`; at least the window of `decode_method`.
+        decode_method: chooses among what is held then. One that decides for all layers together needs a `method` that
+            keeps the same tokens in all of them.
         exact_prefill: True reads prompts by the model's own attention function alone. Else, in bfloat16 on a CPU that
             multiplies it, whole prompts of 256 to 16,384 tokens are read two to three times as fast by matrix products
             that round logits and weights to bfloat16 (docs/speed.md). None: as the variable COMPRESSKV_EXACT_PREFILL
@@ -182,7 +193,16 @@ def compressing(
             f"method {chosen.name!r} reads the prompt twice and must know its tokens: give compressing a plan by "
             "compresskv.make_plan, or use compresskv.ask"
         )
-    chunks = find_chunks(chosen, chunk_budget, chunk_tokens)
+    cuts = prepare_cuts(
+        model,
+        chosen,
+        profile,
+        chunk_budget=chunk_budget,
+        chunk_tokens=chunk_tokens,
+        decode_budget=decode_budget,
+        decode_interval=decode_interval,
+        decode_method=decode_method,
+    )
     warn_of_slow_dtype(model)
     return Compressing(
         model,
@@ -192,7 +212,39 @@ def compressing(
         on_progress=on_compile,
         store=store,
         prompt_tokens=prompt_tokens,
-        chunks=chunks,
+        **cuts,
         exact_prefill=exact_prefill,
         prefill_memory=prefill_memory,
     )
+
+
+def prepare_cuts(
+    model: PreTrainedModel,
+    method: Method,
+    profile: Profile | str | Path | None,
+    *,
+    chunk_budget: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    decode_budget: int | None = None,
+    decode_interval: int = DECODE_INTERVAL,
+    decode_method: str | Method = defaults.DECODE_METHOD,
+) -> dict[str, Any]:
+    """Options of a `CompressedCache` for cuts beside the one at the prompt's end; see `compressing`.
+
+    Args:
+        method: ready for the model.
+    Raises:
+        ConfigError, ProfileError: as for `compressing`.
+    """
+    options: dict[str, Any] = {"chunks": find_chunks(method, chunk_budget, chunk_tokens)}
+    if decode_budget is None:
+        return options
+    if isinstance(decode_method, str):
+        found = list(parse_methods("decode_method", decode_method).values())
+        if len(found) != 1:
+            raise ConfigError(f"names {len(found)} methods: give one", option="decode_method", value=decode_method)
+        decode_method = found[0]
+    chosen = prepare_method(model, decode_method, profile if decode_method.needs_profile else None)
+    decode = DecodeBudget(decode_budget, decode_interval)
+    check_decoding(chosen, method, decode)
+    return options | {"decode": decode, "decode_method": chosen}

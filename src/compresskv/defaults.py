@@ -3,6 +3,8 @@
 METHOD = "blend"
 SERVED_METHOD = "vote"
 """In vLLM, whose block table takes the same tokens in all layers."""
+DECODE_METHOD = "rkv"
+"""For what is generated."""
 BUDGET = 256
 MODEL = "smollm2-135m"
 SESSION_METHODS = ("forecast", "kvzip")

@@ -11,7 +11,7 @@ from compresskv import defaults
 from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.modes import AUTO, check_mode
-from compresskv.compression import Compressing
+from compresskv.compression import Compressing, prepare_cuts
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
@@ -28,6 +28,7 @@ from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
 from compresskv.selection.budgets import Budget, as_json, read_budget
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system import memory
 from compresskv.system.clock import now
@@ -117,6 +118,11 @@ def ask(
     max_new_tokens: int = 128,
     truncate: str = "never",
     two_pass: bool = False,
+    chunk_budget: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    decode_budget: int | None = None,
+    decode_interval: int = DECODE_INTERVAL,
+    decode_method: str | Method = defaults.DECODE_METHOD,
     prefill_memory: pieces.PrefillMemory = pieces.AUTO,
     compile: str = AUTO,
     on_text: Callable[[str], None] | None = None,
@@ -133,7 +139,8 @@ def ask(
         truncate: 'never' refuses a prompt above the model's context, 'middle' cuts the document's middle.
         two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
             by methods that decide for all layers together.
-        prefill_memory, compile: as for `compressing`.
+        chunk_budget, chunk_tokens, decode_budget, decode_interval, decode_method, prefill_memory, compile: as for
+            `compressing`.
         on_text: called with pieces of the answer as they come, in whole words.
         on_token: called with each token of the answer as it comes; True from it ends the answer.
         on_prefill: called with (layers done, layers) while the prompt is read; reading it again counts as more layers.
@@ -149,6 +156,18 @@ def ask(
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
     budget = read_budget(budget)
+    cuts = prepare_cuts(
+        model,
+        chosen,
+        profile,
+        chunk_budget=chunk_budget,
+        chunk_tokens=chunk_tokens,
+        decode_budget=decode_budget,
+        decode_interval=decode_interval,
+        decode_method=decode_method,
+    )
+    if cuts["chunks"] is not None and (two_pass or chosen.replays):
+        raise ConfigError("a prompt that is read twice is not cut while it is read: leave out chunk_budget")
     find_precision(store)
     check_mode(compile)
     pieces.check_prefill_memory(prefill_memory)
@@ -164,7 +183,7 @@ def ask(
         on_layer = _half(on_prefill, 1)
     evicting = chosen if plan is None else Planned(plan=plan)
     compressed = Compressing(
-        model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_layer, **held
+        model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_layer, **held, **cuts
     )
     with compressed as cache:
         logits = read_prompt(model, token_ids, cache)

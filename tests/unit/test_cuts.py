@@ -2,7 +2,7 @@
 
 import itertools
 
-from compresskv.selection.cuts import Chunks, Cut, most_held, prompt_cuts
+from compresskv.selection.cuts import Chunks, Cut, DecodeBudget, most_held, prompt_cuts
 
 CHUNKS = Chunks(budget=40, tokens=32)
 
@@ -33,3 +33,20 @@ def test_cuts_fit_together_and_bound_what_is_held() -> None:
             num_read, num_held = cut.num_read, cut.num_kept
         assert num_held + num_prompt - num_read <= max(num_kept, num_prompt if not cuts else 0)
         assert most_held(num_prompt, cuts) <= max(40, num_kept) + 32 + max(2, window) - 1
+
+
+def test_an_answer_is_cut_where_it_finds_too_many_tokens() -> None:
+    decode = DecodeBudget(budget=40, interval=16)
+    for num_held in (3, 24, 25, 40, 90):  # of a prompt of 100 tokens
+        held, expected = num_held, []
+        for num_read in range(101, 300):
+            held += 1
+            if (num_read - 100) % 16 == 0 and held > 40:
+                expected.append(Cut(num_read, held, 40))
+                held = 40
+        found = [decode.next_cut(100, num_held, 100)]
+        while found[-1].num_read < expected[-1].num_read:
+            found.append(decode.next_cut(100, num_held, found[-1].num_read))
+        assert found == expected
+        for num_read in range(100, expected[-1].num_read):
+            assert decode.next_cut(100, num_held, num_read) == next(cut for cut in expected if cut.num_read > num_read)

@@ -16,17 +16,18 @@ from compresskv.attention.routing import base_implementation, without_masks
 from compresskv.cache.costs import costs_of
 from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.full import branch
+from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
 from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_window
 from compresskv.cache.window import QueryWindow
-from compresskv.errors import CacheStateError, ConfigError
+from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.methods.base import Method
 from compresskv.models.chunks import chunked_prompt_length, given_prompt, is_generating, lacks_what_was_read
 from compresskv.models.rotary import Rotations
-from compresskv.models.shape import compressible_layers
+from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
 from compresskv.selection import budgets
 from compresskv.selection.byte_budget import Costs
-from compresskv.selection.cuts import Chunks
+from compresskv.selection.cuts import Chunks, DecodeBudget
 from compresskv.selection.precision import NATIVE, Precision, find_precision
 from compresskv.system.memory import storage_nbytes
 
@@ -56,6 +57,8 @@ class CompressedCache(RoutedCache):
         observer: EvictionObserver | None = None,
         store: str = NATIVE,
         chunks: Chunks | None = None,
+        decode: DecodeBudget | None = None,
+        decode_method: Method | None = None,
     ) -> None:
         """Build an empty cache.
 
@@ -66,17 +69,23 @@ class CompressedCache(RoutedCache):
             observer: told of every eviction, to time it.
             store: as for `compressing`.
             chunks: how the prompt is cut while it is read; None: at its end alone.
+            decode: how what is generated is cut; None: it is kept.
+            decode_method: that cuts it; None: `method`.
         Raises:
-            ModelError: the model has no full-attention layer.
-            ConfigError: the budget or `prefill_memory` cannot work, an unknown store, or a method that cannot cut
-                chunk by chunk.
+            ModelError: the model has no full-attention layer, or `chunks` or `decode` do not fit it.
+            ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
         """
         budget = budgets.read_budget(budget)
         precision = find_precision(store)
         costs = _costs(model, budget, precision)
         eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs, chunks)
         self._eviction = eviction
-        make = functools.partial(self.layer_type, model=model, eviction=eviction)
+        if (chunks is not None or decode is not None) and shares_keys(decoder_config(model)):
+            raise ModelError("layers of this model attend to keys of others: leave out chunk_budget and decode_budget")
+        generated = None
+        if decode is not None:
+            generated = GeneratedEviction(decode_method or method, decode, eviction.num_layers)
+        make = functools.partial(self.layer_type, model=model, eviction=eviction, generated=generated)
         super().__init__(layers=routed_layers(model, make))
         # Without a mask, attention of later chunks is faster. A sliding window, and 'eager', need theirs.
         self._reads_maskless = eviction.num_layers == len(self.layers) and base_implementation(model) == "sdpa"

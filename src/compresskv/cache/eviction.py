@@ -288,5 +288,5 @@ def find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | Non
             f"method {method.label!r} must see the whole prompt at once: leave out chunk_budget, or use another method"
         )
     chunks = Chunks(budget, tokens)
-    chunks.check_window(method.window_size)
+    chunks.check(method.window_size)
     return chunks

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.eviction import Eviction
+from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.held import HeldOf
 from compresskv.cache.masks import valid_keys
 from compresskv.cache.part import Part, PartOf
@@ -32,8 +33,17 @@ NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or gener
 class CompressedLayer(StoredLayer):
     """One full-attention layer. It stores all of the prompt, attends to all of it, then evicts and frees the rest."""
 
-    def __init__(self, layer_idx: int, position: int, model: PreTrainedModel, eviction: Eviction) -> None:
+    def __init__(
+        self,
+        layer_idx: int,
+        position: int,
+        model: PreTrainedModel,
+        eviction: Eviction,
+        generated: GeneratedEviction | None = None,
+    ) -> None:
         super().__init__(layer_idx, decoder_config(model))
+        self.generated = generated
+        """How what comes after the prompt is cut; None: it is kept."""
         self._position = position
         self._eviction = eviction
         self._forget_prompt()
@@ -48,7 +58,7 @@ class CompressedLayer(StoredLayer):
         self._retained_nbytes = 0
         self._part: Part | None = None
         self._cut_at = 0
-        """The last cut before the prompt's end, by the tokens that were read then."""
+        """The last cut, by the tokens that were read then."""
         self.strengths: Tensor | None = None
         self._window: QueryWindow | None = None
 
@@ -84,6 +94,8 @@ class CompressedLayer(StoredLayer):
         output = super().attend(attention, query, mask, **kwargs)
         if self.in_prefill:
             self.observe(QueryWindow.given(query, **kwargs), valid_keys(mask))
+        elif self.generated is not None:
+            self._observe_generated(self.generated, QueryWindow.given(query, **kwargs), mask)
         return output
 
     @property
@@ -138,6 +150,27 @@ class CompressedLayer(StoredLayer):
         self._cut_at = cut.num_read
         self._eviction.end_of_prompt(HeldOf(self), self._position, self._inputs(window, None), cut=cut)
 
+    def observes_next(self) -> bool:
+        """Whether the next token's queries are looked at, to cut what was generated."""
+        generated = self.generated
+        return generated is not None and self._num_generated + 1 > generated.interval - max(1, generated.window_size)
+
+    @property
+    def _num_generated(self) -> int:
+        """Tokens since the prompt's end, or since the last cut."""
+        return self.seen_tokens - self._cut_at
+
+    @torch.no_grad()
+    def _observe_generated(self, generated: GeneratedEviction, window: QueryWindow, mask: Tensor | None) -> None:
+        """Note the queries of the last tokens before a cut; cut when enough were read."""
+        if self._num_generated > generated.interval - max(1, generated.window_size):
+            self._window = window.following(self._window).last(generated.window_size)
+        if self._num_generated >= generated.interval and not self.num_to_come:
+            observed, self._window = self._window, None
+            assert observed is not None
+            self._cut_at = self.seen_tokens
+            generated.cut(self, self._position, observed, valid_keys(mask))
+
     def end_prefill(self, window: QueryWindow, valid: Tensor | None, num_ahead: int) -> None:
         """Let the method choose what stays of all that is stored, now or when it can."""
         self._window, self._decided_at = None, self.seen_tokens
@@ -154,6 +187,7 @@ class CompressedLayer(StoredLayer):
             self._eviction.end_of_prompt(HeldOf(self), self._position, inputs, num_evicted=num_evicted)
         else:
             self._eviction.end_of_prompt(self, self._position, inputs)
+        self._cut_at = self.seen_tokens
 
     def _inputs(self, window: QueryWindow, valid: Tensor | None, num_ahead: int = 0, start: int = 0) -> LayerInputs:
         """What the method may look at: of all that is stored, or of the tokens from `start` on."""

@@ -9,18 +9,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from compresskv import defaults
 from compresskv.cli.kept import check_unused, load_session, names_session
-from compresskv.cli.options import CompileOption, PrefillMemoryOption, parse_prefill_memory
+from compresskv.cli.options import (
+    ChunkBudgetOption,
+    ChunkTokensOption,
+    CompileOption,
+    DecodeBudgetOption,
+    DecodeIntervalOption,
+    DecodeMethodOption,
+    PrefillMemoryOption,
+    parse_prefill_memory,
+)
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.request import Checked, Request, with_request
 from compresskv.cli.terminal import Bar, Building, Steps, Stream, err, megabytes, new_table, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
     from compresskv.methods.base import Method
+
+_UNCUT = {
+    "chunk_budget": None,
+    "chunk_tokens": CHUNK_TOKENS,
+    "decode_budget": None,
+    "decode_interval": DECODE_INTERVAL,
+    "decode_method": defaults.DECODE_METHOD,
+}
 
 
 @with_request
@@ -37,6 +56,11 @@ def ask(
     ] = None,
     compile: CompileOption = "auto",
     prefill_memory: PrefillMemoryOption = "auto",
+    chunk_budget: ChunkBudgetOption = None,
+    chunk_tokens: ChunkTokensOption = CHUNK_TOKENS,
+    decode_budget: DecodeBudgetOption = None,
+    decode_interval: DecodeIntervalOption = DECODE_INTERVAL,
+    decode_method: DecodeMethodOption = defaults.DECODE_METHOD,
 ) -> None:
     """Answer a question about a document, keeping a small part of its KV cache.
 
@@ -51,8 +75,16 @@ def ask(
     if save_plan is not None and (save_plan.is_dir() or not save_plan.parent.is_dir()):
         problem = "cannot be written: no such folder, or a folder itself"
         raise ConfigError(problem, option="save_plan", value=save_plan)
+    cuts = {
+        "chunk_budget": chunk_budget,
+        "chunk_tokens": chunk_tokens,
+        "decode_budget": decode_budget,
+        "decode_interval": decode_interval,
+        "decode_method": decode_method,
+    }
     if names_session(given.document):
         check_unused(two_pass=(two_pass, False), save_plan=(save_plan, None), prefill_memory=(memory, "auto"))
+        check_unused(**{name: (value, _UNCUT[name]) for name, value in cuts.items()})
         _ask_session(given, compile)
         return
     checked = given.checked()
@@ -63,7 +95,8 @@ def ask(
     generations: list[Generation] = []
     try:
         for one in methods:
-            answer = _answer(loaded, tokenizer, checked, one, two_pass=two_pass, compile=compile, prefill_memory=memory)
+            options = {"two_pass": two_pass, "compile": compile, "prefill_memory": memory, **cuts}
+            answer = _answer(loaded, tokenizer, checked, one, **options)
             generations.append(_with_command(answer, given, one))
     finally:  # on Ctrl-C, what is there already is shown
         _report(generations, given, compile)

@@ -79,6 +79,25 @@ PrefillMemoryOption = Annotated[
         metavar="SIZE",
     ),
 ]
+ChunkBudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Cut prompts while they are read, too: as many tokens stay from chunk to chunk.", metavar="TOKENS"
+    ),
+]
+ChunkTokensOption = Annotated[int, typer.Option(help="Tokens of a chunk.", metavar="TOKENS")]
+DecodeBudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Cut what is generated, too: as many tokens stay, the prompt's among them, whenever --decode-interval new "
+        "ones came.",
+        metavar="TOKENS",
+    ),
+]
+DecodeIntervalOption = Annotated[int, typer.Option(help="New tokens between two such cuts.", metavar="TOKENS")]
+DecodeMethodOption = Annotated[
+    str, typer.Option(help="The method of these cuts; with options: rkv[window_size=16].", metavar="METHOD")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Profile file. Default: the model's own.", metavar="FILE")

@@ -184,7 +184,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
 
     def _is_ready(self, layer: Any) -> bool:
         """Whether a layer holds one row, in the model's dtype, after its prompt."""
-        if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_empty_slots):
+        if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_empty_slots or layer.observes_next()):
             return False
         if not isinstance(layer, DynamicLayer):
             return True  # of no kind that can be compiled: `kinds_of` says so, once

@@ -7,6 +7,8 @@ from compresskv.errors import ConfigError
 
 CHUNK_TOKENS = 1024
 """Tokens of a prompt between two cuts, where nothing is said."""
+DECODE_INTERVAL = 128
+"""Tokens of an answer between two cuts, where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,50 @@ class Chunks:
     tokens: int = CHUNK_TOKENS
     """New tokens between two cuts, which are made at multiples of it."""
 
-    def __post_init__(self) -> None:
-        """Check the values.
+    def check(self, window_size: int) -> None:
+        """Refuse what is no number of tokens, or leaves an observation window no room.
 
         Raises:
-            ConfigError: they are no numbers of tokens.
+            ConfigError: naming it.
         """
-        for name, value in (("chunk_budget", self.budget), ("chunk_tokens", self.tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError("must be an int of at least 1", option=name, value=value)
+        _check_counts(least_end(window_size), chunk_budget=self.budget, chunk_tokens=self.tokens)
 
-    def check_window(self, window_size: int) -> None:
-        """Refuse chunks in which an observation window has no room.
+
+@dataclass(frozen=True)
+class DecodeBudget:
+    """How a cache is cut while an answer is generated, so that it does not grow with it."""
+
+    budget: int
+    """Tokens that are kept at each cut, the prompt's among them."""
+    interval: int = DECODE_INTERVAL
+    """New tokens between two cuts, the first of which comes so many tokens behind the prompt."""
+
+    def check(self, window_size: int) -> None:
+        """Refuse what is no number of tokens, or leaves an observation window no room.
 
         Raises:
-            ConfigError: naming both.
+            ConfigError: naming it.
         """
-        if min(self.tokens, self.budget) < (least := least_end(window_size)):
-            name, value = ("chunk_tokens", self.tokens) if self.tokens < least else ("chunk_budget", self.budget)
+        _check_counts(max(1, window_size), decode_budget=self.budget, decode_interval=self.interval)
+
+    def next_cut(self, num_prompt: int, num_held: int, num_read: int) -> Cut:
+        """The first cut behind `num_read` tokens.
+
+        Args:
+            num_held: of the prompt, once it was read and cut.
+        """
+        number = max(1, (num_read - num_prompt) // self.interval + 1)
+        first = max(1, (self.budget - num_held) // self.interval + 1)  # of those that find too many tokens
+        if number <= first:
+            return Cut(num_prompt + first * self.interval, num_held + first * self.interval, self.budget)
+        return Cut(num_prompt + number * self.interval, self.budget + self.interval, self.budget)
+
+
+def _check_counts(least: int, **counts: object) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError("must be an int of at least 1", option=name, value=value)
+        if value < least:
             raise ConfigError(f"must be at least {least}, the observation window's tokens", option=name, value=value)
 
 

@@ -67,7 +67,7 @@ class Settings:
         in_tokens(self.budget)
         check_servable(_method(self.method))
         if self.chunks is not None:
-            self.chunks.check_window(self.bare_method().window_size)
+            self.chunks.check(self.bare_method().window_size)
 
     @property
     def chunks(self) -> Chunks | None:
