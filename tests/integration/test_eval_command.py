@@ -181,7 +181,10 @@ class TestBadInput:
         ("args", "words"),
         [
             (["--tasks", "needel"], ["--tasks 'needel'", "did you mean 'needle'"]),
-            (["--tasks", ""], ["--tasks ''", "choose from babilong, longbench, needle, ruler"]),
+            (
+                ["--tasks", ""],
+                ["--tasks ''", "choose from babilong, instructions, longbench, needle, questions, ruler"],
+            ),
             (["--subsets", "singel"], ["--subsets 'singel'", "did you mean 'single'"]),
             (["--methods", "full,snapvk"], ["--methods 'snapvk'", "did you mean 'snapkv'"]),
             (

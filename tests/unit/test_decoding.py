@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+import planted
 import tiny
-from compresskv.models.decoding import last_logits
+from compresskv.models.decoding import decode, decode_rows, last_logits, prefill
 
 
 @pytest.mark.parametrize("num_tokens", [1, 30])
@@ -51,3 +52,30 @@ def test_the_embedding_gets_a_tensor_of_its_own() -> None:
     (hidden,) = seen
     assert hidden.stride() == torch.empty(hidden.shape).stride()
     assert hidden.untyped_storage().nbytes() == hidden.nbytes
+
+
+def test_rows_decoded_side_by_side_are_what_each_is_alone_and_end_where_each_ends() -> None:
+    model, prompts = tiny.tiny_model("llama"), [tiny.random_tokens(12, seed=seed) for seed in (1, 2, 3)]
+    tokenizer = planted.bytes_tokenizer()
+    firsts = [int(tokens[0, -1]) for tokens in prompts]
+
+    def alone(limit: int) -> list[list[int]]:
+        found = []
+        for tokens, first in zip(prompts, firsts, strict=True):
+            cache = DynamicCache(config=model.config)
+            prefill(model, tokens[:, :-1], cache)
+            found.append(decode(model, tokenizer, first, cache, limit))
+        return found
+
+    def together(limit: int) -> list[list[int]]:
+        cache = DynamicCache(config=model.config)
+        last_logits(model, torch.cat(prompts)[:, :-1], cache)
+        return decode_rows(model, tokenizer, firsts, cache, limit)
+
+    wanted = alone(9)
+    assert together(9) == wanted
+    assert together(1) == [[first] for first in firsts]
+    tokenizer.eos_token_id = next(token for token in wanted[0][1:] if token not in firsts)
+    ended = alone(9)
+    assert len({len(row) for row in ended}) > 1, "one ends before another, or nothing here is proved"
+    assert together(9) == ended

@@ -156,6 +156,24 @@ class TestRun:
         assert run(budgets="30", settings=("aware", "agnostic")) == Counts(examples=3, prefills=3, records=6)
         assert {record.setting for record in records()[-6:]} == {"agnostic"}
 
+    def test_a_task_has_a_setting_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Toy, "setting", "agnostic")
+        config = toy()
+        assert config.own_settings == ("agnostic",)
+        chosen = configurations(planted.model(), parse_methods("methods", METHODS), [30], ("aware", "agnostic"))
+        with opened(config) as evaluation:
+            evaluation.run(chosen, silent, own_settings=True)
+        assert {record.config for record in records()} == {
+            "full",
+            "snapkv @ 30 (agnostic)",
+            "streaming_llm @ 30 (agnostic)",
+        }
+
+    def test_questions_on_one_document_are_one_prefill(self) -> None:
+        counts = run(EvaluationConfig(tasks=("questions",), subsets=("facts",), lengths=(1200,)), "snapkv")
+        assert (counts.examples, counts.prefills, counts.records) == (5, 1, 15)
+        assert run(EvaluationConfig(tasks=("questions",), subsets=("facts",), lengths=(1200,)), "snapkv").prefills == 0
+
     def test_shorter_answers_and_none(self) -> None:
         config = toy(max_new_tokens=3, answers=False)
         run(config)

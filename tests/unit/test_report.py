@@ -121,7 +121,8 @@ class TestNumbers:
         (row,) = rows_of([run(tmp_path, *given)]).values()
         assert row["score"] is None
         assert (row["evidence_recall"], row["kl_divergence"], row["top1_agreement"]) == (0.75, 0.2, None)
-        assert row["seconds"] == pytest.approx((1.5 + 0.25) / 2)
+        assert row["select_s"] == pytest.approx(0.375)
+        assert row["kl_interval"] == [0.2, 0.2, 0.2]
         assert row["retained_fraction"] == pytest.approx((0.1 + 0.3 + 0.1) / 3)
         assert row["kv_nbytes"] == 6_000_000
 

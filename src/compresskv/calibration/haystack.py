@@ -75,8 +75,8 @@ class Haystack:
                 "give a longer haystack or smaller lengths"
             )
         placed = _placed(rotation, depths, needles)
-        encoded = self._tokenizer([f" {needle.needle}" for _, needle in placed], add_special_tokens=False)
-        wanted = length - reserved - sum(len(ids) for ids in encoded["input_ids"])
+        encoded = (self._tokenizer(f" {needle.needle}", add_special_tokens=False) for _, needle in placed)
+        wanted = length - reserved - sum(len(one["input_ids"]) for one in encoded)
         if wanted < _NEAR:
             raise ConfigError(
                 f"a length of {length} tokens leaves no room for text beside {len(placed)} needles, the question and "

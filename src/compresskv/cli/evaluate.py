@@ -48,7 +48,12 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the run's records; made if missing.", metavar="RUN")
     ],
-    tasks: Annotated[str, typer.Option(help="needle, ruler, longbench, babilong; several with commas.")] = "needle",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="needle, ruler, instructions, questions, longbench, babilong; several with commas.", metavar="TASKS"
+        ),
+    ] = "needle",
     methods: Annotated[
         str | None,
         typer.Option(
@@ -78,8 +83,13 @@ def evaluate(
         str, typer.Option(help="Which cases of each subset, as a slice: 1::2 is every second one.", metavar="SLICE")
     ] = "",
     settings: Annotated[
-        str, typer.Option(help="'aware': the question is known when tokens are chosen; 'agnostic': it comes after.")
-    ] = "aware",
+        str | None,
+        typer.Option(
+            help="'aware': the question is known when tokens are chosen; 'agnostic': it comes after. Default: 'aware', "
+            "and for the task questions 'agnostic'.",
+            metavar="SETTINGS",
+        ),
+    ] = None,
     too_long: Annotated[str, typer.Option(help="Prompts above the limit: 'cut' their middle, or 'skip' them.")] = "cut",
     max_prompt_tokens: Annotated[int | None, typer.Option(help="A limit below the model's context.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Shorten the benchmark's answer lengths.")] = None,
@@ -136,9 +146,10 @@ def evaluate(
     )
     chosen, counts = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets, of)
     held = parse_names("stores", stores, tuple(PRECISIONS))
-    presses, in_settings = split_names(peers), parse_names("settings", settings, SETTINGS)
+    presses = split_names(peers)
+    in_settings = config.own_settings if settings is None else parse_names("settings", settings, SETTINGS)
     request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
-    _run(config, chosen, held, request, output, profile, as_json=as_json)
+    _run(config, chosen, held, request, output, profile, own_settings=settings is None, as_json=as_json)
 
 
 def _run(
@@ -149,6 +160,7 @@ def _run(
     output: Path,
     profile: Path | None,
     *,
+    own_settings: bool,
     as_json: bool,
 ) -> None:
     """Run our methods as the presses of `request` are: on its model, at its budgets, in its settings."""
@@ -167,9 +179,9 @@ def _run(
         prepared = configurations(loaded, methods, request.budgets, request.settings, profile, stores)
         with Evaluation(loaded, tokenizer, config, output) as evaluation:
             try:
-                evaluation.run(prepared, bar)
+                evaluation.run(prepared, bar, own_settings=own_settings)
                 if python is not None:
-                    evaluation.run_peers(python, request, bar)
+                    evaluation.run_peers(python, request, bar, own_settings=own_settings)
             finally:  # on Ctrl-C, what was done is said too
                 bar.stop()
                 _finish(output, evaluation, len(prepared), as_json=as_json)

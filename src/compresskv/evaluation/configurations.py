@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from compresskv.errors import ConfigError
-from compresskv.evaluation.runner import SETTINGS, Configuration
+from compresskv.evaluation.runner import FULL, SETTINGS, Configuration
 from compresskv.methods import registry
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
@@ -14,8 +14,6 @@ from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import TOKENS, SharedBudget, parse_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
-
-FULL = "full"
 
 
 def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -24,6 +24,11 @@ class EncodedPrompt:
     """The first token that is not part of the document: where a query-agnostic method stops reading and compresses."""
 
     @property
+    def document(self) -> list[int]:
+        """The tokens before `suffix_start`."""
+        return self.input_ids[: self.suffix_start]
+
+    @property
     def sha256(self) -> str:
         """16 hex digits that stand for the token ids."""
         return prompt_digest(self.input_ids)

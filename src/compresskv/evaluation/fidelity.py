@@ -12,11 +12,7 @@ from compresskv.cache.cache import CompressedCache
 from compresskv.cache.full import branch
 from compresskv.models.decoding import decode
 from compresskv.models.place import devices_of, input_device
-from compresskv.plans.capture import CapturedPrompt
-from compresskv.selection.precision import NATIVE
 from compresskv.system.clock import now
-
-_MAX_LOG_PROBS = 1 << 25  # 128 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -86,27 +82,11 @@ def fidelity(model: PreTrainedModel, cache: Cache, full: Reference, num_ahead: i
 
 
 @torch.no_grad()
-def fidelities(
-    model: PreTrainedModel,
-    captured: CapturedPrompt,
-    caches: Sequence[CompressedCache],
-    full: Reference,
-    store: str = NATIVE,
-) -> list[Fidelity | None]:
-    """`fidelity` of several caches cut from one prompt, in as few passes as memory allows: rows share the weights.
-
-    Args:
-        store: of them all.
-    """
+def fidelities(model: PreTrainedModel, cache: CompressedCache, full: Reference, num_rows: int) -> list[Fidelity | None]:
+    """`fidelity` of each of the cache's rows, in one pass: they share the weights. `cache` stays as it is."""
     if len(full.token_ids) < 2:
-        return [None] * len(caches)
-    at_once = max(1, _MAX_LOG_PROBS // full.log_probs.numel())
-    found: list[Fidelity | None] = []
-    for start in range(0, len(caches), at_once):
-        own = caches[start : start + at_once]
-        rows = _read_again(model, captured.side_by_side(own, store), full.token_ids, len(own))
-        found += [_nearness(row, full, 0) for row in rows]
-    return found
+        return [None] * num_rows
+    return [_nearness(row, full, 0) for row in _read_again(model, cache, full.token_ids, num_rows)]
 
 
 def _nearness(log_probs: Tensor, full: Reference, num_ahead: int) -> Fidelity:

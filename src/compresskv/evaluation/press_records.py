@@ -25,6 +25,7 @@ def add_presses(
     log: RecordLog,
     tokenizer: PreTrainedTokenizerBase,
     shared: dict[str, Any],
+    own_settings: bool = False,
 ) -> Iterator[tuple[float, str | None]]:
     """Run the presses and budgets that the log lacks, and keep their records.
 
@@ -34,12 +35,13 @@ def add_presses(
     Args:
         request: presses, budgets and settings; its cases are replaced.
         shared: the records' seed and versions; libraries of the peers' own environment replace ours.
+        own_settings: of each task, only its own setting is run.
     Returns: (share done, None) for each record kept, (share done, what went wrong) for each that failed.
     Raises:
         ConfigError, CompressKVError: as for `run_peers`.
     """
     by_id = {(case.example.task, case.example.id): case for case in cases}
-    asked = replace(request, cases=tuple(_pending(request, by_id, log)))
+    asked = replace(request, cases=tuple(_pending(request, by_id, log, own_settings)))
     total = sum(len(asked.pending(case)) for case in asked.cases)
     if not total:
         return
@@ -53,12 +55,18 @@ def add_presses(
                 yield done / total, None
 
 
-def _pending(request: PressRequest, cases: dict[tuple[str, str], Case], log: RecordLog) -> Iterator[PressCase]:
-    """The cases that lack a record, each with the configurations that it has."""
+def _pending(
+    request: PressRequest, cases: dict[tuple[str, str], Case], log: RecordLog, own_settings: bool
+) -> Iterator[PressCase]:
+    """The cases that lack a record, each with the configurations that it has or is not to have."""
     answers = {(row.task, row.example): row.token_ids or [] for row in log.records() if row.budget is None}
     configs = request.configs()
     for key, case in cases.items():
-        done = tuple(config for config in configs if log.has(*key, config))
+        done = tuple(
+            name
+            for name, (setting, *_) in configs.items()
+            if log.has(*key, name) or (own_settings and setting != case.task.setting)
+        )
         if len(done) < len(configs):
             yield _press_case(case, answers.get(key, []), done)
 

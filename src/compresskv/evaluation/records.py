@@ -58,6 +58,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     select_s: float | None = None
     """Scoring, selecting and gathering."""
     decode_s: float | None = None
+    """None where the answer was decoded beside others, as a row of one batch."""
     token_ids: list[int] | None = None
     """The generated tokens."""
     meta: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -15,8 +15,8 @@ Scores are per cent of what the benchmark can give, with a 95 % interval (bootst
 are few, of no width where all scored alike). *vs full* and *vs best baseline* are mean differences over the same cases;
 the best baseline is the other method with the highest score in the same setting, at the same budget or, in another
 store, as many bytes, that holds no more of them. **Bold**: the highest score at a budget. *exact*: every key answer
-stands in the prediction. *KL* is in nats per token from the full cache's distribution; *top-1* is how often both choose
-the same token; *seconds* are selection and decoding, without the prefill."""
+stands in the prediction. *KL* is in nats per token from the full cache's distribution; *top-1* is how often both
+choose the same token; *select s* is scoring, selecting and gathering, in seconds."""
 
 
 def _percent(name: str) -> Callable[[Row], str]:
@@ -41,6 +41,13 @@ def _score(row: Row) -> str:
     return f"{mean:.1f}" if row["num_cases"] == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def _divergence(row: Row) -> str:
+    if row["kl_interval"] is None:
+        return ""
+    mean, low, high = map(digits, row["kl_interval"])
+    return mean if row["num_cases"] == 1 else f"{mean} [{low}, {high}]"
+
+
 def _difference(name: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         if row[name] is None:
@@ -62,11 +69,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "exact %": _percent("exact_match"),
     "ROUGE-1 %": _percent("rouge_1_recall"),
     "evidence %": _percent("evidence_recall"),
-    "KL": _number("kl_divergence"),
+    "KL": _divergence,
     "top-1 %": _percent("top1_agreement"),
     "retained %": _percent("retained_fraction"),
     "KV MB": _number("kv_nbytes", 1e6),
-    "seconds": _number("seconds"),
+    "select s": _number("select_s"),
 }
 """Title -> the text of a row's cell, '' where there is no value."""
 

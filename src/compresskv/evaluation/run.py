@@ -1,6 +1,7 @@
 """A whole evaluation: examples of several tasks, every configuration, records on disk, peers beside them."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from compresskv.evaluation.jsonl import task_folder
 from compresskv.evaluation.press_records import add_presses
 from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.records import RecordLog, check_run
-from compresskv.evaluation.runner import Case, Configuration, Runner
+from compresskv.evaluation.runner import FULL, Case, Configuration, Runner
 from compresskv.evaluation.task import Task, TaskSettings, check_depths, create_task
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
@@ -88,6 +89,11 @@ class EvaluationConfig:
             check_known("subsets", subset, known)
         own = [tuple(subset for subset in self.subsets if subset in task.default_subsets) for task in chosen]
         return [pair for pair in zip(chosen, own, strict=True) if pair[1] or not self.subsets]
+
+    @property
+    def own_settings(self) -> tuple[str, ...]:
+        """Those of the tasks, each once."""
+        return tuple(dict.fromkeys(task.setting for task, _ in self.chosen_tasks()))
 
     def task_settings(self, tokenizer: PreTrainedTokenizerBase, subsets: tuple[str, ...]) -> TaskSettings:
         """What one task is told."""
@@ -190,28 +196,38 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             raise
         return None if skips and prompt.num_truncated else Case(task, example, prompt)
 
-    def run(self, configurations: Sequence[Configuration], progress: Progress) -> None:
-        """Run what the log does not hold yet. A kill loses the configuration at hand, or where there are no answers the
-        prompt, nothing more.
+    def run(self, configurations: Sequence[Configuration], progress: Progress, *, own_settings: bool = False) -> None:
+        """Run what the log does not hold yet. A kill loses the configurations that run side by side, nothing more.
 
+        Args:
+            own_settings: of each task, only configurations of its own setting are run.
         Raises:
             DataError: the run holds records of other prompts or of another profile.
         """
         self._check_profiles(configurations)
         config = self._config
         runner = Runner(self._model, self._tokenizer, config.seed, config.answers, self._versions, config.exact_prefill)
-        for number, case in enumerate(self.cases):
-            example = case.example
-            self.log.check_prompt(example.task, example.id, case.prompt.sha256)
+        number = 0
+        for cases in _by_document(self.cases):
             progress("evaluating", number / len(self.cases))
-            pending = [one for one in configurations if not self.log.has(example.task, example.id, one.name)]
-            if not pending:
-                continue
-            self.counts.prefills += 1
-            for done, record in enumerate(runner.run(case, pending), 1):
+            pending = [(case, self._pending(case, configurations, own_settings)) for case in cases]
+            asked = [(case, missing) for case, missing in pending if missing]
+            num_asked = sum(len(missing) for _, missing in asked)
+            self.counts.prefills += bool(asked)
+            for done, record in enumerate(runner.run_together(asked) if asked else (), 1):
                 self.log.add(record)
                 self.counts.records += 1
-                progress("evaluating", (number + done / len(pending)) / len(self.cases))
+                progress("evaluating", (number + len(cases) * done / num_asked) / len(self.cases))
+            number += len(cases)
+
+    def _pending(self, case: Case, configurations: Sequence[Configuration], own_settings: bool) -> list[Configuration]:
+        """Those that the log lacks of a case."""
+        example = case.example
+        self.log.check_prompt(example.task, example.id, case.prompt.sha256)
+        wanted = [
+            one for one in configurations if not own_settings or one.label == FULL or one.setting == case.task.setting
+        ]
+        return [one for one in wanted if not self.log.has(example.task, example.id, one.name)]
 
     def _check_profiles(self, configurations: Sequence[Configuration]) -> None:
         used = {one.label: one.profile_digest for one in configurations}
@@ -223,15 +239,24 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     "for the run"
                 )
 
-    def run_peers(self, python: Path, request: PressRequest, progress: Progress) -> None:
-        """Run kvpress presses on the same cases; those that fail are counted by name."""
+    def run_peers(self, python: Path, request: PressRequest, progress: Progress, *, own_settings: bool = False) -> None:
+        """Run kvpress presses on the same cases; those that fail are counted by name. `own_settings`: as for `run`."""
         shared = {"seed": self._config.seed, "versions": {**self._versions, "prefill": "exact"}}
-        for fraction, failure in add_presses(python, request, self.cases, self.log, self._tokenizer, shared):
+        for fraction, failure in add_presses(
+            python, request, self.cases, self.log, self._tokenizer, shared, own_settings
+        ):
             progress("peers", fraction)
             if failure is None:
                 self.counts.records += 1
             else:
                 self.counts.peer_failures.append(failure)
+
+
+def _by_document(cases: Sequence[Case]) -> Iterator[list[Case]]:
+    """Cases that follow one another and ask of the same document; others alone."""
+    for document, group in itertools.groupby(cases, lambda case: case.prompt.document):
+        asked = list(group)
+        yield from [asked] if document else ([case] for case in asked)
 
 
 def _sliced(examples: Sequence[Example], rows: slice) -> list[Example]:

@@ -33,7 +33,7 @@ _MEANS: dict[str, Callable[[Record], float | None]] = {
     "retained_fraction": lambda record: record.retained_fraction,
     "kv_nbytes": lambda record: record.kv_nbytes,
     "kv_fraction": lambda record: record.kv_nbytes / record.kv_nbytes_full,
-    "seconds": lambda record: _sum(record.select_s, record.decode_s),
+    "select_s": lambda record: record.select_s,
 }
 
 
@@ -170,6 +170,7 @@ def _row(config: str, tasks: dict[str, Cases], own: frozenset[str]) -> Row:
         "num_tasks": len(tasks),
         "num_cases": sum(map(len, records)),
         "score": list(macro_interval(scores)) if scores else None,
+        "kl_interval": _interval(records, lambda record: record.kl_divergence),
         **{name: _macro_mean(records, value) for name, value in _MEANS.items()},
     }
 
@@ -211,6 +212,13 @@ def _macro_mean(groups: list[list[Record]], value: Callable[[Record], float | No
     return sum(means) / len(means) if means else None
 
 
+def _interval(groups: list[list[Record]], value: Callable[[Record], float | None]) -> list[float] | None:
+    """As `_macro_mean`, with its interval."""
+    found = [[one for record in group if (one := value(record)) is not None] for group in groups]
+    known = [values for values in found if values]
+    return list(macro_interval(known)) if known else None
+
+
 def _mappable(cells: dict[str, dict[str, Cases]]) -> list[tuple[str, str]]:
     """The tasks and configurations whose cases all lie at a length and a depth, and have a score."""
     return [
@@ -241,8 +249,3 @@ def _heat_map(task: str, config: str, cases: Cases) -> dict[str, Any]:
 
 def _mean(row: Row) -> float:
     return float(row["score"][0]) if row["score"] else -1.0
-
-
-def _sum(*seconds: float | None) -> float | None:
-    known = [one for one in seconds if one is not None]
-    return sum(known) if known else None

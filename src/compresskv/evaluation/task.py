@@ -52,6 +52,8 @@ class Task(ABC):
     default_subsets: ClassVar[tuple[str, ...]]
     needs: ClassVar[str] = ""
     """What the folder of data must hold, and where to get it; empty: the task makes its cases itself."""
+    setting: ClassVar[str] = "aware"
+    """Whether caches are cut with the question in the prompt unless asked otherwise, or 'agnostic': before it comes."""
     metrics: ClassVar[Mapping[str, str]]
     """Metric name -> what it is, for reports; 'score' is the one that tables show."""
 

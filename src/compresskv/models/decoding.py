@@ -90,6 +90,26 @@ def decode(
     return token_ids
 
 
+def decode_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, firsts: list[int], cache: Cache, max_new_tokens: int
+) -> list[list[int]]:
+    """`decode` for each row of a cache, side by side: they share each reading of the weights.
+
+    Args:
+        firsts: each row's first token.
+    """
+    ends, rows = end_tokens(model, tokenizer), [[first] for first in firsts]
+    tokens = torch.tensor(firsts, device=input_device(model))
+    for _ in range(max_new_tokens - 1):
+        if all(row[-1] in ends for row in rows):
+            break
+        tokens = last_logits(model, tokens[:, None], cache).argmax(dim=-1)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row[-1] not in ends:
+                row.append(token)
+    return rows
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids that end an answer."""
     config = getattr(model, "generation_config", None)
