@@ -102,7 +102,11 @@ def test_the_step_reads_what_is_packed(family: str, method: str, store: str) -> 
 @pytest.mark.usefixtures("stored_packages")
 @pytest.mark.parametrize(("family", "method", "store"), [("llama", "snapkv", "int4"), ("qwen2", "blend", "int4k8")])
 def test_compiled_with_packed_entries(family: str, method: str, store: str) -> None:
-    check_equal(tiny.tiny_model(family), method, store)
+    model = tiny.tiny_model(family)
+    check_equal(model, method, store)
+    (kinds,) = decoding._loaded[model]
+    program = package.package_folder(model, kinds) / "step.pt2"
+    assert b"aoti_torch_cpu_packed_attention" in program.read_bytes()  # what is packed is not unpacked first
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -14,6 +14,7 @@ from compresskv.attention.routing import routing
 from compresskv.cache.stores.base import RAGGED
 from compresskv.compiled.narrow import narrow_weights
 from compresskv.compiled.packed import example_packed
+from compresskv.compiled.packed_attention import definition, is_compiled_here
 from compresskv.compiled.step import Step, StepInputs, is_ragged, precision_of
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 
@@ -43,6 +44,7 @@ def export_step(model: PreTrainedModel, kinds: tuple[str, ...], program: Path, c
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,  # weights would be stored once more
         "post_grad_custom_pre_pass": OneRowProducts(),
+        "aot_inductor.custom_ops_to_c_shims": _own_operations(model, kinds),
     }
     with routing(model), torch.no_grad(), whole_loads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, about its own changes
@@ -54,6 +56,14 @@ def export_step(model: PreTrainedModel, kinds: tuple[str, ...], program: Path, c
         )
         torch.save(_constants(exported.constants), constants)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(program), inductor_configs=options)
+
+
+def _own_operations(model: PreTrainedModel, kinds: tuple[str, ...]) -> dict[Any, list[str]]:
+    """C++ of the operations that are not PyTorch's."""
+    config = decoder_config(model)
+    layers = [(heads_of(config, layer_idx), precision_of(kind)) for layer_idx, kind in enumerate(kinds)]
+    packed = [own for own in layers if own[1].is_packed and is_compiled_here(*own)]
+    return {torch.ops.compresskv.packed_attention.default: [definition(packed)]} if packed else {}
 
 
 def _constants(exported: dict[str, Any]) -> dict[str, Tensor]:

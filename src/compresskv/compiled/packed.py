@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.routing import AttentionFunction, scaling_of
 from compresskv.cache.stores.packed_states import PackedStates
-from compresskv.cache.stores.packed_vectors import PackedVectors
-from compresskv.compiled.step_layer import EvenLayer, additive, check_ragged
+from compresskv.cache.stores.packed_vectors import PackedVectors, rotation
+from compresskv.compiled.packed_attention import is_compiled_here, packed_attention
+from compresskv.compiled.step_layer import EvenLayer, additive, check_ragged, is_plain_sdpa
 from compresskv.models.shape import Heads
 from compresskv.selection.precision import Precision
 
@@ -32,15 +33,19 @@ class PackedLayer(EvenLayer):
         self._packed_keys = _side(rest, precision.key_bits, num_heads, are_keys=True)
         self._packed_values = _side(rest, precision.value_bits, num_heads, are_keys=False)
         self._bounds = next(rest, None)
+        heads = Heads(num_heads, num_heads, tail[0].shape[-1])
+        self._is_read_as_it_is = tail[0].device.type == "cpu" and is_compiled_here(heads, precision)
 
     def attend(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """All that is packed is unpacked for one call.
+        """On CPUs, plain attention reads codes; elsewhere, all that is packed is unpacked for one call.
 
         Raises:
             ModelError: KV heads hold different numbers of tokens, and attention is not plain 'sdpa'.
         """
+        if self._is_read_as_it_is and is_plain_sdpa(self._model_config, **kwargs):
+            return self._attend_to_codes(query, kwargs.get("scaling")), None
         tails = self.stored()
         sides = (self._packed_keys, self._packed_values)
         slot = torch.arange(tails[0].shape[2], device=query.device)
@@ -61,6 +66,31 @@ class PackedLayer(EvenLayer):
         query = self._packed_keys.turned_queries(query)
         output, weights = attention(query, keys, values, additive(visible, query.dtype))
         return self._packed_values.turned_output(output), weights
+
+    def _attend_to_codes(self, query: Tensor, scaling: float | None) -> Tensor:
+        keys, values = self._packed_keys, self._packed_values
+        tails = self.stored()
+        num_heads, dim = tails[0].shape[1::2]
+        bounds = self._bounds
+        if bounds is None:
+            num_each = keys.vectors.codes.shape[1] // num_heads
+            bounds = num_each * torch.arange(num_heads + 1, device=query.device)
+        output: Tensor = packed_attention(
+            query.float(),
+            keys.vectors.codes,
+            keys.vectors.ranges,
+            keys.centre,
+            keys.scale,
+            values.vectors.codes,
+            values.vectors.ranges,
+            values.centre,
+            rotation(dim, query.device),
+            *(states.float() for states in tails),
+            bounds,
+            self._end,
+            scaling_of(query, scaling),
+        )
+        return output.to(tails[0].dtype)
 
 
 def example_packed(precision: Precision, heads: Heads, num_each: int, *, ragged: bool) -> list[Tensor]:

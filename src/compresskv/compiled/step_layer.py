@@ -78,8 +78,13 @@ def check_ragged(config: Any, **kwargs: Any) -> None:
     Raises:
         ModelError: it is not plain 'sdpa' attention.
     """
-    if not is_plain(**kwargs) or not str(config._attn_implementation).endswith("sdpa"):
+    if not is_plain_sdpa(config, **kwargs):
         raise ModelError("KV heads hold different numbers of tokens, which only plain sdpa attention can read at once")
+
+
+def is_plain_sdpa(config: Any, **kwargs: Any) -> bool:
+    """Whether nothing but masks and the scaling shapes attention."""
+    return is_plain(**kwargs) and str(config._attn_implementation).endswith("sdpa")
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
