@@ -20,6 +20,7 @@ from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
+from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.registry import parse_methods
 from compresskv.models.dtype import warn_of_slow_dtype
@@ -46,6 +47,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
         **cache_options: Any,
     ) -> None:
         check_mode(compile)
+        check_predicts(method, budget)
         self._model = model
         self._compile = compile
         self._on_progress = on_progress
@@ -140,6 +142,8 @@ def compressing(
         budget: tokens retained per KV head per layer, window included: a count, a fraction of the prompt as a float,
             one count for each full-attention layer, or text for bytes in all of these layers together: '3MB', or
             '5% of bytes', a share of the full cache's. Other text is read as on the command line: '256', '15%'.
+            'auto' keeps of each prompt as much as its predicted loss asks for: 'auto[max_loss=0.05,at_most=25%]' allows
+            that loss, in nats per token, and no more tokens than that, whatever is lost (docs/auto.md).
             A budget of at least the prompt's length changes nothing; one at or below the method's window keeps the most
             recent tokens (`blend` and `vote` narrow theirs).
         profile: for methods that need one, a `Profile` or its file; None finds the model's own.

@@ -27,6 +27,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
+from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budgets import Budget, as_json, read_budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE, find_precision
@@ -69,6 +70,8 @@ class GenerationStats:
     """The most since the process began (on a GPU what its allocator held), or since whoever calls reset that count."""
     dtype: str
     """Of the weights: 'bfloat16', 'float16', 'float32' or 'int8'; 'float32 (torchao)' where others quantised them."""
+    auto: AutoChoice | None = None
+    """How much was kept and why, where the budget is 'auto'."""
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -202,6 +205,7 @@ def ask(
         kv_nbytes_full=cache.full_nbytes,
         kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,
+        auto=next(iter(cache.auto_choices), None) if plan is None else plan.auto,
         **answered.cost(model, cache),
     )
     return Generation(answered.text, answered.token_ids, stats, plan)

@@ -26,6 +26,7 @@ from compresskv.models.chunks import chunked_prompt_length, given_prompt, is_gen
 from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
 from compresskv.selection import budgets
+from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.byte_budget import Costs
 from compresskv.selection.cuts import Chunks, DecodeBudget
 from compresskv.selection.precision import NATIVE, Precision, find_precision
@@ -132,6 +133,11 @@ class CompressedCache(RoutedCache):
                 f"this prompt does not begin with the {layer.seen_tokens} tokens that the cache has seen: "
                 "reset() the cache before another prompt"
             )
+
+    @property
+    def auto_choices(self) -> list[AutoChoice]:
+        """For each row of the prompt, how much of it was kept and why, where the budget is 'auto'; empty before."""
+        return self._eviction.choices
 
     @property
     def reads_in_chunks(self) -> bool:

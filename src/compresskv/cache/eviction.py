@@ -8,11 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from compresskv.cache.auto import Automatic, automatic, observed_attention
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.models.rotary import Rotations
-from compresskv.selection.budgets import Budget, check_budget, is_shared, resolve
+from compresskv.selection.auto_budget import LEAST_TOKENS, AutoChoice
+from compresskv.selection.budgets import Budget, SharedBudget, check_budget, is_shared, resolve
 from compresskv.selection.byte_budget import Costs, find_byte_budget
 from compresskv.selection.cuts import Chunks, Cut, prompt_cuts
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
@@ -74,7 +76,10 @@ class Eviction:
         self.method = method
         self.rotations = rotations
         self.precision = precision
-        self.budget = check_budget(budget, num_layers)
+        self.budget = 1 if method.brings_budget else check_budget(budget, num_layers)
+        self._auto = automatic(method, self.budget, cuts_early=chunks is not None)
+        self.choices: list[AutoChoice] = []
+        """What was chosen for each row of the prompt, where each prompt decides its budget."""
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
             raise ConfigError(f"prompt_tokens={prompt_tokens!r} must be an int of at least 1")
         self.num_layers = num_layers
@@ -89,6 +94,7 @@ class Eviction:
         self._row_lengths: list[int] | None = None
         self._groups: list[_Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
+        self.choices = []
 
     def cuts(self, num_prompt: int) -> dict[int, Cut]:
         """The cuts before a prompt's end, by the tokens that were read then."""
@@ -124,6 +130,8 @@ class Eviction:
         if position == 0:
             self._groups = self._grouped(row_lengths, inputs.num_ahead, num_evicted, cut)
         if not self._groups:
+            if self._auto is not None:
+                self.choices = [self._auto.keeping_all(length) for length in row_lengths]
             self._keep_all(layer, row_lengths, inputs)
             return
         own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
@@ -135,6 +143,8 @@ class Eviction:
                     observed = group.method.observe(rows)
                 # Layers may lie on several devices. What they tell each other is small, and goes to the first one's.
                 group.observed.append(observed.to(self._waiting[0][1]))
+                if self._auto is not None:
+                    group.attention.append(observed_attention(rows).to(self._waiting[0][1]))
             if len(self._waiting) == self.num_layers:
                 self._decide()
         else:
@@ -157,10 +167,23 @@ class Eviction:
         """Cut all layers that wait."""
         shared = is_shared(self.budget)  # what the caller gives for each layer is not shared out again
         with self._observer.scoring_tokens():
+            if self._auto is not None:
+                self._choose(self._auto)
             by_group = [group.decided(shared=shared) for group in self._groups]
         waiting, self._waiting = self._waiting, []
         for position, ((layer, device), *scores) in enumerate(zip(waiting, *by_group, strict=True)):
             self._retain(layer, position, [own.to(device) for own in scores])
+
+    def _choose(self, auto: Automatic) -> None:
+        """Let each row decide its budget."""
+        chosen: dict[int, AutoChoice] = {}
+        for group in self._groups:
+            most = [self._in_tokens(auto.ceiling, length) for length in group.lengths]
+            choices = auto.choose(group.method, group.observed, group.attention, most, group.lengths)
+            group.budgets = [[[choice.tokens]] * self.num_layers for choice in choices]
+            group.attention = []
+            chosen.update(zip(group.rows, choices, strict=True))
+        self.choices = [chosen[row] for row in sorted(chosen)]
 
     def _retain(self, layer: Retaining, position: int, scores: list[Tensor]) -> None:
         """Cut one layer by the scores of each group's rows."""
@@ -194,15 +217,24 @@ class Eviction:
         """What each layer retains of a prompt of which it holds so many tokens: one number, or one for each KV head."""
         if (num_prompt, num_held) not in self._head_budgets:
             budget = self.budget
-            if isinstance(budget, str) and self._costs is not None:
-                in_bytes = find_byte_budget(budget)
-                assert in_bytes is not None
-                budget = in_bytes.tokens(num_prompt, self._costs)
+            if self._auto is not None:  # the least that may be kept: what is, the prompt will tell
+                budget = min(LEAST_TOKENS, self._in_tokens(self._auto.ceiling, num_prompt))
+            elif isinstance(budget, str):
+                budget = self._in_tokens(budget, num_prompt)
             if isinstance(budget, float) and num_held < num_prompt:
                 budget = resolve(budget, num_prompt)
             per_layer = self.method.resolve_budgets(budget, self.num_layers, num_held)
             self._head_budgets[num_prompt, num_held] = per_layer
         return self._head_budgets[num_prompt, num_held]
+
+    def _in_tokens(self, budget: SharedBudget, num_prompt: int) -> int:
+        """What a prompt keeps at a shared budget."""
+        if isinstance(budget, str):
+            in_bytes = find_byte_budget(budget)
+            assert in_bytes is not None
+            assert self._costs is not None
+            return in_bytes.tokens(num_prompt, self._costs)
+        return resolve(budget, num_prompt)
 
     def _note_rows(self, inputs: LayerInputs) -> list[int]:
         """The number of tokens in each row that are no padding: read from the device once a prompt.
@@ -237,6 +269,8 @@ class _Group:
     budgets: list[list[list[int]]] = field(default_factory=list)
     """(rows, L, 1 or H_kv)."""
     observed: list[Observation] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    """`observed_attention` of each layer, where a prompt decides its budget."""
 
     @property
     def keeps_all(self) -> bool:

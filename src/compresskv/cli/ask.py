@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from compresskv import defaults
+from compresskv.cli.automatic import why
 from compresskv.cli.kept import check_unused, load_session, names_session
 from compresskv.cli.options import (
     ChunkBudgetOption,
@@ -192,7 +193,7 @@ def _cost(generation: "Generation", compile: str) -> str:
     bits = "" if stats.store == NATIVE else f" in {stats.store}"
     return (
         f"[{stats.method}: {stats.prompt_tokens:,} prompt tokens{cut}, {kept:,.0f} kept per layer "
-        f"({stats.retained_fraction:.1%}){bits}; KV cache {megabytes(stats.kv_nbytes_full)} -> "
+        f"({stats.retained_fraction:.1%}){bits}{why(stats.auto)}; KV cache {megabytes(stats.kv_nbytes_full)} -> "
         f"{megabytes(stats.kv_nbytes)} MB; first token after {stats.time_to_first_token_s:.1f} s{speed}; "
         f"peak memory {megabytes(stats.peak_memory_nbytes)} MB; {stats.dtype}]{remark}"
     )

@@ -32,7 +32,7 @@ from compresskv.compiled.modes import check_mode
 from compresskv.errors import CompressKVError, ConfigError, PromptError, SessionError, told
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
-from compresskv.selection.budgets import TOKENS, parse_budget
+from compresskv.selection.budgets import TOKENS, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.header import is_session
 from compresskv.system.check import check_least
@@ -95,7 +95,8 @@ def chat(
         )
         session = load_session(document, model, dtype, device)
     else:
-        chosen, share = None if method is None else create_methods(method, "", None)[0], parse_budget(budget, of)
+        chosen = None if method is None else create_methods(method, "", None)[0]
+        share = known_beforehand(parse_budget(budget, of))
         find_precision(store)
         text = read_document(document)
         inputs["document"] = document

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compresskv.cli.automatic import why
 from compresskv.cli.kept import load_session, names_session
 from compresskv.cli.options import check_writable
 from compresskv.cli.outputs import check_outputs
@@ -135,7 +136,7 @@ def _explanation(
 def _tell(explanation: "Explanation", dtype: str) -> None:
     sizes = f"{megabytes(explanation.kv_nbytes_full)} -> {megabytes(explanation.kv_nbytes)} MB"
     retention = explanation.retention
-    kept = f"{retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept"
+    kept = f"{retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept{why(explanation.auto)}"
     err.print(f"[{explanation.method}: {kept}; KV {sizes}; {dtype}]")
 
 

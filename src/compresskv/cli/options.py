@@ -9,6 +9,7 @@ import typer
 from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
+from compresskv.selection.auto_budget import MAX_LOSS
 from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.sizes import find_nbytes
 
@@ -35,6 +36,24 @@ BudgetOption = Annotated[
     typer.Option(
         help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), or bytes in all (3MB)."
     ),
+]
+AutoBudgetOption = Annotated[
+    str,
+    typer.Option(
+        help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), bytes in all (3MB), or "
+        "'auto': as much of each prompt as --max-loss asks for.",
+    ),
+]
+MaxLossOption = Annotated[
+    float | None,
+    typer.Option(
+        help=f"With --budget auto: the predicted loss that is allowed, in nats per token. Default: {MAX_LOSS:g}.",
+        metavar="LOSS",
+    ),
+]
+MaxBudgetOption = Annotated[
+    str | None,
+    typer.Option(help="With --budget auto: what is kept at most, whatever is lost (1024, 25%, 3MB).", metavar="BUDGET"),
 ]
 OfOption = Annotated[
     str, typer.Option("--of", help="What a share is of: the prompt's 'tokens', or the full cache's 'bytes'.")

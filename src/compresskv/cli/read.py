@@ -28,7 +28,7 @@ from compresskv.cli.terminal import Bar, err, megabytes, out
 from compresskv.errors import ConfigError, PromptError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
-from compresskv.selection.budgets import TOKENS, parse_budget
+from compresskv.selection.budgets import TOKENS, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.check import check_least
 
@@ -91,7 +91,7 @@ def read(
     places = choose_places(documents, output)
     check_outputs({"output": list(places)}, {"document": documents, "profile": profile, "model": model})
     chosen = _method(method, settings)
-    share = parse_budget(budget, of)
+    share = known_beforehand(parse_budget(budget, of))
     find_precision(store)
     check_least("chunk", chunk)
     most = None if max_memory is None else parse_nbytes("max_memory", max_memory)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -11,10 +12,12 @@ import typer
 from compresskv import defaults
 from compresskv.cli.kept import check_unused
 from compresskv.cli.options import (
-    BudgetOption,
+    AutoBudgetOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxBudgetOption,
+    MaxLossOption,
     MethodOption,
     ModelOption,
     OfOption,
@@ -25,9 +28,12 @@ from compresskv.cli.options import (
     create_methods,
 )
 from compresskv.cli.terminal import Bar
+from compresskv.errors import ConfigError
+from compresskv.methods.predicting import check_predicts
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
-from compresskv.selection.budgets import TOKENS, parse_budget
+from compresskv.selection.auto_budget import with_limits
+from compresskv.selection.budgets import TOKENS, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.check import check_least
 
@@ -43,7 +49,9 @@ class Request:
     question: Annotated[str, typer.Argument(help="What to ask about it.")]
     model: ModelOption = defaults.MODEL
     method: MethodOption = defaults.METHOD
-    budget: BudgetOption = str(defaults.BUDGET)
+    budget: AutoBudgetOption = str(defaults.BUDGET)
+    max_loss: MaxLossOption = None
+    max_budget: MaxBudgetOption = None
     of: OfOption = TOKENS
     store: StoreOption = NATIVE
     compare: Annotated[str, typer.Option(help="More methods beside it, separated by commas.", metavar="METHODS")] = ""
@@ -86,9 +94,11 @@ class Request:
             CompressKVError: anything that can be found wrong without the model.
         """
         check_least("max_new_tokens", self.max_new_tokens, least_tokens)
-        budget = parse_budget(self.budget, self.of)
+        budget = self._budget()
         find_precision(self.store)
         methods = create_methods(self.method, self.compare, self.settings)
+        for one in methods:
+            check_predicts(one, budget)
         if self.profile is not None:
             from compresskv.profiles.profile import read_profile
 
@@ -96,6 +106,22 @@ class Request:
         context = read_document(self.document)
         check_request(context, self.question, self.truncate)
         return Checked(self, context, budget, methods)
+
+    def _budget(self) -> int | float | str:
+        """The budget with its limits.
+
+        Raises:
+            ConfigError: it is none, or a limit is not one of its.
+        """
+        ceiling = None
+        if self.max_budget is not None:
+            try:
+                ceiling = str(known_beforehand(parse_budget(self.max_budget, self.of)))
+            except ConfigError as error:
+                raise ConfigError(error.problem, option="max_budget", value=self.max_budget) from None
+        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
+            raise ConfigError("must be a number above 0", option="max_loss", value=self.max_loss)
+        return parse_budget(with_limits(self.budget, self.max_loss, ceiling), self.of)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which methods, at which budgets, a run compares."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,16 @@ from compresskv.errors import ConfigError
 from compresskv.evaluation.runner import FULL, SETTINGS, Configuration
 from compresskv.methods import registry
 from compresskv.methods.base import Method
+from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
-from compresskv.selection.budgets import TOKENS, SharedBudget, parse_budget
+from compresskv.selection.budgets import TOKENS, SharedBudget, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
+
+
+_COMMAS = re.compile(r",(?![^\[]*\])")
+"""Those that part budgets, not the limits of one: 'auto[max_loss=0.1,at_most=512],256'."""
 
 
 def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -40,7 +46,7 @@ def parse_budgets(text: str, of: str = TOKENS) -> tuple[SharedBudget, ...]:
     Raises:
         ConfigError: one is none, or there is none.
     """
-    parsed = [parse_budget(part, of) for part in text.split(",") if part.strip()]
+    parsed = [parse_budget(part, of) for part in _COMMAS.split(text) if part.strip()]
     budgets = tuple({repr(budget): budget for budget in parsed}.values())  # 1 token and 100 % are equal as numbers
     if not budgets:
         problem = "names no budget: give counts (128), shares (3%) or bytes (3MB)"
@@ -62,7 +68,8 @@ def configurations(
 
     Raises:
         ProfileError: a method needs a profile and the model has none.
-        ConfigError: a method looks ahead in the agnostic setting.
+        ConfigError: a method looks ahead in the agnostic setting, or an automatic budget is asked for there, or of a
+            method that has none.
     """
     prepared = {
         name: prepare_method(model, method, profile if method.needs_profile else None)
@@ -73,6 +80,11 @@ def configurations(
         if method.lookahead and "agnostic" in settings:
             problem = "looks ahead, which in the setting 'agnostic' is at the question"
             raise ConfigError(problem, option="methods", value=name)
+        for budget in budgets:
+            check_predicts(method, budget)
+    if "agnostic" in settings:
+        for budget in budgets:
+            known_beforehand(budget, "budgets")
     keeps_all = registry.create(FULL)
     whole = [Configuration(FULL, keeps_all, 1.0, store=store) for store in stores if store != NATIVE]
     return [Configuration(FULL, keeps_all, None), *(whole if FULL in methods else [])] + [

@@ -29,8 +29,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The example's id: unique within the task."""
     method: str
     """A method's name or, for settings of one's own, its label ('snapkv[window_size=32]'), or 'kvpress:SnapKVPress'."""
-    budget: int | float | Annotated[str, msgspec.Meta(pattern="B$|bytes$")] | None
-    """As asked for: a count of tokens, a fraction or bytes; None for the full cache."""
+    budget: int | float | Annotated[str, msgspec.Meta(pattern="B$|bytes$|^auto")] | None
+    """As asked for: a count of tokens, a fraction, bytes or 'auto[...]'; None for the full cache."""
     setting: str
     """'aware': the question was in the prompt when tokens were chosen; 'agnostic': it came after."""
     prompt_sha256: str
@@ -52,6 +52,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nats per token from the full cache's distribution, over the full cache's own answer, teacher-forced."""
     top1_agreement: float | None = None
     """Share of those tokens at which the arg-max equals the full cache's."""
+    predicted_loss: float | None = None
+    """The KL divergence that was predicted, where the budget is 'auto'."""
     prefill_s: float | None = None
     """Of the prefill that this configuration used, all of the example's where `shared_prefill`."""
     shared_prefill: bool = True

@@ -16,6 +16,7 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import decode
 from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
+from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budgets import Budget, as_json, read_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
@@ -115,6 +116,8 @@ class Explanation:
     """None where none was asked for."""
     store: str = NATIVE
     """In how many bits a number it is held; see `compressing`."""
+    auto: AutoChoice | None = None
+    """How much was kept and why, where the budget is 'auto'."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -126,6 +129,7 @@ class Explanation:
             "method": self.method,
             "budget": self.budget,
             "store": self.store,
+            "auto": None if self.auto is None else self.auto.to_dict(),
             "retained_fraction": self.retention.fraction,
             "kv_nbytes_full": self.kv_nbytes_full,
             "kv_nbytes": self.kv_nbytes,
@@ -190,11 +194,12 @@ def explain(
     with Compressing(model, method, budget, on_layer=on_prefill, store=store) as cache:
         logits = read_prompt(model, input_ids[0].tolist(), cache)
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes
+        auto = next(iter(cache.auto_choices), None)
         answer = None
         if max_new_tokens > 0:
             token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens, on_token)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    return Explanation(method.name, as_json(budget), retention, full_nbytes, kv_nbytes, answer, store)
+    return Explanation(method.name, as_json(budget), retention, full_nbytes, kv_nbytes, answer, store, auto)
 
 
 def prompt_text(

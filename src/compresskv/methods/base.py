@@ -14,6 +14,7 @@ from compresskv.errors import ConfigError
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.selection import budgets
+from compresskv.selection.auto_budget import LossCurve
 from compresskv.selection.select import select, select_rows
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class Method:
     shares_positions: ClassVar[bool] = False
     """Whether all layers and KV heads keep the same tokens, the one form that fits an engine with one block table for
     all layers. Such a method scores by queries and keys alone."""
+
+    general_loss: ClassVar[LossCurve | None] = None
+    """What is lost at a coverage of attention, at most on most models; None where that was not measured. Only a method
+    that `decides_together` can have one: it looks at all layers before anything is evicted."""
+    brings_budget: ClassVar[bool] = False
+    """Whether the method knows by itself how many tokens it keeps."""
 
     ours: ClassVar[bool] = False
     """Whether reports compare it with the best of the others, as a method of this project's."""
@@ -103,6 +110,10 @@ class Method:
             ConfigError: this is no such method.
         """
         raise ConfigError(f"method {self.name!r} takes no profile")
+
+    def loss_curve(self) -> LossCurve | None:
+        """What is lost at a coverage of attention, by which an automatic budget is chosen; None where nobody knows."""
+        return self.general_loss
 
     def window_at(self, budget: int) -> int:
         """The observation window at a mean budget of `budget` tokens, at most `window_size`."""

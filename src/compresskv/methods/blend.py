@@ -12,6 +12,7 @@ from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.vote import count_votes, layer_vote, window_for_budget
 from compresskv.profiles.profile import Profile, l1_normalised, needed_profile
+from compresskv.selection.auto_budget import LossCurve
 from compresskv.selection.scores import mean_over_groups, pool, set_first, without_padding
 from compresskv.selection.select import select_across_heads
 from compresskv.system.later import torch
@@ -44,6 +45,7 @@ class Blend(CAKE):
     source = "this project"
     needs_profile = True
     ours = True
+    general_loss = LossCurve(scale=12.0, power=2.0)
     limits = ranges(
         vote_kernel_size=Range(1, odd=True),
         vote_weight=Range(0),

@@ -99,6 +99,7 @@ def make_plan(
         budget=budget if isinstance(budget, (int, float, str)) else tuple(budget),
         profile=None if own is None else own.digest,
         layers=tuple(_layer_plan(layer, chosen.window_size) for layer in cache.compressed_layers),
+        auto=next(iter(cache.auto_choices), None),
         versions={name: version(name) for name in ("compresskv", "torch", "transformers")},
     )
 

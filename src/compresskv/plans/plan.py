@@ -19,6 +19,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
+from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.system.convert import convert
 from compresskv.system.files import write_text
@@ -77,6 +78,8 @@ class Plan:
     """Digest of the method's profile."""
     layers: tuple[LayerPlan, ...]
     versions: dict[str, str] = field(default_factory=dict)
+    auto: AutoChoice | None = None
+    """How much was chosen and why, where the budget is 'auto'."""
 
     def __post_init__(self) -> None:
         """Check what is about to be kept.
@@ -233,6 +236,8 @@ class Planned(Method):
     name = "plan"
     summary = "what a plan names"
     source = "this project"
+
+    brings_budget = True
 
     plan: Plan | None = None
 

@@ -6,15 +6,18 @@ A budget `b` is a number of tokens retained per KV head per layer, window includ
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 from compresskv.errors import ConfigError
+from compresskv.selection.auto_budget import find_auto_budget
 from compresskv.selection.byte_budget import OF_BYTES, find_byte_budget
 
 Budget = int | float | str | Sequence[int]
-"""A count of tokens (256), a fraction of the prompt (0.03), bytes as text ('3MB', '5% of bytes'), or one count a layer
-([64, 128, ...])."""
+"""A count of tokens (256), a fraction of the prompt (0.03), bytes as text ('3MB', '5% of bytes'), one count a layer
+([64, 128, ...]), or what each prompt decides ('auto', 'auto[max_loss=0.05,at_most=25%]')."""
 SharedBudget = int | float | str
 """One for all layers."""
+B = TypeVar("B", bound=Budget)
 TOKENS, BYTES = "tokens", "bytes"
 """What a share on the command line may be of."""
 
@@ -30,7 +33,7 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
             NumPy's and PyTorch's numbers are refused, so that a budget has one type in results and in JSON.
     """
     if isinstance(budget, str):
-        if find_byte_budget(budget) is None:
+        if find_byte_budget(budget) is None and not is_auto(budget):
             problem = "is text, and names no bytes ('3MB', '5% of bytes'): give tokens as a number"
             raise ConfigError(problem, option="budget", value=budget)
         return budget
@@ -71,23 +74,55 @@ def read_budget(budget: Budget) -> Budget:
     return parse_budget(budget) if isinstance(budget, str) else check_budget(budget)
 
 
+def is_auto(budget: Budget | None) -> bool:
+    """Whether each prompt decides it.
+
+    Raises:
+        ConfigError: it does, but by what cannot be.
+    """
+    if not isinstance(budget, str) or (auto := find_auto_budget(budget)) is None:
+        return False
+    if auto.at_most is not None:
+        try:
+            ceiling = parse_budget(auto.at_most)
+        except ConfigError as error:
+            raise ConfigError(f"has a ceiling that {error.problem}", option="budget", value=budget) from None
+        if is_auto(ceiling):
+            raise ConfigError("has a ceiling that is none itself", option="budget", value=budget)
+    return True
+
+
+def known_beforehand(budget: B, option: str = "budget") -> B:
+    """Return `budget` unchanged where no prompt must be read to know it.
+
+    Raises:
+        ConfigError: each prompt decides it.
+    """
+    if is_auto(budget):
+        problem = "depends on each prompt, which cannot be here: give tokens, a share of the prompt, or bytes"
+        raise ConfigError(problem, option=option, value=budget)
+    return budget
+
+
 def in_tokens(budget: SharedBudget, option: str = "budget") -> int | float:
     """Return `budget` unchanged where it says by itself how many tokens it is.
 
     Raises:
-        ConfigError: as `check_budget`; or it is in bytes.
+        ConfigError: as `check_budget`; or it is in bytes, or each prompt decides it.
     """
-    check_budget(budget)
+    known_beforehand(check_budget(budget), option)
     if isinstance(budget, str):
         raise ConfigError("is in bytes: give tokens, or a share of the prompt", option=option, value=budget)
     return budget
 
 
 def budget_order(budget: SharedBudget | None) -> tuple[int, float]:
-    """By which budgets are sorted: none, fractions, counts of tokens, shares of bytes, bytes."""
+    """By which budgets are sorted: none, fractions, counts of tokens, shares of bytes, bytes, allowed losses."""
     if budget is None:
         return 0, 0.0
     if isinstance(budget, str):
+        if (auto := find_auto_budget(budget)) is not None:
+            return 5, auto.max_loss
         found = find_byte_budget(budget)
         assert found is not None
         return (3, found.share) if found.share else (4, found.count or 0)
@@ -126,7 +161,7 @@ def as_json(budget: Budget) -> int | float | str | list[int]:
 
 
 def parse_budget(text: str, of: str = TOKENS) -> int | float | str:
-    """Read a budget as people type it: '256', '0.03', '3%', or '3MB'.
+    """Read a budget as people type it: '256', '0.03', '3%', '3MB', or 'auto'.
 
     Args:
         of: what a share is of: the prompt's tokens, or the bytes of its full cache.
@@ -136,6 +171,9 @@ def parse_budget(text: str, of: str = TOKENS) -> int | float | str:
     if of not in (TOKENS, BYTES):
         raise ConfigError(f"must be {TOKENS} or {BYTES}", option="of", value=of)
     text = text.strip()
+    if (auto := find_auto_budget(text)) is not None:
+        is_auto(text)
+        return auto.text
     if (in_bytes := find_byte_budget(text)) is not None:
         return in_bytes.text
     if of == BYTES:
@@ -153,7 +191,7 @@ def parse_budget(text: str, of: str = TOKENS) -> int | float | str:
             value = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise ConfigError(
-            "is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%, or bytes (3MB)",
+            "is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%, bytes (3MB), or auto",
             option="budget",
             value=text,
         ) from None

@@ -10,7 +10,7 @@ from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, methods, parse_methods
-from compresskv.selection.budgets import in_tokens, read_budget
+from compresskv.selection.budgets import in_tokens, known_beforehand, read_budget
 from compresskv.selection.cuts import CHUNK_TOKENS, Chunks, Cut, least_end, prompt_cuts
 from compresskv.serving.switch import KEY, VARIABLES, given_settings
 
@@ -177,7 +177,7 @@ def check_servable(method: Method) -> None:
 
 
 def _budget(given: Any) -> int | float:
-    budget = read_budget(given)
+    budget = known_beforehand(read_budget(given))
     if not isinstance(budget, (int, float)):
         raise ConfigError(f"budget={given!r}: vLLM has one block table for all layers, so give one number of tokens")
     if budget > _LARGEST:

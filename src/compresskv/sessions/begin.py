@@ -22,7 +22,7 @@ from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.turns import first_part
-from compresskv.selection.budgets import Budget, as_json, read_budget
+from compresskv.selection.budgets import Budget, as_json, known_beforehand, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import read_session
@@ -65,7 +65,7 @@ def read(
     check_model(model, tokenizer)
     part = first_part(tokenizer, text)
     chosen = find_method(model, method, profile, **options)
-    budget = read_budget(budget)
+    budget = known_beforehand(read_budget(budget))
     find_precision(store)
     warn_of_slow_dtype(model)
     check_length(model, len(part.input_ids))
