@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -216,6 +217,53 @@ class TestShowImportVerify:
     )
     def test_import_refuses_what_does_not_fit(self, call: Callable[..., Result], args: list[str], words: str) -> None:
         assert_refused(call("profile", "import", *args), words)
+
+    def test_calibrate_fits_what_evaluations_lost(
+        self, call: Callable[..., Result], file: Path, tmp_path: Path
+    ) -> None:
+        run, own = str(tmp_path / "run"), str(tmp_path / "own.json")
+        given = ["--model", "model", "--profile", str(file), "--haystack", "haystack.txt", "--max-new-tokens", "4"]
+        given += [
+            "--methods",
+            "blend",
+            "--no-answers",
+            "--lengths",
+            "300",
+            "--limit",
+            "2",
+            "--depths",
+            "20,40,60,80",
+        ]
+        budgets = "auto[at_most=60,max_loss=1e-9],auto[at_most=50%,max_loss=1e-9]"
+        evaluated = call("eval", "--tasks", "needle", *given, "--budgets", budgets, "-o", run)
+        assert evaluated.code == 0, evaluated.err
+        result = call("profile", "calibrate", str(file), run, "--output", own, "--json")
+        assert (result.code, result.err) == (0, "")
+        (curve,) = json.loads(result.out)["curves"]
+        assert curve["method"] == "blend"
+        assert curve["points"] >= 20
+        assert curve["below"] >= 0.97
+        profile = read_profile(own)
+        assert profile.loss_curves == {"blend": (curve["scale"], curve["power"])}
+        assert replace(profile, loss_curves={}, provenance={}) == replace(read_profile(file), provenance={})
+        asked = ["ask", "doc.txt", QUESTION, "--model", "model", "--budget", "auto", "--max-loss", "0.3", "--json"]
+        stats = [json.loads(call(*asked, "--profile", path).out)["stats"]["auto"] for path in (str(file), own)]
+        assert stats[0] != stats[1]
+        expected = profile.loss_curves["blend"][0] * stats[1]["uncovered"] ** profile.loss_curves["blend"][1]
+        assert stats[1]["predicted_loss"] == pytest.approx(expected)
+
+        refuse = ["profile", "calibrate", str(file)]
+        assert_refused(call(*refuse, str(tmp_path), "-o", own), "holds no run")
+        assert_refused(call(*refuse, run, "-o", own, "--level", "1.5"), "--level 1.5")
+        assert_refused(call(*refuse, run, "-o", str(tmp_path / "run" / "records.jsonl")), "would replace the run")
+        other = tmp_path / "other.json"
+        data = json.loads(file.read_text(encoding="utf-8"))
+        data["model"]["fingerprint"]["weights"] = "0" * 16
+        other.write_text(json.dumps(data), encoding="utf-8")
+        assert_refused(call("profile", "calibrate", str(other), run, "-o", own), "runs", "the profile is of")
+        records = tmp_path / "run" / "records.jsonl"
+        records.write_text("".join(records.read_text(encoding="utf-8").splitlines(keepends=True)[:9]), encoding="utf-8")
+        assert_refused(call(*refuse, run, "-o", own), "of 'blend' that lost tokens: 20 are needed")
 
     def verify(self, *args: str) -> list[str]:
         given = ["--needles", "needles.json", "--haystack", "haystack.txt", "--length", "256", "--documents", "1"]

@@ -28,6 +28,7 @@ PROFILE = Profile(
     num_runs=12,
     layer_errors_by_set={"essays": (0.5, 0.25, 0.25), "code": (0.1, 0.2, 0.7)},
     layer_errors=(0.3, 0.225, 0.475),
+    loss_curves={"blend": (20.0, 2.5)},
     provenance={"torch": "2.13.0", "seed": 7, "lengths": [1024, 2048], "text": "naïve\nlines"},
 )
 IMPORTED = replace(PROFILE, fingerprint=structs.replace(SHAPE, weights=None), traditional_scores=None, num_runs=0)
@@ -64,7 +65,7 @@ def test_round_trip_of_any_numbers(data: st.DataObject) -> None:
 
 DROP = "(dropped)"
 KEYS = [
-    *((key,) for key in PROFILE.to_dict() if key != "replay_weights"),  # older files have none
+    *((key,) for key in PROFILE.to_dict() if key not in ("replay_weights", "loss_curves")),  # older files have none
     ("model", "id"),
     ("model", "fingerprint"),
     *(("model", "fingerprint", key) for key in SHAPE.__struct_fields__ if key != "weights"),
@@ -101,6 +102,11 @@ DAMAGE: list[tuple[tuple[str | int, ...], Any]] = [
     *((("layer_errors", "sets", "code"), value) for value in ([0.5, 0.5], [0.5, 0.25, 0.5], [0, 0, 0])),
     *((("layer_errors", "combined"), value) for value in ([1.0], [0.3, 0.225, 0.4], [30, 22.5, 47.5])),
     *((("provenance",), value) for value in ([1], "calibrated", None)),
+    *(
+        (("loss_curves",), value)
+        for value in (None, [], {"blend": [1.0]}, {"blend": [1.0, "2"]}, {"blend": [1.0, 0.0]})
+    ),
+    *((("loss_curves", "blend"), value) for value in ([math.nan, 1.0], [math.inf, 1.0], [-1.0, 1.0])),
     *((("replay_weights",), value) for value in ("AAAA", ["AAAAAA=="] * 2, ["AAAAAA=="] * 2 + ["?"], [0.5] * 3)),
 ]
 

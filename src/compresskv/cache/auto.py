@@ -28,7 +28,7 @@ class Automatic:
 
     def keeping_all(self, num_tokens: int) -> AutoChoice:
         """Of a prompt that is too short for anything to go."""
-        return AutoChoice(num_tokens, 0.0, self.allowed.max_loss, "all")
+        return AutoChoice(num_tokens, 0.0, 0.0, self.allowed.max_loss, "all")
 
     def choose(
         self,
@@ -107,31 +107,32 @@ def choose(
     """
     ladders = [rungs(min(least, top), top) for top in most]
     low, high = [0] * len(ladders), [len(ladder) - 1 for ladder in ladders]
-    losses: list[dict[int, float]] = [
+    shares: list[dict[int, float]] = [
         {top: 0.0} if top >= length else {} for top, length in zip(most, row_lengths, strict=True)
     ]
-    while any(top not in known for known, top in zip(losses, _counts(ladders, high), strict=True)) or low != high:
+    while low != high or any(top not in known for known, top in zip(shares, _counts(ladders, high), strict=True)):
         middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
         counts = _counts(ladders, middle)
         for row, share in enumerate(shares_at(counts)):
-            loss = losses[row].setdefault(counts[row], curve.loss(share))
-            if loss <= max_loss:
+            if curve.loss(shares[row].setdefault(counts[row], share)) <= max_loss:
                 high[row] = middle[row]
             elif low[row] < high[row]:
                 low[row] = middle[row] + 1
-    chosen = zip(_counts(ladders, high), losses, ladders, row_lengths, strict=True)
-    return [_choice(count, known[count], max_loss, ladder, length) for count, known, ladder, length in chosen]
+    choices = []
+    for count, known, ladder, length in zip(_counts(ladders, high), shares, ladders, row_lengths, strict=True):
+        loss = curve.loss(known[count])
+        why = _why(count, least=ladder[0], length=length, within=loss <= max_loss)
+        choices.append(AutoChoice(count, known[count], loss, max_loss, why))
+    return choices
 
 
 def _counts(ladders: list[list[int]], places: list[int]) -> list[int]:
     return [ladder[place] for ladder, place in zip(ladders, places, strict=True)]
 
 
-def _choice(count: int, loss: float, max_loss: float, ladder: list[int], length: int) -> AutoChoice:
+def _why(count: int, *, least: int, length: int, within: bool) -> str:
     if count >= length:
-        why = "all"
-    elif loss > max_loss:
-        why = "at_most"
-    else:
-        why = "least" if count == ladder[0] else "loss"
-    return AutoChoice(count, loss, max_loss, why)
+        return "all"
+    if not within:
+        return "at_most"
+    return "least" if count == least else "loss"

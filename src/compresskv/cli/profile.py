@@ -19,6 +19,7 @@ from compresskv.cli.options import (
     parse_numbers,
 )
 from compresskv.cli.outputs import check_outputs
+from compresskv.cli.profile_calibrate import CALIBRATE_EPILOG, calibrate
 from compresskv.cli.profile_import import IMPORT_EPILOG, import_profile
 from compresskv.cli.profile_tables import answers, layer_table, print_heads
 from compresskv.cli.terminal import Bar, counted, err, new_table, out
@@ -54,7 +55,7 @@ Examples:
 
 profile_app = typer.Typer(
     cls=_DefaultToFind,
-    help="Make, show, verify or import a model's profile: its retrieval heads and layer errors. "
+    help="Make, show, verify, import or calibrate a model's profile: its retrieval heads and layer errors. "
     "'compresskv profile MODEL' is short for 'compresskv profile find MODEL'.",
     epilog=_FIND_EPILOG,
     no_args_is_help=True,
@@ -175,6 +176,7 @@ def show(
 
 
 profile_app.command("import", epilog=IMPORT_EPILOG)(import_profile)
+profile_app.command("calibrate", epilog=CALIBRATE_EPILOG)(calibrate)
 
 
 @profile_app.command(epilog=_VERIFY_EPILOG)

@@ -52,8 +52,10 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nats per token from the full cache's distribution, over the full cache's own answer, teacher-forced."""
     top1_agreement: float | None = None
     """Share of those tokens at which the arg-max equals the full cache's."""
+    uncovered: float | None = None
+    """The share of the window's attention that went to tokens which were not kept, where the budget is 'auto'."""
     predicted_loss: float | None = None
-    """The KL divergence that was predicted, where the budget is 'auto'."""
+    """The KL divergence that was predicted from that."""
     prefill_s: float | None = None
     """Of the prefill that this configuration used, all of the example's where `shared_prefill`."""
     shared_prefill: bool = True

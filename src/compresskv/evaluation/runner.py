@@ -241,7 +241,9 @@ class _Reading:
             "kv_nbytes_full": captured.nbytes,
             "evidence_recall": evidence_recall(cache, self._case.prompt.evidence),
             "select_s": select_s,
-            "predicted_loss": next((choice.predicted_loss for choice in cache.auto_choices), None),
+            **{
+                name: getattr(choice, name) for choice in cache.auto_choices for name in ("uncovered", "predicted_loss")
+            },
         }
 
     def _answer(self, cache: CompressedCache, begun: list[int], begun_s: float) -> dict[str, Any]:

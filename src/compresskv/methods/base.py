@@ -112,8 +112,13 @@ class Method:
         raise ConfigError(f"method {self.name!r} takes no profile")
 
     def loss_curve(self) -> LossCurve | None:
-        """What is lost at a coverage of attention, by which an automatic budget is chosen; None where nobody knows."""
-        return self.general_loss
+        """What is lost at a coverage of attention, by which an automatic budget is chosen; None where nobody knows.
+
+        The model's own, where its profile holds one, else the general one.
+        """
+        profile: Profile | None = getattr(self, "profile", None)
+        own = None if profile is None else profile.loss_curves.get(self.name)
+        return self.general_loss if own is None else LossCurve(*own)
 
     def window_at(self, budget: int) -> int:
         """The observation window at a mean budget of `budget` tokens, at most `window_size`."""

@@ -69,6 +69,8 @@ class Profile:
     replay_weights: tuple[str, ...] | None = None
     """For each layer, what forecasts a replay's attention (`compresskv.selection.forecast`): (H_kv, F) float32 from the
     lowest byte on, in base64; None in profiles of older releases and imported ones."""
+    loss_curves: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """For a method's name, (scale, power) of the model's own `LossCurve`, where that was measured."""
 
     def __post_init__(self) -> None:
         """Check that every number is there and can be used.
@@ -100,6 +102,9 @@ class Profile:
             _check(len(errors) == num_layers, where, f"has {len(errors)} layers instead of {num_layers}")
             _check(_usable(errors), where, "holds a number that is negative, NaN or infinite")
             _check(abs(math.fsum(errors) - 1) < 1e-3, where, f"sums to {math.fsum(errors):.4f} instead of 1")
+        for name, curve in self.loss_curves.items():
+            problem = "is not two finite numbers above 0"
+            _check(all(0 < number < math.inf for number in curve), f"loss_curves.{name}", problem)
         if self.replay_weights is not None:
             count = len(self.replay_weights)
             _check(count == num_layers, "replay_weights", f"has {count} layers instead of {num_layers}")
