@@ -32,7 +32,7 @@ def calibrate(
     level: Annotated[float, typer.Option(help="The share of measured losses that shall lie below a curve.")] = 0.97,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit the losses that --budget auto predicts to those measured on this model.
+    """Fit what --budget auto predicts to measured losses.
 
     The runs must be of the profile's model, and hold 20 prompts or more of a method. What is fitted takes the place of
     the general curve, which is laid so high that it holds on other models, too.

@@ -17,7 +17,6 @@ from compresskv.selection.budgets import TOKENS, SharedBudget, known_beforehand,
 from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
 
-
 _COMMAS = re.compile(r",(?![^\[]*\])")
 """Those that part budgets, not the limits of one: 'auto[max_loss=0.1,at_most=512],256'."""
 

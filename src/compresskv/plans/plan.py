@@ -164,6 +164,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: one list where all layers share it."""
         own = json.loads(json.dumps(asdict(self)))
+        if self.auto is None:  # as before there were any
+            del own["auto"]
         layers = own.pop("layers")
         prompt = {"num_tokens": own.pop("num_prompt_tokens"), "sha256": own.pop("prompt_sha256")}
         columns = {name: [layer[name] for layer in layers] for name in ("positions", "scores")}
