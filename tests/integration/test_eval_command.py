@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -165,6 +165,70 @@ class TestAddedLater:
         result = call(*short, "--too-long", "skip", "-o", tmp_path / "skip")
         assert result.code == 0
         assert "0 examples (0 cut, 1 skipped), 3 configurations: 0 new records from 0 prefills." in result.out
+
+
+class TestSuite:
+    """A small one: what is run and said, not what the standard one holds."""
+
+    SMALL: ClassVar = {
+        "needle": {"subsets": ("single",), "lengths": (400,), "depths": (20.0, 80.0)},
+        "questions": {"subsets": ("facts",), "lengths": (600,)},
+    }
+    COMMAND = ("eval", "--model", "model", "--haystack", "haystack.txt", "--suite", "standard")
+    CHOSEN = ("--methods", "snapkv,knorm", "--budgets", "64")
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("compresskv.evaluation.suite.SUITES", {"standard": self.SMALL})
+
+    def test_one_command_runs_all_tasks_and_shows_a_table_of_each_with_intervals(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        told = json.loads(call(*self.COMMAND, *self.CHOSEN, "-o", tmp_path, "--json").out)
+        assert (told["examples"], told["prefills"], told["records"]) == (2 + 5, 2 + 1, 3 * (2 + 5))
+        (section,) = told["models"]
+        needle, questions = section["groups"]
+        assert (needle["name"], questions["name"]) == ("needle", "questions")
+        assert {row["config"] for row in needle["rows"]} == {"full", "snapkv @ 64", "knorm @ 64"}
+        assert {row["config"] for row in questions["rows"]} == {
+            "full",
+            "snapkv @ 64 (agnostic)",
+            "knorm @ 64 (agnostic)",
+        }
+        for row in [*needle["rows"], *questions["rows"]]:
+            for mean, low, high in (row["score"], row["kl_interval"]):
+                assert low <= mean <= high
+        again = call(*self.COMMAND, *self.CHOSEN, "-o", tmp_path)
+        assert (again.code, again.err) == (0, "")
+        assert "7 examples (0 cut, 0 skipped), 5 configurations: 0 new records from 0 prefills." in again.out
+        assert re.search(r"^needle: 1 task, 2 cases *$", again.out, re.MULTILINE)
+        assert re.search(r"^questions: 1 task, 5 cases *$", again.out, re.MULTILINE)
+        row = re.search(r"^ *snapkv @ 64 \(agnostic\) .*$", again.out, re.MULTILINE)
+        assert row is not None
+        assert row[0].count("[") == 3, "score, difference and KL each have an interval"
+
+    def test_a_report_takes_the_folder_of_a_suite(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        call(*self.COMMAND, *self.CHOSEN, "-o", tmp_path)
+        assert "mean over 2 tasks" in call("report", tmp_path).out
+        assert "### questions/facts" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (["--suite", "standrad"], ["--suite 'standrad'", "did you mean 'standard'"]),
+            (["--tasks", "needle"], ["--tasks 'needle' is settled by the suite"]),
+            (["--rows", "1::2"], ["--rows"]),
+            (["--lengths", "400,500"], ["--lengths '400,500' is settled by the suite"]),
+            (["-o", "run"], ["--output 'run' holds a run that is no suite"]),
+        ],
+    )
+    def test_what_a_suite_settles_is_refused_in_one_line(
+        self, call: Callable[..., Result], tmp_path: Path, args: list[str], words: list[str]
+    ) -> None:
+        Path("run").mkdir(exist_ok=True)
+        Path("run/run.json").write_text("{}", encoding="utf-8")
+        assert_refused(call(*self.COMMAND, *self.CHOSEN, "-o", tmp_path / "suite", *args), *words)
+        assert not (tmp_path / "suite").exists()
 
 
 def assert_refused(result: Result, *words: str) -> None:

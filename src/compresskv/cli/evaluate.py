@@ -1,9 +1,11 @@
 """`compresskv eval`: what each method loses, measured on benchmarks."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,9 +21,13 @@ from compresskv.cli.options import (
     split_names,
 )
 from compresskv.cli.outputs import check_outputs
+from compresskv.cli.report import group_tables, in_short
 from compresskv.cli.terminal import Bar, counted, err, out
+from compresskv.errors import ConfigError, DataError
 from compresskv.selection.budgets import TOKENS
 from compresskv.selection.precision import NATIVE, PRECISIONS
+from compresskv.system.check import check_known
+from compresskv.system.progress import Progress
 
 if TYPE_CHECKING:
     from compresskv.evaluation.press_request import PressRequest
@@ -37,6 +43,9 @@ Examples:
   compresskv eval --tasks needle \\
       --methods 'full,snapkv[window_size=32],vote' --no-answers -o runs/quick
   compresskv eval --tasks needle --peers SnapKVPress,KnormPress -o runs/needle
+  compresskv eval --tasks questions --methods kvzip,forecast,snapkv \\
+      --budgets 12.5% -o runs/questions
+  compresskv eval --suite standard --data ~/data -o runs/standard
   compresskv report runs/needle
 
 A run that was stopped goes on where it was when the same command is given again; more methods, budgets and peers can
@@ -48,12 +57,21 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the run's records; made if missing.", metavar="RUN")
     ],
-    tasks: Annotated[
-        str,
+    suite: Annotated[
+        str | None,
         typer.Option(
-            help="needle, ruler, instructions, questions, longbench, babilong; several with commas.", metavar="TASKS"
+            help="'standard': six tasks of fixed prompts instead of --tasks, with ten methods unless --methods says "
+            "otherwise. Tasks that need --data are left out without it.",
+            metavar="SUITE",
         ),
-    ] = "needle",
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="needle, ruler, instructions, questions, longbench, babilong; several with commas. Default: needle.",
+            metavar="TASKS",
+        ),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -61,8 +79,13 @@ def evaluate(
         ),
     ] = None,
     budgets: Annotated[
-        str, typer.Option(help="Tokens per layer, shares of the prompt, or bytes in all layers together (3MB).")
-    ] = "64,128,256",
+        str | None,
+        typer.Option(
+            help="Tokens per layer, shares of the prompt, or bytes in all layers together (3MB). Default: 64,128,256; "
+            "of a suite, 128.",
+            metavar="BUDGETS",
+        ),
+    ] = None,
     of: OfOption = TOKENS,
     stores: Annotated[
         str, typer.Option(help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)}.")
@@ -74,10 +97,18 @@ def evaluate(
         typer.Option(help="Text file or folder to hide needles in; may be repeated. Default: Python's help topics."),
     ] = None,
     subsets: Annotated[str, typer.Option(help="Only these subsets of the tasks: hotpotqa,qa1-1k.")] = "",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths of needle cases.")] = "1024,2048,4096",
-    depths: Annotated[str, typer.Option(help="Where needles are hidden, per cent.")] = "0,25,50,75,100",
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Lengths of prompts that are made here. Default: 1024,2048,4096.", metavar="LENGTHS"),
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Where needles are hidden, per cent. Default: 0,25,50,75,100.", metavar="DEPTHS")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Cases of each subset; for needles, of each length and depth.")
+        int | None,
+        typer.Option(
+            help="Cases of each subset and length; for needles, of each depth, too; for questions, documents."
+        ),
     ] = None,
     rows: Annotated[
         str, typer.Option(help="Which cases of each subset, as a slice: 1::2 is every second one.", metavar="SLICE")
@@ -90,7 +121,12 @@ def evaluate(
             metavar="SETTINGS",
         ),
     ] = None,
-    too_long: Annotated[str, typer.Option(help="Prompts above the limit: 'cut' their middle, or 'skip' them.")] = "cut",
+    too_long: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts above the limit: 'cut' their middle, or 'skip' them. Default: cut.", metavar="cut|skip"
+        ),
+    ] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="A limit below the model's context.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Shorten the benchmark's answer lengths.")] = None,
     answers: Annotated[
@@ -120,40 +156,66 @@ def evaluate(
     """
     from compresskv.evaluation.configurations import parse_budgets, parse_names
     from compresskv.evaluation.press_request import PressRequest
-    from compresskv.evaluation.run import EvaluationConfig, parse_rows
+    from compresskv.evaluation.run import parse_rows
     from compresskv.evaluation.runner import SETTINGS
+    from compresskv.evaluation.suite import BUDGETS, METHODS
     from compresskv.evaluation.task import tasks as known_tasks
     from compresskv.methods.registry import methods as registered
     from compresskv.methods.registry import parse_methods
 
     records = [output / name for name in ("run.json", "records.jsonl")]
     check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
-    config = EvaluationConfig(
-        tasks=parse_names("tasks", tasks, list(known_tasks())),
-        subsets=split_names(subsets),
-        data=data,
-        haystack=tuple(haystack or ()),
-        lengths=parse_numbers("lengths", lengths, int) or (),
-        depths=parse_numbers("depths", depths, float) or (),
-        limit=limit,
-        rows=parse_rows(rows),
-        seed=seed,
-        too_long=too_long,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        answers=answers,
-        exact_prefill=exact_prefill,
-    )
-    chosen, counts = parse_methods("methods", methods or ",".join(registered())), parse_budgets(budgets, of)
+    own = {
+        "tasks": None if tasks is None else parse_names("tasks", tasks, list(known_tasks())),
+        "subsets": split_names(subsets) or None,
+        "lengths": parse_numbers("lengths", lengths, int),
+        "depths": parse_numbers("depths", depths, float),
+        "limit": limit,
+        "rows": parse_rows(rows) if rows else None,
+        "too_long": too_long,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+    }
+    chosen = {name: value for name, value in own.items() if value is not None}
+    shared = {
+        "data": data,
+        "haystack": tuple(haystack or ()),
+        "seed": seed,
+        "answers": answers,
+        "exact_prefill": exact_prefill,
+    }
+    configs, left_out = _configs(suite, chosen, shared)
+    if suite is None:
+        methods, budgets = methods or ",".join(registered()), budgets or "64,128,256"
+    named, counts = parse_methods("methods", methods or METHODS), parse_budgets(budgets or BUDGETS, of)
     held = parse_names("stores", stores, tuple(PRECISIONS))
     presses = split_names(peers)
-    in_settings = config.own_settings if settings is None else parse_names("settings", settings, SETTINGS)
+    own_settings = tuple(dict.fromkeys(setting for config in configs.values() for setting in config.own_settings))
+    in_settings = own_settings if settings is None else parse_names("settings", settings, SETTINGS)
     request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
-    _run(config, chosen, held, request, output, profile, own_settings=settings is None, as_json=as_json)
+    if left_out:
+        err.print(f"without --data: {', '.join(left_out)} left out")
+    _run(configs, named, held, request, output, profile, own_settings=settings is None, as_json=as_json)
+
+
+def _configs(
+    suite: str | None, own: dict[str, Any], shared: dict[str, Any]
+) -> "tuple[dict[str, EvaluationConfig], list[str]]":
+    """The runs by their folder's name, '' for the output itself, and the tasks of a suite that are left out."""
+    from compresskv.evaluation.run import EvaluationConfig
+    from compresskv.evaluation.suite import SUITES, suite_configs
+
+    if suite is None:
+        return {"": EvaluationConfig(**{"tasks": ("needle",), **own, **shared})}, []
+    check_known("suite", suite, SUITES)
+    for option, value in own.items():
+        given = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise ConfigError("is settled by the suite: leave it out", option=option, value=given)
+    return suite_configs(suite, **shared)
 
 
 def _run(
-    config: "EvaluationConfig",
+    configs: "dict[str, EvaluationConfig]",
     methods: "dict[str, Method]",
     stores: tuple[str, ...],
     request: "PressRequest",
@@ -173,30 +235,65 @@ def _run(
     if profile is not None:
         read_profile(profile)
     python = peers_python() if request.presses else None  # looked for before anything is computed
-    config.check_folder(output, request.model)
-    with Bar() as bar:
+    if "" not in configs and (output / "run.json").exists():
+        problem = "holds a run that is no suite: give another folder"
+        raise DataError(problem, option="output", value=str(output))
+    for name, config in configs.items():
+        config.check_folder(output / name, request.model)
+    with Bar() as bar, ExitStack() as stack:
         loaded, tokenizer = load(request.model, dtype=request.dtype, device=request.device, on_progress=bar)
         prepared = configurations(loaded, methods, request.budgets, request.settings, profile, stores)
-        with Evaluation(loaded, tokenizer, config, output) as evaluation:
-            try:
-                evaluation.run(prepared, bar, own_settings=own_settings)
+        opened = [
+            stack.enter_context(Evaluation(loaded, tokenizer, config, output / name))
+            for name, config in configs.items()
+        ]
+        try:
+            for progress, evaluation in _shares(bar, opened):
+                evaluation.run(prepared, progress, own_settings=own_settings)
                 if python is not None:
-                    evaluation.run_peers(python, request, bar, own_settings=own_settings)
-            finally:  # on Ctrl-C, what was done is said too
-                bar.stop()
-                _finish(output, evaluation, len(prepared), as_json=as_json)
+                    evaluation.run_peers(python, request, progress, own_settings=own_settings)
+        finally:  # on Ctrl-C, what was done is said too
+            bar.stop()
+            _finish(output, opened, len(prepared), in_groups="" not in configs, as_json=as_json)
 
 
-def _finish(output: Path, evaluation: "Evaluation", num_configurations: int, *, as_json: bool) -> None:
-    counts = evaluation.counts
+def _shares(bar: Progress, opened: "Sequence[Evaluation]") -> "Iterator[tuple[Progress, Evaluation]]":
+    """Each run, and what tells its progress as a part of all."""
+    total, before = sum(len(evaluation.cases) for evaluation in opened) or 1, 0
+    for evaluation in opened:
+        begun, share = before, len(evaluation.cases)
+
+        def progress(message: str, fraction: float | None, begun: int = begun, share: int = share) -> None:
+            bar(message, None if fraction is None else (begun + share * fraction) / total)
+
+        yield progress, evaluation
+        before += share
+
+
+def _finish(
+    output: Path, opened: "Sequence[Evaluation]", num_configurations: int, *, in_groups: bool, as_json: bool
+) -> None:
+    from compresskv.evaluation.run import Counts
+    from compresskv.evaluation.summary import report_data
+
+    parts = [vars(evaluation.counts) for evaluation in opened]
+    counts = Counts(**{name: sum((part[name] for part in parts), type(value)()) for name, value in parts[0].items()})
+    data = None
+    if in_groups and any(evaluation.log.records() for evaluation in opened):
+        data = report_data([evaluation.log.folder for evaluation in opened])
     if as_json:
-        out.print_json(json.dumps({"run": str(output), "configurations": num_configurations, **asdict(counts)}))
+        told = {"run": str(output), "configurations": num_configurations, **asdict(counts)}
+        out.print_json(json.dumps(told | ({} if data is None else {"models": list(map(in_short, data["models"]))})))
         return
     for failure in counts.peer_failures:
         err.print(f"peer failed: {failure}")
+    for section in [] if data is None else data["models"]:
+        for table in group_tables(section):
+            out.print(table, soft_wrap=False)
     out.print(
         f"{counted(counts.examples, 'example')} ({counts.truncated} cut, {counts.skipped} skipped), "
         f"{counted(num_configurations, 'configuration')}: {counted(counts.records, 'new record')} from "
         f"{counted(counts.prefills, 'prefill')}."
     )
-    out.print(f"records: {output / 'records.jsonl'}; tables and figures: compresskv report {output}")
+    records = output / ("*/records.jsonl" if in_groups else "records.jsonl")
+    out.print(f"records: {records}; tables and figures: compresskv report {output}")

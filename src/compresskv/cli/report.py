@@ -18,12 +18,15 @@ Examples:
 """
 
 _SHOWN = ("configuration", "tasks", "score", "vs full", "vs best baseline", "retained %")
+_IN_GROUPS = ("configuration", "tasks", "cases", "score", "vs full", "KL")
 
 
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Folders of runs. Of a case in several, the last run's counts.", metavar="RUN..."),
+        typer.Argument(
+            help="Folders of runs, or of a suite. Of a case in several, the last run's counts.", metavar="RUN..."
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -39,9 +42,10 @@ def report(
 ) -> None:
     """Write a report of benchmark runs: tables with intervals, and figures; print the overall table."""
     from compresskv.evaluation.report import write_pages
+    from compresskv.evaluation.suite import runs_of
     from compresskv.evaluation.summary import report_data
 
-    data = report_data(runs, None if own is None else split_names(own))
+    data = report_data([run for folder in runs for run in runs_of(folder)], None if own is None else split_names(own))
     path = write_pages(data, output or (runs[0] if len(runs) == 1 else Path("report")))
     if as_json:
         out.print_json(json.dumps({"file": str(path), **data}))
@@ -58,7 +62,7 @@ def _overall(section: dict[str, Any]) -> Table:
     overall = section["overall"]
     rows, tasks = overall["rows"], overall["tasks"]
     name = tasks[0] if len(tasks) == 1 else f"mean over {counted(len(tasks), 'task')}"
-    name += f", {counted(max(row['num_cases'] for row in rows), 'case')}"
+    name += f", {counted(_most_cases(rows), 'case')}"
     cells = {title: [COLUMNS[title](row) for row in rows] for title in _SHOWN}
     for title in ("vs full", "vs best baseline"):
         cells[title] = [text.partition(" ")[0] for text in cells[title]]
@@ -71,3 +75,33 @@ def _overall(section: dict[str, Any]) -> Table:
     for at, row in enumerate(rows):
         table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
     return table
+
+
+def group_tables(section: dict[str, Any]) -> list[Table]:
+    """A table for each benchmark, with intervals."""
+    from compresskv.evaluation.report import COLUMNS, heading
+
+    tables = []
+    for group in section["groups"]:
+        rows = group["rows"]
+        cells = {title: [COLUMNS[title](row) for row in rows] for title in _IN_GROUPS}
+        for title, same in (("tasks", {str(len(group["tasks"]))}), ("cases", set(cells["cases"]))):
+            if set(cells[title]) == same and len(same) == 1:
+                del cells[title]
+        cells = {title: column for title, column in cells.items() if any(column)}
+        name = f"{group['name']}: {counted(len(group['tasks']), 'task')}, {counted(_most_cases(rows), 'case')}"
+        numbers = [column for column in cells if column != "configuration"]
+        table = new_table(*cells, numbers=numbers, title=f"{name}\n{heading(section)}")
+        for at, row in enumerate(rows):
+            table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
+        tables.append(table)
+    return tables
+
+
+def in_short(section: dict[str, Any]) -> dict[str, Any]:
+    """What `group_tables` shows, JSON values only."""
+    return {name: section[name] for name in ("model", "dtype", "prefill", "groups")}
+
+
+def _most_cases(rows: list[dict[str, Any]]) -> int:
+    return max(int(row["num_cases"]) for row in rows)

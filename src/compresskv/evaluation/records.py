@@ -146,6 +146,11 @@ class RecordLog:
         self._records = {record.key: record for record in self._log.values}
         self._prompts = {(record.task, record.example): record.prompt_sha256 for record in self._log.values}
 
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self._folder
+
     def __enter__(self) -> "RecordLog":
         return self
 

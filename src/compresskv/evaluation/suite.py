@@ -1,0 +1,62 @@
+"""Suites: runs of several tasks that are judged together, with settings that do not change."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compresskv.errors import ConfigError
+from compresskv.evaluation.run import EvaluationConfig
+from compresskv.evaluation.task import create_task
+
+METHODS = "full,blend,vote,compresskv,snapkv,adakv,cake,streaming_llm,forecast,kvzip,keydiff"
+"""Ten methods beside the full cache: those that see the question, then those that need not."""
+BUDGETS = "128"
+
+_MAX_NEW_TOKENS = 48  # answers come first; what follows them says nothing and costs the most
+_DATA = {"limit": 2, "max_prompt_tokens": 1536}
+SUITES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "standard": {
+        "needle": {
+            "subsets": ("single", "paraphrase", "multi"),
+            "lengths": (1024, 2048),
+            "depths": (10.0, 50.0, 90.0),
+            "limit": 2,
+        },
+        "ruler": {"lengths": (1536,), "limit": 4},
+        "instructions": {"lengths": (1024,), "limit": 6, "max_new_tokens": 96},
+        "questions": {"lengths": (1024,), "limit": 3},
+        "longbench": _DATA,
+        "babilong": {**_DATA, "subsets": ("qa1-1k", "qa2-1k", "qa3-1k"), "limit": 5},
+    }
+}
+"""Suite -> task -> options of `EvaluationConfig`. The folder of a suite holds a run for each task."""
+
+
+def suite_configs(suite: str, **given: Any) -> tuple[dict[str, EvaluationConfig], list[str]]:
+    """What a suite runs, by task.
+
+    Args:
+        given: options of `EvaluationConfig` that a suite leaves open: data, haystack, seed and how prompts are read.
+    Returns: (the runs, tasks that are left out, since no data is given for them).
+    Raises:
+        ConfigError, DataError: `data` holds none of the tasks' data, or as for `EvaluationConfig`.
+    """
+    data: Path | None = given.get("data")
+    needing = [task for task in SUITES[suite] if create_task(task).needs]
+    missing = [task for task in needing if data is None or not (data / task).is_dir()]
+    if data is not None and data.is_dir() and missing == needing:
+        raise ConfigError(f"holds no folder {' and no '.join(needing)}", option="data", value=str(data))
+    shared = {"max_new_tokens": _MAX_NEW_TOKENS, **given}
+    configs = {
+        task: EvaluationConfig(**{**shared, **options, "tasks": (task,)})
+        for task, options in SUITES[suite].items()
+        if task not in missing or (data is not None and not data.is_dir())  # a mistyped folder is told by the first
+    }
+    return configs, [task for task in missing if task not in configs]
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The runs in the folder of a suite; of any other folder, itself."""
+    if (folder / "run.json").exists():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/run.json")) or [folder]
