@@ -539,6 +539,12 @@ class TestPeers:
         assert records()[:-1] == before
         assert records()[-1].key == ("toy/short", "birch", "kvpress:SnapKVPress @ 0.5")
 
+    def test_they_run_in_a_tasks_own_setting_too(self, peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Toy, "setting", "agnostic")
+        with opened() as evaluation:
+            evaluation.run_peers(Path("python"), request(("aware", "agnostic"), (30,)), silent, own_settings=True)
+        assert {record.config for record in records()} == {"kvpress:SnapKVPress @ 30 (agnostic)"}
+
     def test_progress_counts_what_is_run(self, peers: Peers) -> None:
         peers.stops_after = 1
         with pytest.raises(CompressKVError, match="status 1"):
