@@ -216,6 +216,15 @@ def test_a_conversation_is_saved_over_nothing_but_itself(
     assert changed == []
 
 
+def test_chat_reads_as_it_is_told_to(place: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--model", "model", "--method", "snapkv", "--set", "window_size=8", "--budget", "30"]
+    refused(call("chat", "doc.txt", *given, "--max-memory", "5kB"), "--max-memory 5000 is too little")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/save parts.kvc"))
+    assert call("chat", "doc.txt", *given, "--max-memory", "300kB").code == 0
+    facts = json.loads(call("session", "show", "parts.kvc", "--json").out)
+    assert (facts["method"], facts["budget"]) == ("snapkv[window_size=8]", 30)
+
+
 def test_a_line_that_is_no_text_ends_no_conversation(
     kept: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,4 +271,4 @@ def test_a_session_of_weights_that_others_quantised_is_opened(place: Path, call:
     assert call("read", "doc.txt", "-o", "quantised.kvc", "--model", "quantised", "--method", "full").code == 0
     assert "float32 (torchao)" in call("session", "show", "quantised.kvc").out
     assert call("ask", "quantised.kvc", QUESTION).out.strip() == ANSWER
-    refused(call("ask", "quantised.kvc", QUESTION, "--dtype", "bfloat16"), "load it with --dtype float32\n")
+    refused(call("ask", "quantised.kvc", QUESTION, "--dtype", "bfloat16"), "leave it out for float32\n")

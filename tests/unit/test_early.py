@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 
+import compresskv
 import compresskv.bench.subject
 import compresskv.models.load
+import tiny
 from commands import Result, runner
 
 ASK = ["ask", "doc.txt", "Who?"]
 EXPLAIN = ["explain", "doc.txt", "Who?"]
 EVAL = ["eval", "-o", "run"]
 FIND = ["profile", "find", "smollm2-135m"]
+READ = ["read", "doc.txt"]
+CHAT = ["chat", "doc.txt"]
 VERIFY = ["profile", "verify", "smollm2-135m"]
 
 
@@ -74,6 +78,19 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         ([*VERIFY, "--counts", "0"], "--counts 0 must be at least 1"),
         ([*VERIFY, "--haystack", "none.txt"], "--haystack 'none.txt': No such file or directory"),
         ([*VERIFY, "--plot", "file"], "--plot 'file' cannot be a folder"),
+        *(
+            pair
+            for command in (READ, CHAT)
+            for pair in (
+                ([*command, "--profile", "none.json"], "--profile 'none.json' cannot be read: no such file"),
+                ([*command, "--profile", "bad.json"], "--profile 'bad.json' is no profile"),
+                ([*command, "--max-memory", "much"], "--max-memory 'much'"),
+                ([*command, "--set", "kernel_size=3"], "--set 'kernel_size=3' is an option of a method: name that"),
+                ([*command, "--method", "snapkv", "--set", "kernel_size=4"], "--set 'kernel_size=4' must be an odd"),
+                ([*command, "--store", "int5"], "--store 'int5' is unknown"),
+                ([*command, "--chunk", "0"], "--chunk 0 must be at least 1"),
+            )
+        ),
         (["bench", "--lengths", "0"], "--lengths 0 must be at least 1"),
         (["bench", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["bench", "--decode", "quick"], "--decode 'quick' is unknown"),
@@ -89,3 +106,25 @@ def test_no_model_is_loaded_for_what_cannot_work(call: Callable[..., Result], ar
     assert result.err.startswith(f"compresskv: {line}")
     assert result.err.count("\n") == 1
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("command", ["ask kept.kvc Who?", "explain kept.kvc Who?", "chat kept.kvc"])
+def test_no_model_is_loaded_for_a_session_that_cannot_work(call: Callable[..., Result], command: str) -> None:
+    session = compresskv.read(tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(60), method="full")
+    session.save("kept.kvc")
+
+    def refused(*args: str) -> str:
+        result = call(*command.split(), *args)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        return result.err
+
+    assert refused("--dtype", "float16").startswith(
+        "compresskv: --dtype 'float16' is not what this session was read in: leave it out for float32"
+    )
+    assert "--profile 'bad.json' has no place here" in refused("--profile", "bad.json")
+    assert "--set window_size=3 has no place here" in refused("--set", "window_size=3")
+    whole = Path("kept.kvc").read_bytes()
+    Path("kept.kvc").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "is damaged" in refused()
+    Path("kept.kvc").write_bytes(whole[:-9])
+    assert "is damaged" in refused()

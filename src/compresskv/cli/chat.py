@@ -21,12 +21,21 @@ from compresskv.cli.options import (
     OfOption,
     ProfileOption,
     SessionMethodOption,
+    SettingsOption,
     StoreOption,
-    create_methods,
+    check_profile,
+    parse_nbytes,
 )
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.places import check_place, free_place
-from compresskv.cli.read import SESSION_BUDGET, ChunkOption, load_for_reading, read_with_bar
+from compresskv.cli.read import (
+    SESSION_BUDGET,
+    ChunkOption,
+    MaxMemoryOption,
+    chosen_method,
+    load_for_reading,
+    read_with_bar,
+)
 from compresskv.cli.terminal import Bar, Building, Stream, err, megabytes
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import CompressKVError, ConfigError, PromptError, SessionError, told
@@ -66,8 +75,10 @@ def chat(
     of: OfOption = TOKENS,
     store: StoreOption = NATIVE,
     chunk: ChunkOption = None,
+    max_memory: MaxMemoryOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 256,
     profile: ProfileOption = None,
+    settings: SettingsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     compile: CompileOption = "auto",
@@ -91,18 +102,22 @@ def chat(
             of=(of, TOKENS),
             store=(store, NATIVE),
             chunk=(chunk, None),
+            max_memory=(max_memory, None),
             profile=(profile, None),
+            settings=(settings, None),
         )
         session = load_session(document, model, dtype, device)
     else:
-        chosen = None if method is None else create_methods(method, "", None)[0]
-        share = known_beforehand(parse_budget(budget, of))
+        chosen, share = chosen_method(method, settings), known_beforehand(parse_budget(budget, of))
         find_precision(store)
+        most = None if max_memory is None else parse_nbytes("max_memory", max_memory)
+        check_profile(profile)
         text = read_document(document)
         inputs["document"] = document
         check_request(text, "?", "never")
         loaded, tokenizer, prepared = load_for_reading(model, chosen, profile, dtype, device)
-        session = read_with_bar(loaded, tokenizer, text, prepared, share, document, store=store, chunk=chunk)
+        own: dict[str, Any] = {"store": store, "chunk": chunk, "max_memory": most}
+        session = read_with_bar(loaded, tokenizer, text, prepared, share, document, **own)
     _Chat(session, _Saving(Path(document).stem, opened, inputs), max_new_tokens, compile).run(_lines())
 
 

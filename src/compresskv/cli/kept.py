@@ -37,15 +37,19 @@ def load_session(path: str | Path, model: str, dtype: str | None, device: str | 
     """The session of a file with its model: the one that it was read with, unless another place of it is given.
 
     Raises:
-        SessionError, ModelError, ConfigError: as for `open_session` and `load`.
+        SessionError, ModelError, ConfigError: as for `open_session` and `load`; a damaged file, or a dtype that does
+            not fit it, before the model is loaded.
     """
     facts = read_facts(path)
+    if dtype not in (None, facts.loaded_dtype):
+        problem = f"is not what this session was read in: leave it out for {facts.loaded_dtype}"
+        raise ConfigError(problem, option="dtype", value=dtype)
     from compresskv.models.load import load
-    from compresskv.sessions.begin import open_session
+    from compresskv.sessions.begin import opened
+    from compresskv.sessions.file import read_session
 
+    contents = read_session(path)
     own = facts.model if model == defaults.MODEL and facts.model else model
     with Bar() as bar:
-        loaded, tokenizer = load(
-            own, dtype=facts.loaded_dtype if dtype is None else dtype, device=device, on_progress=bar
-        )
-    return open_session(path, loaded, tokenizer)
+        loaded, tokenizer = load(own, dtype=facts.loaded_dtype, device=device, on_progress=bar)
+    return opened(path, contents, loaded, tokenizer)

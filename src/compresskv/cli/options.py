@@ -123,6 +123,18 @@ ProfileOption = Annotated[
 ]
 
 
+def check_profile(profile: Path | None) -> None:
+    """Refuse a profile that cannot be read, before a model is loaded.
+
+    Raises:
+        ProfileError: no such file, or no profile.
+    """
+    if profile is not None:
+        from compresskv.profiles.profile import read_profile
+
+        read_profile(profile)
+
+
 def create_methods(method: str, compare: str, settings: list[str] | None) -> "list[Method]":
     """The method with its settings, then those to compare it with, each once.
 

@@ -19,6 +19,7 @@ from compresskv.cli.options import (
     SessionMethodOption,
     SettingsOption,
     StoreOption,
+    check_profile,
     create_methods,
     parse_nbytes,
 )
@@ -90,11 +91,12 @@ def read(
             raise PromptError(f"document {document!r} is a session: it was read before, ask it")
     places = choose_places(documents, output)
     check_outputs({"output": list(places)}, {"document": documents, "profile": profile, "model": model})
-    chosen = _method(method, settings)
+    chosen = chosen_method(method, settings)
     share = known_beforehand(parse_budget(budget, of))
     find_precision(store)
     check_least("chunk", chunk)
     most = None if max_memory is None else parse_nbytes("max_memory", max_memory)
+    check_profile(profile)
     texts = [read_document(document) for document in documents]
     for text in texts:
         check_request(text, "?", "never")
@@ -155,7 +157,7 @@ def load_for_reading(
     return loaded, tokenizer, find_method(loaded, method, profile)
 
 
-def _method(method: str | None, settings: list[str] | None) -> "Method | None":
+def chosen_method(method: str | None, settings: list[str] | None) -> "Method | None":
     """The one that is named, with its settings; None: the default."""
     if method is not None:
         return create_methods(method, "", settings)[0]

@@ -25,6 +25,7 @@ from compresskv.cli.options import (
     SettingsOption,
     StoreOption,
     TruncateOption,
+    check_profile,
     create_methods,
 )
 from compresskv.cli.terminal import Bar
@@ -99,10 +100,7 @@ class Request:
         methods = create_methods(self.method, self.compare, self.settings)
         for one in methods:
             check_predicts(one, budget)
-        if self.profile is not None:
-            from compresskv.profiles.profile import read_profile
-
-            read_profile(self.profile)
+        check_profile(self.profile)
         context = read_document(self.document)
         check_request(context, self.question, self.truncate)
         return Checked(self, context, budget, methods)

@@ -25,7 +25,7 @@ from compresskv.prompts.turns import first_part
 from compresskv.selection.budgets import Budget, as_json, known_beforehand, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
-from compresskv.sessions.file import read_session
+from compresskv.sessions.file import Contents, read_session
 from compresskv.sessions.progress import OnRead
 from compresskv.sessions.reading import check_length, held_by, read_document
 from compresskv.sessions.session import Session
@@ -118,7 +118,15 @@ def open_session(path: str | Path, model: PreTrainedModel, tokenizer: PreTrained
         ModelError: as for `compressing`.
     """
     check_model(model, tokenizer)
-    contents = read_session(path)
+    return opened(path, read_session(path), model, tokenizer)
+
+
+def opened(path: str | Path, contents: Contents, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Session:
+    """`open_session` of a file whose contents were read before.
+
+    Raises:
+        SessionError: they are of another model or tokenizer.
+    """
     own = str(fingerprint(model))
     if contents.facts.fingerprint != own:
         raise SessionError(
