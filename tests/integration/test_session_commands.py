@@ -217,12 +217,12 @@ def test_a_conversation_is_saved_over_nothing_but_itself(
 
 
 def test_chat_reads_as_it_is_told_to(place: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["--model", "model", "--method", "snapkv", "--set", "window_size=8", "--budget", "30"]
+    given = ["--model", "model", "--method", "snapkv", "--set", "window_size=4", "--budget", "30"]
     refused(call("chat", "doc.txt", *given, "--max-memory", "5kB"), "--max-memory 5000 is too little")
     monkeypatch.setattr(sys, "stdin", io.StringIO("/save parts.kvc"))
     assert call("chat", "doc.txt", *given, "--max-memory", "300kB").code == 0
     facts = json.loads(call("session", "show", "parts.kvc", "--json").out)
-    assert (facts["method"], facts["budget"]) == ("snapkv[window_size=8]", 30)
+    assert (facts["method"], facts["budget"]) == ("snapkv[window_size=4]", 30)
 
 
 def test_a_line_that_is_no_text_ends_no_conversation(
