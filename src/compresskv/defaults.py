@@ -5,6 +5,7 @@ SERVED_METHOD = "vote"
 """In vLLM, whose block table takes the same tokens in all layers."""
 DECODE_METHOD = "rkv"
 """For what is generated."""
+SERVED_DECODE_METHOD = "rkv_shared"
 BUDGET = 256
 MODEL = "smollm2-135m"
 SESSION_METHODS = ("forecast", "kvzip")

@@ -16,7 +16,16 @@ CLEAN_ENVIRONMENT = dict(os.environ)
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-for _variable in ("BUDGET", "METHOD", "PROFILE", "CHUNK_BUDGET", "CHUNK_TOKENS"):
+for _variable in (
+    "BUDGET",
+    "METHOD",
+    "PROFILE",
+    "CHUNK_BUDGET",
+    "CHUNK_TOKENS",
+    "DECODE_BUDGET",
+    "DECODE_INTERVAL",
+    "DECODE_METHOD",
+):
     os.environ.pop(f"COMPRESSKV_{_variable}", None)
 
 
@@ -114,6 +123,28 @@ def small_chunks(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]"
     from random_model import chunked_engine_options
 
     yield from start(**chunked_engine_options(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="session")
+def small_answers(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
+    """As `small_chunks`, and what is generated is cut, too."""
+    from engine import start
+    from random_model import DECODING, chunked_engine_options
+
+    options = chunked_engine_options(tmp_path_factory.mktemp("small"))
+    options["compresskv"] |= DECODING
+    yield from start(**options)
+
+
+@pytest.fixture(scope="session")
+def small_answers_async(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
+    """As `small_async`, and what is generated is cut, too."""
+    from engine import start
+    from random_model import DECODING, small_engine_options
+
+    options = small_engine_options(tmp_path_factory.mktemp("small"))
+    options["compresskv"] |= DECODING
+    yield from start(**options, enable_prefix_caching=True, asynchronous=True)
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,7 @@ def small_engine_options(folder: Path) -> dict[str, Any]:
 
 
 CHUNKS = {"chunk_budget": 64, "chunk_tokens": 96}
+DECODING = {"decode_budget": 48, "decode_interval": 16}
 
 
 def chunked_engine_options(folder: Path) -> dict[str, Any]:

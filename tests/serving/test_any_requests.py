@@ -19,9 +19,21 @@ class Asked:
     budget: object
 
 
-@pytest.fixture(params=["small", "small_caching", "small_async", "small_chunks", "small_chunks_async"])
+@pytest.fixture(
+    params=[
+        "small",
+        "small_caching",
+        "small_async",
+        "small_chunks",
+        "small_chunks_async",
+        "small_answers",
+        "small_answers_async",
+    ]
+)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Without prefix caching, with it, where steps are scheduled ahead, and where prompts are larger than the pool."""
+    """Without prefix caching, with it, where steps are scheduled ahead, where prompts are larger than the pool, and
+    where what is generated is cut.
+    """
     found: Engine = request.getfixturevalue(request.param)
     return found
 

@@ -120,7 +120,7 @@ def test_a_cut_of_a_request_that_is_not_there_is_ignored(small: Engine, monkeypa
 
     def with_another(output: Any, *rest: Any) -> Any:
         output = copy.copy(output)
-        planned = {"nobody": PlannedEviction(EvictionSpec(100, 100, 40, 18), [1, 2])}
+        planned = {"nobody": PlannedEviction(EvictionSpec(100, 100, 40, 18), [1, 2], 18)}
         output.compresskv_evictions = output.compresskv_evictions | planned
         return execute(output, *rest)
 

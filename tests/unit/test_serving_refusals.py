@@ -132,3 +132,13 @@ def test_a_refused_program_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "refused\n"
     sys.excepthook(KeyError, KeyError("a"), None)
     assert others == [KeyError]
+
+
+def test_graphs_of_whole_decode_steps_hide_what_a_decode_budget_needs() -> None:
+    config = copy.deepcopy(CONFIG)
+    config.compilation_config.cudagraph_mode = SimpleNamespace(
+        mixed_mode=lambda: SimpleNamespace(name="PIECEWISE"), decode_mode=lambda: SimpleNamespace(name="FULL")
+    )
+    check_supported(config, Settings(100))
+    with pytest.raises(ServingError, match="decode budget needs: set cudagraph_mode to PIECEWISE"):
+        check_supported(config, Settings(100, decode_budget=200))

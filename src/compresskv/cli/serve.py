@@ -11,10 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from compresskv import defaults
-from compresskv.cli.options import BudgetOption, ProfileOption, SettingsOption, create_methods
+from compresskv.cli.options import (
+    BudgetOption,
+    ChunkBudgetOption,
+    DecodeBudgetOption,
+    ProfileOption,
+    SettingsOption,
+    create_methods,
+)
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
-from compresskv.selection.cuts import CHUNK_TOKENS
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 
 EPILOG = """\b
 Examples:
@@ -30,8 +37,8 @@ Options that are not listed here go to vLLM's server; MODEL comes before them. M
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 _CPU_CACHE_NBYTES = 4 << 30
 _OWN_OPTIONS = {"budget": "--budget", "method": "--method", "settings": "--set", "profile": "--profile"} | {
-    "chunk_budget": "--chunk-budget",
-    "chunk_tokens": "--chunk-tokens",
+    name: f"--{name.replace('_', '-')}"
+    for name in ("chunk_budget", "chunk_tokens", "decode_budget", "decode_interval", "decode_method")
 }
 _ADDITIONAL = "--additional-config"
 _DTYPE = "--dtype"
@@ -50,22 +57,27 @@ def serve(
     ] = defaults.SERVED_METHOD,
     settings: SettingsOption = None,
     profile: ProfileOption = None,
-    chunk_budget: Annotated[
-        int | None,
-        typer.Option(
-            help="Cut prompts while they are read, too, so that they may be longer than the KV cache: as many tokens "
-            "stay from chunk to chunk.",
-            metavar="TOKENS",
-        ),
-    ] = None,
+    chunk_budget: ChunkBudgetOption = None,
     chunk_tokens: Annotated[
-        int | None, typer.Option(help=f"Tokens between two such cuts ({CHUNK_TOKENS}).", metavar="TOKENS")
+        int | None, typer.Option(help=f"Tokens of a chunk ({CHUNK_TOKENS}).", metavar="TOKENS")
+    ] = None,
+    decode_budget: DecodeBudgetOption = None,
+    decode_interval: Annotated[
+        int | None, typer.Option(help=f"New tokens between two such cuts ({DECODE_INTERVAL}).", metavar="TOKENS")
+    ] = None,
+    decode_method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The method of these cuts ({defaults.SERVED_DECODE_METHOD}); one that keeps the same tokens in all "
+            "layers.",
+            metavar="METHOD",
+        ),
     ] = None,
 ) -> None:
     """Serve a model through vLLM's OpenAI API, with each request's prompt cache cut to a budget.
 
-    What is not given is taken from COMPRESSKV_BUDGET, COMPRESSKV_METHOD, COMPRESSKV_PROFILE, COMPRESSKV_CHUNK_BUDGET
-    and COMPRESSKV_CHUNK_TOKENS where they are exported.
+    What is not given is taken from COMPRESSKV_BUDGET, COMPRESSKV_METHOD, COMPRESSKV_CHUNK_BUDGET and so on where they
+    are exported.
     A request may ask for another budget: "vllm_xargs": {"compresskv": 128}, "5%", or "off".
     """
     if model.startswith("-"):
@@ -87,8 +99,14 @@ def serve(
             method = _exported_method(method, settings)
         if profile is None and os.environ.get("COMPRESSKV_PROFILE"):
             profile = Path(os.environ["COMPRESSKV_PROFILE"])
-        counts = {"chunk_budget": chunk_budget, "chunk_tokens": chunk_tokens}
-        own = _settings_environment(budget, method, settings, profile, counts)
+        cuts: dict[str, int | str | None] = {
+            "chunk_budget": chunk_budget,
+            "chunk_tokens": chunk_tokens,
+            "decode_budget": decode_budget,
+            "decode_interval": decode_interval,
+            "decode_method": decode_method,
+        }
+        own = _settings_environment(budget, method, settings, profile, cuts)
         environment |= own
         told = _what_happens(own)
     with Bar() as bar:
@@ -177,12 +195,12 @@ def _exported_method(default: str, settings: list[str] | None) -> str:
 
 
 def _settings_environment(
-    budget: str, method: str, settings: list[str] | None, profile: Path | None, counts: Mapping[str, int | None]
+    budget: str, method: str, settings: list[str] | None, profile: Path | None, cuts: Mapping[str, int | str | None]
 ) -> dict[str, str]:
     """The plugin's settings, checked.
 
     Args:
-        counts: other settings; what is None is taken from the environment.
+        cuts: other settings; what is None is taken from the environment.
     Raises:
         ConfigError, ProfileError: a value that cannot work.
     """
@@ -199,9 +217,9 @@ def _settings_environment(
         "COMPRESSKV_METHOD": chosen.label,
         "COMPRESSKV_PROFILE": "" if profile is None else str(profile.absolute()),
     }
-    for name, count in counts.items():
+    for name, value in cuts.items():
         variable = VARIABLES[name]
-        environment[variable] = os.environ.get(variable, "") if count is None else str(count)
+        environment[variable] = os.environ.get(variable, "") if value is None else str(value)
     find_settings({}, environment)
     return environment
 
@@ -220,9 +238,13 @@ def _what_happens(environment: dict[str, str]) -> str:
         return "with prompts kept whole, except where a request gives a budget of its own"
     if chosen.chunks is not None:
         kept += f" (and to {chosen.chunks.budget} after each {chosen.chunks.tokens} while it is read)"
+    answers = "answers are kept"
+    if chosen.decode is not None:
+        answers = f"after each {chosen.decode.interval} tokens of an answer, all is cut to {chosen.decode.budget}"
     return (
-        f"with each prompt cut to {kept} once it has been read, and its other blocks freed; prompts within the budget, "
-        "or of requests that say 'off', are kept whole, and others for reasons that the log and the metrics tell"
+        f"with each prompt cut to {kept} once it has been read, and its other blocks freed; {answers}; prompts within "
+        "the budget, or of requests that say 'off', are kept whole, and others for reasons that the log and the "
+        "metrics tell"
     )
 
 

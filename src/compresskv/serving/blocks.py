@@ -39,6 +39,18 @@ class CompressedAttentionManager(FullAttentionManager):
             needed = max(needed, cdiv(first.num_held, self.block_size) + cdiv(first.num_kept, self.block_size))
         return needed
 
+    def num_needed_to_generate(self, first: EvictionSpec, most_held: int, *, moves: bool) -> int:
+        """Blocks that a request needs at once while its answer is cut.
+
+        Args:
+            first: its first cut.
+            moves: whether the blocks are others' too until then.
+        """
+        needed: int = cdiv(most_held, self.block_size)
+        if moves and self.enable_caching:
+            needed = max(needed, cdiv(first.num_held, self.block_size) + cdiv(first.num_kept, self.block_size))
+        return needed
+
     @property
     def num_usable(self) -> int:
         """Blocks of the pool that requests can have: one is vLLM's own."""

@@ -24,17 +24,28 @@ logger = logging.getLogger("vllm.compresskv")
 class Compaction:
     """What one worker holds for evictions: the layers' caches, and the tap on their queries."""
 
-    def __init__(self, method: Method, layers: Mapping[int, Any], block_size: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        method: Method,
+        layers: Mapping[int, Any],
+        block_size: int,
+        ranks: Ranks,
+        decode_method: Method | None = None,
+    ) -> None:
         """Tap and probe the layers.
 
         Args:
             method: with its profile.
+            decode_method: for what is generated, likewise; None: it is kept.
             layers: vLLM's Attention modules by their number in the model, caches bound.
         """
-        self._method = method
+        self._methods = {False: method, True: decode_method or method}  # by whether the cut is of what was generated
         self._layers = dict(sorted(layers.items()))
         self._ranks = ranks
-        self._read = [layer_idx for layer_idx in self._layers if method.reads_layer(layer_idx)]
+        self._read = {
+            generated: [layer_idx for layer_idx in self._layers if one.reads_layer(layer_idx)]
+            for generated, one in self._methods.items()
+        }
         first = next(iter(self._layers.values()))
         layout = find_layout(first, block_size)
         self._pages = {layer_idx: Pages(layer, layout) for layer_idx, layer in self._layers.items()}
@@ -44,7 +55,7 @@ class Compaction:
             first.head_size,
             first.kv_cache.element_size(),
         )
-        self.tap = QueryTap(self._layers, self._read, self._look)
+        self.tap = QueryTap(self._layers, sorted({*self._read[False], *self._read[True]}), self._look)
         self.clock = Clock(first.kv_cache.device, self._note_seconds)
         if ranks.is_first:
             counters()  # makes their file now, while its folder is surely there
@@ -68,14 +79,15 @@ class Compaction:
     def _chosen(self, prompt: EndingPrompt) -> Tensor:
         """What is kept. The prompt's other blocks are others' already: where scoring fails, positions decide."""
         spec, device = prompt.spec, prompt.block_ids.device
-        if prompt.failure is None and prompt.observations.keys() != set(self._read):
+        read, method = self._read[spec.generated], self._methods[spec.generated].with_window(spec.window_size)
+        if prompt.failure is None and prompt.observations.keys() != set(read):
             prompt.failure = RuntimeError("the window's queries were not seen in all layers")
         positions = by_position(spec, device)
         if self._ranks.all_succeeded(prompt.failure is None, device):
             nothing = torch.zeros(1, 1, spec.num_held, device=device)
-            observed = self._ranks.together([prompt.observations[layer_idx] for layer_idx in self._read], nothing)
+            observed = self._ranks.together([prompt.observations[layer_idx] for layer_idx in read], nothing)
             try:
-                positions = choose(self._method.with_window(spec.window_size), observed, spec)
+                positions = choose(method, observed, spec)
             except Exception as error:  # noqa: BLE001 - whatever a method raises, the engine goes on
                 prompt.failure = error
         prompt.observations.clear()
@@ -87,10 +99,11 @@ class Compaction:
 
     def _look(self, prompt: EndingPrompt, layer_idx: int, queries: Tensor) -> None:
         """Note what one layer tells of a prompt, while its queries pass."""
-        if prompt.failure is not None:
+        generated = prompt.spec.generated
+        if prompt.failure is not None or layer_idx not in self._read[generated]:
             return
         started = self.clock.mark()
-        method = self._method.with_window(prompt.spec.window_size)
+        method = self._methods[generated].with_window(prompt.spec.window_size)
         try:
             prompt.observations[layer_idx] = observe(method, self._inputs(prompt, layer_idx, queries))
         except Exception as error:  # noqa: BLE001 - whatever a method raises, and memory that runs out

@@ -27,7 +27,8 @@ _FILE = "counter_compresskv-{}.db"
 _UNREADABLE = (OSError, ValueError, RuntimeError, struct.error)  # gone, empty, or cut short
 _HELP = {
     "evicted_prompts": "Prompts that were cut to their budget; a preempted request's again each time that it is read.",
-    "evicted_tokens": "Prompt tokens evicted from the KV cache.",
+    "cut_answers": "Cuts of what was generated, of which a long answer has many.",
+    "evicted_tokens": "Tokens evicted from the KV cache.",
     "freed_blocks": "KV cache blocks that cuts left free for others: without those that other requests still hold, "
     "and without the fresh ones that retained tokens moved to.",
     "whole_prompts": "Prompts kept whole that should have been cut: no room for a copy in the pool, or a session's.",

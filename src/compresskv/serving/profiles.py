@@ -15,7 +15,7 @@ def check_profile(settings: Settings, model_config: Any, download_dir: str | Non
         ProfileError, ModelError: as `with_profile`; of a model that vLLM has yet to fetch, or a part of it, only for
             a bad profile: the worker looks again.
     """
-    if not settings.bare_method().needs_profile:
+    if not any(method.needs_profile for method in _methods(settings)):
         return
     from compresskv.models.checkpoint import is_complete
     from compresskv.profiles.profile import read_profile
@@ -30,8 +30,15 @@ def check_profile(settings: Settings, model_config: Any, download_dir: str | Non
         with_profile(settings, model_config, download_dir)
 
 
-def with_profile(settings: Settings, model_config: Any, download_dir: str | None) -> Method:
-    """The method, with its profile where it needs one: the given file, or the one that fits the checkpoint.
+def _methods(settings: Settings) -> list[Method]:
+    """For prompts and, where it is cut, for what is generated."""
+    return [settings.bare_method()] + ([] if settings.decode is None else [settings.bare_decode_method()])
+
+
+def with_profile(settings: Settings, model_config: Any, download_dir: str | None) -> list[Method]:
+    """The method of prompts and, where there is one, that of what is generated; with the profile where one is needed.
+
+    That is the given file, or the one that fits the checkpoint.
 
     Args:
         model_config: vLLM's ModelConfig; the model lies in a folder or in the hub's cache.
@@ -40,9 +47,9 @@ def with_profile(settings: Settings, model_config: Any, download_dir: str | None
         ProfileError: no profile of this model, or one of another model.
         ModelError: the checkpoint cannot be read.
     """
-    method = settings.bare_method()
-    if not method.needs_profile:
-        return method
+    methods = _methods(settings)
+    if not any(method.needs_profile for method in methods):
+        return methods
     from compresskv.models.checkpoint import checkpoint_fingerprint
     from compresskv.profiles.profile import Profile, read_profile
     from compresskv.profiles.store import profile_for
@@ -54,7 +61,8 @@ def with_profile(settings: Settings, model_config: Any, download_dir: str | None
             f"no profile can be found by the files of {model_config.model}, which hold no safetensors, "
             "or other tensors than transformers' own: give one with --profile FILE or COMPRESSKV_PROFILE"
         )
-    return method.with_profile(profile_for(own, model_config.model, given))
+    found = profile_for(own, model_config.model, given)
+    return [method.with_profile(found) if method.needs_profile else method for method in methods]
 
 
 def _folder(model_config: Any, download_dir: str | None) -> Path:

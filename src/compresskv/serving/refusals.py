@@ -105,3 +105,7 @@ def _of_steps(config: Any, settings: Settings) -> Iterator[tuple[bool, str]]:
         mode is not None and mode.mixed_mode().name == "FULL",
         "full CUDA graphs for prefill hide the queries: set cudagraph_mode to FULL_AND_PIECEWISE or PIECEWISE",
     )
+    yield (
+        mode is not None and settings.decode is not None and mode.decode_mode().name == "FULL",
+        "full CUDA graphs for decoding hide the queries that a decode budget needs: set cudagraph_mode to PIECEWISE",
+    )

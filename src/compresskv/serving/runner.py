@@ -26,7 +26,7 @@ from compresskv.serving.profiles import with_profile
 from compresskv.serving.ranks import Ranks
 from compresskv.serving.room import scratch_nbytes
 from compresskv.serving.settings import PlannedEviction, find_settings
-from compresskv.serving.tap import EndingPrompt
+from compresskv.serving.tap import EndingPrompt, Noted
 
 
 class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in common
@@ -76,10 +76,13 @@ class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in
         for layer_idx, layer in layers.items():
             _check_layer(layer_idx, layer)
         self._check_shapes(list(layers.values()))
-        method = with_profile(settings, self.model_config, self.load_config.download_dir)
-        self.compaction = Compaction(method, layers, self.cache_config.block_size, Ranks(get_tp_group()))
+        method, *others = with_profile(settings, self.model_config, self.load_config.download_dir)
+        self.compaction = Compaction(method, layers, self.cache_config.block_size, Ranks(get_tp_group()), *others)
         self.evicted = EvictedTokens(self.device)
         self._planned: Mapping[str, PlannedEviction] = {}
+        self._watched: Mapping[str, int] = {}
+        self._noted: dict[str, list[tuple[Noted, slice]]] = {}
+        """For requests whose next cut is near, the queries of their last tokens."""
 
     def _layers(self) -> dict[int, Any]:
         """vLLM's Attention modules by their number in the model."""
@@ -116,8 +119,10 @@ class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in
         if compaction is None:
             return super().execute_model(scheduler_output, *args, **kwargs)
         self.evicted.forget(scheduler_output)
+        self._forget_noted(scheduler_output)
         self._planned = getattr(scheduler_output, "compresskv_evictions", {})
-        compaction.tap.ending = []
+        self._watched = getattr(scheduler_output, "compresskv_watched", {})
+        compaction.tap.ending, compaction.tap.watched = [], None
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if compaction.tap.ending:
             with torch.inference_mode():
@@ -127,8 +132,21 @@ class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in
         compaction.clock.settle()
         return output
 
+    def _forget_noted(self, scheduler_output: Any) -> None:
+        """Of requests that have ended, or were preempted and are read again."""
+        if self._noted:
+            again = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+            new = [request.req_id for request in scheduler_output.scheduled_new_reqs]
+            for request_id in (*scheduler_output.finished_req_ids, *again, *new):
+                self._noted.pop(request_id, None)
+
+    @property
+    def looks_at_step(self) -> bool:
+        """Whether `see_endings` is wanted."""
+        return bool(self._planned or self._watched)
+
     def see_endings(self, rows: Mapping[str, int], ends: np.ndarray) -> None:
-        """Let the tap look at the prompts that the step ends, once it is known where in it they are.
+        """Let the tap look at what the step cuts, or will soon be cut, once it is known where in the step that is.
 
         Args:
             rows: where requests are in the batch; those that are not in it are left out.
@@ -140,9 +158,26 @@ class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in
             if row is None:  # nothing of it is here, and nothing of it will be read
                 continue
             end = int(ends[row])
-            window = slice(end - planned.spec.window_size, end)
-            prompt = EndingPrompt(request_id, planned.spec, self.block_ids_of(request_id), window)
+            window = slice(end - planned.num_observed, end)
+            earlier = self._noted.pop(request_id, ())
+            prompt = EndingPrompt(request_id, planned.spec, self.block_ids_of(request_id), window, earlier)
             self.compaction.tap.ending.append(prompt)
+        if self._watched:
+            self._watch(rows, ends)
+
+    def _watch(self, rows: Mapping[str, int], ends: np.ndarray) -> None:
+        """Note the queries of some requests' last tokens."""
+        assert self.compaction is not None
+        tap = self.compaction.tap
+        places: list[int] = []
+        tap.noted = {}
+        for request_id, num_observed in self._watched.items():
+            if (row := rows.get(request_id)) is not None:
+                part = slice(len(places), len(places) + num_observed)
+                places += range(int(ends[row]) - num_observed, int(ends[row]))
+                self._noted.setdefault(request_id, []).append((tap.noted, part))
+        if places:
+            tap.watched = async_tensor_h2d(places, device=self.device, dtype=torch.long)
 
     def _evict(self, compaction: Compaction, prompt: EndingPrompt, planned: PlannedEviction) -> None:
         targets = async_tensor_h2d(planned.targets, device=self.device, dtype=torch.long)

@@ -46,7 +46,7 @@ class CompressedRunnerV1(CompressedRunner, GPUModelRunner):
         """Inputs of a step, in which cut requests are as long as what they hold; positions stay the true ones."""
         if self.compaction is None:
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
-        if self._planned:
+        if self.looks_at_step:
             self.see_endings(self.input_batch.req_id_to_index, np.cumsum(num_scheduled_tokens))
         lost = self.evicted.by_row(self.input_batch.req_ids)
         if lost is None:

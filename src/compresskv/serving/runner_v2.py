@@ -49,7 +49,7 @@ class CompressedRunnerV2(CompressedRunner, GPUModelRunner):
         """Block tables, and the slots that the step's tokens go to, counted without what requests have lost."""
         if self.compaction is None:
             return super().prepare_attn(input_batch)
-        if self._planned:
+        if self.looks_at_step:
             rows = {request_id: row for row, request_id in enumerate(input_batch.req_ids)}
             self.see_endings(rows, input_batch.query_start_loc_np[1:])
         lost = self.evicted.by_row(input_batch.req_ids)

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from compresskv.selection.cuts import most_held
 from compresskv.serving.blocks import CompressedAttentionManager
 from compresskv.serving.counters import counters
 from compresskv.serving.room import max_observed_tokens
-from compresskv.serving.settings import EvictionSpec, PlannedEviction, find_settings
+from compresskv.serving.settings import EvictionSpec, PlannedEviction, find_settings, requested_budget
 from compresskv.serving.versions import check_hooks
 
 _LOG_INTERVAL_S = 10.0
@@ -42,7 +42,9 @@ class CompressedScheduler(Scheduler):
         self._settings = settings
         self._manager = managers[0]
         self._ending: dict[str, EvictionSpec] = {}
-        """The prompts that the step under way may end."""
+        """The cuts that the step under way may make."""
+        self._nearing: dict[str, EvictionSpec] = {}
+        """Cuts of what is generated, whose observation window begins in the step under way."""
         self._max_observed = max_observed_tokens(self.vllm_config.model_config)
         self._reasons: Counter[str] = Counter()  # why prompts were kept whole
         self._logged_at = -math.inf  # the first cut is told at once
@@ -53,6 +55,8 @@ class CompressedScheduler(Scheduler):
         """Queue a request, and decide how it is cut."""
         if request.request_id not in self.requests:  # else it adds to a streaming session
             request.compresskv_specs = self._decide(request)
+            request.compresskv_decodes = self._decide_decoding(request)
+            request.compresskv_next = None
             self._limit_answer(request)
         super().add_request(request)
 
@@ -79,12 +83,38 @@ class CompressedScheduler(Scheduler):
         """Whether the whole pool has room for the prompt: else it would wait for ever."""
         return self._manager.num_needed(specs, num_prompt) <= self._manager.num_usable
 
+    def _decide_decoding(self, request: Any) -> bool:
+        """Whether what the request generates is cut."""
+        if self._settings.decode is None or request.resumable or self._is_off(request):
+            return False
+        first = self._generated_cut(request, 0)
+        most = max(first.num_held, self._settings.decode.budget + self._settings.decode.interval)
+        moves = not request.compresskv_specs
+        if self._manager.num_needed_to_generate(first, most, moves=moves) <= self._manager.num_usable:
+            return True
+        self._has_news = True
+        self._reasons["no room for a copy of what was generated"] += 1
+        return False
+
+    def _is_off(self, request: Any) -> bool:
+        """Whether the request asked to be kept whole, and is."""
+        if request.compresskv_specs:
+            return False
+        try:
+            return requested_budget(request.sampling_params.extra_args, self._settings.budget) is None
+        except ConfigError:
+            return True
+
+    def _generated_cut(self, request: Any, num_read: int) -> EvictionSpec:
+        num_prompt = request.num_prompt_tokens
+        return self._settings.generated_spec(num_prompt, num_prompt - _num_lost(request.compresskv_specs), num_read)
+
     def _limit_answer(self, request: Any) -> None:
         """End an answer where the pool is full, as vLLM ends it where the model's longest length is reached.
 
         That is where prompts may be longer than the pool: vLLM refuses to start with others.
         """
-        if self._settings.chunks is None:
+        if self._settings.chunks is None or request.compresskv_decodes:
             return
         held = request.num_prompt_tokens - _num_lost(request.compresskv_specs)
         room = self._manager.num_usable * self.block_size - held
@@ -93,6 +123,7 @@ class CompressedScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step."""
         self._ending.clear()
+        self._nearing.clear()
         return super().schedule(*args, **kwargs)
 
     def _get_local_prefix_cache_hit(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,21 +146,42 @@ class CompressedScheduler(Scheduler):
         if spec is None:
             return num_new
         num_left = spec.num_read - num_computed_tokens
+        is_running = request.request_id in self._manager.req_to_blocks
+        if spec.generated and is_running and num_new <= num_left - spec.window_size:  # nearly always
+            return num_new
         ends = num_new >= num_left and self._may_end(spec)
-        self._manager.prepare(request.request_id, spec if ends else None, _most_tokens(request))
+        self._manager.prepare(request.request_id, spec if ends else None, self._most_tokens(request))
         if ends:
             self._ending[request.request_id] = spec
             return num_left
         self._ending.pop(request.request_id, None)
+        if spec.generated:
+            self._nearing[request.request_id] = spec
         return max(0, min(num_new, num_left - spec.last_chunk))
 
     def _next_cut(self, request: Any, num_computed_tokens: int) -> EvictionSpec | None:
         """The next cut of a request; what it holds then is more than planned where an earlier one was not made."""
-        specs: tuple[EvictionSpec, ...] = request.compresskv_specs
-        spec = next((spec for spec in specs if spec.num_read > num_computed_tokens), None)
-        if spec is None or spec is specs[0]:
+        known: tuple[int, float, EvictionSpec | None] | None = request.compresskv_next
+        if known is None or not known[0] <= num_computed_tokens < known[1]:
+            specs: tuple[EvictionSpec, ...] = request.compresskv_specs
+            spec = next((spec for spec in specs if spec.num_read > num_computed_tokens), None)
+            if spec is None and request.compresskv_decodes:
+                spec = self._generated_cut(request, num_computed_tokens)
+            known = (num_computed_tokens, math.inf if spec is None else spec.num_read, spec)
+            request.compresskv_next = known
+        spec, num_lost = known[2], self._manager.num_evicted.get(request.request_id, 0)
+        if spec is None or spec.num_held == spec.num_read - num_lost:
             return spec
-        return replace(spec, num_held=spec.num_read - self._manager.num_evicted.get(request.request_id, 0))
+        return replace(spec, num_held=spec.num_read - num_lost)
+
+    def _most_tokens(self, request: Any) -> int:
+        """What a request holds at once until it has been read, what it had generated before included."""
+        specs: tuple[EvictionSpec, ...] = request.compresskv_specs
+        in_the_end: int = request.num_tokens - _num_lost(specs)
+        if request.compresskv_decodes and self._settings.decode is not None:
+            first, decode = self._generated_cut(request, 0), self._settings.decode
+            in_the_end = min(in_the_end, max(first.num_held, decode.budget + decode.interval))
+        return max(most_held(request.num_prompt_tokens, specs), in_the_end)
 
     def _may_end(self, spec: EvictionSpec) -> bool:
         """Whether what is noted of the prompt's tokens fits beside the step's other cuts; one always does."""
@@ -142,21 +194,33 @@ class CompressedScheduler(Scheduler):
         The workers compact the cache in this very step, after its forward pass; new owners write in a later one.
         """
         super()._update_after_schedule(scheduler_output)
-        scheduler_output.compresskv_evictions = planned = {}  # no field of vLLM's, but it is sent with them
+        scheduled = scheduler_output.num_scheduled_tokens
+        scheduler_output.compresskv_evictions = planned = {}  # no fields of vLLM's, but they are sent with them
+        scheduler_output.compresskv_watched = watched = {}
+        for request_id, spec in self._nearing.items():
+            if num_observed := self._num_observed(request_id, spec, scheduled):
+                watched[request_id] = num_observed
         for request_id, spec in self._ending.items():
-            num_scheduled = scheduler_output.num_scheduled_tokens.get(request_id, 0)
-            if not num_scheduled:  # there was no room, or it was preempted
+            if not scheduled.get(request_id):  # there was no room, or it was preempted
                 continue
             request = self.requests[request_id]
-            ends = request.num_computed_tokens == spec.num_read and num_scheduled >= spec.last_chunk
+            ends = request.num_computed_tokens == spec.num_read and scheduled[request_id] >= spec.last_chunk
             evicted = self._manager.evict(request_id, spec) if ends else None
             if evicted is None:
                 self._manager.keep(request_id)
                 self._keep_whole("its last step could not be cut")
                 continue
             targets, num_freed = evicted
-            planned[request_id] = PlannedEviction(spec, targets)
-            self._count(spec, num_freed, is_last=spec.num_read == request.compresskv_specs[-1].num_read)
+            planned[request_id] = PlannedEviction(spec, targets, self._num_observed(request_id, spec, scheduled))
+            self._count(request, spec, num_freed)
+
+    def _num_observed(self, request_id: str, spec: EvictionSpec, scheduled: Mapping[str, int]) -> int:
+        """Tokens that this step reads of the observation window: its last ones."""
+        num_scheduled = scheduled.get(request_id, 0)
+        if not num_scheduled:
+            return 0
+        num_inside: int = self.requests[request_id].num_computed_tokens - (spec.num_read - spec.window_size)
+        return max(0, min(num_scheduled, num_inside))
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
         """After a step, in which the workers have cut what it read to the end."""
@@ -170,10 +234,13 @@ class CompressedScheduler(Scheduler):
         self._log(may_wait=False)
         super().shutdown()
 
-    def _count(self, spec: EvictionSpec, num_freed: int, *, is_last: bool) -> None:
+    def _count(self, request: Any, spec: EvictionSpec, num_freed: int) -> None:
         self._has_news = True
         counts = counters()
-        counts.add("evicted_prompts", is_last)
+        if spec.generated:
+            counts.add("cut_answers", 1)
+        elif spec.num_read == request.num_prompt_tokens:
+            counts.add("evicted_prompts", 1)
         counts.add("evicted_tokens", spec.num_held - spec.num_kept)
         counts.add("freed_blocks", num_freed)
 
@@ -204,13 +271,6 @@ def _num_lost(specs: Sequence[EvictionSpec]) -> int:
     return specs[-1].num_lost if specs else 0
 
 
-def _most_tokens(request: Any) -> int:
-    """What a request holds at once until it has been read, what it generated before it was preempted included."""
-    specs: tuple[EvictionSpec, ...] = request.compresskv_specs
-    in_the_end: int = request.num_tokens - _num_lost(specs)
-    return max(most_held(request.num_prompt_tokens, specs), in_the_end)
-
-
 def told(totals: dict[str, float], reasons: Counter[str]) -> str:
     """The line that the log has about what was evicted so far.
 
@@ -221,6 +281,8 @@ def told(totals: dict[str, float], reasons: Counter[str]) -> str:
         "compresskv: {evicted_prompts:.0f} prompts cut, {evicted_tokens:.0f} tokens evicted, {freed_blocks:.0f} blocks "
         "freed, {scoring_seconds:.2f} s of scoring, {compaction_seconds:.2f} s of compaction so far"
     ).format(**totals)
+    if totals["cut_answers"]:
+        line += f"; {totals['cut_answers']:.0f} cuts of what was generated"
     if reasons:
         line += (
             f"; {reasons.total()} prompts kept whole ({', '.join(f'{reason}: {n}' for reason, n in reasons.items())})"

@@ -11,10 +11,18 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, methods, parse_methods
 from compresskv.selection.budgets import in_tokens, known_beforehand, read_budget
-from compresskv.selection.cuts import CHUNK_TOKENS, Chunks, Cut, least_end, prompt_cuts
+from compresskv.selection.cuts import (
+    CHUNK_TOKENS,
+    DECODE_INTERVAL,
+    Chunks,
+    Cut,
+    DecodeBudget,
+    least_end,
+    prompt_cuts,
+)
 from compresskv.serving.switch import KEY, VARIABLES, given_settings
 
-_COUNTS = ("chunk_budget", "chunk_tokens")
+_COUNTS = ("chunk_budget", "chunk_tokens", "decode_budget", "decode_interval")
 _LARGEST = 2**63 - 1  # that vLLM can send between its processes
 
 
@@ -23,7 +31,9 @@ class EvictionSpec(Cut):
     """One cut of one request. The scheduler decides it when the request comes; workers are told."""
 
     window_size: int
-    """The observation window: so many of the last tokens before the cut are read in one step."""
+    """The observation window: so many of the last tokens before the cut, of a prompt in one step."""
+    generated: bool = False
+    """Whether it cuts what was generated, whose queries come one by one."""
 
     @property
     def last_chunk(self) -> int:
@@ -32,7 +42,7 @@ class EvictionSpec(Cut):
         A step of one token a request is a decode step to vLLM, which may replay it as one CUDA graph, where no query
         can be seen.
         """
-        return min(least_end(self.window_size), self.num_held)
+        return 1 if self.generated else min(least_end(self.window_size), self.num_held)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class PlannedEviction:
     spec: EvictionSpec
     targets: list[int]
     """The blocks that the retained tokens move to."""
+    num_observed: int
+    """How many of the observation window's tokens this step reads; earlier steps have read the others."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,12 @@ class Settings:
     """Tokens of a prompt that stay from chunk to chunk; None: prompts are cut at their end alone."""
     chunk_tokens: int = CHUNK_TOKENS
     """Tokens of a chunk."""
+    decode_budget: int | None = None
+    """Tokens that stay, the prompt's among them, when what was generated is cut, too; None: it is kept."""
+    decode_interval: int = DECODE_INTERVAL
+    """New tokens between two such cuts."""
+    decode_method: str = defaults.SERVED_DECODE_METHOD
+    """The label of the method of these."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -68,11 +86,35 @@ class Settings:
         check_servable(_method(self.method))
         if self.chunks is not None:
             self.chunks.check(self.bare_method().window_size)
+        if self.decode is not None:
+            method = _method(self.decode_method, "decode_method")
+            check_servable(method)
+            self.decode.check(method.window_size)
 
     @property
     def chunks(self) -> Chunks | None:
         """How prompts are cut while they are read."""
         return None if self.chunk_budget is None else Chunks(self.chunk_budget, self.chunk_tokens)
+
+    @property
+    def decode(self) -> DecodeBudget | None:
+        """How what is generated is cut."""
+        return None if self.decode_budget is None else DecodeBudget(self.decode_budget, self.decode_interval)
+
+    def generated_spec(self, num_prompt: int, num_held: int, num_read: int) -> EvictionSpec:
+        """The first cut of what was generated behind `num_read` tokens, where there is a decode budget.
+
+        Args:
+            num_held: of the prompt, once it was read and cut.
+        """
+        assert self.decode is not None
+        cut = self.decode.next_cut(num_prompt, num_held, num_read)
+        window_size = self.bare_decode_method().window_at(cut.num_kept)
+        return EvictionSpec(**asdict(cut), window_size=window_size, generated=True)
+
+    def bare_decode_method(self) -> Method:
+        """The method that cuts what was generated, without a profile yet."""
+        return _method(self.decode_method, "decode_method")
 
     def bare_method(self) -> Method:
         """The method, without a profile yet."""
@@ -126,7 +168,9 @@ def find_settings(additional: Any, environ: Mapping[str, str] = os.environ) -> S
         raise ConfigError(f"{KEY}: {dict(given)} has no budget: give one, such as 256 or '3%'")
     options = {name: value for name, value in given.items() if name not in VARIABLES}
     profile = given.get("profile")
-    numbers = {name: _count(name, given[name]) for name in _COUNTS if given.get(name) is not None}
+    numbers: dict[str, Any] = {name: _count(name, given[name]) for name in _COUNTS if given.get(name) is not None}
+    if decode_method := given.get("decode_method"):
+        numbers["decode_method"] = _method(str(decode_method), "decode_method").label
     return Settings(
         _budget(given["budget"]), _label(given.get("method"), options), str(profile) if profile else None, **numbers
     )
@@ -205,8 +249,8 @@ def _label(method: Any, options: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _method(label: str) -> Method:
-    found = list(parse_methods("method", label).values())
+def _method(label: str, option: str = "method") -> Method:
+    found = list(parse_methods(option, label).values())
     if len(found) != 1:
-        raise ConfigError(f"method {label!r} names {len(found)} methods: give one")
+        raise ConfigError(f"{option} {label!r} names {len(found)} methods: give one")
     return found[0]

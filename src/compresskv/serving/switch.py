@@ -6,9 +6,8 @@ from typing import Any
 
 KEY = "compresskv"
 """Names us in vLLM's `additional_config`, and in a request's `extra_args` (`vllm_xargs` in the OpenAI API)."""
-VARIABLES = {
-    name: f"COMPRESSKV_{name.upper()}" for name in ("budget", "method", "profile", "chunk_budget", "chunk_tokens")
-}
+_OF_CHUNKS, _OF_ANSWERS = ("chunk_budget", "chunk_tokens"), ("decode_budget", "decode_interval", "decode_method")
+VARIABLES = {name: f"COMPRESSKV_{name.upper()}" for name in ("budget", "method", "profile", *_OF_CHUNKS, *_OF_ANSWERS)}
 """The settings in the environment. The budget switches on; the others alone do nothing."""
 
 

@@ -2,10 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compresskv.errors import ServingError
@@ -23,14 +24,20 @@ class EndingPrompt:
     """(n,) int64, on the device: its blocks."""
     window: slice
     """The window's tokens among those of the step."""
+    earlier: Sequence[tuple["Noted", slice]] = ()
+    """Those of earlier steps, and where their queries are."""
     observations: dict[int, Observation] = field(default_factory=dict)
     """For each layer that the method reads."""
     failure: Exception | None = None
     """Why it cannot be scored."""
 
 
+Noted = dict[int, Tensor]
+"""For each layer, the queries (n, H_q, D) of some tokens of a step."""
+
+
 class QueryTap:
-    """Shows queries of `ending` prompts; other steps pass through untouched."""
+    """Shows queries of `ending` prompts, and notes those of `watched` tokens; other steps pass through untouched."""
 
     def __init__(
         self, layers: Mapping[int, Any], read: Iterable[int], look: Callable[[EndingPrompt, int, Tensor], None]
@@ -43,6 +50,10 @@ class QueryTap:
             look: is given a prompt, the layer's number and (W, H_q, D) queries, post-RoPE, once the keys are stored.
         """
         self.ending: list[EndingPrompt] = []
+        self.watched: Tensor | None = None
+        """(n,) int64, on the device: tokens of the present step."""
+        self.noted: Noted = {}
+        """Their queries."""
         self._look = look
         self._tapped: list[Any] = []
         for layer_idx in read:
@@ -62,8 +73,13 @@ class QueryTap:
         @functools.wraps(forward)
         def tapped(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
             output = forward(layer, query, *args, **kwargs)
+            if self.watched is not None:
+                self.noted[layer_idx] = query.index_select(0, self.watched)
             for prompt in self.ending:
-                self._look(prompt, layer_idx, query[prompt.window])
+                own = query[prompt.window]
+                if prompt.earlier:
+                    own = torch.cat([*(noted[layer_idx][part] for noted, part in prompt.earlier), own])
+                self._look(prompt, layer_idx, own)
             return output
 
         return tapped
