@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import torch
 import planted
 import tiny
 from commands import Result, runner
+from compresskv.evaluation.records import read_run
+from compresskv.methods.blend import Blend
 from compresskv.models.embedded import ensure_embedded
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import load
@@ -218,10 +221,10 @@ class TestShowImportVerify:
     def test_import_refuses_what_does_not_fit(self, call: Callable[..., Result], args: list[str], words: str) -> None:
         assert_refused(call("profile", "import", *args), words)
 
-    def test_calibrate_fits_what_evaluations_lost(
-        self, call: Callable[..., Result], file: Path, tmp_path: Path
-    ) -> None:
-        run, own = str(tmp_path / "run"), str(tmp_path / "own.json")
+    @pytest.fixture
+    def run(self, call: Callable[..., Result], file: Path, tmp_path: Path) -> str:
+        """An evaluation with automatic budgets, of this model and its profile."""
+        run = str(tmp_path / "run")
         given = ["--model", "model", "--profile", str(file), "--haystack", "haystack.txt", "--max-new-tokens", "4"]
         given += [
             "--methods",
@@ -234,9 +237,35 @@ class TestShowImportVerify:
             "--depths",
             "20,40,60,80",
         ]
-        budgets = "auto[at_most=60,max_loss=1e-9],auto[at_most=50%,max_loss=1e-9]"
+        budgets = "auto[at_most=60,max_loss=1e-9],auto[max_loss=0.3]"
         evaluated = call("eval", "--tasks", "needle", *given, "--budgets", budgets, "-o", run)
         assert evaluated.code == 0, evaluated.err
+        return run
+
+    def test_a_script_tells_what_was_predicted_and_lost(
+        self, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        plot = ["--plot", str(tmp_path / "auto.png")] if find_spec("matplotlib") else []
+        monkeypatch.setattr(sys, "argv", ["x", run, *plot])
+        runpy.run_module("benchmarks.auto", run_name="__main__")
+        out = capfd.readouterr().out
+        records = [one for one in read_run(Path(run))[1] if one.budget is not None]
+        general = Blend.general_loss
+        assert general is not None
+        assert {one.budget for one in records} == {"auto[max_loss=1e-09,at_most=60]", "auto[max_loss=0.3]"}
+        for record in records:
+            assert record.uncovered is not None
+            assert record.predicted_loss == pytest.approx(general.loss(record.uncovered))
+        free = [one for one in records if one.budget == "auto[max_loss=0.3]"]
+        within = sum((one.kl_divergence or 0) <= 0.3 for one in free)
+        assert f"| blend | model | 0.3 | {len(free)} | {within} (" in out
+        assert "| nothing |" in out
+        assert not plot or (tmp_path / "auto.png").stat().st_size > 1000
+
+    def test_calibrate_fits_what_evaluations_lost(
+        self, call: Callable[..., Result], file: Path, run: str, tmp_path: Path
+    ) -> None:
+        own = str(tmp_path / "own.json")
         result = call("profile", "calibrate", str(file), run, "--output", own, "--json")
         assert (result.code, result.err) == (0, "")
         (curve,) = json.loads(result.out)["curves"]

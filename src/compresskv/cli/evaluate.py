@@ -154,7 +154,7 @@ def evaluate(
 
     Each prompt is read once, and every method and budget cuts its own cache from that.
     """
-    from compresskv.evaluation.configurations import parse_budgets, parse_names
+    from compresskv.evaluation.configurations import check_automatic, parse_budgets, parse_names
     from compresskv.evaluation.press_request import PressRequest
     from compresskv.evaluation.run import parse_rows
     from compresskv.evaluation.runner import SETTINGS
@@ -192,6 +192,7 @@ def evaluate(
     presses = split_names(peers)
     own_settings = tuple(dict.fromkeys(setting for config in configs.values() for setting in config.own_settings))
     in_settings = own_settings if settings is None else parse_names("settings", settings, SETTINGS)
+    check_automatic(chosen, counts, in_settings)
     request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
     if left_out:
         err.print(f"without --data: {', '.join(left_out)} left out")

@@ -53,6 +53,20 @@ def parse_budgets(text: str, of: str = TOKENS) -> tuple[SharedBudget, ...]:
     return budgets
 
 
+def check_automatic(methods: dict[str, Method], budgets: Sequence[SharedBudget], settings: Sequence[str]) -> None:
+    """Refuse budgets that each prompt decides where none can.
+
+    Raises:
+        ConfigError: in the agnostic setting, or for a method of which nobody knows what it loses.
+    """
+    for budget in budgets:
+        if "agnostic" in settings:
+            known_beforehand(budget, "budgets")
+        for method in methods.values():
+            if method.name != FULL:
+                check_predicts(method, budget)
+
+
 def configurations(
     model: PreTrainedModel,
     methods: dict[str, Method],
@@ -67,9 +81,9 @@ def configurations(
 
     Raises:
         ProfileError: a method needs a profile and the model has none.
-        ConfigError: a method looks ahead in the agnostic setting, or an automatic budget is asked for there, or of a
-            method that has none.
+        ConfigError: a method looks ahead in the agnostic setting; or as `check_automatic`.
     """
+    check_automatic(methods, budgets, settings)
     prepared = {
         name: prepare_method(model, method, profile if method.needs_profile else None)
         for name, method in methods.items()
@@ -79,11 +93,6 @@ def configurations(
         if method.lookahead and "agnostic" in settings:
             problem = "looks ahead, which in the setting 'agnostic' is at the question"
             raise ConfigError(problem, option="methods", value=name)
-        for budget in budgets:
-            check_predicts(method, budget)
-    if "agnostic" in settings:
-        for budget in budgets:
-            known_beforehand(budget, "budgets")
     keeps_all = registry.create(FULL)
     whole = [Configuration(FULL, keeps_all, 1.0, store=store) for store in stores if store != NATIVE]
     return [Configuration(FULL, keeps_all, None), *(whole if FULL in methods else [])] + [
