@@ -256,7 +256,9 @@ class TestAsk:
             "not_compiled",
             "peak_memory_nbytes",
             "dtype",
+            "auto",
         }
+        assert stats["auto"] is None
         assert stats["compiled_tokens"] == 0
         num_tokens, retained = stats["prompt_tokens"], stats["retained_per_layer"]
         assert (stats["method"], stats["budget"], stats["truncated_tokens"]) == (method, 100, 0)
@@ -291,6 +293,20 @@ class TestAsk:
         result = call(*ASK, "--method", "snapkv", "--budget", budget, "--json")
         stats = json.loads(result.out)["stats"]
         assert stats["retained_per_layer"] == [kept or stats["prompt_tokens"]] * 3
+
+    @pytest.mark.parametrize(
+        ("limits", "why"), [(["--max-loss", "1e-9", "--max-budget", "10%"], "the most that is"), ([], "")]
+    )
+    def test_a_prompt_that_decides_its_budget_is_told_of(
+        self, call: Callable[..., Result], limits: list[str], why: str
+    ) -> None:
+        asked = [*ASK, "--budget", "auto", *limits]
+        result = call(*asked)
+        assert (result.code, result.out) == (0, f"{ANSWER}\n")
+        assert why in result.err
+        stats = json.loads(call(*asked, "--json").out)["stats"]
+        assert stats["auto"]["tokens"] * 3 == sum(stats["retained_per_layer"])
+        assert stats["auto"]["why"] in (["at_most"] if limits else ["loss", "least", "all"])
 
     @pytest.mark.parametrize("store", ["native", "int8", "int4"])
     def test_bytes_and_what_they_are_held_in(self, call: Callable[..., Result], store: str) -> None:
@@ -421,6 +437,12 @@ class TestBadInput:
             (["--store", "int5"], ["--store 'int5' is unknown", "int8"]),
             (["--budget", "3", "--of", "heads"], ["--of 'heads' must be tokens or bytes"]),
             (["--budget", "3", "--of", "bytes"], ["--budget '3'", "share"]),
+            (["--budget", "auto", "--method", "snapkv"], ["--budget 'auto[max_loss=0.1]'", "not 'snapkv'"]),
+            (["--budget", "auto", "--compare", "vote"], ["--budget 'auto[max_loss=0.1]'", "not 'vote'"]),
+            (["--budget", "auto", "--max-loss", "0"], ["--max-loss 0.0 must be a number above 0"]),
+            (["--budget", "auto", "--max-budget", "many"], ["--max-budget 'many' is not a number"]),
+            (["--max-loss", "0.1"], ["--max-loss 0.1 is for --budget 'auto', not for '256'"]),
+            (["--budget", "5%", "--max-budget", "9%"], ["--max-budget '9%' is for --budget 'auto'"]),
             (["--method", "full", "--truncate", "end"], ["--truncate 'end'", "middle"]),
             (["--method", "full", "--dtype", "int16"], ["--dtype 'int16'"]),
             (["--method", "full", "--device", "cuda:99"], ["--device 'cuda:99'"]),

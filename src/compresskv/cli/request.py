@@ -114,9 +114,10 @@ class Request:
         ceiling = None
         if self.max_budget is not None:
             try:
-                ceiling = str(known_beforehand(parse_budget(self.max_budget, self.of)))
+                read = known_beforehand(parse_budget(self.max_budget, self.of))
             except ConfigError as error:
                 raise ConfigError(error.problem, option="max_budget", value=self.max_budget) from None
+            ceiling = read if isinstance(read, str) else self.max_budget.strip()
         if self.max_loss is not None and not 0 < self.max_loss < math.inf:
             raise ConfigError("must be a number above 0", option="max_loss", value=self.max_loss)
         return parse_budget(with_limits(self.budget, self.max_loss, ceiling), self.of)
