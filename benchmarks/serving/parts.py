@@ -194,7 +194,8 @@ def _own(model: Any, task: dict[str, Any], prompt: list[int]) -> tuple[list[int]
     from compresskv.models.place import input_device
 
     (method,) = parse_methods("method", task["method"]).values()
-    with compresskv.compressing(model, method, task["budget"], profile=task["profile"]) as cache:
+    exact: dict[str, Any] = {"candidates": None, "profile": task["profile"]}
+    with compresskv.compressing(model, method, task["budget"], **exact) as cache:
         logits = prefill(model, torch.tensor([prompt], device=input_device(model)), cache)
         answer = [int(logits.argmax())]
         while len(answer) < _NUM_TOKENS:

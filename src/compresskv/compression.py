@@ -16,6 +16,7 @@ from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.eviction import find_chunks
 from compresskv.cache.generated import check_decoding
+from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
 from compresskv.errors import ConfigError
@@ -124,6 +125,7 @@ def compressing(
     exact_prefill: bool | None = None,
     store: str = NATIVE,
     prefill_memory: PrefillMemory = AUTO,
+    candidates: int | None = CANDIDATES,
     compile: str = NEVER,
     on_compile: Progress | None = None,
     **options: Any,
@@ -171,6 +173,10 @@ def compressing(
             takes it in pieces, so that no more is held than the prompt's hidden states, one layer's keys and values,
             and what is kept; attention is over the whole prompt as ever. 'auto' reads prompts of more than 4,096 tokens
             in pieces of at most that; None reads all at once.
+        candidates: methods that decide when all layers were read hold, until then, of each layer no more than its
+            likeliest tokens: so many times its budget, and at least 512, where the prompt has twice as many or more.
+            What they keep is chosen among these (docs/speed.md tells what that loses). None holds the whole prompt
+            until the end, for the exact choice; a plan (`make_plan`) is exact, too, and holds less, but reads twice.
         compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
             'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
             Where it cannot be done, decoding goes on without, and the cache's `not_compiled` says why.
@@ -185,6 +191,7 @@ def compressing(
     """
     check_model(model)
     check_prefill_memory(prefill_memory)
+    check_candidates(candidates)
     budget = read_budget(budget)
     if isinstance(method, Plan):
         if options:
@@ -219,6 +226,7 @@ def compressing(
         **cuts,
         exact_prefill=exact_prefill,
         prefill_memory=prefill_memory,
+        candidates=candidates,
     )
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv import defaults
 from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing, prepare_cuts
 from compresskv.errors import ConfigError
@@ -127,6 +128,7 @@ def ask(
     decode_interval: int = DECODE_INTERVAL,
     decode_method: str | Method = defaults.DECODE_METHOD,
     prefill_memory: pieces.PrefillMemory = pieces.AUTO,
+    candidates: int | None = CANDIDATES,
     compile: str = AUTO,
     on_text: Callable[[str], None] | None = None,
     on_token: OnToken | None = None,
@@ -142,8 +144,8 @@ def ask(
         truncate: 'never' refuses a prompt above the model's context, 'middle' cuts the document's middle.
         two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
             by methods that decide for all layers together.
-        chunk_budget, chunk_tokens, decode_budget, decode_interval, decode_method, prefill_memory, compile: as for
-            `compressing`.
+        chunk_budget, chunk_tokens, decode_budget, decode_interval, decode_method, prefill_memory, candidates,
+            compile: as for `compressing`.
         on_text: called with pieces of the answer as they come, in whole words.
         on_token: called with each token of the answer as it comes; True from it ends the answer.
         on_prefill: called with (layers done, layers) while the prompt is read; reading it again counts as more layers.
@@ -174,6 +176,7 @@ def ask(
     find_precision(store)
     check_mode(compile)
     pieces.check_prefill_memory(prefill_memory)
+    check_candidates(candidates)
     room = room_for_prompt(model, max_new_tokens)
     prompt = build_prompt(tokenizer, context, question, max_tokens=room, truncate=truncate)
     token_ids = prompt.input_ids[0].tolist()
@@ -185,16 +188,15 @@ def ask(
         plan = make_plan(model, token_ids, chosen, budget, on_layer=_half(on_prefill, 0), **held)
         on_layer = _half(on_prefill, 1)
     evicting = chosen if plan is None else Planned(plan=plan)
-    compressed = Compressing(
-        model, evicting, budget, compile=compile, on_progress=on_compile, on_layer=on_layer, **held, **cuts
-    )
+    told: dict[str, Any] = {"compile": compile, "on_progress": on_compile, "on_layer": on_layer, **held, **cuts}
+    compressed = Compressing(model, evicting, budget, candidates=candidates, **told)
     with compressed as cache:
         logits = read_prompt(model, token_ids, cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
         prefill_s = now(*devices) - start
         first, prepare = int(logits.argmax()), compressed.prepare_decoding
-        told: dict[str, Any] = {"on_text": on_text, "on_token": on_token}
-        answered = speak(model, tokenizer, cache, first, max_new_tokens, start=start, prepare=prepare, **told)
+        heard: dict[str, Any] = {"on_text": on_text, "on_token": on_token}
+        answered = speak(model, tokenizer, cache, first, max_new_tokens, start=start, prepare=prepare, **heard)
     stats = GenerationStats(
         method=chosen.label,
         budget=as_json(budget),

@@ -17,6 +17,7 @@ from compresskv.cache.costs import costs_of
 from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.full import branch
 from compresskv.cache.generated import GeneratedEviction
+from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
 from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_window
 from compresskv.cache.window import QueryWindow
@@ -60,6 +61,7 @@ class CompressedCache(RoutedCache):
         chunks: Chunks | None = None,
         decode: DecodeBudget | None = None,
         decode_method: Method | None = None,
+        candidates: int | None = CANDIDATES,
     ) -> None:
         """Build an empty cache.
 
@@ -68,18 +70,21 @@ class CompressedCache(RoutedCache):
             exact_prefill, prefill_memory: as for `compressing`.
             on_layer: called in prefill with (layers done, layers).
             observer: told of every eviction, to time it.
-            store: as for `compressing`.
+            store, candidates: as for `compressing`.
             chunks: how the prompt is cut while it is read; None: at its end alone.
             decode: how what is generated is cut; None: it is kept.
             decode_method: that cuts it; None: `method`.
         Raises:
             ModelError: the model has no full-attention layer, or `chunks` or `decode` do not fit it.
-            ConfigError: the budget or `prefill_memory` cannot work, or an unknown store.
+            ConfigError: the budget, `prefill_memory` or `candidates` cannot work, or an unknown store.
         """
         budget = budgets.read_budget(budget)
         precision = find_precision(store)
         costs = _costs(model, budget, precision)
-        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs, chunks)
+        check_candidates(candidates)
+        self._candidates = candidates
+        told: dict[str, Any] = {"candidates": candidates, "chunks": chunks}
+        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs, **told)
         self._eviction = eviction
         if (chunks is not None or decode is not None) and shares_keys(decoder_config(model)):
             raise ModelError("layers of this model attend to keys of others: leave out chunk_budget and decode_budget")
@@ -246,8 +251,10 @@ class CompressedCache(RoutedCache):
         layers = self.compressed_layers
         precision = layers[0].precision
         costs = _costs(model, budget, precision)
-        costs = costs and costs.of_part(is_first=self.get_seq_length() == 0)
-        eviction = _eviction(model, method, budget, num_tokens, None, None, precision, costs)
+        is_first = self.get_seq_length() == 0
+        costs = costs and costs.of_part(is_first=is_first)
+        candidates = self._candidates if is_first else None  # a later part is held beside what may be packed
+        eviction = _eviction(model, method, budget, num_tokens, None, None, precision, costs, candidates)
         shares = left or [1.0] * len(layers)
         for layer, share, own in zip(layers, shares, replayed or [None] * len(layers), strict=True):
             layer.begin_part(eviction, share, own)
@@ -351,12 +358,14 @@ def _eviction(
     observer: EvictionObserver | None,
     precision: Precision,
     costs: Costs | None,
+    candidates: int | None,
     chunks: Chunks | None = None,
 ) -> Eviction:
     """What the layers of a cache of this model decide together."""
     num_layers = len(compressible_layers(model))
     rotations = Rotations(model) if method.turns_back else None
-    return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs, chunks)
+    told: dict[str, Any] = {"candidates": candidates, "chunks": chunks}
+    return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs, **told)
 
 
 def _costs(model: PreTrainedModel, budget: budgets.Budget, precision: Precision) -> Costs | None:

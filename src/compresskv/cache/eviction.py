@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from compresskv.cache.auto import Automatic, automatic, observed_attention
+from compresskv.cache.group import Group, one_batch
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
-from compresskv.methods.inputs import LayerInputs, Observation
+from compresskv.methods.inputs import LayerInputs
 from compresskv.models.rotary import Rotations
 from compresskv.selection.auto_budget import LEAST_TOKENS, AutoChoice
 from compresskv.selection.budgets import Budget, SharedBudget, check_budget, is_shared, resolve
@@ -26,6 +27,9 @@ class Retaining(Protocol):
 
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """Keep the named prompt tokens and free all others. `scores` (B, H or 1, T) are what they were chosen by."""
+
+    def hold(self, tokens: Tensor) -> None:
+        """Free all others, and wait for `retain`, which names some of these."""
 
 
 class EvictionObserver(Protocol):
@@ -61,10 +65,12 @@ class Eviction:
         rotations: Rotations | None = None,
         costs: Costs | None = None,
         chunks: Chunks | None = None,
+        candidates: int | None = None,
     ) -> None:
         """Nothing is read yet.
 
         Args:
+            candidates: as for `CompressedCache`.
             costs: of the model in that precision, where the budget is one of bytes.
             chunks: how the prompt is cut while it is read; None: at its end alone.
         """
@@ -73,6 +79,7 @@ class Eviction:
         self._cuts: dict[int, dict[int, Cut]] = {}
         self.num_later = 0
         """Tokens of the prompt behind the chunk that is read now."""
+        self._candidates = candidates
         self.method = method
         self.rotations = rotations
         self.precision = precision
@@ -92,7 +99,7 @@ class Eviction:
     def reset(self) -> None:
         """Forget the last prompt."""
         self._row_lengths: list[int] | None = None
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
         self.choices = []
 
@@ -147,6 +154,8 @@ class Eviction:
                     group.attention.append(observed_attention(rows).to(self._waiting[0][1]))
             if len(self._waiting) == self.num_layers:
                 self._decide()
+            else:
+                self._hold_candidates(layer, inputs)
         else:
             scores = []
             for group, rows in zip(self._groups, own, strict=True):
@@ -162,6 +171,18 @@ class Eviction:
             if inputs.valid is not None:
                 tokens = tokens.masked_fill(~inputs.valid[:, None], EMPTY_SLOT)
             layer.retain(tokens)
+
+    def _hold_candidates(self, layer: Retaining, inputs: LayerInputs) -> None:
+        """Let a layer that waits for later ones free what it will hardly keep, where that is most of the prompt."""
+        if self._candidates is None or self.chunks is not None or self._auto is not None:
+            return  # chunks are few tokens; how many of all are kept, the end alone tells
+        if not any(group.has_spare(self._candidates) for group in self._groups):
+            return
+        with self._observer.scoring_tokens():
+            chosen = [group.nominated(self._candidates) for group in self._groups]
+        known = [own for own in chosen if own is not None]
+        if len(known) == len(chosen):
+            layer.hold(one_batch(known, [group.rows for group in self._groups]).to(inputs.keys.device))
 
     def _decide(self) -> None:
         """Cut all layers that wait."""
@@ -191,11 +212,11 @@ class Eviction:
             return
         chosen = [group.selected(position, own) for group, own in zip(self._groups, scores, strict=True)]
         rows = [group.rows for group in self._groups]
-        layer.retain(_one_batch(chosen, rows), _one_batch(scores, rows))
+        layer.retain(one_batch(chosen, rows), one_batch(scores, rows))
 
-    def _grouped(self, row_lengths: list[int], num_ahead: int, num_evicted: int, cut: Cut | None) -> "list[_Group]":
+    def _grouped(self, row_lengths: list[int], num_ahead: int, num_evicted: int, cut: Cut | None) -> list[Group]:
         """Rows whose budgets ask for the same window belong together; none where nothing is to be evicted."""
-        groups: dict[int, _Group] = {}
+        groups: dict[int, Group] = {}
         for row, length in enumerate(row_lengths):
             num_held = length - num_ahead
             if cut is None:
@@ -206,7 +227,7 @@ class Eviction:
             window_size = self.method.window_at(sum(counts) // len(counts))
             if window_size not in groups:
                 method = self.method.with_window(window_size + num_ahead)
-                groups[window_size] = _Group(method, evenly=cut is not None)
+                groups[window_size] = Group(method, evenly=cut is not None)
             group = groups[window_size]
             group.rows.append(row)
             group.lengths.append(length)
@@ -254,59 +275,6 @@ class Eviction:
                     raise PromptError("the attention mask has padding inside or right of a prompt: pad on the left")
                 self._row_lengths = lengths.tolist()
         return self._row_lengths
-
-
-@dataclass
-class _Group:
-    """Rows of a batch that one method serves with one window."""
-
-    method: Method
-    evenly: bool
-    """Whether all KV heads keep as many tokens, however the method shares them out in the end."""
-    rows: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each row that are no padding."""
-    budgets: list[list[list[int]]] = field(default_factory=list)
-    """(rows, L, 1 or H_kv)."""
-    observed: list[Observation] = field(default_factory=list)
-    attention: list[Tensor] = field(default_factory=list)
-    """`observed_attention` of each layer, where a prompt decides its budget."""
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether no layer evicts anything."""
-        return all(map(self.keeps_all_of, range(len(self.budgets[0]))))
-
-    def keeps_all_of(self, position: int) -> bool:
-        """Whether one layer evicts nothing."""
-        counts = (min(budgets[position]) for budgets in self.budgets)
-        return all(count >= length for count, length in zip(counts, self.lengths, strict=True))
-
-    def decided(self, *, shared: bool) -> list[Tensor]:
-        """Scores of all layers, once all were observed; budgets that the prompt tells are shared out first."""
-        if shared and not self.evenly:
-            means = [[budgets[position][0] for budgets in self.budgets] for position in range(len(self.observed))]
-            by_layer = self.method.share_heads(self.observed, means, self.lengths)
-            self.budgets = [list(row) for row in zip(*by_layer, strict=True)]
-        scores = self.method.score_layers(self.observed)
-        self.observed = []
-        return scores
-
-    def selected(self, position: int, scores: Tensor) -> Tensor:
-        """(rows, 1 or H_kv, R): the tokens that one layer keeps."""
-        select = Method.select if self.evenly else type(self.method).select
-        return select(self.method, scores, [budgets[position] for budgets in self.budgets], self.lengths)
-
-
-def _one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:
-    """Rows (n, 1 or H, R) of several groups in their places; those that are shorter begin with `EMPTY_SLOT`."""
-    if len(parts) == 1:
-        return parts[0]
-    num_heads, longest = (max(part.shape[dim] for part in parts) for dim in (1, 2))
-    batch = parts[0].new_full((sum(map(len, rows)), num_heads, longest), EMPTY_SLOT)
-    for part, own in zip(parts, rows, strict=True):
-        batch[own, :, longest - part.shape[2] :] = part.expand(-1, num_heads, -1)
-    return batch
 
 
 def find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | None:

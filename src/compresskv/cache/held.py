@@ -17,6 +17,9 @@ class Holding(Protocol):
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """See `Retaining`."""
 
+    def hold(self, tokens: Tensor) -> None:
+        """See `Retaining`."""
+
 
 @dataclass(frozen=True)
 class HeldOf:
@@ -26,9 +29,16 @@ class HeldOf:
 
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """Keep the named ones of what is held, by their true positions."""
+        self.layer.retain(self._positions(tokens))
+
+    def hold(self, tokens: Tensor) -> None:
+        """See `Retaining`."""
+        self.layer.hold(self._positions(tokens))
+
+    def _positions(self, tokens: Tensor) -> Tensor:
         assert self.layer.store is not None
         held = self.layer.store.positions
         num_heads = max(tokens.shape[1], held.shape[1])
         slots = tokens.expand(-1, num_heads, -1)
         positions = held.expand(-1, num_heads, -1).gather(-1, slots.clamp(min=0))
-        self.layer.retain(positions.masked_fill(slots == EMPTY_SLOT, EMPTY_SLOT))
+        return positions.masked_fill(slots == EMPTY_SLOT, EMPTY_SLOT)

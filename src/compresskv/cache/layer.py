@@ -269,6 +269,15 @@ class CompressedLayer(StoredLayer):
         self._show_states()
         self._retained_nbytes = self.nbytes
 
+    def hold(self, tokens: Tensor) -> None:
+        """Free the memory of all but the named tokens; `retain` names later which of these stay.
+
+        Args:
+            tokens: as for `retain`.
+        """
+        self.store = retained(self._held(), tokens, PRECISIONS[NATIVE])
+        self._show_states()
+
     def check_crop(self, max_length: int) -> int:
         """The length that `crop` would leave.
 

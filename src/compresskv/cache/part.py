@@ -23,6 +23,9 @@ class Holding(Protocol):
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """See `Retaining`."""
 
+    def hold(self, tokens: Tensor) -> None:
+        """See `Retaining`."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -57,7 +60,7 @@ class PartOf:
         assert layer.store is not None
         held = layer.store.positions
         num_tokens = layer.store.held.num_seen - part.start
-        old = held[..., : held.shape[2] - num_tokens]
+        old = held[..., : max(0, held.shape[2] - num_tokens)]  # of a first part, some may be freed already
         old_strengths = _known(layer.strengths, old, part.start)
         if part.left < 1:
             old = _strongest(old, old_strengths, part.left)
@@ -68,6 +71,10 @@ class PartOf:
             strengths = _by_place(tokens, num_tokens) if scores is None else self._strengths(tokens, scores, num_tokens)
             num_kept = layer.store.held.chosen.shape[2]
             layer.strengths = _side_by_side(old_strengths, strengths).gather(-1, order)[..., -num_kept:]
+
+    def hold(self, tokens: Tensor) -> None:
+        """Of a first part, which has none before it: see `Retaining`."""
+        self.layer.hold(tokens)
 
     def _strengths(self, tokens: Tensor, scores: Tensor, num_tokens: int) -> Tensor:
         """(B, H, R) uint8."""

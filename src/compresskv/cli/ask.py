@@ -49,7 +49,8 @@ def ask(
     two_pass: Annotated[
         bool,
         typer.Option(
-            "--two-pass", help="Read the prompt twice, never holding more than one whole layer; takes twice as long."
+            "--two-pass",
+            help="Read the prompt twice: an exact choice, never more than one whole layer held, twice the time.",
         ),
     ] = False,
     save_plan: Annotated[

@@ -171,6 +171,16 @@ class Method:
         """What the layer tells the others, for methods that `decides_together`: its scores, or what they need."""
         return Observation(inputs.layer_idx, inputs.valid, scores=self.score(inputs))
 
+    def candidate_scores(self, layers: Sequence[Observation]) -> Tensor | None:
+        """How likely the last of `layers` keeps each token in the end, where layers after it have not been read.
+
+        So the layer may free all but the likeliest. Sinks that are always kept must be first here, too.
+
+        Returns: (B, H, T), with as many heads as `score_layers` gives; None where that cannot be told, and everything
+            must be held.
+        """
+        return layers[-1].scores
+
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """Scores of all layers at once, (B, H_kv or 1, T) each, for methods that `decides_together`."""
         return [layer.scores for layer in layers if layer.scores is not None]

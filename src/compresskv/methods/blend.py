@@ -10,7 +10,7 @@ from compresskv.methods.cake import CAKE, mean_plus_variance
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.methods.vote import count_votes, layer_vote, window_for_budget
+from compresskv.methods.vote import count_votes, foreseen_votes, layer_vote, window_for_budget
 from compresskv.profiles.profile import Profile, l1_normalised, needed_profile
 from compresskv.selection.auto_budget import LossCurve
 from compresskv.selection.scores import mean_over_groups, pool, set_first, without_padding
@@ -92,16 +92,26 @@ class Blend(CAKE):
         vote = layer_vote(inputs, profile, self.num_heads, self.vote_kernel_size, all_heads=True)
         return replace(observed, scores=local / scale, vote=vote)
 
+    def candidate_scores(self, layers: Sequence[Observation]) -> Tensor:
+        """(B, H_kv, T): with the vote as far as these layers tell it."""
+        profile, local = needed_profile(self.name, self.profile), super().score_layers(layers)
+        return self._blended(
+            layers[-1], local[-1], foreseen_votes(layers, local, profile, self.num_heads, self.vote_kernel_size)
+        )
+
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """(B, H_kv, T) for each layer."""
-        profile = needed_profile(self.name, self.profile)
         vote = count_votes(layers)
-        blended = []
-        for observed, local in zip(layers, super().score_layers(layers), strict=True):
-            weights = local.new_tensor(profile.kv_head_weights(observed.layer_idx))[:, None]
-            scores = local + self.vote_weight * weights * vote
-            blended.append(set_first(scores, self.num_sinks, torch.inf, observed.valid))
-        return blended
+        return [
+            self._blended(observed, local, vote)
+            for observed, local in zip(layers, super().score_layers(layers), strict=True)
+        ]
+
+    def _blended(self, observed: Observation, local: Tensor, vote: Tensor) -> Tensor:
+        """(B, H_kv, T): a layer's scores and the vote, as much as each head retrieves."""
+        profile = needed_profile(self.name, self.profile)
+        weights = local.new_tensor(profile.kv_head_weights(observed.layer_idx))[:, None]
+        return set_first(local + self.vote_weight * weights * vote, self.num_sinks, torch.inf, observed.valid)
 
     def _shares(self, layers: Sequence[Observation]) -> list[list[float]]:
         profile = needed_profile(self.name, self.profile)

@@ -83,6 +83,18 @@ class Vote(Method):
         local = set_first(without_padding(local, inputs.valid), self.num_sinks, 0, inputs.valid)
         return summing_to_one(local).sqrt_().mean(dim=1, keepdim=True)
 
+    def candidate_scores(self, layers: Sequence[Observation]) -> Tensor | None:
+        """(B, 1, T): the vote and what all heads attend to, as far as these layers tell."""
+        profile, local = (
+            needed_profile(self.name, self.profile),
+            [one.scores for one in layers if one.scores is not None],
+        )
+        if not local:  # no attention but that of the retrieval heads counts
+            return None
+        scores = foreseen_votes(layers, local, profile, self.num_heads, self.kernel_size)
+        scores = scores + self.local_weight * summing_to_one(torch.stack(local).sum(dim=0))
+        return set_first(scores, self.num_sinks, torch.inf, layers[0].valid)
+
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """The same (B, 1, T) for every layer."""
         scores = count_votes(layers)
@@ -126,6 +138,26 @@ def layer_vote(
 def count_votes(layers: Sequence[Observation]) -> Tensor:
     """(B, 1, T): the vote of all layers; sums to 1."""
     return summing_to_one(torch.stack([layer.vote for layer in layers if layer.vote is not None]).sum(dim=0))
+
+
+def foreseen_votes(
+    layers: Sequence[Observation], local: Sequence[Tensor], profile: Profile, num_heads: int, kernel_size: int
+) -> Tensor:
+    """(B, 1, T): the vote of all layers as these first ones tell it; sums to 1.
+
+    What all their heads attend to stands for the heads that are still to vote, by the weight of these.
+
+    Args:
+        local: for each of these layers, (B, H, T) of what its heads attend to.
+        num_heads, kernel_size: of the vote.
+    """
+    seen = {layer.layer_idx for layer in layers}
+    weights = [(layer, profile.comparable_scores_of(layer)[head]) for layer, head in profile.best_heads[:num_heads]]
+    to_come = sum(weight for layer, weight in weights if layer not in seen)
+    likely = torch.stack([own.mean(dim=1, keepdim=True) for own in local]).sum(dim=0)
+    likely = summing_to_one(without_padding(pool(likely, kernel_size), layers[0].valid))
+    votes = [layer.vote for layer in layers if layer.vote is not None]
+    return summing_to_one(torch.stack([to_come * likely, *votes]).sum(dim=0))
 
 
 def summing_to_one(scores: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def make_plan(
     if chosen.lookahead:
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
     with routing(model):
-        cache = PlanningCache(model, chosen, budget, prefill_memory=prefill_memory, on_layer=on_layer, store=store)
+        told: dict[str, Any] = {"prefill_memory": prefill_memory, "on_layer": on_layer, "store": store}
+        cache = PlanningCache(model, chosen, budget, candidates=None, **told)
         read_prompt(model, token_ids, cache)
     own = getattr(chosen, "profile", None)
     return Plan(

@@ -278,26 +278,29 @@ def error_aware(
     return tokens
 
 
-def proportional(total: int, shares: Sequence[float], cap: int) -> list[int]:
+def proportional(total: int, shares: Sequence[float], cap: int | Sequence[int]) -> list[int]:
     """`total` dealt in proportion to non-negative `shares`, each at most `cap`; what a cap cuts off goes to the rest.
 
-    Returns: whole numbers whose sum is exactly min(total, cap * len(shares)). Shares that are all 0 mean uniform.
+    Args:
+        cap: one for all, or one for each.
+    Returns: whole numbers whose sum is exactly min(total, sum of caps). Shares that are all 0 mean uniform.
     """
     counts = [0] * len(shares)
-    left, total = set(range(len(shares))), min(total, cap * len(shares))
+    caps = [cap] * len(shares) if isinstance(cap, int) else cap
+    left, total = set(range(len(shares))), min(total, sum(caps))
     while True:
         norm = math.fsum(shares[i] for i in left)
         spare = total - sum(counts[i] for i in range(len(shares)) if i not in left)
         # dividing first keeps denormal shares from rounding the quotient up to infinity
         wanted = {i: spare * (shares[i] / norm if norm > 0 else 1 / len(left)) for i in sorted(left)}
-        full = {i for i in left if wanted[i] >= cap}
+        full = {i for i in left if wanted[i] >= caps[i]}
         if not full or full == left:
             break
         for i in full:
-            counts[i] = cap
+            counts[i] = caps[i]
         left -= full
     if full == left:
-        return [cap if i in left else counts[i] for i in range(len(shares))]
+        return [caps[i] if i in left else counts[i] for i in range(len(shares))]
     for i, count in zip(wanted, _round_to_sum(list(wanted.values()), spare), strict=True):
         counts[i] = count
     return counts

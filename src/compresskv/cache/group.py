@@ -1,0 +1,138 @@
+"""Rows of a batch that are cut alike, and what their layers tell before they are."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from compresskv.errors import ConfigError
+from compresskv.methods.base import Method
+from compresskv.methods.inputs import Observation
+from compresskv.selection.budgets import proportional
+from compresskv.selection.select import EMPTY_SLOT, select_rows
+
+CANDIDATES = 4
+"""Times its budget that a layer goes on holding while it waits for later ones, unless that is said."""
+LEAST_CANDIDATES = 512
+"""Tokens that it holds at least: little beside any prompt that is worth it."""
+MUCH_LONGER = 2
+"""Times its candidates that a prompt must have for the rest to be freed."""
+
+
+def check_candidates(candidates: int | None) -> None:
+    """Refuse what is neither None nor a number of at least 1.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    is_number = isinstance(candidates, int) and not isinstance(candidates, bool)
+    if candidates is not None and not (is_number and candidates >= 1):
+        raise ConfigError("must be an int of at least 1, or None", option="candidates", value=candidates)
+
+
+@dataclass
+class Group:
+    """Rows of a batch that one method serves with one window."""
+
+    method: Method
+    evenly: bool = False
+    """Whether all KV heads keep as many tokens, however the method shares them out in the end."""
+    rows: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each row that are no padding."""
+    budgets: list[list[list[int]]] = field(default_factory=list)
+    """(rows, L, 1 or H_kv)."""
+    observed: list[Observation] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    """`observed_attention` of each layer, where a prompt decides its budget."""
+    candidates: dict[int, Tensor] = field(default_factory=dict)
+    """For layers that hold some of the prompt alone until all are decided, by position: (rows, 1 or H_kv, C)."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no layer evicts anything."""
+        return all(map(self.keeps_all_of, range(len(self.budgets[0]))))
+
+    def keeps_all_of(self, position: int) -> bool:
+        """Whether one layer evicts nothing."""
+        counts = (min(budgets[position]) for budgets in self.budgets)
+        return all(count >= length for count, length in zip(counts, self.lengths, strict=True))
+
+    def has_spare(self, factor: int) -> bool:
+        """Whether the layer that was observed last need not hold all of the prompt."""
+        return self._num_candidates(factor) != self.lengths
+
+    def _num_candidates(self, factor: int) -> list[int]:
+        """How many tokens of each row the layer that was observed last goes on holding."""
+        position, counts = len(self.observed) - 1, []
+        for budgets, length in zip(self.budgets, self.lengths, strict=True):
+            own = budgets[position]
+            count = max(LEAST_CANDIDATES, factor * -(-sum(own) // len(own)))
+            counts.append(count if length >= MUCH_LONGER * count else length)
+        return counts
+
+    def nominated(self, factor: int) -> Tensor | None:
+        """(rows, 1 or H_kv, C): what that layer goes on holding; None where the method cannot tell."""
+        scores = self.method.candidate_scores(self.observed)
+        if scores is None:
+            return None
+        counts = [[count] for count in self._num_candidates(factor)]
+        tokens = select_rows(scores, counts, self.method.window_size, self.lengths)
+        self.candidates[len(self.observed) - 1] = tokens
+        return tokens
+
+    def decided(self, *, shared: bool) -> list[Tensor]:
+        """Scores of all layers, once all were observed; budgets that the prompt tells are shared out first."""
+        if shared and not self.evenly:
+            means = [[budgets[position][0] for budgets in self.budgets] for position in range(len(self.observed))]
+            by_layer = self.method.share_heads(self.observed, means, self.lengths)
+            self.budgets = [
+                self._within_candidates(row, list(own)) for row, own in enumerate(zip(*by_layer, strict=True))
+            ]
+        scores = self.method.score_layers(self.observed)
+        self.observed = []
+        return scores
+
+    def _within_candidates(self, row: int, budgets: list[list[int]]) -> list[list[int]]:
+        """A row's budgets (L, 1 or H_kv), where no layer keeps more than it holds; others have what is over."""
+        if not self.candidates:
+            return budgets
+        held = [self._held(position)[row] for position in range(len(budgets))]
+        caps = [cap for cap, own in zip(held, budgets, strict=True) for _ in own]
+        counts = [count for own in budgets for count in own]
+        if all(count <= cap for count, cap in zip(counts, caps, strict=True)):
+            return budgets
+        dealt = iter(proportional(sum(counts), counts, caps))
+        return [[next(dealt) for _ in own] for own in budgets]
+
+    def _held(self, position: int) -> list[int]:
+        """How many tokens of each row a layer can choose from."""
+        candidates = self.candidates.get(position)
+        if candidates is None:
+            return self.lengths
+        held: list[int] = (candidates[:, 0] != EMPTY_SLOT).sum(dim=-1).tolist()
+        return held
+
+    def selected(self, position: int, scores: Tensor) -> Tensor:
+        """(rows, 1 or H_kv, R): the tokens that one layer keeps."""
+        select = Method.select if self.evenly else type(self.method).select
+        budgets = [budgets[position] for budgets in self.budgets]
+        candidates = self.candidates.pop(position, None)
+        if candidates is None:
+            return select(self.method, scores, budgets, self.lengths)
+        # as from a batch of prompts that have nothing but the candidates
+        candidates = candidates.to(scores.device)
+        own = scores.expand(-1, candidates.shape[1], -1).gather(-1, candidates.clamp(min=0))
+        chosen = select(self.method, own, budgets, (candidates[:, 0] != EMPTY_SLOT).sum(dim=-1).tolist())
+        tokens = candidates.expand(-1, chosen.shape[1], -1).gather(-1, chosen.clamp(min=0))
+        return tokens.masked_fill(chosen == EMPTY_SLOT, EMPTY_SLOT)
+
+
+def one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:
+    """Rows (n, 1 or H, R) of several groups in their places; those that are shorter begin with `EMPTY_SLOT`."""
+    if len(parts) == 1:
+        return parts[0]
+    num_heads, longest = (max(part.shape[dim] for part in parts) for dim in (1, 2))
+    batch = parts[0].new_full((sum(map(len, rows)), num_heads, longest), EMPTY_SLOT)
+    for part, own in zip(parts, rows, strict=True):
+        batch[own, :, longest - part.shape[2] :] = part.expand(-1, num_heads, -1)
+    return batch
