@@ -139,7 +139,8 @@ def compressing(
     method chose and frees the rest. Later passes (decoding, a second question) attend to what was kept.
 
     Args:
-        model: a decoder-only transformers model with 'sdpa' or 'eager' attention.
+        model: a decoder-only transformers model with any attention implementation: where nothing of a prompt is padded
+            it is read by that, all else by sdpa.
         method: a name (see `compresskv methods`), a `Method`, or a `Plan` of this very prompt, which brings its budget.
         budget: tokens retained per KV head per layer, window included: a count, a fraction of the prompt as a float,
             one count for each full-attention layer, or text for bytes in all of these layers together: '3MB', or

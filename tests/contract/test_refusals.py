@@ -55,16 +55,6 @@ def test_encoder_decoder_models_are_refused(method: str) -> None:
         enter(T5ForConditionalGeneration(config), method)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/fa"])
-@pytest.mark.parametrize("method", ["snapkv", "compresskv"])
-def test_other_attention_implementations_are_refused_with_a_way_out(name: str, method: str) -> None:
-    model = tiny.build_model("llama")
-    model.config._attn_implementation = name
-    with refused(ModelError, f"'{name}' is not supported: load the model with attn_implementation='sdpa'"):
-        enter(model, method)
-    assert model.config._attn_implementation == name
-
-
 @pytest.mark.parametrize("budget", [[5], [5] * 5, 0, -3, 1.5, 0.0, True, "many", [], [5, 5, 5, 0]])
 def test_budgets_that_cannot_work_are_refused(budget: Any) -> None:
     with refused(ConfigError, "budget"):

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from compresskv.attention.kernels import Kernel, KernelMask, additive_mask, kernel_mask, transformers_mask
 from compresskv.attention.opened import Opened
 from compresskv.attention.pieces import let_read_in_pieces
 from compresskv.attention.prefill import causal_attention, causal_mask, is_faster, later_attention
@@ -100,32 +100,46 @@ def _attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | KernelMask | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: the layer's `attend` where the keys are a routed layer's, else the base function."""
-    function = _base_function(base, type(module))  # type: ignore[arg-type]  # torch's stubs hide type.__hash__
     layer: Routed | None = getattr(_updated, "layer", None)
     is_own = layer is not None and layer.keys is key
     if not is_own:
         layer = _sharing(key)
+    own_mask = None
+    if isinstance(attention_mask, KernelMask):
+        own_mask, attention_mask = attention_mask.mask, None
     if layer is None:
-        return function(module, query, key, value, attention_mask, **kwargs)
+        function = _base_function(base, type(module))
+        return function(module, query, key, value, attention_mask if own_mask is None else own_mask, **kwargs)
+    kernel = None
+    if base not in BASES:
+        kernel = Kernel(base, own_mask)
+        base = "sdpa" if is_plain(module, **kwargs) else "eager"
     if is_own:
         _take_over(layer, value, attention_mask)
 
+    function = _base_function(base, type(module))
     plain = base == "sdpa" and is_plain(module, **kwargs)
     is_causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
 
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if plain and query.shape[2] == 1:
             return grouped_attention(query, key, value, mask, kwargs.get("scaling")), None
+        if kernel is not None and is_causal:
+            output = kernel.read(module, query, key, value, mask, **kwargs)
+            if output is not None:
+                return output
         if plain and mask is None and is_causal and not layer.exact_prefill and is_faster(query, key):
             return causal_attention(query, key, value, kwargs.get("scaling")), None
         if mask is None and is_causal and 1 < query.shape[2] < key.shape[2]:  # a later piece of a prompt
             if plain:
                 return later_attention(query, key, value, kwargs.get("scaling")), None
             mask = causal_mask(query.shape[2], key.shape[2], query.device)
+        if kernel is not None and base == "eager":
+            mask = additive_mask(mask, query, key)
         return function(module, query, key, value, mask, **kwargs)
 
     if is_own:
@@ -198,11 +212,15 @@ def grouped_attention(
     return output.reshape(batch_size, 1, num_query_heads, values.shape[-1])
 
 
-@functools.cache
 def _base_function(base: str, module_type: type[nn.Module]) -> AttentionFunction:
     """transformers' function for `base`; 'eager' is defined beside each model's attention module."""
     if base != "eager":
         return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+    return _eager_function(module_type)  # type: ignore[arg-type]  # torch's stubs hide type.__hash__
+
+
+@functools.cache
+def _eager_function(module_type: type[nn.Module]) -> AttentionFunction:
     try:
         return sys.modules[module_type.__module__].eager_attention_forward  # type: ignore[no-any-return]
     except AttributeError:
@@ -240,13 +258,22 @@ def _mask(base: str, *args: Any, **kwargs: Any) -> Any:
             f"the attention mask is of {given.shape[1]} tokens, but with those that the cache has seen there are "
             f"{expected}: reset() the cache before another prompt"
         )
-    return None if getattr(_masks, "unwanted", False) else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+    if getattr(_masks, "unwanted", False):
+        return None
+    if base in BASES or expected is None:
+        return transformers_mask(base, *args, **kwargs)
+    return kernel_mask(base, *args, **kwargs)
+
+
+def _register(base: str) -> None:
+    """Let transformers know our function for `base`."""
+    AttentionInterface.register(PREFIX + base, functools.partial(_attention_forward, base))
+    # Without a mask function under our own name, transformers would build no mask at all and ignore padding.
+    AttentionMaskInterface.register(PREFIX + base, functools.partial(_mask, base))
 
 
 for _base in BASES:
-    AttentionInterface.register(PREFIX + _base, functools.partial(_attention_forward, _base))
-    # Without a mask function under our own name, transformers would build no mask at all and ignore padding.
-    AttentionMaskInterface.register(PREFIX + _base, functools.partial(_mask, _base))
+    _register(_base)
 
 
 _routed = Opened()
@@ -267,6 +294,7 @@ def _route(model: PreTrainedModel) -> Callable[[], None]:
     check_supported(model)
     config, original = decoder_config(model), base_implementation(model)  # copies made inside bear our name
     undo_pieces = let_read_in_pieces(model)
+    _register(original)
     config._attn_implementation = PREFIX + original
 
     def undo() -> None:
@@ -288,5 +316,5 @@ def check_routable(model: PreTrainedModel) -> None:
 
 
 def base_implementation(model: PreTrainedModel) -> str:
-    """'eager' or 'sdpa', inside of `routing` and outside."""
+    """'sdpa', say, inside of `routing` and outside."""
     return str(decoder_config(model)._attn_implementation).removeprefix(PREFIX)

@@ -17,7 +17,7 @@ from compresskv.errors import ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
 
 BASES = ("eager", "sdpa")
-"""The attention implementations that a model may have when it is given a compressed cache."""
+"""The attention implementations that every call of ours may go to. A model may have another: see `kernels`."""
 PREFIX = "compresskv_"
 """Before a base's name: our function, which hands over to it."""
 
@@ -50,17 +50,6 @@ def check_supported(model: PreTrainedModel) -> None:
     if model.training and getattr(model, newer if hasattr(model, newer) else older, False):
         raise ModelError(f"{name} is trained with gradient checkpointing, which drops the cache: call model.eval()")
     _check_modules(name, model)
-    implementation = str(config._attn_implementation).removeprefix(PREFIX)
-    if implementation not in BASES:
-        raise ModelError(
-            f"attn_implementation={implementation!r} is not supported: "
-            f"load the model with attn_implementation={best_implementation(type(model))!r}"
-        )
-
-
-def best_implementation(model_class: Any) -> str:
-    """'sdpa', or 'eager' where the class says that sdpa cannot compute its attention."""
-    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 def _check_sharing(name: str, model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compresskv.attention.prefill import causal_mask, exact_by_default
-from compresskv.attention.routing import AttentionFunction, await_attention, is_routed
+from compresskv.attention.routing import AttentionFunction, await_attention, expect_mask, is_routed
 from compresskv.attention.support import CANNOT
 from compresskv.errors import CacheStateError, ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
@@ -38,6 +38,16 @@ class RoutedLayer(DynamicLayer):
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """(columns, offset) of the mask over what is held and the new tokens.
+
+        Args:
+            query_length: new tokens, or their positions (transformers before 5.6).
+        """
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length)  # type: ignore[arg-type]
+        expect_mask(sizes[0])
+        return sizes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H_kv, T_new, D) and return all that are held.

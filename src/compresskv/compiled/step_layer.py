@@ -83,8 +83,8 @@ def check_ragged(config: Any, **kwargs: Any) -> None:
 
 
 def is_plain_sdpa(config: Any, **kwargs: Any) -> bool:
-    """Whether nothing but masks and the scaling shapes attention."""
-    return is_plain(**kwargs) and str(config._attn_implementation).endswith("sdpa")
+    """Whether nothing but masks and the scaling shapes attention, and sdpa computes it: for kernels, too, see there."""
+    return is_plain(**kwargs) and not str(config._attn_implementation).endswith("eager")
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
