@@ -192,7 +192,7 @@ def evaluate(
     presses = split_names(peers)
     own_settings = tuple(dict.fromkeys(setting for config in configs.values() for setting in config.own_settings))
     in_settings = own_settings if settings is None else parse_names("settings", settings, SETTINGS)
-    check_automatic(chosen, counts, in_settings)
+    check_automatic(named, counts, in_settings)
     request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
     if left_out:
         err.print(f"without --data: {', '.join(left_out)} left out")
