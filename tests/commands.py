@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from compresskv.cli import main
+from compresskv.cli import main, terminal
 
 
 class Result(NamedTuple):
@@ -19,8 +19,9 @@ class Result(NamedTuple):
 
 
 def runner(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], columns: int) -> Callable[..., Result]:
-    """A function that runs a command on a terminal of that width."""
+    """A function that runs a command on a terminal of that width, and on a machine that is never slow."""
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(terminal, "SILENCE_S", 1e6)  # else long work tells from time to time that it goes on
 
     def run(*args: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", ["compresskv", *map(str, args)])

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process, models that each test must leave as it found them, fewer combinations."""
 
+import gc
 import os
 import sys
 from collections import defaultdict
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from compresskv.compiled import decoding
 from pairs import covering_pairs
 
 torch.set_num_threads(1)
@@ -28,6 +30,22 @@ def _models_keep_their_attention() -> Iterator[None]:
         assert model.config._attn_implementation == attn_implementation
 
 
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled steps, shared by the workers of a run: what one has compiled, the others load."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packages"
+
+
+@pytest.fixture
+def stored_packages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Packages are kept for the whole run, and loaded anew by each test."""
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(packages))
+    decoding._loaded.clear()
+    yield
+    decoding._loaded.clear()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-combinations",
@@ -41,6 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--sweep", action="store_true", help="Collect tests/sweep, too.")
     parser.addoption("--write-models", action="store_true", help="Let the sweep renew docs/models.md.")
+
+
+def pytest_collection_finish() -> None:
+    """Whatever libraries and tests have imported stays: searching it for garbage took a seventh of the run."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

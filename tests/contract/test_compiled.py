@@ -1,10 +1,8 @@
 """Decoding by a compiled step gives what decoding without one gives, and stands aside where it cannot."""
 
 import copy
-import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +27,6 @@ from compresskv.compression import Compressing
 NUM_PROMPT = 70
 NUM_STEPS = ROOM + 6  # so that every layer needs new room once
 COMPILED = [("llama", "snapkv"), ("qwen2", "blend"), ("gemma3", "snapkv")]  # equal heads, ragged ones, sliding windows
-
-
-@pytest.fixture(scope="session")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared by the workers of a run: what one has compiled, the others load."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packages"
-
-
-@pytest.fixture
-def stored_packages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Packages are kept for the whole run, and loaded anew by each test."""
-    monkeypatch.setenv("COMPRESSKV_CACHE", str(packages))
-    decoding._loaded.clear()
-    yield
-    decoding._loaded.clear()
 
 
 def context(
@@ -75,6 +57,12 @@ def check_equal(model: PreTrainedModel, method: str, store: str = "native") -> N
             assert float((one - two).abs().mean()) < (1e-4 if store == "native" else 5e-3)
 
 
+def check_unpacks_nothing_first(model: PreTrainedModel) -> None:
+    (kinds,) = decoding._loaded[model]
+    program = package.package_folder(model, kinds) / "step.pt2"
+    assert b"aoti_torch_cpu_packed_attention" in program.read_bytes()
+
+
 def layers_of(model: PreTrainedModel) -> list[Any]:
     return DynamicCache(config=model.config).layers
 
@@ -100,13 +88,10 @@ def test_the_step_reads_what_is_packed(family: str, method: str, store: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stored_packages")
-@pytest.mark.parametrize(("family", "method", "store"), [("llama", "snapkv", "int4"), ("qwen2", "blend", "int4k8")])
-def test_compiled_with_packed_entries(family: str, method: str, store: str) -> None:
-    model = tiny.tiny_model(family)
-    check_equal(model, method, store)
-    (kinds,) = decoding._loaded[model]
-    program = package.package_folder(model, kinds) / "step.pt2"
-    assert b"aoti_torch_cpu_packed_attention" in program.read_bytes()  # what is packed is not unpacked first
+def test_compiled_with_packed_entries_in_ragged_heads() -> None:
+    model = tiny.tiny_model("qwen2")
+    check_equal(model, "blend", "int4k8")
+    check_unpacks_nothing_first(model)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -265,20 +250,23 @@ def test_weights_read_in_16_bits_are_the_same_weights(family: str, dtype: torch.
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stored_packages")
-def test_compiled_with_weights_read_in_16_bits() -> None:
+def test_compiled_with_weights_read_in_16_bits_and_packed_entries() -> None:
     model = tiny.build_model("llama").bfloat16().float()
     model.lm_head.weight = model.model.embed_tokens.weight
-    check_equal(model, "snapkv")
+    check_equal(model, "snapkv", "int4")
+    check_unpacks_nothing_first(model)
     (loaded,) = decoding._loaded[model].values()
     assert isinstance(loaded, package.Package)
-    read = [one for one in loaded._constants.values() if one.ndim == 2]
+    own = {name: one for name, one in loaded._constants.items() if not name.startswith("_tensor_constant")}
+    read = [one for one in own.values() if one.ndim == 2]
     assert {one.dtype for one in read} == {torch.bfloat16}  # the embedding's as well
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data += torch.linspace(-1, 1, weight.numel()).view(weight.shape).bfloat16()
     assert not loaded.fits(model)
     weight.data = weight.data.bfloat16().float()
-    check_equal(model, "snapkv")
+    check_equal(model, "snapkv", "int4")
 
 
 @pytest.mark.usefixtures("stored_packages")

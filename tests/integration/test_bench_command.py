@@ -81,10 +81,8 @@ def _check_rows(rows: list[dict[str, Any]]) -> None:
             assert row["prefill_ratio"] == row["decode_ratio"] == row["kv_ratio"] == 1
 
 
-def test_ways_of_decoding(
-    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path_factory.mktemp("cache")))
+@pytest.mark.usefixtures("stored_packages")
+def test_ways_of_decoding(call: Callable[..., Result]) -> None:
     ways = ["--lengths", "96", "--budgets", "64", "--methods", "snapkv", "--decode", "eager,compiled,int8"]
     rows = json.loads(call(*TINY, *ways, "--json").out)["rows"]
     assert [(row["method"], row["decode"]) for row in rows if row["length"] == 96] == [

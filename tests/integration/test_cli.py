@@ -350,8 +350,7 @@ class TestAsk:
 
         compiling = ["compile", "--model", "model", "--method", "snapkv", "--set", "window_size=4"]
         first = call(*compiling, "--json")
-        told = re.sub(r".* \(\d+ s\)\n", "", first.err)  # a slow machine says from time to time that it is at work
-        assert told == "compiling the decode step, once for this model: about a minute\n"
+        assert first.err == "compiling the decode step, once for this model: about a minute\n"
         built = json.loads(first.out)
         assert (built["method"], built["built"]) == ("snapkv[window_size=4]", True)
         assert built["not_compiled"] is None

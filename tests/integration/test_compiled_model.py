@@ -1,25 +1,24 @@
-"""The embedded model, decoded by a compiled step."""
-
-from pathlib import Path
+"""Real weights, decoded by a compiled step."""
 
 import pytest
 import torch
 
 import compresskv
 from compresskv.calibration.haystack import read_haystack
-from compresskv.compiled import decoding
+
+NUM_LAYERS = 5  # of 30, which would be compiled for minutes
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("embedded_model")
-def test_the_same_tokens_as_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("embedded_model", "stored_packages")
+def test_the_same_tokens_as_without() -> None:
     model, tokenizer = compresskv.load(dtype="float32")
-    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
-    decoding._loaded.clear()
+    model.model.layers = model.model.layers[:NUM_LAYERS]
+    model.config.num_hidden_layers = NUM_LAYERS
     prompt = tokenizer(" ".join(read_haystack()), return_tensors="pt", verbose=False).input_ids[:, :600]
     answers = []
     for compile in ("never", "always"):
-        with compresskv.compressing(model, budget=96, compile=compile) as cache:
+        with compresskv.compressing(model, "adakv", budget=96, compile=compile) as cache:
             answers.append(
                 model.generate(
                     prompt,

@@ -333,7 +333,8 @@ class TestInterrupt:
     ) -> None:
         code, out, err = self.interrupted(place, tmp_path / "run")
         assert code == 130
-        assert err == b"compresskv: interrupted\n"
+        told = [line for line in err.splitlines() if not line.endswith(b" s)")]  # a slow machine says it is at work
+        assert told == [b"compresskv: interrupted"]
         before = records(tmp_path / "run")
         assert len(before) - json.loads(out)["records"] in (0, 1)  # one may be on disk, but not counted yet
         assert 5 <= len(before) < 3 * self.NUM_CASES

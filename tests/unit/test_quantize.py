@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import compresskv
 import tiny
-from compresskv.compiled import decoding
+from compresskv.bench.subject import random_subject
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import load
 from compresskv.models.quantize import quantize_int8, weights_dtype
@@ -34,11 +34,11 @@ def nbytes(model: torch.nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
-def test_a_compiled_step_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path_factory.mktemp("cache")))
-    decoding._loaded.clear()
-    model, prompt = tiny.build_model("llama"), tiny.random_tokens(70)
-    quantize_int8(model)
+@pytest.mark.usefixtures("stored_packages")
+def test_a_compiled_step_reads_them() -> None:
+    """Of the model that `bench` measures in its test: one compiled step serves both."""
+    subject = random_subject("tiny", None, 100, dtype="float32", device="cpu")
+    model, prompt = subject.int8_model(), tiny.random_tokens(70)
     tokens = []
     for compile in ("never", "always"):
         with compresskv.compressing(model, "snapkv", 24, compile=compile) as cache:
