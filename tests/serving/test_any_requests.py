@@ -19,17 +19,11 @@ class Asked:
     budget: object
 
 
-@pytest.fixture(
-    params=[
-        "small",
-        "small_caching",
-        "small_async",
-        "small_chunks",
-        "small_chunks_async",
-        "small_answers",
-        "small_answers_async",
-    ]
-)
+ENGINES = ["small", "small_caching", "small_async", "small_chunks_async", "small_answers"]
+IN_OTHER_PAIRS = [pytest.param(name, marks=pytest.mark.slow) for name in ("small_chunks", "small_answers_async")]
+
+
+@pytest.fixture(params=[*ENGINES, *IN_OTHER_PAIRS])
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Without prefix caching, with it, where steps are scheduled ahead, where prompts are larger than the pool, and
     where what is generated is cut.
