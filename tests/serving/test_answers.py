@@ -80,3 +80,23 @@ def test_no_more_is_held_than_the_budget_and_an_interval(engine: Engine) -> None
 def test_what_is_kept_whole_is_not_cut_later(engine: Engine) -> None:
     assert len(engine.answers([PROMPTS[1]], max_tokens=60, budget="off")[0].tokens) == 60
     assert not engine.positions
+
+
+def test_a_preempted_answer_that_others_asked_about_is_cut_all_the_same(small_answers_async: Engine) -> None:
+    """Their prompt holds what it had said, so that the prefix cache has blocks beyond its cuts."""
+    engine = small_answers_async
+    (alone,) = engine.answers([PROMPTS[2]], max_tokens=NUM_TOKENS)
+    cuts = list(engine.positions)
+    engine.answers([[*PROMPTS[2], *alone.tokens]], max_tokens=1, budget="off")
+    engine.positions.clear()
+    engine.add(PROMPTS[2], NUM_TOKENS, "0")
+    num_steps, outputs = 0, []
+    while engine.llm.llm_engine.has_unfinished_requests():
+        outputs = engine.step()
+        num_steps += 1
+        if num_steps == 68:
+            engine.positions.clear()
+            engine.preempt(engine.scheduler.running[0])
+    engine.check_clean()
+    assert list(outputs[0].outputs[0].token_ids) == alone.tokens
+    assert engine.positions == cuts

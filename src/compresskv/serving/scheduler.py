@@ -127,13 +127,12 @@ class CompressedScheduler(Scheduler):
         return super().schedule(*args, **kwargs)
 
     def _get_local_prefix_cache_hit(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """Cached blocks of the prompt, up to the last chunk before its first cut: the window has to be computed."""
+        """Cached blocks, up to the last chunk before the request's first cut: the window has to be computed."""
         blocks, num_local, *others = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        if request.compresskv_specs:
-            first: EvictionSpec = request.compresskv_specs[0]
-            if num_local > (most := first.num_read - first.last_chunk):
-                num_local = most // self.block_size * self.block_size
-                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_local)
+        first = self._next_cut(request, 0)
+        if first is not None and num_local > (most := first.num_read - max(first.last_chunk, first.window_size)):
+            num_local = most // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_local)
         return blocks, num_local, *others
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
