@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskv import CacheStateError
+from compresskv.attention.routing import PlainAttention
 from compresskv.cache.stores import packed
 from compresskv.cache.stores.base import EVEN, Store
 from compresskv.cache.stores.dense import DenseStore
@@ -37,11 +38,12 @@ def _short_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
-    """Plain, by hand: (B, T, H_q, D)."""
+    """Plain, by hand: (B, T, H_q, D); without a mask, causal."""
     keys, values = (states.repeat_interleave(query.shape[1] // keys.shape[1], dim=1) for states in (keys, values))
     logits = query @ keys.transpose(2, 3)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+    if mask is None:
+        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - query.shape[2])
+    logits = logits.masked_fill(~mask, -torch.inf)
     return (logits.softmax(dim=-1) @ values).transpose(1, 2), None
 
 
@@ -128,7 +130,7 @@ class Run:
             return  # a query comes with its own key
         padding[:, :, :, : self.random.choice([0, 3])] = False
         for mask in (None, padding):
-            found = self.store.attend(attention, MODULE, query, mask)[0]
+            found = self.store.attend(PlainAttention(attention, 1.0), MODULE, query, mask)[0]
             expected = own.attend(attention, MODULE, query, mask)[0]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

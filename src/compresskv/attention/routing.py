@@ -29,6 +29,21 @@ from compresskv.models.shape import decoder_config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
+
+class PlainAttention:
+    """An attention function that nothing but `scaling`, the factor on dot products, makes different from the usual one.
+
+    Who holds keys in a form of his own may then compute it himself.
+    """
+
+    def __init__(self, function: AttentionFunction, scaling: float) -> None:
+        self._function, self.scaling = function, scaling
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As the function."""
+        return self._function(query, key, value, mask)
+
+
 _updated = threading.local()  # .layer: the Routed that this thread updated last and that awaits its attention
 _shared = threading.local()  # .pairs: weak references to keys that later layers attend to as well, and to their Routed
 
@@ -142,9 +157,10 @@ def _attention_forward(
             mask = additive_mask(mask, query, key)
         return function(module, query, key, value, mask, **kwargs)
 
+    given = PlainAttention(attention, scaling_of(query, kwargs.get("scaling"))) if plain else attention
     if is_own:
-        return layer.attend(attention, query, attention_mask, module=module, **kwargs)
-    return layer.attend_shared(attention, query, key, value, attention_mask, module=module)
+        return layer.attend(given, query, attention_mask, module=module, **kwargs)
+    return layer.attend_shared(given, query, key, value, attention_mask, module=module)
 
 
 def _take_over(layer: Routed, value: Tensor, mask: Tensor | None) -> None:

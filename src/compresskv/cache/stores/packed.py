@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.routing import AttentionFunction, PlainAttention
 from compresskv.cache.stores.base import EVEN, RAGGED, ROOM, Slots, Store, room_for_tokens
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.growing import Growing, reserve_token
+from compresskv.cache.stores.packed_reading import attend_to_codes
 from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.positions import Positions
 from compresskv.cache.stores.ragged import RaggedStore
@@ -116,10 +117,21 @@ class PackedStore(Store):
     def attend(
         self, attention: AttentionFunction, module: nn.Module, query: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Over the layer, unpacked for this call; what is turned is multiplied by turned queries."""
+        """Plain attention of one token reads codes; else the layer is unpacked for this call.
+
+        What is turned is multiplied by turned queries.
+        """
+        if isinstance(attention, PlainAttention) and self._reads_codes(query, mask):
+            keys, values = (growing.held for growing in self._tail)
+            return attend_to_codes(self._keys, self._values, (keys, values), query, attention.scaling), None
         query = self._keys.turned_queries(query)
         output, weights = self._opened(back=False).attend(attention, module, query, mask)
         return self._values.turned_output(output), weights
+
+    def _reads_codes(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether these queries are one token's, which sees all that is held, and need no gradient."""
+        needs_grad = torch.is_grad_enabled() and any(one.requires_grad for one in (query, self._tail[0].held))
+        return query.shape[2] == 1 and not needs_grad and self.held.cut_mask(mask, query) is None
 
     def _opened(self, *, back: bool) -> Store:
         """A store of the same, unpacked: turned as it is stored or, with `back`, as it was given."""

@@ -54,8 +54,8 @@ class PackedStates:
             return query
         states = query.float()
         if self.scale is not None:
-            groups = query.shape[1] // len(self.counts)
-            states = states * self.scale.float().repeat_interleave(groups, dim=1)[:, :, None]
+            by_head = states.unflatten(1, (len(self.counts), -1))
+            states = (by_head * self.scale.float()[:, :, None, None]).flatten(1, 2)
         return turned(states).to(query.dtype)
 
     def turned_output(self, output: Tensor) -> Tensor:

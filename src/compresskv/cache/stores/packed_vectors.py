@@ -58,10 +58,17 @@ class PackedVectors:
     def unpacked(self) -> Tensor:
         """(..., D) float32."""
         low, step = self.ranges.float().unbind(dim=-1)
-        codes = self.codes
-        if self.bits == 4:
-            codes = torch.cat([codes & 15, codes >> 4], dim=-1)
-        return torch.addcmul(low[..., None], codes.float(), step[..., None])
+        codes = torch.cat([self.codes & 15, self.codes >> 4], dim=-1) if self.bits == 4 else self.codes
+        return codes.float().mul_(step[..., None]).add_(low[..., None])  # faster than addcmul
+
+    def planes(self) -> list[Tensor]:
+        """Codes as float32, (..., D), or in 4 bits (..., D / 2) twice: of the first numbers, and of the others."""
+        return [self.codes.float()] if self.bits == 8 else [(self.codes & 15).float(), (self.codes >> 4).float()]
+
+    def by_head(self, num_heads: int) -> "PackedVectors":
+        """(B, heads, n, D) of (B, heads * n, D)."""
+        codes, ranges = (tensor.unflatten(1, (num_heads, -1)) for tensor in (self.codes, self.ranges))
+        return PackedVectors(codes, ranges, self.bits)
 
     def split(self, counts: list[int]) -> "list[PackedVectors]":
         """(B, n, D) of each count, views."""
