@@ -3,6 +3,8 @@
 import gc
 import os
 import sys
+import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from pairs import covering_pairs
 torch.set_num_threads(1)
 if sys.version_info < (3, 12):  # else setuptools replaces distutils, and tests that compile depend on those before them
     os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+
+_BEGAN = pytest.StashKey[float]()
 
 FEW_METHODS = ("full", "snapkv", "adakv", "compresskv", "blend", "knorm")
 """One of each kind: nothing is evicted; heads choose alone, equal numbers or others; layers differ, by a profile; all
@@ -57,6 +61,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Run contract tests with one method of each kind: for another transformers, which methods never see.",
     )
+    parser.addoption("--every", type=int, default=1, metavar="N", help="Run one of N tests, always the same.")
+    parser.addoption("--deadline", type=float, metavar="SECONDS", help="Begin no test after that time.")
     parser.addoption("--sweep", action="store_true", help="Collect tests/sweep, too.")
     parser.addoption("--write-models", action="store_true", help="Let the sweep renew docs/models.md.")
 
@@ -67,6 +73,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_BEGAN] = time.monotonic()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    deadline = item.config.getoption("--deadline")
+    if deadline is not None and time.monotonic() - item.config.stash[_BEGAN] > deadline:
+        item.session.shouldstop = "the deadline is over"
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return True if collection_path.name == "sweep" and not config.getoption("--sweep") else None
 
@@ -74,8 +91,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--few-methods"):
         _leave_out(config, items, _of_other_methods(items))
-    if config.getoption("--all-combinations"):
-        return
+    if not config.getoption("--all-combinations"):
+        _leave_out(config, items, _beyond_pairs(items))
+    if (every := config.getoption("--every")) > 1:
+        _leave_out(config, items, {item for item in items if zlib.crc32(item.nodeid.encode()) % every})
+
+
+def _beyond_pairs(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Tests of contracts whose every pair of values is in others, too."""
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if "contract" in item.path.parts and len(_parameters(item)) > 2:
@@ -84,7 +107,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for cases in tests.values():
         kept = covering_pairs([_parameters(item) for item in cases])
         left_out |= set(cases) - {cases[number] for number in kept}
-    _leave_out(config, items, left_out)
+    return left_out
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: set[pytest.Item]) -> None:

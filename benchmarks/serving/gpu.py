@@ -4,26 +4,18 @@ Each part is a process of its own, with a time limit: one that hangs, or that en
 are written as they come, and those that a file has are not asked for again.
 """
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.processes import Part, answer_part, run_part
 from benchmarks.serving import parts
 from benchmarks.serving.__main__ import common_settings
 from benchmarks.serving.results import Results
 from compresskv.cli.terminal import err
 from compresskv.system.interrupts import ended_once
-
-_LOG_TAIL = 2000  # characters of what a part that failed had to say
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -54,7 +46,7 @@ def check(
     for key in keys:
         if results.has(key | {"failed": None}):
             continue
-        row = _in_a_process(key | common | {"model": model}, limit)
+        row = run_part("benchmarks.serving.gpu", key | common | {"model": model}, limit)
         results.add(key, row)
         err.print(f"{key}: {row}")
     raise typer.Exit(0 if all(results.has(key | {"failed": None}) for key in keys) else 1)
@@ -63,38 +55,12 @@ def check(
 @app.command(hidden=True)
 def part(task: str, answer: Path) -> None:
     """One part, in a process of its own; its row goes to the file `answer`."""
-    given = json.loads(task)
-    answer.write_text(json.dumps(parts.PARTS[given["kind"]](given)), encoding="utf-8")
-    os._exit(0)  # an engine in the process may take its time to end
+    answer_part({kind: _telling_nothing(own) for kind, own in parts.PARTS.items()}, task, answer)
 
 
-def _in_a_process(task: dict[str, Any], limit_s: int) -> dict[str, Any]:
-    """The part's row: what it found, or how it failed."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        log, answer = Path(folder) / "log", Path(folder) / "answer"
-        command = [sys.executable, "-m", "benchmarks.serving.gpu", "part", json.dumps(task), str(answer)]
-        with log.open("wb") as said:
-            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-            try:
-                code = process.wait(timeout=limit_s)
-                failed = f"exit code {code}" if code else None
-            except subprocess.TimeoutExpired:
-                failed = f"no answer in {limit_s} s"
-            finally:
-                _end(process)
-        row = {"failed": failed, "part_s": round(time.perf_counter() - started, 1)}
-        if failed:
-            return row | {"log": log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]}
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return row | found
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End it with what it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _telling_nothing(own: Callable[[dict[str, Any]], dict[str, Any]]) -> Part:
+    """A part that tells all that it finds at its end."""
+    return lambda task, _: own(task)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import compresskv
+from benchmarks.processes import run_part
 from benchmarks.serving import __main__ as bench
 from benchmarks.serving import figure, gpu
 from benchmarks.serving.__main__ import app
@@ -197,6 +198,6 @@ def test_a_part_that_fails_leaves_a_row(tmp_path: Path, monkeypatch: pytest.Monk
     rows = Results(tmp_path / "rows.jsonl", None).rows
     assert [row["kind"] for row in rows] == ["starts", "tokens", "tokens", "load", "load"]
     assert {row["failed"] for row in rows} == {"no answer in 0 s"}
-    failed = gpu._in_a_process({"kind": "nothing"}, 60)
+    failed = run_part("benchmarks.serving.gpu", {"kind": "nothing"}, 60)
     assert failed["failed"] == "exit code 1"
     assert failed["log"].splitlines()[-1] == "KeyError: 'nothing'"

@@ -76,13 +76,14 @@ class RandomModel:
 
 
 def random_model(
-    name: str, num_layers: int | None, max_tokens: int, dtype: torch.dtype, device: torch.device
+    name: str, num_layers: int | None, max_tokens: int, dtype: torch.dtype, device: torch.device, *, whole: bool = False
 ) -> RandomModel:
     """Build one, with the same weights at every call: in eval mode, with sdpa attention.
 
     Args:
         num_layers: None is the geometry's own number, or as many as half of the available memory holds with caches.
         max_tokens: positions that it must have.
+        whole: build all layers, or as many as asked for, whatever memory is left for caches.
     Raises:
         ConfigError: an unknown geometry, fewer layers than 1, or more than fit.
         ModelError: it cannot be built.
@@ -90,7 +91,7 @@ def random_model(
     geometry = find_geometry(name)
     check_least("layers", num_layers)
     wanted = num_layers or geometry.num_hidden_layers
-    most = _layers_that_fit(geometry, max_tokens, dtype, device)
+    most = wanted if whole else _layers_that_fit(geometry, max_tokens, dtype, device)
     if most < (1 if num_layers is None else wanted):
         problem = (
             f"with {wanted} layers and caches of {max_tokens} tokens does not fit into half of the available memory, "

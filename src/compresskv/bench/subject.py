@@ -60,16 +60,24 @@ def real_subject(
 
 
 def random_subject(
-    geometry: str, num_layers: int | None, max_tokens: int, *, dtype: str | None, device: str | None
+    geometry: str,
+    num_layers: int | None,
+    max_tokens: int,
+    *,
+    dtype: str | None,
+    device: str | None,
+    whole: bool = False,
 ) -> Subject:
     """Random weights, which read random tokens. Without a dtype, bfloat16 where the device multiplies it, else float32.
 
+    Args:
+        num_layers, max_tokens, whole: as for `random_model`.
     Raises:
         ConfigError, ModelError: as for `random_model`.
     """
     place = torch_device(device)
     quick = torch.bfloat16 if multiplies(torch.bfloat16, place) else torch.float32
-    built = random_model(geometry, num_layers, max_tokens, torch_dtype(dtype) or quick, place)
+    built = random_model(geometry, num_layers, max_tokens, torch_dtype(dtype) or quick, place, whole=whole)
     notes = ["random weights and random tokens: for speed alone, methods choose without meaning"]
     return Subject(
         f"random {geometry}",
