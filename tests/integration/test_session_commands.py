@@ -91,9 +91,17 @@ def test_explain_shows_what_was_kept_of_a_document(place: Path, call: Callable[.
     assert "".join(texts[start:end]).replace(" ", "") == needle.replace(" ", "")
     assert kept["answer"] == ANSWER
     assert kept["retained_fraction"] == pytest.approx(0.25, abs=0.02)
+    attended = kept["attended"]
+    assert len(attended) == len(texts)
+    assert 0.5 < sum(attended) <= 1
+    before, after = told["prompt"]["document"]
+    mean = sum(attended[before:after]) / (after - before)
+    assert sum(attended[start:end]) / (end - start) > 5 * mean  # the answer is copied from there
     assert all(layer["retained"][-1] == layer["num_kv_heads"] for layer in kept["layers"])
     page = call("explain", "quarter.kvc", QUESTION, "--html", "kept.html", "--no-answer")
     assert page.out.strip() == str((place / "kept.html").resolve())
+    silent = call("explain", "quarter.kvc", QUESTION, "--json", "--no-answer")
+    assert json.loads(silent.out)["methods"][0]["attended"] is None
     refused(call("explain", "quarter.kvc", QUESTION, "--method", "snapkv"), "--method 'snapkv' has no place here")
 
 

@@ -16,6 +16,7 @@ import tiny
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.errors import ConfigError
+from compresskv.explain.kept import explain_session
 from compresskv.explain.page import retention_page
 from compresskv.explain.retention import (
     Explanation,
@@ -104,6 +105,33 @@ class TestRetention:
         assert (found.answer, found.kv_nbytes) == (wanted.answer, wanted.stats.kv_nbytes)
         assert found.retention.fraction == pytest.approx(wanted.stats.retained_fraction)
         assert explain(model, tokenizer, prompt, method, 40).answer is None
+
+
+class TestAttended:
+    def test_is_what_the_models_own_attention_says(self) -> None:
+        session = compresskv.read(tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(60), method="full")
+        report = explain_session(session, "w1 w2 w3", max_new_tokens=5)
+        answer = session.ask("w1 w2 w3", max_new_tokens=5).token_ids
+        prompt = [*session.token_ids, *session.tokens_of("w1 w2 w3")]
+        eager = tiny.tiny_model("llama", "eager")
+        with torch.no_grad():
+            output = eager(torch.tensor([[*prompt, *answer[:-1]]]), output_attentions=True)
+        rows = torch.stack(output.attentions)[:, 0, :, len(prompt) - 1 :, : len(prompt)]
+        expected = rows.mean(dim=(0, 1, 2)).tolist()
+        assert report.explanations[0].attended == pytest.approx(expected, abs=1e-5)
+
+    def test_what_was_evicted_has_none(self) -> None:
+        session = compresskv.read(
+            tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(60), method="adakv", budget=12
+        )
+        (found,) = explain_session(session, "w1 w2 w3", max_new_tokens=5).explanations
+        assert found.attended is not None
+        gone = [
+            not any(layer.counts[token] for layer in found.retention.layers) for token in range(len(found.attended))
+        ]
+        assert any(gone)
+        assert [share > 0 for share in found.attended] == [not one for one in gone]
+        assert explain_session(session, "w1 w2 w3").explanations[0].attended is None
 
 
 class TestTokenTexts:

@@ -44,6 +44,25 @@ class PlainAttention:
         return self._function(query, key, value, mask)
 
 
+Observe = Callable[..., object]
+_watched = threading.local()  # .observe: see `watching`
+
+
+@contextmanager
+def watching(observe: Observe) -> Iterator[None]:
+    """Let `observe(layer, query, **kwargs)` see each attention over a routed layer's own keys in this thread.
+
+    Args:
+        observe: is given the `Routed` after its attention, the queries (B, H_q, T_new, D) of the newest tokens, and
+            what the attention module gave to its attention function.
+    """
+    _watched.observe = observe
+    try:
+        yield
+    finally:
+        _watched.observe = None
+
+
 _updated = threading.local()  # .layer: the Routed that this thread updated last and that awaits its attention
 _shared = threading.local()  # .pairs: weak references to keys that later layers attend to as well, and to their Routed
 
@@ -159,7 +178,11 @@ def _attention_forward(
 
     given = PlainAttention(attention, scaling_of(query, kwargs.get("scaling"))) if plain else attention
     if is_own:
-        return layer.attend(given, query, attention_mask, module=module, **kwargs)
+        output = layer.attend(given, query, attention_mask, module=module, **kwargs)
+        observe: Observe | None = getattr(_watched, "observe", None)
+        if observe is not None:
+            observe(layer, query, **kwargs)
+        return output
     return layer.attend_shared(given, query, key, value, attention_mask, module=module)
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from compresskv.attention.routing import watching
+from compresskv.compiled.modes import NEVER
+from compresskv.explain.attended import Attended
 from compresskv.explain.retention import Explanation, Report, Retention, prompt_text, token_texts
 from compresskv.models.decoding import OnToken
 from compresskv.prompts.turns import document_start
@@ -16,7 +19,8 @@ def explain_session(
     max_new_tokens: int = 0,
     on_token: OnToken | None = None,
 ) -> Report:
-    """Note what each layer kept of the document, and answer where `max_new_tokens` is above 0.
+    """Note what each layer kept of the document; where `max_new_tokens` is above 0, answer, and note to what the
+    answer's tokens attended.
 
     Args:
         evidence: texts of the document to mark.
@@ -27,9 +31,13 @@ def explain_session(
     facts, tokenizer = session.facts, session.tokenizer
     asked = session.tokens_of(question)
     token_ids = [*session.token_ids, *asked]
-    answer = None
+    answer = attended = None
     if max_new_tokens > 0:
-        answer = session.ask(question, max_new_tokens=max_new_tokens, on_token=on_token).answer
+        attention = Attended(len(token_ids))
+        with watching(attention):  # a compiled step would not be seen
+            found = session.ask(question, max_new_tokens=max_new_tokens, compile=NEVER, on_token=on_token)
+        answer = found.answer
+        attended = attention.shares
     explanation = Explanation(
         facts.method,
         facts.budget,
@@ -38,6 +46,7 @@ def explain_session(
         facts.kv_nbytes,
         answer,
         facts.store,
+        attended=attended,
     )
     document = "".join(token_texts(tokenizer, session.token_ids))[document_start(tokenizer) :]
     text = prompt_text(tokenizer, token_ids, document, question, evidence)

@@ -34,7 +34,7 @@ function unpack(method) {
   return { ...method, views: [all, ...views] };
 }
 const methods = data.methods.map(unpack);
-const state = { method: 0, view: 0, focus: 0 };
+const state = { method: 0, view: 0, focus: 0, attended: false };
 const view = () => methods[state.method].views[state.view];
 
 // Cells: one token, or the tokens that make up one character.
@@ -87,10 +87,17 @@ function shareOf(shown, cell) {
 // What is kept anywhere has a shade: only 0 is blank. Shares are sums in Float32, so 1 can be a little more or less.
 const levelOf = (share) => (share <= 1e-6 ? 0 : Math.min(NUM_LEVELS, Math.max(1, Math.ceil(share * NUM_LEVELS - 1e-5))));
 
+// What the answer's tokens attended to: relative to the most of any token of the document or the question, as a root, so
+// that little is seen, too. The first and the special tokens take much from every answer, and are no measure.
+const attention = (cell) => sum(methods[state.method].attended.slice(cell.start, cell.end));
+const isText = (cell) => ["document", "question"].includes(partOf(cell.start));
+const mostAttended = () => Math.max(...cells.filter(isText).map(attention), 1e-9);
+
 function shade() {
   const shown = view();
+  const most = state.attended ? mostAttended() : 1;
   for (const cell of cells) {
-    const level = levelOf(shareOf(shown, cell));
+    const level = levelOf(state.attended ? Math.sqrt(attention(cell) / most) : shareOf(shown, cell));
     if (level !== cell.level) {
       cell.level = level;
       cell.element.className = level ? `${cell.base} s${level}` : cell.base;
@@ -170,6 +177,8 @@ function showState() {
   at("layer").value = state.view;
   at("layer").setAttribute("aria-valuetext", nameOf(shown));
   at("all").disabled = isAll;
+  at("attended").hidden = !methods[state.method].attended;
+  at("attended").setAttribute("aria-pressed", state.attended);
   [...at("strip").children].forEach((bar, index) => bar.classList.toggle("on", index === state.view));
   [...at("methods").children].forEach((tab, index) => {
     tab.setAttribute("aria-selected", index === state.method);
@@ -181,8 +190,9 @@ function showLegend() {
   const scale = make("span", "scale");
   for (let level = 0; level <= NUM_LEVELS; level += 1) scale.append(make("i", level ? `s${level}` : ""));
   const shares = make("span");
-  const what = view().layer === null ? "100% of layers and KV heads" : "100% of this layer's KV heads";
-  shares.append("evicted", scale, what);
+  const kept = view().layer === null ? "100% of layers and KV heads" : "100% of this layer's KV heads";
+  const ends = state.attended ? ["no attention", `${percent(mostAttended())} of the answer's attention`] : ["evicted", kept];
+  shares.append(ends[0], scale, ends[1]);
   const most = Math.max(...methods[state.method].views.map((shown) => shown.kept));
   const items = [shares, make("span", "bars", `bars: tokens each layer keeps, at most ${number(most)}`)];
   for (const [used, name, text] of [[evidence.length, "key-e", "evidence"], [special.size, "key-x", "special token"]]) {
@@ -194,7 +204,8 @@ function showLegend() {
   at("legend").replaceChildren(...items);
 }
 
-function select({ method = state.method, view: index = state.view }) {
+function select({ method = state.method, view: index = state.view, attended = state.attended }) {
+  state.attended = attended && methods[method].attended !== null;
   const changesMethod = method !== state.method || !at("strip").children.length;
   state.method = method;
   state.view = Math.min(index, methods[method].views.length - 1);
@@ -229,7 +240,11 @@ function describe(cell) {
   const part = isEvidence.has(cell.start) ? "evidence" : partOf(cell.start);
   const where = `${place} of ${number(prompt.texts.length)}, ${part}`;
   const verdict = `Kept in ${kept} of ${layers.length} layers${state.view ? inThis : ""}`;
-  return [head, make("div", "where", where), make("div", "", verdict), strip];
+  const parts = [head, make("div", "where", where), make("div", "", verdict), strip];
+  if (methods[state.method].attended) {
+    parts.push(make("div", "", `${percent(attention(cell))} of the attention of the answer's tokens`));
+  }
+  return parts;
 }
 
 function showTip(cell) {
@@ -276,6 +291,7 @@ function listen() {
   });
   window.addEventListener("scroll", () => { if (!text.contains(document.activeElement)) hideTip(); });
   at("layer").addEventListener("input", (event) => select({ view: Number(event.target.value) }));
+  at("attended").addEventListener("click", () => select({ attended: !state.attended }));
   at("all").addEventListener("click", () => { select({ view: 0 }); at("layer").focus(); });
 }
 

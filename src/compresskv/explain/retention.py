@@ -118,6 +118,8 @@ class Explanation:
     """In how many bits a number it is held; see `compressing`."""
     auto: AutoChoice | None = None
     """How much was kept and why, where the budget is 'auto'."""
+    attended: tuple[float, ...] | None = None
+    """Of each prompt token, its mean share in the attention of the answer's tokens; None where that was not noted."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -134,6 +136,7 @@ class Explanation:
             "kv_nbytes_full": self.kv_nbytes_full,
             "kv_nbytes": self.kv_nbytes,
             "answer": self.answer,
+            "attended": None if self.attended is None else [round(share, 6) for share in self.attended],
             "layers": layers,
         }
 
