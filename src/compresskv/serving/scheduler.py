@@ -57,6 +57,7 @@ class CompressedScheduler(Scheduler):
             request.compresskv_specs = self._decide(request)
             request.compresskv_decodes = self._decide_decoding(request)
             request.compresskv_next = None
+            request.compresskv_quiet = (0, 0)  # running, it has nothing to wait for between so many tokens
             self._limit_answer(request)
         super().add_request(request)
 
@@ -141,13 +142,17 @@ class CompressedScheduler(Scheduler):
         Returns: tokens to read in this step; 0 where the window does not fit any more, so that the request waits.
         """
         num_new: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if request.compresskv_quiet[0] <= request.num_computed_tokens < request.compresskv_quiet[1] - num_new:
+            return num_new
         spec = self._next_cut(request, num_computed_tokens)
-        if spec is None:
+        is_running, first_observed = request.num_computed_tokens > 0, math.inf
+        if spec is not None and spec.generated:
+            first_observed = spec.num_read - spec.window_size
+        if spec is None or (spec.generated and is_running and num_computed_tokens + num_new <= first_observed):
+            if is_running:
+                request.compresskv_quiet = (num_computed_tokens, first_observed + 1)
             return num_new
         num_left = spec.num_read - num_computed_tokens
-        is_running = request.request_id in self._manager.req_to_blocks
-        if spec.generated and is_running and num_new <= num_left - spec.window_size:  # nearly always
-            return num_new
         ends = num_new >= num_left and self._may_end(spec)
         self._manager.prepare(request.request_id, spec if ends else None, self._most_tokens(request))
         if ends:
