@@ -120,6 +120,37 @@ def test_the_evidence_stands_in_a_prompt_that_fills_its_length(subset: str, toke
         assert 0 <= unused < 610, "another sentence, line or word would have fitted"
 
 
+@pytest.mark.parametrize(
+    ("subset", "wording"),
+    [
+        (
+            "niah_single_3",
+            "A special magic uuid is hidden within the following text. Make sure to memorize it. I will quiz you about "
+            "the uuid afterwards.\n{context}\nWhat is the special magic uuid for {query} mentioned in the provided "
+            "text? The special magic uuid for {query} mentioned in the provided text is",
+        ),
+        (
+            "niah_multiquery",
+            "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz "
+            "you about the numbers afterwards.\n{context}\nWhat are all the special magic numbers for {query} "
+            "mentioned in the provided text? The special magic numbers for {query} mentioned in the provided text are",
+        ),
+        (
+            "frequent_words",
+            "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+            "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+            "What are the three most frequently appeared words in the above coded text? Answer: According to the coded "
+            "text above, the three most frequently appeared words are:",
+        ),
+    ],
+)
+def test_the_wording_is_rulers(subset: str, wording: str) -> None:
+    example = examples(subset, limit=1)[0]
+    query = max(re.findall(r" for (.*?) mentioned in", example.suffix), default="", key=len)
+    assert all(key in query for _, key, _ in NEEDLE.findall(example.context))
+    assert example.prompt == wording.format(context=example.context, query=query)
+
+
 def test_needles_stand_at_many_depths() -> None:
     starts = [
         example.evidence[0][0] / len(example.prompt) for example in examples(*MAGIC[:3], lengths=(6000,), limit=8)
