@@ -22,7 +22,7 @@ SUITES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "depths": (10.0, 50.0, 90.0),
             "limit": 2,
         },
-        "ruler": {"lengths": (1536,), "limit": 4},
+        "ruler": {"lengths": (1536,), "limit": 3},
         "instructions": {"lengths": (1024,), "limit": 6, "max_new_tokens": 96},
         "questions": {"lengths": (1024,), "limit": 3},
         "longbench": _DATA,
