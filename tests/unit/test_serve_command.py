@@ -226,3 +226,12 @@ def test_prompts_that_are_cut_while_they_are_read(
     error = run(str(tmp_path), "--chunk-budget", "8")
     assert isinstance(error, ConfigError)
     assert "--chunk-budget 8 must be at least 32" in str(error)
+
+
+def test_what_is_said_of_answers(started: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for budget, said in (("100%", "kept whole, except"), ("256", "cut to 256 tokens")):
+        result = CliRunner().invoke(app, ["serve", str(tmp_path), "--budget", budget, "--decode-budget", "300"])
+        line = " ".join(result.output.split())
+        assert said in line
+        assert "after each 128 tokens of an answer, all is cut to 300" in line
+    assert isinstance(run(str(tmp_path), "--decode-method", "snapkv", "--decode-budget", "300"), ConfigError)

@@ -235,14 +235,16 @@ def _what_happens(environment: dict[str, str]) -> str:
     elif chosen.budget < 1:
         kept = f"{100 * chosen.budget:.3g}% of its tokens"
     else:
-        return "with prompts kept whole, except where a request gives a budget of its own"
+        kept = ""
+    answers = ""
+    if chosen.decode is not None:
+        answers = f"; after each {chosen.decode.interval} tokens of an answer, all is cut to {chosen.decode.budget}"
+    if not kept:
+        return f"with prompts kept whole, except where a request gives a budget of its own{answers}"
     if chosen.chunks is not None:
         kept += f" (and to {chosen.chunks.budget} after each {chosen.chunks.tokens} while it is read)"
-    answers = "answers are kept"
-    if chosen.decode is not None:
-        answers = f"after each {chosen.decode.interval} tokens of an answer, all is cut to {chosen.decode.budget}"
     return (
-        f"with each prompt cut to {kept} once it has been read, and its other blocks freed; {answers}; prompts within "
+        f"with each prompt cut to {kept} once it has been read, and its other blocks freed{answers}; prompts within "
         "the budget, or of requests that say 'off', are kept whole, and others for reasons that the log and the "
         "metrics tell"
     )
