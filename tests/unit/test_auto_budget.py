@@ -236,12 +236,18 @@ class TestVerbs:
     def test_what_the_curve_says_is_what_counts(
         self, model: PreTrainedModel, profile: Profile, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        low = read(model, profile, "auto").auto_choices[0]
+        loss = read(model, profile, "auto[max_loss=1e-9,at_most=200]").auto_choices[0].predicted_loss
+        budget = f"auto[max_loss={loss}]"
+        low = read(model, profile, budget).auto_choices[0]
         kind = methods()["blend"]
         general = kind.general_loss
         assert general is not None
-        monkeypatch.setattr(kind, "general_loss", replace(general, scale=100 * general.scale))
-        assert read(model, profile, "auto").auto_choices[0].tokens > low.tokens
+        own = replace(profile, loss_curves={"blend": (4 * general.scale, general.power)})
+        high = read(model, own, budget).auto_choices[0]
+        assert high.tokens > low.tokens
+        assert high.predicted_loss == pytest.approx(4 * general.loss(high.uncovered))
+        monkeypatch.setattr(kind, "general_loss", replace(general, scale=4 * general.scale))
+        assert read(model, profile, budget).auto_choices[0] == high
 
     @pytest.mark.parametrize("store", ["int8", "int4"])
     def test_stores_of_fewer_bits(self, model: PreTrainedModel, profile: Profile, store: str) -> None:

@@ -45,7 +45,7 @@ class Blend(CAKE):
     source = "this project"
     needs_profile = True
     ours = True
-    general_loss = LossCurve(scale=290.0, power=3.25)
+    general_loss = LossCurve(scale=90.0, power=2.0)
     limits = ranges(
         vote_kernel_size=Range(1, odd=True),
         vote_weight=Range(0),
