@@ -154,6 +154,13 @@ def test_a_file_that_is_no_profile(content: bytes, tmp_path: Path) -> None:
     _assert_refused(path)
 
 
+def test_a_profile_without_curves_is_what_it_was_before_there_were_any() -> None:
+    bare = replace(PROFILE, loss_curves={})
+    assert "loss_curves" not in bare.to_dict()
+    assert Profile.from_dict(bare.to_dict()) == bare
+    assert bare.digest != PROFILE.digest
+
+
 def test_no_file_or_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="no such file"):
         read_profile(tmp_path / "none.json")

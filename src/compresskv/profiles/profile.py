@@ -205,6 +205,8 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
         own = json.loads(json.dumps(asdict(self), default=structs.asdict))
+        if not self.loss_curves:  # so that files and digests of older releases stay as they are
+            del own["loss_curves"]
         return {
             "format": FORMAT,
             "version": VERSION,
