@@ -27,7 +27,8 @@ from compresskv.profiles.profile import Profile, l1_normalised
 from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.select import EMPTY_SLOT
 
-DEVICE = torch.device(os.environ.get("COMPRESSKV_TEST_DEVICE", "cpu"))
+DEVICE_VARIABLE = "COMPRESSKV_TEST_DEVICE"
+DEVICE = torch.device(os.environ.get(DEVICE_VARIABLE, "cpu"))
 """Where the tests of contracts run."""
 VOCAB_SIZE = 128
 PAD = 0
