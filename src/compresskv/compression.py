@@ -1,6 +1,7 @@
 """The `compressing` context: any transformers model, three lines."""
 
 import warnings
+import weakref
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
                 stack.enter_context(compiled)
             entry = _Entry(stack.pop_all(), cache, compiled)
         self._open.append(entry)
-        _entered.set((*_entered.get(), entry))
+        _entered.set((*_entered.get(), weakref.ref(entry)))
         return cache
 
     def __exit__(
@@ -81,7 +82,7 @@ class Compressing(AbstractContextManager[CompressedCache]):
         """Give the model its own attention back."""
         entry = self._last_entry()
         self._open.remove(entry)
-        _entered.set(tuple(other for other in _entered.get() if other is not entry))
+        _entered.set(tuple(known for known in _entered.get() if known() not in (entry, None)))
         entry.stack.close()
         layer = entry.cache.compressed_layers[0]
         if kind is None and layer.in_prefill and 0 < layer.seen_tokens < layer.num_prompt_tokens:
@@ -90,7 +91,8 @@ class Compressing(AbstractContextManager[CompressedCache]):
 
     def _last_entry(self) -> "_Entry":
         """The last one of this thread and asyncio task that is open; of any, where it was entered in another."""
-        own = [entry for entry in _entered.get() if entry in self._open]
+        entered = [known() for known in _entered.get()]
+        own = [entry for entry in entered if entry is not None and entry in self._open]
         return (own or self._open)[-1]
 
     def prepare_decoding(self) -> None:
@@ -106,8 +108,9 @@ class _Entry:
     compiled: CompiledDecoding | None
 
 
-_entered: ContextVar[tuple[_Entry, ...]] = ContextVar("_entered", default=())
-"""What this thread, or asyncio task, has entered, of all `Compressing` objects."""
+_entered: ContextVar[tuple[weakref.ref[_Entry], ...]] = ContextVar("_entered", default=())
+"""What this thread, or asyncio task, has entered, of all `Compressing` objects. Copies of it, which tasks keep that
+were begun inside, hold no cache."""
 
 
 def compressing(

@@ -1,8 +1,11 @@
 """Caches do not see each other, and a model is left as it was found: in nested contexts, after errors, in threads."""
 
+import contextvars
 import copy
+import gc
 import queue
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -288,3 +291,21 @@ def test_gradients_reach_through_several_steps(model: PreTrainedModel, method: s
     gradients = [weight.grad for weight in model.parameters()]
     model.zero_grad()
     assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
+
+
+def test_a_task_that_was_begun_inside_holds_no_cache() -> None:
+    model = tiny.tiny_model("llama")
+    with compresskv.compressing(model, "snapkv", 12) as cache:
+        tiny.read(model, cache, tiny.random_tokens(60), [60])
+        task = contextvars.copy_context()
+    held = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert held() is None
+
+    def go_on() -> int:
+        with compresskv.compressing(model, "snapkv", 12) as another:
+            tiny.read(model, another, tiny.random_tokens(60), [60])
+            return another.compressed_layers[0].num_retained
+
+    assert task.run(go_on) == 12

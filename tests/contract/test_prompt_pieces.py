@@ -53,6 +53,18 @@ def read(model_name: str, method: str, memory: int | str | None, mask: Tensor | 
         return tiny.read(model, cache, sequence, STEPS, mask), cache
 
 
+@pytest.mark.parametrize("asked", ["by the call", "by the config"])
+def test_a_prompt_whose_attention_is_asked_for_is_read_at_once(asked: str) -> None:
+    model, prompt = tiny.build_model("llama", "eager"), tiny.random_tokens(NUM_PROMPT)
+    given = {"output_attentions": True} if asked == "by the call" else {}
+    model.config.output_attentions = not given
+    with compresskv.compressing(model, "snapkv", 24) as cache:
+        found = model(prompt, past_key_values=cache, **given).attentions
+    assert [one.shape[-2:] for one in found] == [(NUM_PROMPT, NUM_PROMPT)] * 4
+    for one, expected in zip(found, model(prompt, **given).attentions, strict=True):
+        torch.testing.assert_close(one, expected)
+
+
 @pytest.mark.parametrize("padding", [0, 13])
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("model", MODELS)

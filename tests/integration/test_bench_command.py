@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from commands import Result, runner
-from compresskv.bench import limits, peers, run, stored
+from compresskv.bench import limits, peers, rounds, run, stored
 from compresskv.bench.config import BenchConfig, stages
 from compresskv.bench.engine import measure_engine
 from compresskv.bench.peers import BenchRequest, find_peer, measure_peer
@@ -177,7 +177,7 @@ def test_interrupts_in_a_row_lose_nothing_and_the_run_goes_on(
     lengths: list[int] = []
     interrupting = True
 
-    def rounds(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
+    def measured(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
         lengths.append(input_ids.shape[1])
         if input_ids.shape[1] == 200 and interrupting:
             signal.raise_signal(signal.SIGINT)
@@ -188,7 +188,7 @@ def test_interrupts_in_a_row_lose_nothing_and_the_run_goes_on(
             signal.raise_signal(signal.SIGINT)
         return own_result(stored)
 
-    monkeypatch.setattr(run, "run_rounds", rounds)
+    monkeypatch.setattr(run, "run_rounds", measured)
     monkeypatch.setattr(StoredRun, "result", result)
     path = tmp_path / "new" / "run.json"
     command = [*QUICK, "-o", path, "--json"]
@@ -215,18 +215,42 @@ def test_interrupts_in_a_row_lose_nothing_and_the_run_goes_on(
     assert lengths == [96, 200]
 
 
+def test_rounds_before_an_interrupt_are_shown_and_measured_again(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own, begun = rounds._round, list[int]()
+
+    def one(*args: Any) -> Any:
+        begun.append(1)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    monkeypatch.setattr(rounds, "_round", one)
+    path = tmp_path / "run.json"
+    command = [*TINY, "--lengths", "96", "--budgets", "full", "-o", path, "--json"]
+    ended = call(*command)
+    assert ended.code == 130
+    half = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert json.loads(ended.out)["rows"] == half
+    assert {len(row["rounds"]) for row in half} == {1}
+    whole = json.loads(call(*command).out)["rows"]
+    assert {len(row["rounds"]) for row in whole} == {2}
+    assert len(begun) == 4
+
+
 def test_another_run_s_figures_are_not_taken_over(
     call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     own, lengths = run.run_rounds, list[int]()
 
-    def rounds(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
+    def measured(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
         lengths.append(input_ids.shape[1])
         if len(lengths) == 2:
             raise KeyboardInterrupt
         return own(model, input_ids, *args, **options)
 
-    monkeypatch.setattr(run, "run_rounds", rounds)
+    monkeypatch.setattr(run, "run_rounds", measured)
     path = tmp_path / "run.json"
     assert call(*QUICK, "-o", path).code == 130
     assert "going on" not in call(*QUICK, "--repeats", "1", "-o", path).err

@@ -288,7 +288,7 @@ def test_the_mean_is_over_runs_that_succeeded() -> None:
     ],
 )
 def test_recall_of_the_needles_words(answer: str, recall: float) -> None:
-    assert rouge_1_recall("The key is under the stone.", answer) == pytest.approx(recall)
+    assert rouge_1_recall(answer, "The key is under the stone.") == pytest.approx(recall)
 
 
 # Layer errors ------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from compresskv.errors import first_line
 
 _told: set[tuple[str, str]] = set()
 """Of which implementations was said what they do not read."""
-_failed: set[str] = set()
-"""Those that raised an error: PyTorch cannot compile flex_attention for some shapes, others want half precision."""
+_failed: set[tuple[object, ...]] = set()
+"""Those that raised, for a kind of module, shape and dtype: PyTorch cannot compile flex_attention for some shapes,
+others want half precision."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Kernel:
             mask: over tokens; None where nothing is masked but the future.
         """
         num_new, num_seen = query.shape[2], keys.shape[2]
-        if num_new == 1 or self.base in _failed:
+        use = (self.base, type(module), query.dtype, query.shape[1], *keys.shape[1::2])
+        if num_new == 1 or use in _failed:
             return None
         if mask is not None:
             self._tell("is not used where tokens are hidden (padding, or what was evicted)")
@@ -64,7 +66,7 @@ class Kernel:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a kernel, or what compiles it, raises
-            _failed.add(self.base)
+            _failed.add(use)
             self._tell(f"failed here ({type(error).__name__}: {first_line(error)})")
             return None
         return output

@@ -155,6 +155,7 @@ def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     is_ours = hasattr(cache, "piece_tokens")
     seen = cache.get_seq_length() if is_ours else None
     wanted = is_ours and cache.piece_tokens is not None and not torch.is_grad_enabled()
+    wanted = wanted and not _returns_of_parts(forward, kwargs)
     before, _reading.cache = _cache(), cache if wanted else None
     try:
         output = forward(*args, **kwargs)
@@ -163,6 +164,15 @@ def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if is_ours and cache.get_seq_length() == seen:
         raise ModelError("the model read without the cache that it was given, as in training with checkpointing")
     return output
+
+
+def _returns_of_parts(forward: Callable[..., Any], given: dict[str, Any]) -> bool:
+    """Whether a decoder is to return what parts of its layers compute: of a part that is called piece by piece, that
+    would be as many tensors."""
+    config = getattr(getattr(forward, "__self__", None), "config", None)
+    return any(
+        given.get(name) or getattr(config, name, False) for name in ("output_attentions", "output_router_logits")
+    )
 
 
 def _chunk_ends(cache: Any, input_ids: Any = None, inputs_embeds: Any = None, **_: Any) -> list[int]:

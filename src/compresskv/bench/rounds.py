@@ -37,6 +37,7 @@ def run_rounds(
     num_rounds: int,
     num_new_tokens: int,
     on_step: Callable[[], None],
+    on_round: Callable[[list[list[Sample]]], None] = lambda _: None,
 ) -> list[list[Sample]]:
     """Measure the contenders on the prompt (1, T); each reads it in every round, and decodes in turns with the others.
 
@@ -45,6 +46,7 @@ def run_rounds(
     Args:
         num_new_tokens: to be generated after each prompt, the first one included.
         on_step: called after each prefill.
+        on_round: called after each round with what is returned if it was the last.
     Returns: for each contender, a sample of each round.
     """
     for contender in contenders:
@@ -56,6 +58,7 @@ def run_rounds(
             places.reverse()
         for place, sample in _round(model, input_ids, contenders, places, num_new_tokens, on_step).items():
             samples[place].append(sample)
+        on_round(samples)
     return samples
 
 

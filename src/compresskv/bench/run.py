@@ -41,7 +41,7 @@ class Bench:
         """Measure the stages, each in rounds; those whose rows are there are passed over.
 
         Args:
-            on_rows: called when a stage's rows are there.
+            on_rows: called when a stage's rows are there, those of its first round, too.
         Raises:
             ModelError: out of memory.
         """
@@ -60,20 +60,23 @@ class Bench:
                 progress(f"{length:,} tokens", min(done, 1.0))
 
             progress(f"{stage.length:,} tokens", done)
+            before = self.rows
+
+            def on_round(samples: list[list[Sample]], stage: Stage = stage, before: list[Row] = before) -> None:
+                self.rows = [*before, *self._rows(stage, samples, engine)]
+                self._note_reasons()
+                on_rows()
+
             with _memory_explained(stage.length):
-                samples = run_rounds(
+                run_rounds(
                     self.subject.model,
                     self._tokens[:, : stage.length],
                     stage.contenders,
                     num_rounds=self.config.repeats,
                     num_new_tokens=self.config.new_tokens,
                     on_step=on_step,
+                    on_round=on_round,
                 )
-            self.rows += self._rows(stage, samples, engine)
-            reasons = {row.not_compiled for row in self.rows if row.not_compiled}
-            notes = [f"not compiled, so generated eagerly: {reason}" for reason in sorted(reasons)]
-            self.subject.notes += [note for note in notes if note not in self.subject.notes]
-            on_rows()
         self._note_limits()
 
     def take_over(self, rows: Sequence[Row], limits: Limits, notes: Sequence[str], stages: Sequence[Stage]) -> int:
@@ -90,12 +93,18 @@ class Bench:
         return len(measured)
 
     def _is_measured(self, stage: Stage, rows: Sequence[Row], engine: str = "compresskv") -> bool:
-        there = {(row.engine, row.method, row.decode, row.budget) for row in rows if row.length == stage.length}
+        whole = (row for row in rows if row.length == stage.length and len(row.rounds) == self.config.repeats)
+        there = {(row.engine, row.method, row.decode, row.budget) for row in whole}
         return all(
             (_engine(one, engine), one.method, one.decode, one.budget) in there
             for one in stage.contenders
             if one.max_prompt is None
         )
+
+    def _note_reasons(self) -> None:
+        reasons = {row.not_compiled for row in self.rows if row.not_compiled}
+        notes = [f"not compiled, so generated eagerly: {reason}" for reason in sorted(reasons)]
+        self.subject.notes += [note for note in notes if note not in self.subject.notes]
 
     def _work(self, stage: Stage) -> float:
         """In proportion to a stage's seconds, roughly."""

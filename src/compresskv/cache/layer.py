@@ -11,11 +11,11 @@ from compresskv.attention.routing import AttentionFunction
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.held import HeldOf
-from compresskv.cache.masks import valid_keys
 from compresskv.cache.part import Part, PartOf
 from compresskv.cache.stored import StoredLayer
 from compresskv.cache.stores.base import Store
 from compresskv.cache.stores.dense import DenseStore
+from compresskv.cache.stores.masks import valid_keys
 from compresskv.cache.stores.retain import retained
 from compresskv.cache.window import QueryWindow
 from compresskv.errors import CacheStateError, PromptError

@@ -6,25 +6,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compresskv.cache.stores.base import Store
+from compresskv.cache.held import Holding
 from compresskv.selection.select import EMPTY_SLOT
 
 _NUM_SINKS = 4
 """First tokens that outlast others where nothing is known of a document's tokens but their places."""
 
 
-class Holding(Protocol):
+class Remembering(Holding, Protocol):
     """A cache layer as a part sees it."""
 
-    store: Store | None
     strengths: Tensor | None
     """(B, 1 or H_kv, R) uint8: see `Part`."""
-
-    def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
-        """See `Retaining`."""
-
-    def hold(self, tokens: Tensor) -> None:
-        """See `Retaining`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Part:
 class PartOf:
     """A layer to whoever cuts one part of it; see `Retaining`. Tokens count from the part's beginning."""
 
-    layer: Holding
+    layer: Remembering
     part: Part
     window_size: int
     """The part's last tokens, which were kept whatever their scores."""

@@ -121,7 +121,7 @@ class Measurement:
                 layer.start(question.span)
             tokens = self._answer(question.suffix, branch)
             answer = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-            recall = rouge_1_recall(needle.needle, answer)
+            recall = rouge_1_recall(answer, needle.needle)
             semantic, traditional = _scores(branch.routed, prefix + question.suffix, question.span, tokens)
             yield (
                 key,

@@ -3,7 +3,7 @@
 from rouge import Rouge
 
 
-def rouge_1_recall(reference: str, answer: str) -> float:
+def rouge_1_recall(answer: str, reference: str) -> float:
     """Share of the reference's words that the answer holds, case aside."""
     texts = [" ".join(words(text)) for text in (answer, reference)]
     return float(Rouge(metrics=["rouge-1"]).get_scores(*texts)[0]["rouge-1"]["r"]) if all(texts) else 0.0

@@ -176,7 +176,7 @@ def _answered(
                 masked = [[head for layer_idx, head in heads if layer_idx == layer.layer_idx] for heads in rows]
                 layer.mask_heads(masked, config.num_attention_heads)
             answers += _answers(model, tokenizer, question.suffix, branch, len(rows), max_new_tokens)
-        yield [rouge_1_recall(needle.news, answer) > SUCCESS_RECALL for answer in answers]
+        yield [rouge_1_recall(answer, needle.news) > SUCCESS_RECALL for answer in answers]
 
 
 @torch.no_grad()

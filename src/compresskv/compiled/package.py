@@ -115,7 +115,7 @@ def package_folder(model: PreTrainedModel, kinds: tuple[str, ...]) -> Path:
         [torch.__version__, transformers.__version__, platform.python_version(), __version__],
         [platform.machine(), processor_name(), instruction_sets(), torch.backends.cpu.get_cpu_capability()],
         [str(model.device), torch.get_num_threads()],
-        [file.read_text() for room in _TRACED for file in sorted((own.parent / room).glob("*.[pc]*"))],
+        [file.read_text() for room in _TRACED for file in sorted((own.parent / room).glob("[!.]*.[cp][py]*"))],
     ]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     return cache_dir() / "compiled" / f"{decoder_config(model).model_type}-{digest}"

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rouge import Rouge
 
-from compresskv.calibration.recall import rouge_1_recall as recall_of_words
-
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NO_CODE = ("`", "#", "//")
 """What marks a line as a fence or a comment, wherever it stands in the line."""
@@ -51,11 +49,6 @@ def rouge_l(prediction: str, answer: str) -> float:
     except (ValueError, RecursionError):  # an answer of dots, or a sentence of about 1000 words: LongBench's 0, too
         return 0.0
     return float(scores["rouge-l"]["f"])
-
-
-def rouge_1_recall(prediction: str, answer: str) -> float:
-    """Share of the answer's different words that the prediction holds, case and punctuation aside."""
-    return recall_of_words(answer, prediction)
 
 
 def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> float:

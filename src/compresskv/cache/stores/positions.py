@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compresskv.attention.prefill import causal_mask
-from compresskv.cache.masks import retained_mask
+from compresskv.cache.stores.masks import retained_mask
 from compresskv.errors import CacheStateError
 from compresskv.selection.select import EMPTY_SLOT
 
