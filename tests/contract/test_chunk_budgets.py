@@ -8,7 +8,7 @@ import torch
 
 import compresskv
 import tiny
-from compresskv import CacheStateError, CompressedCache, ConfigError, PromptError
+from compresskv import CacheStateError, CompressedCache, ConfigError, ModelError, PromptError
 from compresskv.compression import Compressing
 from compresskv.methods import registry
 from oracle import Evictions, evictions, oracle_logits
@@ -116,3 +116,13 @@ def test_reading_beyond_a_cut_is_found() -> None:
     model = tiny.tiny_model("llama")
     with chunked(model, "snapkv") as cache, pytest.raises(CacheStateError, match="beyond a cut"):
         type(model.model).forward(model.model, input_ids=tiny.random_tokens(NUM_PROMPT), past_key_values=cache)
+
+
+def test_what_cannot_be_told_of_a_chunk_is_refused() -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    causal = torch.ones(1, 1, NUM_PROMPT, NUM_PROMPT, dtype=torch.bool).tril()
+    for name, value in (("attention_mask", causal), ("attention_mask", {"full_attention": None})):
+        with chunked(model, "snapkv") as cache, pytest.raises(ModelError, match="attention_mask cannot be told"):
+            model(input_ids=prompt, past_key_values=cache, **{name: value})
+    with chunked(model, "snapkv") as cache, pytest.raises(ModelError, match="no hidden states"):
+        model(input_ids=prompt, past_key_values=cache, output_hidden_states=True)

@@ -51,14 +51,13 @@ def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: 
 def _cut(given: dict[str, Any], start: int, end: int, num_tokens: int) -> Iterator[tuple[str, Any]]:
     """The arguments that go with tokens `start` to `end`."""
     for name, value in given.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            if isinstance(value, dict):
-                raise ModelError(f"this model's {name} cannot be told of a chunk: leave out chunk_budget")
-            yield name, value
-        elif name == "attention_mask":
-            if value.ndim != 2:
-                raise ModelError("prompts with masks of their own cannot be cut chunk by chunk: leave out chunk_budget")
+        is_tensor = isinstance(value, Tensor) and value.ndim > 0
+        dim = -1 if name in ("position_ids", "cache_position") else 1
+        if name == "attention_mask" and is_tensor and value.ndim == 2:
             yield name, value[:, : value.shape[1] - (num_tokens - end)]
-        else:
-            dim = -1 if name in ("position_ids", "cache_position") else 1
+        elif is_tensor and name != "attention_mask" and value.ndim > dim and value.shape[dim] == num_tokens:
             yield name, value.narrow(dim, start, end - start)
+        elif is_tensor or isinstance(value, dict):
+            raise ModelError(f"this model's {name} cannot be told of a chunk: leave out chunk_budget")
+        else:
+            yield name, value
