@@ -18,6 +18,7 @@ from compresskv.cache.cache import CompressedCache
 from compresskv.cache.eviction import find_chunks
 from compresskv.cache.generated import check_decoding
 from compresskv.cache.group import CANDIDATES, check_candidates
+from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
 from compresskv.errors import ConfigError
@@ -129,7 +130,7 @@ def compressing(
     store: str = NATIVE,
     prefill_memory: PrefillMemory = AUTO,
     candidates: int | None = CANDIDATES,
-    compile: str = NEVER,
+    compile: str | None = None,
     on_compile: Progress | None = None,
     **options: Any,
 ) -> Compressing:
@@ -183,6 +184,8 @@ def compressing(
             until the end, for the exact choice; a plan (`make_plan`) is exact, too, and holds less, but reads twice.
         compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
             'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
+            On a CUDA device a step is recorded in a moment, for several rows without padding, too, and nothing is
+            kept. None: 'auto' on a CUDA device, else 'never'.
             Where it cannot be done, decoding goes on without, and the cache's `not_compiled` says why.
         on_compile: called with a message when a step is being built.
         options: the method's own options, such as window_size.
@@ -223,7 +226,7 @@ def compressing(
         model,
         chosen,
         budget,
-        compile=compile,
+        compile=_mode(model) if compile is None else compile,
         on_progress=on_compile,
         store=store,
         prompt_tokens=prompt_tokens,
@@ -232,6 +235,11 @@ def compressing(
         prefill_memory=prefill_memory,
         candidates=candidates,
     )
+
+
+def _mode(model: PreTrainedModel) -> str:
+    """How tokens are decoded where nothing is said."""
+    return modes.AUTO if decoding.records_steps(model) else modes.NEVER
 
 
 def prepare_cuts(

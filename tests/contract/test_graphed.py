@@ -13,11 +13,11 @@ import compresskv
 import tiny
 from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding
-from compresskv.compiled.graph import GraphedStep
+from compresskv.compiled.graph import GraphedStep, Run
 from compresskv.compiled.inputs import Places, gather_inputs, kinds_of
 
 NUM_PROMPT = 70
-NUM_STEPS = ROOM + 6  # so that every layer needs new room once
+NUM_STEPS = ROOM + 3  # so that every layer needs new room once
 
 
 class Recorder:
@@ -27,16 +27,17 @@ class Recorder:
         self.num_recordings = 0
         self.num_replays = 0
 
-    def __call__(self, run: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], object], Tensor]:
+    def __call__(self, run: Run, _: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
         self.num_recordings += 1
         run()  # as on a GPU, it runs before it is recorded
-        result = torch.zeros_like(run())
+        results = [torch.zeros_like(result) for result in run()]
 
         def replay() -> None:
             self.num_replays += 1
-            result.copy_(run())
+            for result, found in zip(results, run(), strict=True):
+                result.copy_(found)
 
-        return replay, result
+        return replay, results
 
 
 @pytest.fixture
@@ -44,17 +45,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Contexts on CPUs use recorded steps."""
     recorder = Recorder()
 
-    def get_program(self: Any, kinds: tuple[str, ...]) -> GraphedStep:
-        return GraphedStep(self._model, kinds, recorder)
-
-    monkeypatch.setattr(decoding.CompiledDecoding, "_get_package", get_program)
+    monkeypatch.setattr(decoding, "records_steps", lambda _: True)
+    monkeypatch.setattr(decoding, "GraphedStep", lambda model, kinds: GraphedStep(model, kinds, recorder))
     return recorder
 
 
 def read(
-    model: PreTrainedModel, method: str, compile: str, steps: list[int], store: str = "native"
+    model: PreTrainedModel, method: str, compile: str, steps: list[int], store: str = "native", num_rows: int = 1
 ) -> tuple[Tensor, Any]:
-    sequence = tiny.random_tokens(sum(steps)).to(model.device)
+    sequence = tiny.random_tokens(sum(steps), num_rows).to(model.device)
     options = tiny.options_for(model, method)
     with compresskv.compressing(model, method, 24, compile=compile, store=store, **options) as cache:
         return tiny.read(model, cache, sequence, steps), cache
@@ -116,23 +115,99 @@ def test_generate(recorder: Recorder) -> None:
     assert recorder.num_replays == 9
 
 
-def test_sliding_windows_go_the_usual_way(recorder: Recorder) -> None:
-    model, steps = tiny.tiny_model("gemma3"), [NUM_PROMPT, 1, 1]
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "blend"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma2", "gpt_oss"])
+def test_sliding_windows_are_copied_to_and_from_the_recording(recorder: Recorder, family: str, method: str) -> None:
+    attention = "sdpa" if family == "gemma3" else "eager"
+    model, steps = tiny.tiny_model(family, attention), [NUM_PROMPT, *[1] * 20, 5, 1, 1]
+    expected, held = read(model, method, "never", steps)
+    found, cache = read(model, method, "always", steps)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    if method == "snapkv" or family == "gemma3":
+        assert (cache.num_compiled_steps, cache.not_compiled) == (22, None)
+        assert recorder.num_recordings <= 3
+    else:
+        assert "plain sdpa" in cache.not_compiled
+    for own, other in zip(cache.layers, held.layers, strict=True):
+        if not hasattr(own, "store"):
+            torch.testing.assert_close((own.keys, own.values), (other.keys, other.values), rtol=2e-4, atol=2e-4)
+            assert own.get_seq_length() == other.get_seq_length()
+
+
+def test_a_window_that_is_not_full_goes_the_usual_way_until_it_is(recorder: Recorder) -> None:
+    model, steps = tiny.tiny_model("gemma3"), [12, *[1] * 8]  # a window of 16, the new token's own place included
     expected, _ = read(model, "snapkv", "never", steps)
     found, cache = read(model, "snapkv", "always", steps)
-    assert cache.num_compiled_steps == recorder.num_recordings == 0
-    assert "sliding window" in cache.not_compiled
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    assert cache.num_compiled_steps == recorder.num_replays == 5
+
+
+def test_branches_of_a_window_do_not_see_each_other(recorder: Recorder) -> None:
+    model, sequence = tiny.tiny_model("gemma3"), tiny.random_tokens(NUM_PROMPT + 8)
+    with torch.no_grad(), compresskv.compressing(model, "snapkv", 24, compile="always") as cache:
+        tiny.read(model, cache, sequence, [NUM_PROMPT, 1, 1])
+        branch = cache.branch()
+        before = [layer.keys.clone() for layer in branch.layers if not hasattr(layer, "store")]
+        tiny.read(model, cache, sequence, [1, 1, 1])
+        assert recorder.num_replays == 5
+        after = [layer.keys for layer in branch.layers if not hasattr(layer, "store")]
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "vote", "full"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rows_without_padding_are_recorded_together(recorder: Recorder, family: str, method: str) -> None:
+    model, steps = tiny.tiny_model(family), [NUM_PROMPT, 1, 1, 1]
+    expected, _ = read(model, method, "never", steps, num_rows=3)
+    found, cache = read(model, method, "always", steps, num_rows=3)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    assert (cache.num_compiled_steps, recorder.num_recordings) == (3, 1)
+
+
+def test_padded_rows_and_rows_that_differ_go_the_usual_way(recorder: Recorder) -> None:
+    model, rows = tiny.tiny_model("llama"), [tiny.random_tokens(NUM_PROMPT), tiny.random_tokens(60, seed=1)]
+    tokens, mask = tiny.left_padded(rows)
+    texts = []
+    for compile in ("never", "always"):
+        with compresskv.compressing(model, "adakv", 24, compile=compile) as cache:
+            texts.append(tiny.generate(model, tokens, cache, attention_mask=mask).tolist())
+            texts.append(cache.num_compiled_steps)
+    assert texts[0] == texts[2]
+    assert texts[3] == recorder.num_replays == 0
+
+
+def test_beams_whose_rows_are_reordered_are_soon_left_alone(recorder: Recorder) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    texts = []
+    for compile in ("never", "always"):
+        with compresskv.compressing(model, "snapkv", 24, compile=compile) as cache:
+            texts.append(tiny.generate(model, prompt, cache, num_beams=3, max_new_tokens=20).tolist())
+    assert texts[0] == texts[1]
+    assert 0 < recorder.num_recordings <= 3
+    assert cache.not_compiled == "its cache lies elsewhere from token to token"
+
+
+def test_steps_are_recorded_without_being_asked_once_decoding_has_taken_a_moment(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
+    with compresskv.compressing(model, "snapkv", 24, compile="never") as cache:
+        expected = tiny.generate(model, prompt, cache).tolist()
+    for least_s, num_replays in ((1e-9, 8), (60.0, 0)):  # of nine steps, the first one tells what they take
+        monkeypatch.setattr(decoding, "_RECORDING_S", least_s)
+        recorder.num_replays = 0
+        with compresskv.compressing(model, "snapkv", 24) as cache:
+            assert tiny.generate(model, prompt, cache).tolist() == expected
+        assert cache.num_compiled_steps == recorder.num_replays == num_replays
 
 
 def test_what_cannot_be_recorded_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(run: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], object], Tensor]:
+    def refuse(run: Run, _: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
         run()
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(
-        decoding.CompiledDecoding, "_get_package", lambda self, kinds: GraphedStep(self._model, kinds, refuse)
-    )
+    monkeypatch.setattr(decoding, "records_steps", lambda _: True)
+    monkeypatch.setattr(decoding, "GraphedStep", lambda model, kinds: GraphedStep(model, kinds, refuse))
     model, steps = tiny.tiny_model("llama"), [NUM_PROMPT, 1, 1, 1]
     expected, _ = read(model, "snapkv", "never", steps)
     found, cache = read(model, "snapkv", "always", steps)
@@ -153,7 +228,7 @@ def test_what_a_step_refuses_goes_the_usual_way(recorder: Recorder) -> None:
 
 
 def test_a_recording_does_not_keep_a_cache_alive() -> None:
-    def forget(run: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], object], Tensor]:
+    def forget(run: Run, _: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
         return lambda: None, run()
 
     model = tiny.tiny_model("llama")
@@ -172,9 +247,12 @@ def test_a_recording_does_not_keep_a_cache_alive() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "blend"])
-def test_on_a_gpu(method: str) -> None:
-    model, steps = tiny.build_model("llama").to("cuda"), [NUM_PROMPT] + [1] * 300
-    expected, _ = read(model, method, "never", steps)
-    found, cache = read(model, method, "always", steps)
+@pytest.mark.parametrize(("family", "num_rows"), [("llama", 1), ("gemma3", 1), ("llama", 3)])
+def test_on_a_gpu(family: str, num_rows: int, method: str) -> None:
+    if num_rows > 1 and method != "snapkv":
+        pytest.skip("rows keep different numbers of tokens")
+    model, steps = tiny.build_model(family).to("cuda"), [NUM_PROMPT] + [1] * 300
+    expected, _ = read(model, method, "never", steps, num_rows=num_rows)
+    found, cache = read(model, method, "always", steps, num_rows=num_rows)
     assert (cache.num_compiled_steps, cache.not_compiled) == (300, None)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -61,6 +61,11 @@ _own_forward: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyD
 """What stood in the place of the class's `forward` before, of models that had such."""
 
 
+def records_steps(model: PreTrainedModel) -> bool:
+    """Whether the model's steps are recorded, as on a CUDA device: without a compiler, and in little time."""
+    return input_device(model).type == "cuda"
+
+
 class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     """While it is open, `model` reads single tokens on `cache` by a compiled step.
 
@@ -91,6 +96,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         """Whether nothing but steps was read since the program was found to fit the model."""
         self._whole_columns = 0
         """Of the last mask that was found, or taken, to hide nothing."""
+        self._padded_columns = 0
+        """Of the last one that was found to hide something."""
         self._places = Places()
         self._load_s: dict[tuple[str, ...], float] = {}
 
@@ -128,6 +135,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         """Read what `eager`, the model's own `forward`, would read on this cache."""
         if not self._is_step(**kwargs):
             self._is_checked, self._whole_columns = False, 0
+            if kwargs.get("input_ids") is None or kwargs["input_ids"].shape[-1] != 1:
+                self._padded_columns = 0
             return eager(**kwargs)
         start = time.perf_counter()
         if (program := self._find_program()) is not None:
@@ -148,13 +157,15 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         return_dict: bool | None = True,
         **others: Any,
     ) -> bool:
-        """Whether this is one sequence's next token, and nothing unusual is asked for."""
+        """Whether this is the next token of each row, and nothing unusual is asked for."""
         config = self._model.config
         return (
             input_ids is not None
-            and input_ids.shape == (1, 1)
+            and input_ids.ndim == 2
+            and input_ids.shape[1] == 1
+            and (len(input_ids) == 1 or self._records)
             and all(name in _STEP_ARGUMENTS or value is None for name, value in others.items())
-            and (position_ids is None or position_ids.shape == (1, 1))
+            and (position_ids is None or position_ids.shape == input_ids.shape)
             and use_cache is not False
             and return_dict is not False
             and not any(getattr(config, name, False) for name in ("output_hidden_states", "output_attentions"))
@@ -165,8 +176,13 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
                 or self._model.training
             )
             and (attention_mask is None or self._hides_nothing(attention_mask))
-            and all(map(self._is_ready, self.cache.layers))
+            and all(self._is_ready(layer, len(input_ids)) for layer in self.cache.layers)
         )
+
+    @property
+    def _records(self) -> bool:
+        """Whether steps are recorded, not compiled: that takes several rows, too."""
+        return records_steps(self._model)
 
     def _hides_nothing(self, mask: Any) -> bool:
         """Whether a mask is all ones.
@@ -176,21 +192,29 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         """
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return False
+        if mask.device.type != "cpu" and mask.shape[1] == self._padded_columns + 1:
+            self._padded_columns += 1
+            return False
         is_known = mask.device.type != "cpu" and mask.shape[1] == self._whole_columns + 1
         if not is_known and not bool(mask.all()):
+            self._padded_columns = mask.shape[1]
             return False
         self._whole_columns = mask.shape[1]
         return True
 
-    def _is_ready(self, layer: Any) -> bool:
-        """Whether a layer holds one row, in the model's dtype, after its prompt."""
+    def _is_ready(self, layer: Any, num_rows: int) -> bool:
+        """Whether a layer holds as many rows, in the model's dtype, after its prompt."""
         if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_empty_slots or layer.observes_next()):
             return False
         if not isinstance(layer, DynamicLayer):
             return True  # of no kind that can be compiled: `kinds_of` says so, once
         keys = layer.keys
-        least = 2 if isinstance(layer, DynamicSlidingWindowLayer) else 0  # what the program was traced with
-        return keys is not None and keys.shape[0] == 1 and keys.dtype == self._model.dtype and keys.shape[2] >= least
+        least = 0
+        if isinstance(layer, DynamicSlidingWindowLayer):  # what the program was traced with; a recording: all it sees
+            least = layer.sliding_window - 1 if self._records else 2
+        if keys is None or keys.shape[2] < least:
+            return False
+        return keys.shape[0] == num_rows and keys.dtype == self._model.dtype
 
     def _find_program(self) -> Program | None:
         """The compiled step, if it is time for it."""
@@ -227,7 +251,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             raise NotCompilableError("its weights are offloaded, and lie elsewhere from token to token")
         if len({tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}) > 1:
             raise NotCompilableError("the model lies on several devices")
-        if device.type == "cpu":
+        if not self._records:
             for weight in self._model.parameters():
                 if type(weight) is not nn.Parameter:
                     raise NotCompilableError(f"it cannot read weights that are quantised as {type(weight).__name__}")
@@ -255,7 +279,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
 
     def _run(self, program: Program, token: Tensor, position: Tensor | None) -> CausalLMOutputWithPast:
         if position is None:
-            position = torch.full((1, 1), self.cache.get_seq_length(), device=token.device)
+            position = torch.full_like(token, self.cache.get_seq_length())
         recorded_s = program.record_s
         logits, sliding = program(gather_inputs(self.cache, token, position, program.kinds, self._places))
         self.cache.compile_s += program.record_s - recorded_s

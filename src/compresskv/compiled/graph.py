@@ -13,15 +13,18 @@ from compresskv.compiled.package import NotCompilableError, state_of
 from compresskv.compiled.step import SLIDING, Step, StepInputs
 from compresskv.errors import first_line
 
-Run = Callable[[], Tensor]
+Run = Callable[[], list[Tensor]]
 Replay = Callable[[], object]
-Record = Callable[[Run, torch.device], tuple[Replay, Tensor]]
+Record = Callable[[Run, torch.device], tuple[Replay, list[Tensor]]]
+
+_LEAST_REPLAYS, _MOST_MOVES = 8, 3
+"""A recording that is not replayed more often is not worth it; so many in a row, and no more are made."""
 
 
-def record_cuda_graph(run: Run, device: torch.device) -> tuple[Replay, Tensor]:
+def record_cuda_graph(run: Run, device: torch.device) -> tuple[Replay, list[Tensor]]:
     """Record what `run` does on a CUDA device.
 
-    Returns: what does it again, on that device's current stream, and the tensor that it writes its result to.
+    Returns: what does it again, on that device's current stream, and the tensors that it writes its results to.
     """
     with torch.cuda.device(device):
         before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
@@ -43,34 +46,39 @@ def record_cuda_graph(run: Run, device: torch.device) -> tuple[Replay, Tensor]:
     return replay, result
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Recording:
     numbers: tuple[Tensor, ...]
     """What it reads beside weights, keys and values: token, position, starts and ends of the step."""
+    windows: list[Tensor]
+    """Of layers with sliding windows, keys and values that it reads: all that the new token sees beside itself."""
     places: list[tuple[object, ...]]
     """Where keys and values lie; they are the cache's own, and not kept alive by this."""
     replay: Replay
     logits: Tensor
     """What it writes."""
+    moved: Tensor | None
+    """The windows that the token after it will see, end to end in one tensor, which it writes, too."""
+    num_replays: int = 0
 
 
 class GraphedStep:
     """A `Step` of one model and one cache.
 
     A recording reads and writes tensors where they lay, so it holds until the cache's layers need new room, and is
-    then made again. Running a step twice writes the same numbers to the same places: recording does no harm.
+    then made again. Running a step twice writes the same numbers to the same places: recording does no harm. Windows
+    that slide lie elsewhere after each token: they are copied to where the recording reads them, and from where it
+    writes them, all at once.
 
-    Never run on a GPU so far; tests hold all but `record_cuda_graph` equal to PyTorch's own steps on CPUs.
+    Tests hold all but `record_cuda_graph` equal to PyTorch's own steps on CPUs.
     """
 
     def __init__(self, model: PreTrainedModel, kinds: tuple[str, ...], record: Record = record_cuda_graph) -> None:
         """Nothing is recorded yet.
 
         Raises:
-            NotCompilableError: a layer has a sliding window, or accelerate has placed the model.
+            NotCompilableError: accelerate has placed the model.
         """
-        if SLIDING in kinds:
-            raise NotCompilableError("layers with a sliding window hold other tensors after each token")
         self._state = state_of(model)
         self._kept = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -82,47 +90,91 @@ class GraphedStep:
         self._step = Step(model, kinds)
         self._record = record
         self._recording: _Recording | None = None
+        self._num_moves = 0
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
-        """As `Step.forward`.
+        """As `Step.forward`; of sliding layers, whose windows must be full, without the oldest token.
 
         Raises:
-            NotCompilableError: the model does what cannot be recorded.
+            NotCompilableError: the model does what cannot be recorded, or the cache lies elsewhere all the time.
         """
-        if self._recording is None or self._recording.places != _places(inputs):
+        places = self._places(inputs)
+        if self._recording is None or self._recording.places != places:
+            self._count_move()
             self._recording = None  # frees its memory before the next one takes its own
             start = time.perf_counter()
-            self._recording = self._make_recording(inputs)
+            self._recording = self._make_recording(inputs, places)
             self.record_s += time.perf_counter() - start
         own = self._recording
+        own.num_replays += 1
         for held, given in zip(own.numbers, _numbers(inputs), strict=True):
             held.copy_(given)
+        if own.windows:
+            torch._foreach_copy_(own.windows, self._windows(inputs))
         own.replay()
-        return own.logits.clone(), []  # the next replay writes there again
+        return own.logits.clone(), _separate(own)  # the next replay writes there again
+
+    def _count_move(self) -> None:
+        """Beam search, say, gives the cache new tensors at every token."""
+        if self._recording is not None:
+            self._num_moves = self._num_moves + 1 if self._recording.num_replays < _LEAST_REPLAYS else 0
+        if self._num_moves >= _MOST_MOVES:
+            raise NotCompilableError("its cache lies elsewhere from token to token")
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether the model's tensors lie where they lay, and its modules are set as they were."""
         return state_of(model) == self._state
 
     @torch.no_grad()
-    def _make_recording(self, inputs: StepInputs) -> _Recording:
+    def _make_recording(self, inputs: StepInputs, places: list[tuple[object, ...]]) -> _Recording:
         with torch.inference_mode(False):  # they are written to in later steps, whatever mode those are in
             token, position, starts, ends = numbers = tuple(tensor.clone() for tensor in _numbers(inputs))
-        arguments = StepInputs(token, position, starts, ends, inputs.keys, inputs.values, inputs.packed).as_args()
+            windows = [window.clone() for window in self._windows(inputs)]
+        keys, values = (
+            self._with_windows(held, windows[at::2]) for at, held in enumerate((inputs.keys, inputs.values))
+        )
+        arguments = StepInputs(token, position, starts, ends, keys, values, inputs.packed).as_args()
+
+        def run() -> list[Tensor]:
+            logits, moved = self._step(*arguments)
+            return [logits, torch.cat([states[:, :, 1:].flatten() for states in moved])] if moved else [logits]
+
         try:
             with routing(self._model):
-                replay, logits = self._record(lambda: self._step(*arguments)[0], self._model.device)
+                replay, (logits, *moved) = self._record(run, self._model.device)
         except Exception as error:  # whatever a model's code or CUDA raises
             raise NotCompilableError(f"its decode step cannot be recorded ({first_line(error)})") from error
-        return _Recording(numbers, _places(inputs), replay, logits)
+        return _Recording(numbers, windows, places, replay, logits, moved[0] if moved else None)
+
+    def _windows(self, inputs: StepInputs) -> list[Tensor]:
+        """Keys and values of layers with sliding windows, in turns."""
+        held = zip(self.kinds, inputs.keys, inputs.values, strict=True)
+        return [states for kind, *own in held if kind == SLIDING for states in own]
+
+    def _with_windows(self, held: list[Tensor], windows: list[Tensor]) -> list[Tensor]:
+        """Those of all layers, with these in place of sliding windows."""
+        own = iter(windows)
+        return [next(own) if kind == SLIDING else states for kind, states in zip(self.kinds, held, strict=True)]
+
+    def _places(self, inputs: StepInputs) -> list[tuple[object, ...]]:
+        """Where keys and values lie, and how; windows are copied, and only their shapes count."""
+        layers = zip(self.kinds, inputs.keys, inputs.values, inputs.packed, strict=True)
+        places: list[tuple[object, ...]] = [tuple(inputs.token.shape)]
+        for kind, keys, values, packed in layers:
+            for tensor in (keys, values, *packed):
+                lies = () if kind == SLIDING else (tensor.data_ptr(), tensor.stride())
+                places.append((*lies, tensor.shape, tensor.dtype))
+        return places
+
+
+def _separate(own: _Recording) -> list[Tensor]:
+    """The windows that the token after it will see."""
+    if own.moved is None:
+        return []
+    parts = own.moved.clone().split([window.numel() for window in own.windows])
+    return [part.view(window.shape) for part, window in zip(parts, own.windows, strict=True)]
 
 
 def _numbers(inputs: StepInputs) -> tuple[Tensor, ...]:
     """What changes from step to step."""
     return inputs.token, inputs.position, inputs.starts, inputs.ends
-
-
-def _places(inputs: StepInputs) -> list[tuple[object, ...]]:
-    """Where keys and values lie, and how."""
-    held = [*inputs.keys, *inputs.values, *(tensor for own in inputs.packed for tensor in own)]
-    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in held]
