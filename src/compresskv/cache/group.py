@@ -44,8 +44,9 @@ class Group:
     observed: list[Observation] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     """`observed_attention` of each layer, where a prompt decides its budget."""
-    candidates: dict[int, Tensor] = field(default_factory=dict)
-    """For layers that hold some of the prompt alone until all are decided, by position: (rows, 1 or H_kv, C)."""
+    candidates: dict[int, tuple[Tensor, list[int]]] = field(default_factory=dict)
+    """For layers that hold some of the prompt alone until all are decided, by position: (rows, 1 or H_kv, C), and how
+    many of each row."""
 
     @property
     def keeps_all(self) -> bool:
@@ -75,9 +76,9 @@ class Group:
         scores = self.method.candidate_scores(self.observed)
         if scores is None:
             return None
-        counts = [[count] for count in self._num_candidates(factor)]
-        tokens = select_rows(scores, counts, self.method.window_size, self.lengths)
-        self.candidates[len(self.observed) - 1] = tokens
+        counts = self._num_candidates(factor)
+        tokens = select_rows(scores, [[count] for count in counts], self.method.window_size, self.lengths)
+        self.candidates[len(self.observed) - 1] = tokens, counts
         return tokens
 
     def decided(self, *, shared: bool) -> list[Tensor]:
@@ -96,7 +97,8 @@ class Group:
         """A row's budgets (L, 1 or H_kv), where no layer keeps more than it holds; others have what is over."""
         if not self.candidates:
             return budgets
-        held = [self._held(position)[row] for position in range(len(budgets))]
+        whole = None, self.lengths
+        held = [self.candidates.get(position, whole)[1][row] for position in range(len(budgets))]
         caps = [cap for cap, own in zip(held, budgets, strict=True) for _ in own]
         counts = [count for own in budgets for count in own]
         if all(count <= cap for count, cap in zip(counts, caps, strict=True)):
@@ -104,25 +106,17 @@ class Group:
         dealt = iter(proportional(sum(counts), counts, caps))
         return [[next(dealt) for _ in own] for own in budgets]
 
-    def _held(self, position: int) -> list[int]:
-        """How many tokens of each row a layer can choose from."""
-        candidates = self.candidates.get(position)
-        if candidates is None:
-            return self.lengths
-        held: list[int] = (candidates[:, 0] != EMPTY_SLOT).sum(dim=-1).tolist()
-        return held
-
     def selected(self, position: int, scores: Tensor) -> Tensor:
         """(rows, 1 or H_kv, R): the tokens that one layer keeps."""
         select = Method.select if self.evenly else type(self.method).select
         budgets = [budgets[position] for budgets in self.budgets]
-        candidates = self.candidates.pop(position, None)
-        if candidates is None:
+        if position not in self.candidates:
             return select(self.method, scores, budgets, self.lengths)
         # as from a batch of prompts that have nothing but the candidates
-        candidates = candidates.to(scores.device)
+        tokens, lengths = self.candidates.pop(position)
+        candidates = tokens.to(scores.device)
         own = scores.expand(-1, candidates.shape[1], -1).gather(-1, candidates.clamp(min=0))
-        chosen = select(self.method, own, budgets, (candidates[:, 0] != EMPTY_SLOT).sum(dim=-1).tolist())
+        chosen = select(self.method, own, budgets, lengths)
         tokens = candidates.expand(-1, chosen.shape[1], -1).gather(-1, chosen.clamp(min=0))
         return tokens.masked_fill(chosen == EMPTY_SLOT, EMPTY_SLOT)
 
