@@ -37,7 +37,10 @@ class PackedVectors:
             )
         levels = 2**bits - 1
         vectors = vectors.float().clamp(-_LARGEST, _LARGEST)
-        low, high = torch.aminmax(vectors, dim=-1, keepdim=True)
+        low, high = (
+            vectors.amin(dim=-1, keepdim=True),
+            vectors.amax(dim=-1, keepdim=True),
+        )  # aminmax takes ten times that
         low = low.half()
         step = ((high - low.float()) / levels).clamp(min=0, max=_LARGEST).half()
         codes = ((vectors - low.float()) / step.float().clamp(min=_SMALLEST_STEP)).round_().clamp_(0, levels)
