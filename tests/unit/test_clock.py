@@ -65,7 +65,7 @@ def test_a_gpus_seconds_are_noted_when_it_has_got_there(monkeypatch: pytest.Monk
 
 def test_seconds_of_several_gpus_wait_for_all_and_are_those_of_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     Event.made.clear()

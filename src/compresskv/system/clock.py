@@ -12,8 +12,8 @@ import torch
 def synchronize(*devices: torch.device) -> None:
     """Wait until the devices have done what they were given; a CPU always has."""
     for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
 
 
 def now(*devices: torch.device) -> float:
