@@ -78,7 +78,10 @@ def check(
             parts[name] = {"failed": "no time was left", "task": task}
         else:
             err.print(f"{name}, at most {limit_s:.0f} s")
-            parts[name] = {"task": task, **run_part(MODULE, task | {"deadline_s": limit_s - 20}, limit_s)}
+            parts[name] = {
+                "task": task,
+                **run_part(MODULE, task | {"deadline_s": limit_s - 20}, limit_s, task.get("environment", {})),
+            }
             err.print(f"  {parts[name]['failed'] or 'done'} in {parts[name]['part_s']:.0f} s")
         write_text(output, json.dumps(result, indent=1))
         try:
@@ -118,6 +121,9 @@ def tasks(sizes: Sizes, device: str, minutes: float) -> Iterator[tuple[str, dict
     every = max(1, round(sizes.every * _MINUTES / max(minutes, _MINUTES)))
     yield "tests", task("contract", every=every, tests=sizes.tests), 120
     yield "table, small", task("table", geometry=sizes.small, **rows), 90
+    ragged: Mapping[str, Any] = rows | {"lengths": sizes.lengths[:1], "methods": ("blend",)}
+    by_kernel = {"environment": {"COMPRESSKV_TRITON": "1"}}
+    yield "table, by the kernel for ragged heads", task("table", geometry=sizes.large, **ragged, **by_kernel), 90
     yield "to the end, plain", task("end_to_end", method="plain", **ends), 270
     beside: Mapping[str, Any] = rows | {"lengths": sizes.lengths[:2]}
     yield "kvpress", task("peers", geometry=sizes.small, **beside), 120

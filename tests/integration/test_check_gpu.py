@@ -28,6 +28,7 @@ def test_every_part_finds_something(tmp_path: Path) -> None:
     assert {name: len(part["rows"]) for name, part in parts.items() if "rows" in part} == {
         "table, large": 6,
         "table, small": 6,
+        "table, by the kernel for ragged heads": 2,
         "to the end, snapkv": 2,
         "to the end, blend": 2,
         "to the end, plain": 2,

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.attention.routing import AttentionFunction, is_plain
+from compresskv.attention.routing import AttentionFunction, is_plain, scaling_of
 from compresskv.cache.routed import RoutedLayer
+from compresskv.compiled.ragged_kernel import ragged_attention, reads_by_kernel
 from compresskv.errors import ModelError
 
 
@@ -63,6 +64,9 @@ class RaggedLayer(StepLayer):
         """
         check_ragged(self._model_config, **kwargs)
         keys, values = self.stored()
+        if reads_by_kernel(query):
+            scaling = scaling_of(query, kwargs.get("scaling"))
+            return ragged_attention(query, keys, values, self._starts, self._ends, scaling), None
         column = torch.arange(keys.shape[1], device=keys.device)
         own = (column >= self._starts[:, None]) & (column <= self._ends[:, None])  # (H_kv, N)
         groups = query.shape[1] // own.shape[0]
