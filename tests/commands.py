@@ -1,13 +1,26 @@
 """Run a `compresskv` command in the tests' own process."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 from compresskv.cli import main, terminal
+from compresskv.cli.app import app
+
+GROUP = typer.main.get_command(app)
+
+
+def commands(group: Any = GROUP, *path: str) -> Iterator[tuple[list[str], Any]]:
+    """The words of each command, and the command itself."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield [*path, name], command
 
 
 class Result(NamedTuple):

@@ -15,8 +15,7 @@ from compresskv import defaults
 from compresskv.attention.pieces import AUTO, PrefillMemory, check_prefill_memory
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
-from compresskv.cache.eviction import find_chunks
-from compresskv.cache.generated import check_decoding
+from compresskv.cache.cuts import find_cuts
 from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
@@ -25,13 +24,12 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
-from compresskv.methods.registry import parse_methods
 from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget, read_budget
-from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, DecodeBudget
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.progress import Progress
 
@@ -243,32 +241,19 @@ def _mode(model: PreTrainedModel) -> str:
 
 
 def prepare_cuts(
-    model: PreTrainedModel,
-    method: Method,
-    profile: Profile | str | Path | None,
-    *,
-    chunk_budget: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-    decode_budget: int | None = None,
-    decode_interval: int = DECODE_INTERVAL,
-    decode_method: str | Method = defaults.DECODE_METHOD,
+    model: PreTrainedModel, method: Method, profile: Profile | str | Path | None, **cuts: Any
 ) -> dict[str, Any]:
     """Options of a `CompressedCache` for cuts beside the one at the prompt's end; see `compressing`.
 
     Args:
         method: ready for the model.
+        cuts: as for `find_cuts`.
     Raises:
         ConfigError, ProfileError: as for `compressing`.
     """
-    options: dict[str, Any] = {"chunks": find_chunks(method, chunk_budget, chunk_tokens)}
-    if decode_budget is None:
-        return options
-    if isinstance(decode_method, str):
-        found = list(parse_methods("decode_method", decode_method).values())
-        if len(found) != 1:
-            raise ConfigError(f"names {len(found)} methods: give one", option="decode_method", value=decode_method)
-        decode_method = found[0]
-    chosen = prepare_method(model, decode_method, profile if decode_method.needs_profile else None)
-    decode = DecodeBudget(decode_budget, decode_interval)
-    check_decoding(chosen, method, decode)
-    return options | {"decode": decode, "decode_method": chosen}
+    chunks, decoding = find_cuts(method, **cuts)
+    if decoding is None:
+        return {"chunks": chunks}
+    decode, chosen = decoding
+    prepared = prepare_method(model, chosen, profile if chosen.needs_profile else None)
+    return {"chunks": chunks, "decode": decode, "decode_method": prepared}

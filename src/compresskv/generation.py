@@ -165,14 +165,13 @@ def ask(
         model,
         chosen,
         profile,
+        reads_twice=two_pass,
         chunk_budget=chunk_budget,
         chunk_tokens=chunk_tokens,
         decode_budget=decode_budget,
         decode_interval=decode_interval,
         decode_method=decode_method,
     )
-    if cuts["chunks"] is not None and (two_pass or chosen.replays):
-        raise ConfigError("a prompt that is read twice is not cut while it is read: leave out chunk_budget")
     find_precision(store)
     check_mode(compile)
     pieces.check_prefill_memory(prefill_memory)

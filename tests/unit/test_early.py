@@ -10,9 +10,10 @@ import compresskv
 import compresskv.bench.subject
 import compresskv.models.load
 import tiny
-from commands import Result, runner
+from commands import Result, commands, runner
 
 ASK = ["ask", "doc.txt", "Who?"]
+CUT = [*ASK, "--method", "snapkv"]
 EXPLAIN = ["explain", "doc.txt", "Who?"]
 EVAL = ["eval", "-o", "run"]
 FIND = ["profile", "find", "smollm2-135m"]
@@ -56,6 +57,24 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         ([*ASK, "--compile", "maybe"], "--compile 'maybe' is unknown"),
         ([*ASK, "--truncate", "end"], "--truncate 'end' is unknown: choose from never, middle"),
         ([*ASK, "--save-plan", "no/such/plan.json"], "--save-plan 'no/such/plan.json' cannot be written"),
+        ([*CUT, "--decode-method", "nosuch"], "--decode-method 'nosuch' is of no use without --decode-budget N"),
+        ([*CUT, "--decode-interval", "5"], "--decode-interval 5 is of no use without --decode-budget N"),
+        ([*CUT, "--chunk-tokens", "0"], "--chunk-tokens 0 is of no use without --chunk-budget N"),
+        ([*CUT, "--chunk-budget", "-3"], "--chunk-budget -3 must be an int of at least 1"),
+        ([*CUT, "--chunk-budget", "9", "--chunk-tokens", "0"], "--chunk-tokens 0 must be an int of at least 1"),
+        ([*CUT, "--decode-budget", "20", "--decode-method", "nosuch"], "--decode-method 'nosuch' is unknown"),
+        (
+            [*CUT, "--decode-budget", "20", "--decode-method", "rkv,knorm"],
+            "--decode-method 'rkv,knorm' names 2 methods",
+        ),
+        ([*CUT, "--decode-budget", "20", "--decode-method", "kvzip"], "--decode-method 'kvzip' must see all tokens"),
+        ([*CUT, "--decode-budget", "20", "--decode-interval", "1"], "--decode-interval 1 must be at least"),
+        ([*CUT, "--two-pass", "--chunk-budget", "300"], "--chunk-budget 300 cuts a prompt while it is read, and this"),
+        ([*ASK, "--method", "kvzip", "--chunk-budget", "30"], "--chunk-budget 30 cuts a prompt while it is read"),
+        (
+            [*CUT, "--compare", "kvzip", "--chunk-budget", "300"],
+            "--chunk-budget 300 cuts a prompt while it is read, but",
+        ),
         ([*EXPLAIN, "--max-new-tokens", "-1"], "--max-new-tokens -1 must be at least 0"),
         ([*EXPLAIN, "--evidence", "a lie"], "--evidence 'a lie' does not occur in the document"),
         ([*EXPLAIN, "--html", "."], "--html '.' is a folder"),
@@ -108,9 +127,34 @@ def test_no_model_is_loaded_for_what_cannot_work(call: Callable[..., Result], ar
     assert not Path("run").exists()
 
 
+@pytest.fixture(scope="module")
+def session() -> compresskv.Session:
+    return compresskv.read(tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(60), method="full")
+
+
+@pytest.mark.parametrize("command", ["ask", "explain", "chat"])
+def test_what_is_typed_beside_a_session_is_refused_though_it_is_the_default(
+    call: Callable[..., Result], session: compresskv.Session, command: str
+) -> None:
+    session.save("kept.kvc")
+    own = {"--model", "--max-new-tokens", "--dtype", "--device", "--compile", "--html", "--evidence"}
+    words = [command, "kept.kvc", *(["Who?"] if command != "chat" else [])]
+    (parsed,) = (one for name, one in commands() if name == [command])
+    for one in parsed.params:
+        option = max(one.opts, key=len)
+        if one.param_type_name == "argument" or option in own or one.is_flag:
+            continue
+        typed = "256" if one.default is None or not str(one.default) else str(one.default)
+        result = call(*words, option, typed)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1), option
+        assert f"{option} " in result.err
+        assert " has no place here: a session was read and cut before" in result.err
+
+
 @pytest.mark.parametrize("command", ["ask kept.kvc Who?", "explain kept.kvc Who?", "chat kept.kvc"])
-def test_no_model_is_loaded_for_a_session_that_cannot_work(call: Callable[..., Result], command: str) -> None:
-    session = compresskv.read(tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(60), method="full")
+def test_no_model_is_loaded_for_a_session_that_cannot_work(
+    call: Callable[..., Result], session: compresskv.Session, command: str
+) -> None:
     session.save("kept.kvc")
 
     def refused(*args: str) -> str:

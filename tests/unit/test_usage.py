@@ -6,29 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from commands import Result, runner
+from commands import Result, commands, runner
 from compresskv import cli as commands_folder
-from compresskv.cli.app import app
 from compresskv.cli.terminal import counted
-
-GROUP = typer.main.get_command(app)
-
-
-def commands(group: Any = GROUP, *path: str) -> Iterator[tuple[list[str], Any]]:
-    """The words of each command, and the command itself."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, *path, name)
-        else:
-            yield [*path, name], command
-
 
 COMMANDS = list(commands())
 NUMBERS = (

@@ -286,9 +286,8 @@ def find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | Non
     if budget is None:
         return None
     if not method.cuts_again:
-        raise ConfigError(
-            f"method {method.label!r} must see the whole prompt at once: leave out chunk_budget, or use another method"
-        )
+        problem = f"cuts a prompt while it is read, but method {method.label!r} must see all of it: use another method"
+        raise ConfigError(problem, option="chunk_budget", value=budget)
     chunks = Chunks(budget, tokens)
     chunks.check(method.window_size)
     return chunks

@@ -83,12 +83,14 @@ def check_decoding(method: Method, prompt_method: Method, decode: DecodeBudget) 
         ConfigError: naming what is wrong.
     """
     if not method.cuts_again:
-        raise ConfigError(f"decode_method={method.label!r} must see all tokens at once: use another method")
+        problem = "must see all tokens at once: use another method"
+        raise ConfigError(problem, option="decode_method", value=method.label)
     if method.decides_together and not (method.shares_positions and prompt_method.shares_positions):
-        raise ConfigError(
-            f"decode_method={method.label!r} decides for all layers together, which must hold the same tokens, but "
+        problem = (
+            "decides for all layers together, which must hold the same tokens, but "
             f"method {prompt_method.label!r} keeps others in each: use decode_method={defaults.DECODE_METHOD!r}"
         )
+        raise ConfigError(problem, option="decode_method", value=method.label)
     decode.check(method.window_size)
 
 

@@ -34,14 +34,6 @@ if TYPE_CHECKING:
     from compresskv.generation import Generation
     from compresskv.methods.base import Method
 
-_UNCUT = {
-    "chunk_budget": None,
-    "chunk_tokens": CHUNK_TOKENS,
-    "decode_budget": None,
-    "decode_interval": DECODE_INTERVAL,
-    "decode_method": defaults.DECODE_METHOD,
-}
-
 
 @with_request
 def ask(
@@ -77,7 +69,7 @@ def ask(
     if save_plan is not None and (save_plan.is_dir() or not save_plan.parent.is_dir()):
         problem = "cannot be written: no such folder, or a folder itself"
         raise ConfigError(problem, option="save_plan", value=save_plan)
-    cuts = {
+    cuts: dict[str, Any] = {
         "chunk_budget": chunk_budget,
         "chunk_tokens": chunk_tokens,
         "decode_budget": decode_budget,
@@ -85,14 +77,17 @@ def ask(
         "decode_method": decode_method,
     }
     if names_session(given.document):
-        check_unused(two_pass=(two_pass, False), save_plan=(save_plan, None), prefill_memory=(memory, "auto"))
-        check_unused(**{name: (value, _UNCUT[name]) for name, value in cuts.items()})
+        check_unused(two_pass=two_pass, save_plan=save_plan, prefill_memory=prefill_memory, **cuts)
         _ask_session(given, compile)
         return
     checked = given.checked()
     two_pass |= save_plan is not None
     if two_pass and any(one.lookahead for one in checked.methods):
         raise ConfigError("--two-pass and --save-plan cannot look ahead: leave out --set lookahead")
+    from compresskv.cache.cuts import find_cuts
+
+    for one in checked.methods:
+        find_cuts(one, reads_twice=two_pass, **cuts)
     loaded, tokenizer, methods = checked.load()
     generations: list[Generation] = []
     try:

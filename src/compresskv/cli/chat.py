@@ -97,14 +97,14 @@ def chat(
     opened = Path(document) if names_session(document) else None
     if opened is not None:
         check_unused(
-            method=(method, None),
-            budget=(budget, SESSION_BUDGET),
-            of=(of, TOKENS),
-            store=(store, NATIVE),
-            chunk=(chunk, None),
-            max_memory=(max_memory, None),
-            profile=(profile, None),
-            settings=(settings, None),
+            method=method,
+            budget=budget,
+            of=of,
+            store=store,
+            chunk=chunk,
+            max_memory=max_memory,
+            profile=profile,
+            settings=settings,
         )
         session = load_session(document, model, dtype, device)
     else:

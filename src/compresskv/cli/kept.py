@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from compresskv import defaults
 from compresskv.cli.terminal import Bar
+from compresskv.cli.typed import is_typed
 from compresskv.errors import ConfigError
 from compresskv.sessions.header import is_cut, is_session, read_facts
 
@@ -19,16 +20,16 @@ def names_session(document: str) -> bool:
     return document != "-" and (is_session(document) or (document.endswith(SUFFIX) and is_cut(document)))
 
 
-def check_unused(**options: tuple[Any, Any]) -> None:
+def check_unused(**options: Any) -> None:
     """Refuse options that say how a document is to be read, where it was read before.
 
     Args:
-        options: what is given, and what is where nothing is given.
+        options: what a command has been given, or its defaults.
     Raises:
-        ConfigError: one of them is given.
+        ConfigError: one of them was typed.
     """
-    for option, (value, default) in options.items():
-        if value != default:
+    for option, value in options.items():
+        if is_typed(option):
             problem = "has no place here: a session was read and cut before"
             raise ConfigError(problem, option=option, value=None if value is True else value)
 

@@ -76,13 +76,7 @@ class Request:
             CompressKVError: anything that can be found wrong without the model.
         """
         own = ("document", "question", "model", "max_new_tokens", "dtype", "device", "as_json")
-        check_unused(
-            **{
-                field.name: (getattr(self, field.name), field.default)
-                for field in fields(self)
-                if field.name not in own
-            }
-        )
+        check_unused(**{field.name: getattr(self, field.name) for field in fields(self) if field.name not in own})
         check_least("max_new_tokens", self.max_new_tokens, least_tokens)
         check_request("document", self.question, "never")
 

@@ -1,0 +1,60 @@
+"""Cuts beside the one at a prompt's end, as they are asked for: while it is read, and while an answer is generated."""
+
+from compresskv import defaults
+from compresskv.cache.eviction import find_chunks
+from compresskv.cache.generated import check_decoding
+from compresskv.errors import ConfigError
+from compresskv.methods.base import Method
+from compresskv.methods.registry import parse_methods
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, Chunks, DecodeBudget
+
+
+def find_cuts(
+    method: Method,
+    *,
+    reads_twice: bool = False,
+    chunk_budget: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    decode_budget: int | None = None,
+    decode_interval: int = DECODE_INTERVAL,
+    decode_method: str | Method = defaults.DECODE_METHOD,
+) -> tuple[Chunks | None, tuple[DecodeBudget, Method] | None]:
+    """What is cut and by which method, as far as that can be told without the model; see `compressing`.
+
+    Args:
+        method: the one that cuts at the prompt's end.
+        reads_twice: the prompt is read once to plan, once to keep.
+    Raises:
+        ConfigError: numbers that cannot work, methods that cannot cut, or an option without the budget that it needs.
+    """
+    if chunk_budget is None:
+        _check_default("chunk_budget", chunk_tokens=(chunk_tokens, CHUNK_TOKENS))
+    elif reads_twice:
+        problem = "cuts a prompt while it is read, and this one is read twice: leave it out"
+        raise ConfigError(problem, option="chunk_budget", value=chunk_budget)
+    chunks = find_chunks(method, chunk_budget, chunk_tokens)
+    if decode_budget is None:
+        own = {"decode_interval": (decode_interval, DECODE_INTERVAL)}
+        _check_default("decode_budget", **own, decode_method=(decode_method, defaults.DECODE_METHOD))
+        return chunks, None
+    chosen, decode = _find_method(decode_method), DecodeBudget(decode_budget, decode_interval)
+    check_decoding(chosen, method, decode)
+    return chunks, (decode, chosen)
+
+
+def _find_method(named: str | Method) -> Method:
+    if isinstance(named, Method):
+        return named
+    if not isinstance(named, str):
+        raise ConfigError("must be a method's name, or a Method", option="decode_method", value=named)
+    found = list(parse_methods("decode_method", named).values())
+    if len(found) != 1:
+        raise ConfigError(f"names {len(found)} methods: give one", option="decode_method", value=named)
+    return found[0]
+
+
+def _check_default(budget: str, **options: tuple[object, object]) -> None:
+    """Refuse what would be ignored, since the budget that it goes with is not given."""
+    for option, (value, default) in options.items():
+        if value != default:
+            raise ConfigError(f"is of no use without {budget}=N", option=option, value=value)
