@@ -69,7 +69,7 @@ def ask(engine: Engine, requests: int, seed: int) -> None:
 
 
 def test_no_request_ends_the_engine(engine: Engine) -> None:
-    ask(engine, 60, seed=0)
+    ask(engine, 20 if engine.is_v2 else 60, seed=0)  # its kernels are interpreted
     assert engine.positions
     engine.positions.clear()
 
