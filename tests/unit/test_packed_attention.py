@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 
 from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.packed_vectors import rotation
-from compresskv.compiled.packed_attention import SOURCE, _tensors, definition, is_compiled_here, packed_attention
+from compresskv.compiled.packed_attention import SOURCES, _tensors, definition, is_compiled_here, packed_attention
 from compresskv.models.shape import Heads
 from compresskv.selection.precision import PRECISIONS
 
@@ -51,7 +50,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """With vectors as wide as the processor has them, and with narrower ones."""
     folder = tmp_path_factory.mktemp("library")
     cases = " ".join(f"CASE({', '.join(map(str, shape))})" for shape in SHAPES)
-    computing, _ = SOURCE.read_text().split("// What PyTorch's compiler calls")
+    computing, _ = "\n".join(one.read_text() for one in SOURCES).split("// What PyTorch's compiler calls")
     (folder / "own.cpp").write_text(f"#define SHAPES(CASE) {cases}\n{computing}\n{_RUN}")
     options = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w"]
     options += without_avx512() if request.param == "narrow" else []
@@ -136,5 +135,5 @@ def test_rows_of_broken_words_are_left_to_pytorch() -> None:
     assert not is_compiled_here(Heads(4, 4, 6), PRECISIONS["int8"])
 
 
-def test_the_source_is_part_of_what_names_a_package() -> None:
-    assert SOURCE in Path(str(SOURCE)).parent.glob("*.[pc]*")
+def test_the_sources_are_part_of_what_names_a_package() -> None:
+    assert set(SOURCES) <= set(SOURCES[0].parent.glob("*.[pc]*"))

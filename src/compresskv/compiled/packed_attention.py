@@ -13,7 +13,7 @@ from compresskv.cache.stores.packed_vectors import PackedVectors
 from compresskv.models.shape import Heads
 from compresskv.selection.precision import Precision
 
-SOURCE = Path(__file__).with_name("packed_attention.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed_rows.cpp", "packed_attention.cpp"))
 _DECLARED = (
     '__attribute__((visibility("hidden"))) AOTITorchError '  # other programs in this process have their own
     "aoti_torch_cpu_packed_attention({tensors}, double, AtenTensorHandle*)"
@@ -99,7 +99,8 @@ def definition(layers: Iterable[tuple[Heads, Precision]]) -> str:
     cases = " ".join(f"CASE({', '.join(map(str, shape))})" for shape in sorted(shapes))
     tensors = ["AtenTensorHandle*" if "Optional" in str(one.type) else "AtenTensorHandle" for one in _tensors()]
     declared = _DECLARED.format(tensors=", ".join(tensors))
-    return f'{declared};\n}}\n#define SHAPES(CASE) {cases}\n{SOURCE.read_text()}\nextern "C" {{\nextern {declared}'
+    text = "\n".join(one.read_text(encoding="utf-8") for one in SOURCES)
+    return f'{declared};\n}}\n#define SHAPES(CASE) {cases}\n{text}\nextern "C" {{\nextern {declared}'
 
 
 def _tensors() -> list[Any]:
