@@ -84,7 +84,7 @@ def draw(records: list[Record], path: Path) -> None:
         axes.plot([low, high], [low, high], color="black", linewidth=1, label="as predicted")
         if place == 0:
             axes.set_ylabel("measured KL, nats per token")
-            axes.legend(fontsize=7, loc="lower right")
+            axes.legend(fontsize=6, loc="upper left")
     save_figure(figure, path)
 
 
