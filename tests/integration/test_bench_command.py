@@ -197,6 +197,15 @@ def test_interrupts_in_a_row_lose_nothing_and_the_run_goes_on(
     half = json.loads(path.read_text(encoding="utf-8"))
     assert {row["length"] for row in half["rows"]} == {96}
     assert json.loads(ended.out)["rows"] == half["rows"]
+    kept = path.read_text(encoding="utf-8")
+    others = kept.replace('"method": "full"', '"method": "adakv"')
+    for text, options, what in ((kept, ["--repeats", "7"], "settings"), (others, [], "methods")):
+        path.write_text(text, encoding="utf-8")
+        other = call(*command, *options)
+        assert (other.code, other.out) == (2, "")
+        assert f"run.json' holds an unfinished run with other {what}: name another file, or delete it" in other.err
+        assert path.read_text(encoding="utf-8") == text
+    path.write_text(kept, encoding="utf-8")
 
     interrupting = False
     gone_on = call(*command)

@@ -173,6 +173,11 @@ def test_a_folder_may_have_a_dot_in_its_name(place: Path, call: Callable[..., Re
     assert (place / "kept.v2" / "doc.kvc").exists()
 
 
+def test_what_ends_in_a_slash_is_a_folder_though_none_is_there(place: Path, call: Callable[..., Result]) -> None:
+    assert call("read", "doc.txt", "-o", "fresh/er/", "--model", "model", "--method", "full").code == 0
+    assert (place / "fresh" / "er" / "doc.kvc").is_file()
+
+
 def test_reading_replaces_no_session_but_the_same_documents(
     kept: Path, place: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

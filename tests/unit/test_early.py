@@ -34,6 +34,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     (tmp_path / "doc.txt").write_text("Some text.", encoding="utf-8")
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "bin.pdf").write_bytes(b"%PDF\0\1")
+    (tmp_path / "folder").mkdir()
     return runner(monkeypatch, capfd, columns=80)
 
 
@@ -86,6 +88,18 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         ([*EVAL, "--tasks", "longbench"], "--data: task 'longbench' needs a folder with "),
         ([*EVAL, "--tasks", "longbench", "--data", "none"], "--data 'none': no such folder"),
         ([*EVAL, "--profile", "none.json"], "--profile 'none.json' cannot be read: no such file"),
+        ([*EVAL, "--haystack", "file"], "--haystack file holds no text"),
+        ([*EVAL, "--haystack", "folder"], "--haystack folder holds no text"),
+        ([*EVAL, "--haystack", "bin.pdf"], "--haystack 'bin.pdf' is binary"),
+        ([*EVAL, "--rows", "0"], "--rows '0' is no case of any subset"),
+        ([*EVAL, "--rows", "5:3"], "--rows '5:3' is no case of any subset"),
+        ([*EVAL, "-o", "doc.txt"], "--output 'doc.txt' cannot be a folder: Not a directory"),
+        ([*EVAL, "-o", "doc.txt/run"], "--output 'doc.txt/run' cannot be a folder: Not a directory"),
+        ([*EVAL, "-o", "/proc/x"], "--output '/proc/x' cannot be a folder: "),
+        (
+            [*EVAL, "--tasks", "questions", "--methods", "snapkv[lookahead=2]"],
+            "--methods 'snapkv[lookahead=2]' looks ahead, which in the setting 'agnostic'",
+        ),
         ([*EVAL, "--limit", "0"], "--limit 0 must be at least 1"),
         ([*FIND, "--lengths", "100"], "--lengths 100 must be whole numbers of at least 256 tokens"),
         ([*FIND, "--depths", "101"], "--depths 101.0 must lie between 0 and 100 percent"),
@@ -103,6 +117,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
             for pair in (
                 ([*command, "--profile", "none.json"], "--profile 'none.json' cannot be read: no such file"),
                 ([*command, "--profile", "bad.json"], "--profile 'bad.json' is no profile"),
+                ([*command, "--method", "adakv,snapkv"], "--method 'adakv,snapkv' names 2 methods: give one\n"),
+                ([*command, "--method", "snapkv[lookahead=2]"], "--method 'snapkv[lookahead=2]' looks ahead, but"),
                 ([*command, "--max-memory", "much"], "--max-memory 'much'"),
                 ([*command, "--set", "kernel_size=3"], "--set 'kernel_size=3' is an option of a method: name that"),
                 ([*command, "--method", "snapkv", "--set", "kernel_size=4"], "--set 'kernel_size=4' must be an odd"),
@@ -115,6 +131,14 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         (["bench", "--decode", "quick"], "--decode 'quick' is unknown"),
         (["bench", "--output", "file/x.json"], "--output 'file/x.json' cannot be written"),
         (["bench", "--methods", "snapkv[lookahead=2]"], "--methods 'snapkv[lookahead=2]' looks ahead"),
+        (["bench", "--methods", "kvzip"], "--methods 'kvzip' reads the prompt twice, which is not measured here"),
+        (["bench", "--profile", "none.json"], "--profile 'none.json' cannot be read: no such file"),
+        (["compile", "--profile", "none.json"], "--profile 'none.json' cannot be read: no such file"),
+        (["compile", "--method", "kvzip"], "--method 'kvzip' reads the prompt twice, which is not measured here"),
+        (["compile", "--method", "snapkv[lookahead=2]"], "--method 'snapkv[lookahead=2]' looks ahead"),
+        (["compile", "--method", "adakv,snapkv"], "--method 'adakv,snapkv' names 2 methods: give one\n"),
+        (["report", "run", "--own", ""], "--own '' names no method"),
+        (["report", "run", "--own", " ,"], "--own ' ,' names no method"),
         (["compile", "--method", "snapkw"], "--method 'snapkw' is unknown"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -192,13 +192,16 @@ class TestRun:
             ("1::2", ["birch"]),
             ("0::2", ["amber", "cedar", "amber"]),
             (" -1 : ", ["cedar", "amber"]),
-            ("5:", []),
         ],
     )
     def test_a_slice_is_taken_of_each_subset(self, rows: str, examples: list[str]) -> None:
         config = toy(limit=3, rows=parse_rows(rows))
         assert run(config, methods="full").records == len(examples)
         assert [record.example for record in records()] == examples
+
+    def test_a_slice_that_leaves_nothing_is_refused(self) -> None:
+        with pytest.raises(DataError, match="rows='5::' leaves no case"):
+            run(toy(limit=3, rows=parse_rows("5:")), methods="full")
 
     def test_a_subset_alone(self) -> None:
         assert run(toy(subsets=("long",))).examples == 1

@@ -92,6 +92,15 @@ class Bench:
             self.subject.notes += [note for note in notes if note not in self.subject.notes]
         return len(measured)
 
+    def measures(self, rows: Sequence[Row], stages: Sequence[Stage]) -> bool:
+        """Whether all of an earlier run's rows are of what these stages measure, too."""
+        wanted = {
+            (stage.length, _engine(one, "compresskv"), one.method, one.decode, one.budget)
+            for stage in stages
+            for one in stage.contenders
+        }
+        return all((row.length, row.engine, row.method, row.decode, row.budget) in wanted for row in rows)
+
     def _is_measured(self, stage: Stage, rows: Sequence[Row], engine: str = "compresskv") -> bool:
         whole = (row for row in rows if row.length == stage.length and len(row.rounds) == self.config.repeats)
         there = {(row.engine, row.method, row.decode, row.budget) for row in whole}

@@ -35,18 +35,24 @@ class StoredRun:
         self._begun: list[dict[str, Any]] = []
 
     def go_on(self, stages: Sequence[Stage]) -> int:
-        """Take over what an unfinished run of the same kind left in the file.
+        """Take over what an unfinished run left in the file.
 
         Returns: how many stages need not be measured again.
+        Raises:
+            ConfigError: it is a run of another model, machine, or other versions or settings.
         """
         stored = self._read()
         if stored is None:
             return 0
-        with suppress(KeyError, TypeError, ValueError):  # written by hand, or by another version
+        try:
             rows, limits = [convert(row, Row) for row in stored["rows"]], convert(stored["limits"], Limits)
-            self.peers = dict(stored[_UNFINISHED]["peers"])
-            return self._run.take_over(rows, limits, stored["notes"], stages)
-        return 0
+            peers, notes = dict(stored[_UNFINISHED]["peers"]), list(stored["notes"])
+        except (KeyError, TypeError, ValueError):  # written by hand, or by another version
+            return 0
+        if not self._run.measures(rows, stages):
+            raise self._of_another("methods")
+        self.peers = peers
+        return self._run.take_over(rows, limits, notes, stages)
 
     def add_peer(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Measure a peer, whose rows are stored as they come."""
@@ -82,16 +88,25 @@ class StoredRun:
             raise ConfigError(f"cannot be written: {err.strerror}", option="output", value=str(self._path)) from err
 
     def _read(self) -> dict[str, Any] | None:
-        """The file's unfinished run, if it is one of the same model, machine, versions and settings."""
+        """The file's unfinished run, if it holds one."""
         try:
-            stored = json.loads((self._path or Path()).read_bytes())
-            same = stored[_UNFINISHED]["profile"] == self._profile and _kind(stored) == _kind(self._run.result())
+            stored: dict[str, Any] = json.loads((self._path or Path()).read_bytes())
+            before = _kind(stored) | {"profile": stored[_UNFINISHED]["profile"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return stored if same else None
+        now = _kind(self._run.result()) | {"profile": self._profile}
+        others = [name for name, value in now.items() if before.get(name) != value]
+        if others:
+            raise self._of_another(" and ".join(others))
+        return stored
+
+    def _of_another(self, what: str) -> ConfigError:
+        problem = f"holds an unfinished run with other {what}: name another file, or delete it"
+        return ConfigError(problem, option="output", value=self._path)
 
 
-def _kind(result: dict[str, Any]) -> Any:
-    """What must be the same for figures to be compared, as JSON has it."""
+def _kind(result: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for figures to be compared, by name, as JSON has it."""
     machine = {name: value for name, value in result["machine"].items() if name != "available_nbytes"}
-    return json.loads(json.dumps([result["versions"], machine, result["model"], result["settings"]]))
+    kind = {name: result[name] for name in ("versions", "model", "settings")} | {"machine": machine}
+    return dict(json.loads(json.dumps(kind)))

@@ -13,6 +13,8 @@ from compresskv.cli.options import (
     DtypeOption,
     JsonOption,
     ProfileOption,
+    check_profile,
+    check_timed,
     check_writable,
     parse_numbers,
     split_names,
@@ -112,6 +114,7 @@ def bench(
     """
     config, chosen = _config(lengths, budgets, methods, decode, stores, repeats, new_tokens)
     _check_choices(model, random, layers, profile, dtype, config.decode)
+    check_profile(profile)
     check_outputs({"plot": plot, "output": output}, {"profile": profile, "model": model})
     _check_outputs(plot, output)
     peer_pythons = _pythons_of_peers(peers, random or model or defaults.MODEL, random=random is not None)
@@ -164,10 +167,8 @@ def _config(
 
         check_int8("decode")
     chosen = parse_methods("methods", methods)
-    for label, method in chosen.items():
-        if method.lookahead:
-            problem = "looks ahead: its cost falls into decoding and is not measured"
-            raise ConfigError(problem, option="methods", value=label)
+    for method in chosen.values():
+        check_timed("methods", method)
     return config, chosen
 
 

@@ -11,7 +11,9 @@ from compresskv.cli.options import (
     ModelOption,
     ProfileOption,
     SettingsOption,
-    create_methods,
+    check_profile,
+    check_timed,
+    create_method,
 )
 from compresskv.cli.terminal import Bar, Building, err, out
 from compresskv.errors import ModelError
@@ -38,12 +40,14 @@ def compile_step(
     It takes about a minute and a C++ compiler. Answers of `ask` are then decoded by it where that pays. One is needed
     for methods whose KV heads keep equal numbers of tokens, and one for those whose heads do not.
     """
+    chosen = create_method(method, settings)
+    check_timed("method", chosen)
+    check_profile(profile)
     from compresskv.bench.subject import real_subject
     from compresskv.bench.trial import try_compiled
     from compresskv.methods.prepare import prepare_method
     from compresskv.models.quantize import weights_dtype
 
-    chosen, *_ = create_methods(method, "", settings)
     with Bar() as bar:
         subject = real_subject(model, dtype=dtype, device="cpu", on_progress=bar)
         prepared = prepare_method(subject.model, chosen, profile if chosen.needs_profile else None)

@@ -20,7 +20,7 @@ from compresskv.cli.options import (
     parse_numbers,
     split_names,
 )
-from compresskv.cli.outputs import check_outputs
+from compresskv.cli.outputs import check_future_folder, check_outputs
 from compresskv.cli.report import group_tables, in_short
 from compresskv.cli.terminal import Bar, counted, err, out
 from compresskv.errors import ConfigError, DataError
@@ -154,7 +154,7 @@ def evaluate(
 
     Each prompt is read once, and every method and budget cuts its own cache from that.
     """
-    from compresskv.evaluation.configurations import check_automatic, parse_budgets, parse_names
+    from compresskv.evaluation.configurations import check_settings, parse_budgets, parse_names
     from compresskv.evaluation.press_request import PressRequest
     from compresskv.evaluation.run import parse_rows
     from compresskv.evaluation.runner import SETTINGS
@@ -165,6 +165,7 @@ def evaluate(
 
     records = [output / name for name in ("run.json", "records.jsonl")]
     check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
+    check_future_folder("output", output)
     own = {
         "tasks": None if tasks is None else parse_names("tasks", tasks, list(known_tasks())),
         "subsets": split_names(subsets) or None,
@@ -192,7 +193,7 @@ def evaluate(
     presses = split_names(peers)
     own_settings = tuple(dict.fromkeys(setting for config in configs.values() for setting in config.own_settings))
     in_settings = own_settings if settings is None else parse_names("settings", settings, SETTINGS)
-    check_automatic(named, counts, in_settings)
+    check_settings(named, counts, in_settings)
     request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
     if left_out:
         err.print(f"without --data: {', '.join(left_out)} left out")

@@ -135,9 +135,20 @@ def check_profile(profile: Path | None) -> None:
         read_profile(profile)
 
 
-def create_methods(method: str, compare: str, settings: list[str] | None) -> "list[Method]":
+def create_method(method: str, settings: list[str] | None) -> "Method":
+    """The one method of a command that takes no others.
+
+    Raises:
+        ConfigError: as `create_methods`.
+    """
+    return create_methods(method, None, settings)[0]
+
+
+def create_methods(method: str, compare: str | None, settings: list[str] | None) -> "list[Method]":
     """The method with its settings, then those to compare it with, each once.
 
+    Args:
+        compare: None: the command cannot compare.
     Raises:
         ConfigError: an unknown method, or a setting that does not fit.
     """
@@ -149,9 +160,8 @@ def create_methods(method: str, compare: str, settings: list[str] | None) -> "li
             raise ConfigError("has options already: leave out --set", option="method", value=method)
         chosen = registry.parse_methods("method", method)
         if len(chosen) > 1:
-            others = ",".join(list(chosen)[1:])
-            problem = f"names {len(chosen)} methods: give one, and the others as compare={others}"
-            raise ConfigError(problem, option="method", value=method)
+            others = "" if compare is None else f", and the others as compare={','.join(list(chosen)[1:])}"
+            raise ConfigError(f"names {len(chosen)} methods: give one{others}", option="method", value=method)
     else:
         try:
             one = registry.create(method, **options)
@@ -161,8 +171,23 @@ def create_methods(method: str, compare: str, settings: list[str] | None) -> "li
             setting = f"{error.option}={options[error.option]}"
             raise ConfigError(error.problem, option="settings", value=setting) from None
         chosen = {one.label: one}
-    compared = registry.parse_methods("compare", compare) if compare.strip() else {}
+    compared = registry.parse_methods("compare", compare) if compare and compare.strip() else {}
     return list((chosen | {label: one for label, one in compared.items() if label not in chosen}).values())
+
+
+def check_timed(option: str, method: "Method") -> None:
+    """Refuse methods whose decode steps cannot be timed alone.
+
+    Raises:
+        ConfigError: naming the option and the method.
+    """
+    problem = None
+    if method.lookahead:
+        problem = "looks ahead: its cost falls into decoding and is not measured"
+    elif method.replays:
+        problem = "reads the prompt twice, which is not measured here: name another"
+    if problem is not None:
+        raise ConfigError(problem, option=option, value=method.label)
 
 
 def parse_numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tuple[N, ...] | None:

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,20 @@ def check_outputs(outputs: Mapping[str, Path | Sequence[Path] | None], inputs: M
             if written.setdefault(place, option) != option:
                 problem = f"is the file of {written[place]}={str(path)!r}, too: name another one"
                 raise ConfigError(problem, option=option, value=str(path))
+
+
+def check_future_folder(option: str, folder: Path) -> None:
+    """Find out, before long work, whether a folder can be made and written to; nothing is made.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot be a folder: {error.strerror}", option=option, value=folder) from error
 
 
 def _statuses(name: str, given: Given) -> Iterator[os.stat_result]:

@@ -1,6 +1,7 @@
 """Where sessions are written: which files may be made, and which may be replaced."""
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,18 +18,22 @@ def name_of(document: str) -> str:
     return STANDARD_INPUT if document == "-" else Path(document).name
 
 
-def choose_places(documents: Sequence[str], output: Path | None) -> list[Path]:
+def choose_places(documents: Sequence[str], output: str | None) -> list[Path]:
     """One file for each document; nothing is made.
 
+    Args:
+        output: a file, or a folder; what ends in a slash is a folder, be there none.
     Raises:
         ConfigError: one file is named for several, or would be written twice.
     """
-    if len(documents) == 1 and output is not None and not output.is_dir():
-        return [output]
-    if output is not None and not output.is_dir() and (output.is_file() or output.suffix == SUFFIX):
-        problem = f"{'is' if output.exists() else 'names'} a file: name a folder for {len(documents)} documents"
-        raise ConfigError(problem, option="output", value=output)
-    folder = Path() if output is None else output
+    folder = Path(output or "")
+    ends_in_slash = output is not None and output.endswith(("/", os.sep))
+    if output is not None and not ends_in_slash and not folder.is_dir():
+        if len(documents) == 1:
+            return [folder]
+        if folder.is_file() or folder.suffix == SUFFIX:
+            problem = f"{'is' if folder.exists() else 'names'} a file: name a folder for {len(documents)} documents"
+            raise ConfigError(problem, option="output", value=output)
     names = ["document" if document == "-" else Path(document).stem for document in documents]
     for name in names:
         if names.count(name) > 1:

@@ -20,7 +20,7 @@ from compresskv.cli.options import (
     SettingsOption,
     StoreOption,
     check_profile,
-    create_methods,
+    create_method,
     parse_nbytes,
 )
 from compresskv.cli.outputs import check_outputs
@@ -64,9 +64,12 @@ SESSION_BUDGET = f"{defaults.SESSION_BUDGET:.0%}"
 def read(
     documents: Annotated[list[str], typer.Argument(help="Text files, or - for standard input.", metavar="FILE...")],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--output", "-o", help="File to write, or folder. Default: FILE.kvc in this folder.", metavar="OUT"
+            "--output",
+            "-o",
+            help="File to write, or folder; a new folder ends in a slash. Default: FILE.kvc in this folder.",
+            metavar="OUT",
         ),
     ] = None,
     model: ModelOption = defaults.MODEL,
@@ -160,7 +163,11 @@ def load_for_reading(
 def chosen_method(method: str | None, settings: list[str] | None) -> "Method | None":
     """The one that is named, with its settings; None: the default."""
     if method is not None:
-        return create_methods(method, "", settings)[0]
+        chosen = create_method(method, settings)
+        if chosen.lookahead:
+            problem = "looks ahead, but a document is cut before anything is asked: name another"
+            raise ConfigError(problem, option="method", value=chosen.label)
+        return chosen
     if settings:
         raise ConfigError("is an option of a method: name that by --method", option="settings", value=settings[0])
     return None

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from compresskv.cli.options import JsonOption, split_names
 from compresskv.cli.terminal import counted, err, new_table, out
+from compresskv.errors import ConfigError
 
 EPILOG = """\b
 Examples:
@@ -45,7 +46,10 @@ def report(
     from compresskv.evaluation.suite import runs_of
     from compresskv.evaluation.summary import report_data
 
-    data = report_data([run for folder in runs for run in runs_of(folder)], None if own is None else split_names(own))
+    methods = None if own is None else split_names(own)
+    if methods == ():
+        raise ConfigError("names no method: give some, or leave it out", option="own", value=own)
+    data = report_data([run for folder in runs for run in runs_of(folder)], methods)
     path = write_pages(data, output or (runs[0] if len(runs) == 1 else Path("report")))
     if as_json:
         out.print_json(json.dumps({"file": str(path), **data}))

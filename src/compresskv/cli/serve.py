@@ -17,7 +17,7 @@ from compresskv.cli.options import (
     DecodeBudgetOption,
     ProfileOption,
     SettingsOption,
-    create_methods,
+    create_method,
 )
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
@@ -211,7 +211,7 @@ def _settings_environment(
         from compresskv.profiles.profile import read_profile
 
         read_profile(profile)
-    (chosen,) = create_methods(method, "", settings)
+    chosen = create_method(method, settings)
     environment = {
         "COMPRESSKV_BUDGET": budget,
         "COMPRESSKV_METHOD": chosen.label,

@@ -53,12 +53,16 @@ def parse_budgets(text: str, of: str = TOKENS) -> tuple[SharedBudget, ...]:
     return budgets
 
 
-def check_automatic(methods: dict[str, Method], budgets: Sequence[SharedBudget], settings: Sequence[str]) -> None:
-    """Refuse budgets that each prompt decides where none can.
+def check_settings(methods: dict[str, Method], budgets: Sequence[SharedBudget], settings: Sequence[str]) -> None:
+    """Refuse methods that look ahead, and budgets that each prompt decides, where that cannot be.
 
     Raises:
-        ConfigError: in the agnostic setting, or for a method of which nobody knows what it loses.
+        ConfigError: in the agnostic setting, or such a budget for a method of which nobody knows what it loses.
     """
+    for name, method in methods.items():
+        if method.lookahead and "agnostic" in settings:
+            problem = "looks ahead, which in the setting 'agnostic' is at the question"
+            raise ConfigError(problem, option="methods", value=name)
     for budget in budgets:
         if "agnostic" in settings:
             known_beforehand(budget, "budgets")
@@ -81,18 +85,14 @@ def configurations(
 
     Raises:
         ProfileError: a method needs a profile and the model has none.
-        ConfigError: a method looks ahead in the agnostic setting; or as `check_automatic`.
+        ConfigError: as `check_settings`.
     """
-    check_automatic(methods, budgets, settings)
+    check_settings(methods, budgets, settings)
     prepared = {
         name: prepare_method(model, method, profile if method.needs_profile else None)
         for name, method in methods.items()
         if method.name != FULL
     }
-    for name, method in prepared.items():
-        if method.lookahead and "agnostic" in settings:
-            problem = "looks ahead, which in the setting 'agnostic' is at the question"
-            raise ConfigError(problem, option="methods", value=name)
     keeps_all = registry.create(FULL)
     whole = [Configuration(FULL, keeps_all, 1.0, store=store) for store in stores if store != NATIVE]
     return [Configuration(FULL, keeps_all, None), *(whole if FULL in methods else [])] + [

@@ -1,6 +1,7 @@
 """A whole evaluation: examples of several tasks, every configuration, records on disk, peers beside them."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -10,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.prefill import reads_exactly
+from compresskv.calibration.haystack import read_haystack
 from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.evaluation.encode import encode
 from compresskv.evaluation.example import Example
@@ -73,6 +75,8 @@ class EvaluationConfig:
         for path in self.haystack:
             if not path.exists():
                 raise DataError(": no such file or folder", option="haystack", value=path)
+        if self.haystack:
+            read_haystack(self.haystack)
         for task, _ in self.chosen_tasks():
             if task.needs:
                 task_folder(task.name, self.data, task.needs)
@@ -178,6 +182,9 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                 else:
                     self.counts.truncated += case.prompt.num_truncated > 0
                     cases.append(case)
+        if not cases and not self.counts.skipped:
+            given = ":".join("" if part is None else str(part) for part in self._config.rows)
+            raise DataError("leaves no case: no subset has so many", option="rows", value=given)
         self.counts.examples = len(cases)
         return cases
 
@@ -271,7 +278,7 @@ def parse_rows(text: str) -> tuple[int | None, int | None, int | None]:
     """'1::2' as the three parts of a slice; '' is all, '3' the first three.
 
     Raises:
-        ConfigError: not a slice of whole numbers, or a step of 0.
+        ConfigError: not a slice of whole numbers, a step of 0, or a slice that is always empty.
     """
     parts = [part.strip() for part in text.split(":")] if ":" in text else ["", text.strip(), ""]
     try:
@@ -280,6 +287,8 @@ def parse_rows(text: str) -> tuple[int | None, int | None, int | None]:
             raise ValueError
     except ValueError:
         raise ConfigError("is not START:STOP:STEP, such as 1::2 or :10", option="rows", value=text) from None
+    if not any(range(count)[start:stop:step] for count in (*range(1, 1000), sys.maxsize)):
+        raise ConfigError("is no case of any subset: :10 is the first ten", option="rows", value=text)
     return start, stop, step
 
 
