@@ -101,7 +101,7 @@ def test_off_by_default_and_switched_on_by_the_environment(monkeypatch: pytest.M
     assert ours.scheduler_config.scheduler_cls == "compresskv.serving.scheduler.CompressedScheduler"
     worker = "cpu_worker.CompressedCPUWorker" if current_platform.is_cpu() else "gpu_worker.CompressedGPUWorker"
     assert ours.parallel_config.worker_cls == f"compresskv.serving.{worker}"
-    assert ours.additional_config["compresskv"] == {"budget": 0.03, "method": "vote[window_size=16]", "profile": None}
+    assert ours.additional_config["compresskv"] == Settings(0.03, "vote[window_size=16]").to_dict()
     assert configured(False).scheduler_config.scheduler_cls is None  # this engine's own word counts
 
 
