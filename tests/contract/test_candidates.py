@@ -28,7 +28,7 @@ NUM_PROMPT, BUDGET, FEW = 96, 12, 2
 STEPS = [NUM_PROMPT, 1, 1, 7, 1]
 ALL = -(-NUM_PROMPT // BUDGET)
 WAITING = [name for name in tiny.METHODS if methods()[name].decides_together]
-MODELS = ["llama sdpa", "gemma3 eager", "llama_mha sdpa"]
+MODELS = ["llama sdpa", "gemma3 eager"]
 
 
 @pytest.fixture(autouse=True)

@@ -122,7 +122,8 @@ def test_full_nbytes_is_what_the_prompt_would_have_taken(family: str) -> None:
 
 
 # Freed at once: when a layer is reached, the full keys and values of all layers before it must be gone, or a prompt's
-# peak memory would be that of the full cache. Methods that decide together hold all of them, but cut one by one.
+# peak memory would be that of the full cache. Methods that decide together hold all of prompts as short as this, but
+# cut one by one; of longer ones they hold candidates (test_candidates.py).
 @pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
 @pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
