@@ -186,9 +186,9 @@ def evaluate(
         "exact_prefill": exact_prefill,
     }
     configs, left_out = _configs(suite, chosen, shared)
-    if suite is None:
-        methods, budgets = methods or ",".join(registered()), budgets or "64,128,256"
-    named, counts = parse_methods("methods", methods or METHODS), parse_budgets(budgets or BUDGETS, of)
+    usual = (",".join(registered()), "64,128,256") if suite is None else (METHODS, BUDGETS)
+    named = parse_methods("methods", methods or usual[0])
+    counts = parse_budgets(usual[1] if budgets is None else budgets, of)
     held = parse_names("stores", stores, tuple(PRECISIONS))
     presses = split_names(peers)
     own_settings = tuple(dict.fromkeys(setting for config in configs.values() for setting in config.own_settings))
