@@ -33,6 +33,7 @@ ELSEWHERE = {
     "system/drawing.py": "into memory",
     "peers/process.py": "a temporary folder",
     "peers/presses.py": "a temporary folder",
+    "profiles/authors.py": "a temporary folder",
     "models/download.py": "a scratch folder, renamed when its contents are checked",
     "models/embedded.py": "a scratch folder, renamed when it is complete",
     "compiled/export.py": "a scratch folder, renamed when it is complete",

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from compresskv.calibration.needles import Document, Needle
 from compresskv.errors import ConfigError, ProfileError, PromptError
 from compresskv.prompts.document import read_text
+from compresskv.system.paths import is_folder
 
 DEFAULT_HAYSTACK = Path(__file__).parent / "haystack.txt"
 """The help topics of Python 3.11: the same text everywhere, whatever Python runs."""
@@ -24,7 +25,7 @@ def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
         ProfileError: a path is missing or is not text.
     """
     chosen = paths or [DEFAULT_HAYSTACK]
-    files = [file for path in chosen for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
+    files = [file for path in chosen for file in (sorted(path.rglob("*.txt")) if is_folder(path) else [path])]
     texts = [_read_text(file) for file in files]
     # Ends of sentences and of paragraphs; white space inside a sentence is layout, not content.
     pieces = (" ".join(piece.split()) for text in texts for piece in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))

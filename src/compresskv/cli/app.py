@@ -145,9 +145,10 @@ def run() -> int:
     except typer.Abort:
         status = INTERRUPTED
     except OSError as error:
-        if error.filename is not None:  # a file's error is explained where the file is used
-            raise
-        status = _without_output(error)
+        if error.filename is None:
+            status = _without_output(error)
+        else:  # most are explained where the file is used
+            status = _refused(f"{str(error.filename)!r}: {error.strerror}")
     return status if isinstance(status, int) else 0
 
 

@@ -20,6 +20,7 @@ from compresskv.cli.options import (
     DecodeIntervalOption,
     DecodeMethodOption,
     PrefillMemoryOption,
+    check_writable,
     parse_prefill_memory,
 )
 from compresskv.cli.outputs import check_outputs
@@ -66,9 +67,8 @@ def ask(
     check_outputs({"save_plan": save_plan}, given.inputs)
     if save_plan is not None and given.compare:
         raise ConfigError("takes one method: leave out --compare", option="save_plan", value=save_plan)
-    if save_plan is not None and (save_plan.is_dir() or not save_plan.parent.is_dir()):
-        problem = "cannot be written: no such folder, or a folder itself"
-        raise ConfigError(problem, option="save_plan", value=save_plan)
+    if save_plan is not None:
+        check_writable("save_plan", save_plan, make_folder=False)
     cuts: dict[str, Any] = {
         "chunk_budget": chunk_budget,
         "chunk_tokens": chunk_tokens,

@@ -46,6 +46,7 @@ from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.header import is_session
 from compresskv.system.check import check_least
 from compresskv.system.interrupts import hear_again
+from compresskv.system.paths import exists
 
 if TYPE_CHECKING:
     from compresskv.generation import Generation
@@ -233,7 +234,7 @@ class _Saving:
             place = Path(given).expanduser() if given else self._own[0] if self._own else free_place(self._stem)
             check_outputs({"save": place}, self._inputs)
             check_place("save", place)
-            if is_session(place) and not any(own.exists() and own.samefile(place) for own in self._own):
+            if is_session(place) and not any(exists(own) and own.samefile(place) for own in self._own):
                 raise ConfigError("is another session: name another file", option="save", value=place)
         except ConfigError as error:
             raise SessionError(told(repr(str(error.value)), error.problem)) from error

@@ -27,6 +27,7 @@ from compresskv.errors import ConfigError, DataError
 from compresskv.selection.budgets import TOKENS
 from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.check import check_known
+from compresskv.system.paths import exists
 from compresskv.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _run(
     if profile is not None:
         read_profile(profile)
     python = peers_python() if request.presses else None  # looked for before anything is computed
-    if "" not in configs and (output / "run.json").exists():
+    if "" not in configs and exists(output / "run.json"):
         problem = "holds a run that is no suite: give another folder"
         raise DataError(problem, option="output", value=str(output))
     for name, config in configs.items():

@@ -54,7 +54,7 @@ def explain(
     page = _DEFAULT_PAGE if html is None else html
     if not given.as_json:
         check_outputs({"html": page}, given.inputs)
-        _check_page(page)
+        check_writable("html", page, make_folder=False)
     max_new_tokens = 0 if no_answer else given.max_new_tokens
     if names_session(given.document):
         report = _report_of_session(given, evidence or [], max_new_tokens)
@@ -153,15 +153,6 @@ def _write(page: Path, report: "Report") -> None:
     except OSError as error:
         raise ConfigError(f"--html {str(page)!r}: {error.strerror}") from error
     out.print(str(page.resolve()))
-
-
-def _check_page(page: Path) -> None:
-    """Refuse, before a model is loaded, a page that cannot be written."""
-    if page.is_dir():
-        raise ConfigError(f"--html {str(page)!r} is a folder: name a file in it")
-    if not page.absolute().parent.is_dir():
-        raise ConfigError(f"--html {str(page)!r}: there is no folder {str(page.absolute().parent)!r}")
-    check_writable("html", page)
 
 
 def _check_evidence(context: str, evidence: list[str]) -> None:

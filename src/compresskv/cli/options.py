@@ -1,6 +1,6 @@
 """Options that several commands take, and how their text becomes values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -12,6 +12,7 @@ from compresskv.methods.options import parse_settings
 from compresskv.selection.auto_budget import MAX_LOSS
 from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.sizes import find_nbytes
+from compresskv.system.paths import is_folder, why_unseen
 
 if TYPE_CHECKING:
     from compresskv.methods.base import Method
@@ -235,25 +236,32 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def check_writable(option: str, path: Path) -> None:
+def check_writable(option: str, path: Path, *, make_folder: bool = True) -> None:
     """Find out, before long work, whether a file can be written.
 
+    Args:
+        make_folder: whether a folder that is not there is made, or refused.
     Raises:
         ConfigError: it cannot.
     """
-    from compresskv.system.paths import try_folder_of
+    from compresskv.system.files import try_place
 
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError("is a folder: give a file", option=option, value=path)
+    if not make_folder and not is_folder(path.parent):
+        problem = f"cannot be written: {why_unseen(path) or f'there is no folder {str(path.parent)!r}'}"
+        raise ConfigError(problem, option=option, value=path)
     try:
-        try_folder_of(path)
+        try_place(path)
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror}", option=option, value=path) from error
 
 
-def check_folder(option: str, path: Path | None) -> None:
+def check_folder(option: str, path: Path | None, names: Sequence[str] = ()) -> None:
     """Find out, before long work, whether files can be written into a folder; it is made. None: nothing is asked.
 
+    Args:
+        names: of the files.
     Raises:
         ConfigError: they cannot.
     """
@@ -263,3 +271,5 @@ def check_folder(option: str, path: Path | None) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot be a folder: {error.strerror}", option=option, value=path) from error
+    for name in names:
+        check_writable(option, path / name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from compresskv.errors import ConfigError
+from compresskv.system.paths import is_file, is_folder
 
 Given: TypeAlias = "str | Path | Sequence[str | Path] | None"
 
@@ -66,7 +67,7 @@ def _statuses(name: str, given: Given) -> Iterator[os.stat_result]:
         with suppress(OSError, ValueError, AttributeError):  # AttributeError: standard input is closed
             if str(path) == "-":
                 yield os.fstat(sys.stdin.fileno())
-            elif path.is_dir():
+            elif is_folder(path):
                 yield from (file.stat() for file in _read_from(name, path))
             else:
                 yield path.stat()
@@ -81,10 +82,10 @@ def _several(given: Given) -> list[Path]:
 def _read_from(name: str, folder: Path) -> Iterator[Path]:
     """The files of a folder that a command reads: a model's own, texts of a haystack."""
     if name == "model":
-        files = (path for path in folder.iterdir() if path.suffix in _MODEL_SUFFIXES and path.is_file())
+        files = (path for path in folder.iterdir() if path.suffix in _MODEL_SUFFIXES and is_file(path))
         yield from (path for path in files if not _is_ours(path))
     else:
-        yield from (path for path in folder.rglob("*.txt") if path.is_file())
+        yield from (path for path in folder.rglob("*.txt") if is_file(path))
 
 
 def _is_ours(path: Path) -> bool:

@@ -9,6 +9,7 @@ from compresskv.cli.kept import SUFFIX
 from compresskv.cli.options import check_folder, check_writable
 from compresskv.errors import ConfigError, SessionError
 from compresskv.sessions.header import facts_of, is_session, read_metadata
+from compresskv.system.paths import exists, is_file, is_folder
 
 STANDARD_INPUT = "standard input"
 
@@ -28,11 +29,11 @@ def choose_places(documents: Sequence[str], output: str | None) -> list[Path]:
     """
     folder = Path(output or "")
     ends_in_slash = output is not None and output.endswith(("/", os.sep))
-    if output is not None and not ends_in_slash and not folder.is_dir():
+    if output is not None and not ends_in_slash and not is_folder(folder):
         if len(documents) == 1:
             return [folder]
-        if folder.is_file() or folder.suffix == SUFFIX:
-            problem = f"{'is' if folder.exists() else 'names'} a file: name a folder for {len(documents)} documents"
+        if is_file(folder) or folder.suffix == SUFFIX:
+            problem = f"{'is' if exists(folder) else 'names'} a file: name a folder for {len(documents)} documents"
             raise ConfigError(problem, option="output", value=output)
     names = ["document" if document == "-" else Path(document).stem for document in documents]
     for name in names:
@@ -62,14 +63,14 @@ def check_place(option: str, place: Path) -> None:
         ConfigError: naming the file.
     """
     check_writable(option, place)
-    if place.is_file() and place.stat().st_size and not is_session(place):
+    if is_file(place) and place.stat().st_size and not is_session(place):
         raise ConfigError("exists and is no session: name another file", option=option, value=place)
 
 
 def free_place(stem: str) -> Path:
     """A file of this folder that is not there: stem.kvc, or stem-2.kvc and so on."""
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(place for name in names if not (place := Path(f"{name}{SUFFIX}")).exists())
+    return next(place for name in names if not exists(place := Path(f"{name}{SUFFIX}")))
 
 
 def _check_replaceable(name: str, place: Path) -> None:

@@ -25,11 +25,13 @@ from compresskv.cli.profile_tables import answers, layer_table, print_heads
 from compresskv.cli.terminal import Bar, counted, err, new_table, out
 from compresskv.errors import ProfileError
 from compresskv.selection.budgets import check_budget, error_aware
+from compresskv.system.paths import is_file, why_unseen
 
 if TYPE_CHECKING:
     from compresskv.profiles.profile import Profile
 
 DEFAULT_COMMAND = "find"
+_FIGURES = ("head_scores.png", "layer_budgets.png")
 
 
 class _DefaultToFind(Group):
@@ -155,9 +157,9 @@ def show(
     With --plot they are drawn, too.
     """
     check_budget(budget)
-    figures = {"plot": None if plot is None else [plot / name for name in ("head_scores.png", "layer_budgets.png")]}
+    figures = {"plot": None if plot is None else [plot / name for name in _FIGURES]}
     check_outputs(figures, {"profile": profile})
-    check_folder("plot", plot)
+    check_folder("plot", plot, _FIGURES)
     loaded = _find_file(profile)
     tokens = error_aware(budget, sys.maxsize, loaded.layer_errors)  # of a prompt too long to cap any layer
     if as_json:
@@ -200,7 +202,7 @@ def verify(
     """
     inputs = {"model": model, "profile": profile, "haystack": haystack, "needles": needles}
     check_outputs({"plot": None if plot is None else plot / "verify.png"}, inputs)
-    check_folder("plot", plot)
+    check_folder("plot", plot, ["verify.png"])
     from compresskv.calibration.verify import VerifySettings, to_rows, verify_profile
     from compresskv.models.load import load
     from compresskv.models.quantize import weights_dtype
@@ -252,7 +254,7 @@ def _find_file(name: str) -> "Profile":
     from compresskv.profiles.profile import read_profile
     from compresskv.profiles.store import stored_profiles
 
-    if Path(name).is_file():
+    if is_file(name) or why_unseen(name):
         return read_profile(name)
     for stored in stored_profiles():
         if stored.model_id == name:

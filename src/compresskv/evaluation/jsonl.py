@@ -11,6 +11,7 @@ from typing import Generic, TypeAlias, TypeVar
 from compresskv.errors import DataError, first_line
 from compresskv.evaluation.task import TaskSettings
 from compresskv.system.convert import convert
+from compresskv.system.paths import is_file, is_folder, why_unseen
 
 T = TypeVar("T")
 
@@ -46,10 +47,12 @@ def task_folder(task: str, data: Path | None, needs: str) -> Path:
     """
     if data is None:
         raise DataError(f": task {task!r} needs a folder with {needs}", option="data")
-    if not data.is_dir():
-        raise DataError(f": no such folder; task {task!r} needs {needs}", option="data", value=data)
+    if not is_folder(data):
+        raise DataError(
+            f": {why_unseen(data) or 'no such folder'}; task {task!r} needs {needs}", option="data", value=data
+        )
     inner = data / task
-    return inner if inner.is_dir() else data
+    return inner if is_folder(inner) else data
 
 
 def existing_files(folder: Folder, files: Mapping[str, str], settings: TaskSettings) -> dict[str, str]:
@@ -58,13 +61,17 @@ def existing_files(folder: Folder, files: Mapping[str, str], settings: TaskSetti
     Raises:
         DataError: none exists, or one is missing whose subset was asked for by name.
     """
-    found = {subset: name for subset, name in files.items() if (folder / name).is_file()}
+    found = {subset: name for subset, name in files.items() if _is_there(folder / name)}
     missing = [files[subset] for subset in settings.subsets if subset not in found]
     if missing or not found:
         raise DataError(
             f"{folder}: no {' and no '.join(missing) or 'file of any subset, such as ' + min(files.values())}"
         )
     return found
+
+
+def _is_there(path: Folder) -> bool:
+    return is_file(path) if isinstance(path, Path) else path.is_file()
 
 
 def read_lines(folder: Folder, name: str, kind: type[T], limit: int | None = None) -> Iterator[Line[T]]:

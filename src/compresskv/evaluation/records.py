@@ -13,6 +13,7 @@ from compresskv.selection.precision import NATIVE
 from compresskv.system.convert import convert
 from compresskv.system.files import write_text
 from compresskv.system.jsonl_log import JsonlLog, parse_line, split_lines
+from compresskv.system.paths import exists, why_unseen
 
 _CONFIGURATION = "run.json"
 _RECORDS = "records.jsonl"
@@ -223,8 +224,10 @@ def check_run(folder: Path, known: dict[str, Any]) -> None:
 def _compare(folder: Path, configuration: dict[str, Any], *, is_whole: bool) -> bool:
     """Whether the folder holds a run, of the same configuration; what that one lacks counts if it `is_whole`."""
     path, records = folder / _CONFIGURATION, folder / _RECORDS
-    if not path.exists():
-        if records.exists() and records.stat().st_size:
+    if (why := why_unseen(path)) is not None:
+        raise DataError(f"cannot keep records: {why}", option="output", value=str(folder))
+    if not exists(path):
+        if exists(records) and records.stat().st_size:
             problem = f"has {_RECORDS} but no {_CONFIGURATION}: give another folder"
             raise DataError(problem, option="output", value=str(folder))
         return False
@@ -250,7 +253,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     path = folder / _RECORDS
     try:
         configuration = _read_configuration(folder / _CONFIGURATION)
-        lines, torn = split_lines(path.read_bytes() if path.exists() else b"")  # nothing was measured yet
+        lines, torn = split_lines(path.read_bytes() if exists(path) else b"")  # nothing was measured yet
     except OSError as error:
         raise DataError(f"{str(folder)!r} holds no run: cannot read {error.filename!r}: {error.strerror}") from error
     if torn:

@@ -26,6 +26,7 @@ from compresskv.models.quantize import weights_dtype
 from compresskv.prompts.prompt import room_for_prompt
 from compresskv.system.check import check_known, check_least
 from compresskv.system.libraries import versions
+from compresskv.system.paths import exists, is_folder, why_unseen
 from compresskv.system.progress import Progress
 
 TOO_LONG = ("cut", "skip")
@@ -60,8 +61,8 @@ class EvaluationConfig:
         for option in ("lengths", "depths"):
             if not getattr(self, option):
                 raise ConfigError("names no number", option=option, value=())
-        if self.data is not None and not self.data.is_dir():
-            raise DataError(": no such folder", option="data", value=str(self.data))
+        if self.data is not None and not is_folder(self.data):
+            raise DataError(f": {why_unseen(self.data) or 'no such folder'}", option="data", value=str(self.data))
         check_known("too_long", self.too_long, TOO_LONG)
         for option in ("limit", "max_prompt_tokens", "max_new_tokens"):
             check_least(option, getattr(self, option))
@@ -73,8 +74,8 @@ class EvaluationConfig:
         for length in self.lengths:
             check_least("lengths", length)
         for path in self.haystack:
-            if not path.exists():
-                raise DataError(": no such file or folder", option="haystack", value=path)
+            if not exists(path):
+                raise DataError(f": {why_unseen(path) or 'no such file or folder'}", option="haystack", value=path)
         if self.haystack:
             read_haystack(self.haystack)
         for task, _ in self.chosen_tasks():

@@ -7,6 +7,7 @@ from typing import Any
 from compresskv.errors import ConfigError
 from compresskv.evaluation.run import EvaluationConfig
 from compresskv.evaluation.task import create_task
+from compresskv.system.paths import exists, is_folder
 
 METHODS = "full,blend,vote,compresskv,snapkv,adakv,cake,streaming_llm,forecast,kvzip,keydiff"
 """Ten methods beside the full cache: those that see the question, then those that need not."""
@@ -43,20 +44,21 @@ def suite_configs(suite: str, **given: Any) -> tuple[dict[str, EvaluationConfig]
     """
     data: Path | None = given.get("data")
     needing = [task for task in SUITES[suite] if create_task(task).needs]
-    missing = [task for task in needing if data is None or not (data / task).is_dir()]
-    if data is not None and data.is_dir() and missing == needing:
+    missing = [task for task in needing if data is None or not is_folder(data / task)]
+    if data is not None and is_folder(data) and missing == needing:
         raise ConfigError(f"holds no folder {' and no '.join(needing)}", option="data", value=str(data))
     shared = {"max_new_tokens": _MAX_NEW_TOKENS, **given}
     configs = {
         task: EvaluationConfig(**{**shared, **options, "tasks": (task,)})
         for task, options in SUITES[suite].items()
-        if task not in missing or (data is not None and not data.is_dir())  # a mistyped folder is told by the first
+        if task not in missing or (data is not None and not is_folder(data))  # a mistyped folder is told by the first
     }
     return configs, [task for task in missing if task not in configs]
 
 
 def runs_of(folder: Path) -> list[Path]:
     """The runs in the folder of a suite; of any other folder, itself."""
-    if (folder / "run.json").exists():
+    if exists(folder / "run.json"):
         return [folder]
-    return sorted(path.parent for path in folder.glob("*/run.json")) or [folder]
+    inner = sorted(path.parent for path in folder.glob("*/run.json")) if is_folder(folder) else []
+    return inner or [folder]

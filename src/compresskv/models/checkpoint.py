@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compresskv.errors import ModelError, first_line
 from compresskv.models.fingerprint import Fingerprint, of_shape, weights_digest
+from compresskv.system.paths import is_file
 from compresskv.system.quiet import quiet
 
 _INDEX = "model.safetensors.index.json"
@@ -43,13 +44,13 @@ def checkpoint_fingerprint(folder: Path) -> Fingerprint:
 def is_complete(folder: Path) -> bool:
     """Whether all files are there that hold a checkpoint's tensors: in the hub's cache some may yet have to come."""
     index = folder / _INDEX
-    if not index.is_file():
-        return (folder / _SINGLE).is_file()
+    if not is_file(index):
+        return is_file(folder / _SINGLE)
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-    return all((folder / name).is_file() for name in names)
+    return all(is_file(folder / name) for name in names)
 
 
 def _digest(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
@@ -72,10 +73,10 @@ def _digest(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
 def _files(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     index = folder / _INDEX
-    if index.is_file():
+    if is_file(index):
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return files
-    if not (folder / _SINGLE).is_file():
+    if not is_file(folder / _SINGLE):
         return {}
     with safe_open(folder / _SINGLE, framework="pt") as file:
         return dict.fromkeys(file.keys(), _SINGLE)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from compresskv.errors import ModelError, first_line
 from compresskv.system.locking import locked
-from compresskv.system.paths import cache_dir
+from compresskv.system.paths import cache_dir, is_folder
 from compresskv.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def cache_error(model: EmbeddedModel, cache: Path, err: Exception) -> ModelError
     code = err.errno if isinstance(err, OSError) else None
     # safetensors writes from Rust, whose errors carry the number in their text alone.
     if code in {errno.ENOSPC, errno.EDQUOT} or f"(os error {errno.ENOSPC})" in str(err):
-        free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.is_dir())).free
+        free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if is_folder(path))).free
         problem = (
             f"{model.disk_nbytes // 10**6} MB are needed in {cache} and {free // 10**6} MB are free; free some space, "
             "or set COMPRESSKV_CACHE to a folder on a larger disk"

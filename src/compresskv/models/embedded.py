@@ -12,7 +12,7 @@ from compresskv.errors import ModelError
 from compresskv.models.catalogue import CONVERSION_FORMAT, EmbeddedModel
 from compresskv.models.download import cache_error, fetched_gguf
 from compresskv.system.files import write_text
-from compresskv.system.paths import cache_dir
+from compresskv.system.paths import cache_dir, exists, is_file
 from compresskv.system.progress import Progress, silent
 
 MANIFEST = "embedded.json"
@@ -75,8 +75,8 @@ def ensure_gguf(name: str, on_progress: Progress | None = None) -> Path:
     model = _find(name)
     path = cache_dir() / f"{model.folder_name}.{Path(model.member).name}"
     try:
-        if not path.is_file():
-            with fetched_gguf(model, path.is_file, on_progress or silent) as gguf_file:
+        if not is_file(path):
+            with fetched_gguf(model, lambda: is_file(path), on_progress or silent) as gguf_file:
                 if gguf_file is not None:
                     gguf_file.replace(path)
     except ModelError:
@@ -112,7 +112,7 @@ def _fetch(model: EmbeddedModel, folder: Path, report: Progress) -> None:
     with fetched_gguf(model, lambda: _is_complete(folder), report) as gguf_file:
         if gguf_file is not None:
             converted = _convert(model, gguf_file, gguf_file.parent / "model", report)
-            if folder.exists():  # damaged: a file was deleted or cut short
+            if exists(folder):  # damaged: a file was deleted or cut short
                 folder.replace(gguf_file.parent / "damaged")
             converted.replace(folder)
 

@@ -11,6 +11,7 @@ from compresskv import defaults
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
 from compresskv.models.embedded import EMBEDDED, ensure_embedded, nearest_embedded
 from compresskv.models.gguf import check_weights, load_gguf
+from compresskv.system.paths import home_path, is_file, is_folder, why_unseen
 from compresskv.system.progress import Progress, silent
 from compresskv.system.quiet import hush_torchao, quiet
 
@@ -60,7 +61,7 @@ def load(
         on_progress(f"loading {spec}", None)
     model: Any
     with _explained(spec):
-        if path is not None and path.is_file():
+        if path is not None and is_file(path):
             model, tokenizer = load_gguf(path, wanted, spec=spec)
             model.to(place)
         else:
@@ -88,11 +89,13 @@ def _locate(spec: str) -> Path | None:
         return None
     if not spec.strip():
         raise ModelError("is empty; pass a name, a folder, a .gguf file or a hub id", option="model", value=spec)
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = home_path(spec)
+    if (why := why_unseen(path)) is not None:
+        raise _error(spec, why)
+    if is_folder(path):
         return path
     is_gguf = path.suffix.lower() == ".gguf"
-    if path.is_file():
+    if is_file(path):
         if not is_gguf:
             raise _error(spec, "a file must be a .gguf file; for safetensors pass their folder")
         return path
@@ -144,7 +147,7 @@ def _model_class(config: Any) -> Any:
 
 
 def _check_folder(spec: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         found = sorted(folder.glob("*.gguf"))
         hint = f"for its GGUF file pass {found[0]}" if found else "pass a folder that a model was saved to"
         raise _error(spec, f"this folder has no config.json; {hint}")

@@ -14,6 +14,7 @@ from typing import IO, Any
 from compresskv.errors import CompressKVError, ConfigError
 from compresskv.peers import answers
 from compresskv.peers.answers import write_request
+from compresskv.system.paths import is_file
 
 PYTHON_VARIABLE = "COMPRESSKV_PEERS_PYTHON"
 
@@ -52,7 +53,7 @@ def peers_python(chosen: Path | None = None, environment: Environment = KVPRESS)
     """
     named = chosen or os.environ.get(environment.variable)
     python = Path(named or f"{environment.folder}/bin/python")
-    if not python.is_file():
+    if not is_file(python):
         if not named and importlib.util.find_spec(environment.package) is not None:
             return Path(sys.executable)
         raise ConfigError(f"the peers' python {python} does not exist: {environment.how_to}")

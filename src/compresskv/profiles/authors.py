@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 
 from compresskv.errors import ProfileError, first_line
 from compresskv.models.fingerprint import Fingerprint
+from compresskv.system.paths import is_file
 
 _ADDRESS = "https://raw.githubusercontent.com/TUDa-HWAI/CompressKV"
 _TIMEOUT_S = 30
@@ -70,7 +71,7 @@ def published_files(name: str, folder: Path | None = None) -> Iterator[tuple[Pat
     short = published.hub_id.partition("/")[2]
     if folder is not None:
         scores = folder / f"{short}{_SCORES}"
-        yield folder / f"{short}{_HEADS}", folder / f"{short}{_LAYERS}", scores if scores.is_file() else None
+        yield folder / f"{short}{_HEADS}", folder / f"{short}{_LAYERS}", scores if is_file(scores) else None
         return
     base = f"{_ADDRESS}/{published.commit}"
     with tempfile.TemporaryDirectory(prefix="compresskv-") as scratch:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
-from compresskv.system.files import write_text
-from compresskv.system.paths import cache_dir, try_folder_of
+from compresskv.system.files import try_place, write_text
+from compresskv.system.paths import cache_dir, is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,8 @@ def _read_version(path: Path, _mtime_ns: int, _size: int, _inode: int) -> Profil
 
 def profile_files() -> Iterator[Path]:
     """The user's profiles, then the shipped ones, then the user's quick ones, which are rougher."""
-    users = sorted(user_folder().glob("*.json"))
+    folder = user_folder()
+    users = sorted(folder.glob("*.json")) if is_folder(folder) else []
     yield from (path for path in users if not path.name.endswith(_QUICK))
     yield from sorted(_SHIPPED.glob("*.json"))
     yield from (path for path in users if path.name.endswith(_QUICK))
@@ -124,10 +125,10 @@ def check_writable(path: Path) -> None:
     Raises:
         ProfileError: it cannot.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise ProfileError(f"cannot write the profile to {str(path)!r}: it is a folder")
     try:
-        try_folder_of(path)
+        try_place(path)
     except OSError as error:
         raise ProfileError(f"cannot write the profile to {str(path)!r}: {error.strerror}") from error
 

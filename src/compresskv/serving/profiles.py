@@ -6,6 +6,7 @@ from typing import Any
 from compresskv.errors import ModelError, ProfileError
 from compresskv.methods.base import Method
 from compresskv.serving.settings import Settings
+from compresskv.system.paths import is_folder
 
 
 def check_profile(settings: Settings, model_config: Any, download_dir: str | None) -> None:
@@ -26,7 +27,7 @@ def check_profile(settings: Settings, model_config: Any, download_dir: str | Non
         folder = _folder(model_config, download_dir)
     except ModelError:
         return
-    if Path(model_config.model).is_dir() or is_complete(folder):
+    if is_folder(model_config.model) or is_complete(folder):
         with_profile(settings, model_config, download_dir)
 
 
@@ -67,7 +68,7 @@ def with_profile(settings: Settings, model_config: Any, download_dir: str | None
 
 def _folder(model_config: Any, download_dir: str | None) -> Path:
     folder = Path(model_config.model)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from compresskv.system.paths import exists
+
 _PREFIX = "compresskv-counters-"
 _MARK = "made-by-compresskv"  # folders without it are somebody else's
 _MAKING_S = 60.0  # a folder that has not got its name for so long never will
@@ -37,7 +39,7 @@ def _is_ours(folder: Path) -> bool:
     try:
         if folder.name.startswith("."):
             return time.time() - folder.stat().st_mtime > _MAKING_S
-        return (folder / _MARK).exists()
+        return exists(folder / _MARK)
     except OSError:  # another user's
         return False
 

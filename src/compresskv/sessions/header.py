@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 from compresskv.errors import SessionError, told
 from compresskv.sessions.facts import Facts
 from compresskv.system.convert import convert
+from compresskv.system.paths import is_file, is_folder
 
 FORMAT = "compresskv-session"
 VERSION = 1
@@ -19,7 +20,7 @@ def is_session(path: str | Path) -> bool:
     """Whether a file begins as a session's does; no other file does so, of text or not. False where there is none."""
     try:
         with Path(path).open("rb") as file:
-            return Path(path).is_file() and _head(file) is not None
+            return is_file(path) and _head(file) is not None
     except OSError:
         return False
 
@@ -67,7 +68,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with Path(path).open("rb") as file:
             head = _head(file)
     except OSError as error:
-        problem = "is a folder: give a file" if Path(path).is_dir() else f": {error.strerror}"
+        problem = "is a folder: give a file" if is_folder(path) else f": {error.strerror}"
         raise SessionError(told(f"session {str(path)!r}", problem)) from error
     if head is None and is_cut(path):
         raise SessionError(f"session {str(path)!r} is damaged: its head was cut short")

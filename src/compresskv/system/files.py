@@ -1,11 +1,15 @@
 """The one way a file is written: whole, aside, and then renamed, so that nothing that was there before is ever lost."""
 
+import errno
 import os
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from compresskv.system.paths import exists, is_file
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -29,12 +33,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: the place cannot be written; what was there is there still.
     """
-    if Path(path).exists() and not Path(path).is_file():
+    if exists(path) and not is_file(path):
         yield Path(path)  # renaming would put a file in the place of /dev/null
         return
     path = Path(os.path.realpath(path))
     before = _replaceable(path)
-    temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
+    shown = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
+    temporary = path.with_name(f".{shown}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
     try:
         temporary.touch(exist_ok=False)
         if before is not None:
@@ -59,14 +64,31 @@ def write_text(path: str | Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
+def try_place(path: Path) -> None:
+    """Make the folder that `path` will lie in, and find out whether `replacing` can put a file there; none is made.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(os.path.realpath(path))
+    before = _replaceable(place)
+    if before is None or stat.S_ISREG(before.st_mode):  # others are written to as they are
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+
+
 def _replaceable(path: Path) -> os.stat_result | None:
     """What an existing file is; None where there is none.
 
     Raises:
         PermissionError: it is protected against writing, which a rename would pass over.
+        OSError: it cannot be told, for its name is too long or its folder locked.
     """
-    if not path.exists():
+    try:
+        before = path.stat()
+    except FileNotFoundError:
         return None
     if not os.access(path, os.W_OK):
-        raise PermissionError(13, os.strerror(13), str(path))
-    return path.stat()
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return before

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from compresskv.system.files import write_whole
+from compresskv.system.paths import exists
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ def parse_line(line: bytes) -> Any:
 def _unused(path: Path) -> Path:
     """A name beside `path` that nothing has."""
     names = (path.with_name(f"{path.stem}.unreadable-{number}{path.suffix}") for number in count(1))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not exists(name))
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -16,6 +16,7 @@ from compresskv.evaluation.example import Example
 from compresskv.evaluation.jsonl import Folder, Line, existing_files, read_lines, task_folder
 from compresskv.evaluation.task import Task, TaskSettings, register_task
 from compresskv.system.convert import Text
+from compresskv.system.paths import is_file
 
 HUB_REPOSITORY = "THUDM/LongBench"
 _PROMPTS, _LENGTHS = "dataset2prompt.json", "dataset2maxlen.json"
@@ -81,7 +82,7 @@ class LongBench(Task):
         files = {subset: f"{subset}.jsonl" for subset in self.chosen_subsets(settings)}
         folder = task_folder(self.name, settings.data, self.needs)
         prompts, lengths = (_table(folder, name) for name in (_PROMPTS, _LENGTHS))
-        rows: Folder = folder if any((folder / f"{subset}.jsonl").is_file() for subset in _SUBSETS) else _hub(folder)
+        rows: Folder = folder if any(is_file(folder / f"{subset}.jsonl") for subset in _SUBSETS) else _hub(folder)
         cases = []
         for subset, name in existing_files(rows, files, settings).items():
             prompt, max_new_tokens = _prompt(prompts, subset), _max_new_tokens(lengths, subset)
