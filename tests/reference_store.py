@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.plain import AttentionFunction
 from compresskv.cache.stores.base import ROOM, Store
 from compresskv.cache.stores.positions import Positions
 from compresskv.selection.select import EMPTY_SLOT

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from compresskv.attention.routing import grouped_attention
+from compresskv.attention.plain import grouped_attention
 from compresskv.compiled import step_layer
 from compresskv.compiled.ragged_kernel import ragged_attention
 from compresskv.compiled.step_layer import RaggedLayer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskv import CacheStateError
-from compresskv.attention.routing import PlainAttention
+from compresskv.attention.plain import PlainAttention
 from compresskv.cache.stores import packed
 from compresskv.cache.stores.base import EVEN, Store
 from compresskv.cache.stores.dense import DenseStore

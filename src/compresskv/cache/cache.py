@@ -13,14 +13,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.routing import base_implementation, without_masks
+from compresskv.cache.adopt import adopted, fits
 from compresskv.cache.costs import costs_of
 from compresskv.cache.eviction import Eviction, EvictionObserver
 from compresskv.cache.full import branch
 from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
-from compresskv.cache.routed import RoutedCache, routed_layers, trim_sliding_window
-from compresskv.cache.window import QueryWindow
+from compresskv.cache.routed import RoutedCache, routed_layers
 from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.methods.base import Method
 from compresskv.models.chunks import chunked_prompt_length, given_prompt, is_generating, lacks_what_was_read
@@ -192,39 +192,19 @@ class CompressedCache(RoutedCache):
         num_prompt = num_tokens if num_prompt_tokens is None else num_prompt_tokens
         if self.method.num_observed() or self.method.lookahead:
             raise ConfigError(f"method {self.method.name!r} needs queries, which a cache does not hold: make a plan")
-        if self.get_seq_length() or not 0 < num_prompt <= num_tokens or not self._can_adopt(full):
+        if self.get_seq_length() or not 0 < num_prompt <= num_tokens or not fits(full, self.layers):
             raise CacheStateError(
                 f"cannot adopt {num_prompt} prompt tokens from a {type(full).__name__} of {num_tokens} tokens in "
                 f"{len(full.layers)} layers into a cache of {self.get_seq_length()} in {len(self.layers)}"
             )
         try:
-            for layer_idx, source in enumerate(full.layers):
-                self._adopt_layer(layer_idx, source, num_prompt, num_tokens)
+            self.layers = [
+                adopted(source, layer, num_prompt, num_tokens)
+                for source, layer in zip(full.layers, self.layers, strict=True)
+            ]
         except BaseException:
             self.reset()
             raise
-
-    def _can_adopt(self, full: Cache) -> bool:
-        """Whether it has this model's layers, and in full-attention layers every token of one prompt."""
-        held = [
-            getattr(source, "keys", None)
-            for source, layer in zip(full.layers, self.layers, strict=False)
-            if isinstance(layer, CompressedLayer)
-        ]
-        whole = all(keys is not None and keys.shape[0] == 1 and keys.shape[2] >= full.get_seq_length() for keys in held)
-        return len(full.layers) == len(self.layers) and whole
-
-    def _adopt_layer(self, layer_idx: int, source: Any, num_prompt: int, num_tokens: int) -> None:
-        layer = self.layers[layer_idx]
-        if isinstance(layer, CompressedLayer):
-            prompt, later = slice(0, num_prompt), slice(num_prompt, num_tokens)  # a static cache has empty slots behind
-            layer.adopt_prompt(source.keys[:, :, prompt], source.values[:, :, prompt])
-            layer.observe(QueryWindow(source.keys[:, :, :0]), None)
-            if num_tokens > num_prompt:
-                layer.adopt_generated(source.keys[:, :, later], source.values[:, :, later])
-        else:
-            self.layers[layer_idx] = copy.deepcopy(source)
-            trim_sliding_window(self.layers[layer_idx])
 
     def begin_part(
         self,

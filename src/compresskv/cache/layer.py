@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.plain import AttentionFunction
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.held import HeldOf

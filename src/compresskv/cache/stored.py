@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from compresskv.attention.routing import AttentionFunction, expect_mask
+from compresskv.attention.plain import AttentionFunction
+from compresskv.attention.routing import expect_mask
 from compresskv.cache.routed import RoutedLayer, owned
 from compresskv.cache.stores.base import ROOM, Slots, Store
 from compresskv.cache.stores.dense import DenseStore

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.attention.routing import scaling_of
+from compresskv.attention.plain import scaling_of
 
 
 @dataclass(frozen=True)

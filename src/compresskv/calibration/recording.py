@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import AttentionFunction, scaling_of
+from compresskv.attention.plain import AttentionFunction, scaling_of
 from compresskv.cache.routed import RoutedLayer
 from compresskv.errors import ModelError
 from compresskv.methods.inputs import LayerInputs

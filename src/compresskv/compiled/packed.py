@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.attention.routing import AttentionFunction, scaling_of
+from compresskv.attention.plain import AttentionFunction, scaling_of
 from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.packed_vectors import PackedVectors, rotation
 from compresskv.compiled.packed_attention import is_compiled_here, packed_attention

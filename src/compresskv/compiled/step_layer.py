@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.attention.routing import AttentionFunction, is_plain, scaling_of
+from compresskv.attention.plain import AttentionFunction, is_plain, scaling_of
 from compresskv.cache.routed import RoutedLayer
 from compresskv.compiled.ragged_kernel import ragged_attention, reads_by_kernel
 from compresskv.errors import ModelError

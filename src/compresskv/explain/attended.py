@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresskv.attention.routing import scaling_of
+from compresskv.attention.plain import scaling_of
 from compresskv.cache.layer import CompressedLayer
 from compresskv.selection.scores import window_attention
 

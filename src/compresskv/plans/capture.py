@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.plain import AttentionFunction
 from compresskv.cache.cache import CompressedCache, layers_nbytes
 from compresskv.cache.eviction import EvictionObserver
 from compresskv.cache.full import FullCache

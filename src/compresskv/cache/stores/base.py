@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.plain import AttentionFunction
 from compresskv.cache.stores.positions import Positions
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.system.memory import storage_nbytes

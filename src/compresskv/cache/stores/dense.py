@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from compresskv.attention.routing import AttentionFunction
+from compresskv.attention.plain import AttentionFunction
 from compresskv.cache.stores.base import EVEN, ROOM, Slots, Store, gather_tokens
 from compresskv.cache.stores.growing import Growing, reserve_token
 from compresskv.cache.stores.positions import Positions

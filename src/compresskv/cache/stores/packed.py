@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from compresskv.attention.routing import AttentionFunction, PlainAttention
+from compresskv.attention.plain import AttentionFunction, PlainAttention
 from compresskv.cache.stores.base import EVEN, RAGGED, ROOM, Slots, Store, room_for_tokens
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.growing import Growing, reserve_token

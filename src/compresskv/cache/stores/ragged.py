@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor, nn
 
-from compresskv.attention.routing import AttentionFunction, has_sinks
+from compresskv.attention.plain import AttentionFunction, has_sinks
 from compresskv.cache.stores.base import RAGGED, ROOM, Slots, Store, gather_tokens, may_write, room_for_tokens
 from compresskv.cache.stores.positions import Positions
 
