@@ -164,7 +164,7 @@ def compressing(
             generated stays.
         decode_interval: see `decode_budget`; at least the window of `decode_method`.
         decode_method: chooses among what is held then. One that decides for all layers together needs a `method` that
-            keeps the same tokens in all of them.
+            keeps the same tokens in all of them, and `candidates` do not count then.
         exact_prefill: True reads prompts by the model's own attention function alone. Else, in bfloat16 on a CPU that
             multiplies it, whole prompts of 256 to 16,384 tokens are read two to three times as fast by matrix products
             that round logits and weights to bfloat16 (docs/speed.md). None: as the variable COMPRESSKV_EXACT_PREFILL

@@ -6,6 +6,7 @@ import torch
 import compresskv
 import tiny
 from compresskv import ConfigError
+from compresskv.cache import group
 from compresskv.compression import Compressing
 from compresskv.methods import registry
 from compresskv.methods.base import Method
@@ -60,6 +61,18 @@ def test_all_layers_may_keep_the_same_tokens(decode_method: str) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for evicted in gone:
         first, *others = evicted.values()
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_candidates_leave_the_same_tokens_in_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a method that decides for all layers together goes on with."""
+    monkeypatch.setattr(group, "LEAST_CANDIDATES", 8)
+    model = tiny.tiny_model("llama")
+    profile = tiny.options_for(model, "vote")
+    options = {"decode_budget": BUDGET, "decode_interval": INTERVAL, **profile}
+    with compresskv.compressing(model, "vote", 10, candidates=1, decode_method="rkv_shared", **options) as cache:
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+        first, *others = [layer.positions for layer in cache.compressed_layers]
         assert all(torch.equal(first, other) for other in others)
 
 

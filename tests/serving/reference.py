@@ -51,7 +51,7 @@ def own_positions(
 ) -> list[int]:
     """What `compressing` keeps of the prompt in its first layer; all layers must agree."""
     model = model or loaded()[0]
-    with compresskv.compressing(model, method, budget, **options) as cache:
+    with compresskv.compressing(model, method, budget, candidates=None, **options) as cache:
         prefill(model, torch.tensor([list(prompt)]), cache)
         kept = {tuple(layer.positions[0, 0].tolist()) for layer in cache.compressed_layers}
     assert len(kept) == 1

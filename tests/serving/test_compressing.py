@@ -33,7 +33,7 @@ def compressed(engine: Engine, prompt: list[int], budget: int | float) -> tuple[
     """What `compressing` says, and keeps of the prompt."""
     folder = Path(engine.llm.llm_engine.model_config.model)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with compresskv.compressing(model, "vote", budget, profile=folder / "profile.json") as cache:
+    with compresskv.compressing(model, "vote", budget, profile=folder / "profile.json", candidates=None) as cache:
         tokens = [int(prefill(model, torch.tensor([prompt]), cache).argmax())]
         while len(tokens) < NUM_TOKENS:
             tokens.append(int(decode_one_token(model, tokens[-1], cache).argmax()))

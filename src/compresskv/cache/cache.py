@@ -82,6 +82,8 @@ class CompressedCache(RoutedCache):
         precision = find_precision(store)
         costs = _costs(model, budget, precision)
         check_candidates(candidates)
+        if decode is not None and (decode_method or method).decides_together:
+            candidates = None  # the method goes on with the same tokens in all layers
         self._candidates = candidates
         told: dict[str, Any] = {"candidates": candidates, "chunks": chunks}
         eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs, **told)
