@@ -31,6 +31,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.system.check import check_callbacks, check_flag
 from compresskv.system.progress import Progress
 
 
@@ -195,6 +196,8 @@ def compressing(
         ModelError: a model that cannot be used; where no profile is needed, on entering.
     """
     check_model(model)
+    check_callbacks(on_compile=on_compile)
+    check_flag("exact_prefill", exact_prefill, or_none=True)
     check_prefill_memory(prefill_memory)
     check_candidates(candidates)
     budget = read_budget(budget)

@@ -33,6 +33,7 @@ from compresskv.selection.budgets import Budget, as_json, read_budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system import memory
+from compresskv.system.check import check_callbacks, check_flag
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -155,6 +156,8 @@ def ask(
         PromptError: an empty document or question, or a prompt that does not fit.
     """
     check_model(model, tokenizer)
+    check_callbacks(on_text=on_text, on_token=on_token, on_prefill=on_prefill, on_compile=on_compile)
+    check_flag("two_pass", two_pass)
     check_request(context, question, truncate)
     chosen = prepare_method(model, method, profile, **options)
     warn_of_slow_dtype(model)

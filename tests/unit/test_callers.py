@@ -1,5 +1,6 @@
 """What Python's callers give by mistake is refused by the parameter's name, before anything is computed."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,11 +17,25 @@ from compresskv.methods.registry import create
 from compresskv.models.decoding import prefill
 from compresskv.models.load import load
 
+TEXT = " ".join(planted.haystack_sentences(10))
+IDS: list[int] = planted.tokenizer()(TEXT)["input_ids"]
+
 
 def ask(**changes: Any) -> Any:
     given = {"context": "Some text.", "question": "What?", "method": "full", **changes}
     model, tokenizer = given.pop("model", planted.model()), given.pop("tokenizer", planted.tokenizer())
     return compresskv.ask(model, tokenizer, given.pop("context"), given.pop("question"), **given)
+
+
+def read(**options: Any) -> compresskv.Session:
+    return compresskv.read(planted.model(), planted.tokenizer(), TEXT, **{"method": "snapkv", "budget": 20, **options})
+
+
+def used() -> compresskv.CompressedCache:
+    """A cache that has read a prompt."""
+    with compresskv.compressing(planted.model(), "snapkv", 20) as cache:
+        planted.model()(torch.tensor([IDS]), past_key_values=cache)
+    return cache
 
 
 @pytest.mark.parametrize(
@@ -53,6 +68,25 @@ def ask(**changes: Any) -> Any:
         (lambda: load("./nowhere", dtype="float"), "model='./nowhere': no such file or folder"),
         (lambda: load("./nowhere", dtype="int3"), "dtype='int3' is no dtype; pass auto"),
         (lambda: load("./nowhere", dtype="float8_e4m3fn"), "dtype='float8_e4m3fn' is no dtype; pass auto"),
+        (lambda: ask(two_pass="no"), "two_pass='no' must be True or False"),
+        (lambda: ask(method="blend", profile=3), "profile=3 must be the name of a file"),
+        (lambda: ask(profile={}), "profile={} must be the name of a file"),
+        (
+            lambda: compresskv.compressing(planted.model(), exact_prefill="x"),
+            "exact_prefill='x' must be True, False or",
+        ),
+        (lambda: compresskv.make_plan(None, IDS), "model=None must be a transformers model"),
+        (lambda: compresskv.make_plan(planted.model(), None), "token_ids must be the integers of one prompt"),
+        (lambda: compresskv.make_plan(planted.model(), "text"), "token_ids must be the integers of one prompt"),
+        (lambda: compresskv.make_plan(planted.model(), [5, 10**6]), "token_ids=1000000 is no token of this model"),
+        (lambda: compresskv.make_plan(planted.model(), [5, -1]), "token_ids=-1 is no token of this model"),
+        (lambda: read(name=3), "name=3 must be a text, or None"),
+        (lambda: read().save(3), "path=3 must be the name of a file"),
+        (
+            lambda: compresskv.open_session(3, planted.model(), planted.tokenizer()),
+            "path=3 must be the name of a file",
+        ),
+        (lambda: used().crop("x"), "max_length='x' must be an int"),
         (lambda: load("./nowhere", dtype="complex64"), "dtype='complex64' is no dtype; pass auto"),
     ],
 )
@@ -61,10 +95,6 @@ def test_it_is_refused_by_name(call: Callable[[], Any], message: str) -> None:
         call()
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-
-
-TEXT = " ".join(planted.haystack_sentences(10))
-IDS: list[int] = planted.tokenizer()(TEXT)["input_ids"]
 
 
 def kept_of(context: AbstractContextManager[compresskv.CompressedCache]) -> list[float]:
@@ -100,6 +130,39 @@ def test_budgets_are_taken_as_they_are_typed_on_the_command_line(taker: str) -> 
             TAKERS[taker](nonsense)
         assert str(caught.value).startswith(f"budget={nonsense!r} ")
         assert "\n" not in str(caught.value)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "ask": (compresskv.ask, ask),
+    "read": (compresskv.read, read),
+    "session.ask": (compresskv.Session.ask, lambda **told: read().ask("What?", **told)),
+    "session.say": (compresskv.Session.say, lambda **told: read().say("What?", **told)),
+    "session.append": (compresskv.Session.append, lambda **told: read().append("More.", **told)),
+    "compressing": (compresskv.compressing, lambda **told: compresskv.compressing(planted.model(), **told)),
+    "make_plan": (compresskv.make_plan, lambda **told: compresskv.make_plan(planted.model(), IDS, **told)),
+    "load": (load, lambda **told: load("./nowhere", **told)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_to_be_told_must_be_a_function(name: str) -> None:
+    function, call = FUNCTIONS[name]
+    told = [parameter for parameter in inspect.signature(function).parameters if parameter.startswith("on_")]
+    assert told
+    for parameter in told:
+        with pytest.raises(compresskv.ConfigError, match=rf"^{parameter}=3 must be a function, or None$"):
+            call(**{parameter: 3})
+
+
+@pytest.mark.parametrize(("method", "store"), [("snapkv", "native"), ("adakv", "native"), ("snapkv", "int8")])
+@pytest.mark.parametrize(("held", "given"), [(1, 2), (2, 1)])
+def test_another_batch_on_a_used_cache_is_refused(method: str, store: str, held: int, given: int) -> None:
+    with compresskv.compressing(planted.model(), method, 20, store=store) as cache:
+        planted.model()(torch.tensor([IDS] * held), past_key_values=cache)
+        with pytest.raises(compresskv.CompressKVError, match=f"^the cache holds a batch of {held}, not of {given}"):
+            planted.model()(torch.tensor([IDS[:1]] * given), past_key_values=cache)
+        kept = planted.model()(torch.tensor([IDS[:1]] * held), past_key_values=cache)
+    assert len(kept.logits) == held
 
 
 class TestCallbacks:

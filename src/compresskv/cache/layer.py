@@ -18,7 +18,7 @@ from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.masks import valid_keys
 from compresskv.cache.stores.retain import retained
 from compresskv.cache.window import QueryWindow
-from compresskv.errors import CacheStateError, PromptError
+from compresskv.errors import CacheStateError, ConfigError, PromptError
 from compresskv.methods.inputs import FUTURE_POSITIONS, LayerInputs
 from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
@@ -283,7 +283,10 @@ class CompressedLayer(StoredLayer):
 
         Raises:
             CacheStateError: as for `crop`.
+            ConfigError: it is no int.
         """
+        if not hasattr(max_length, "__index__"):
+            raise ConfigError("must be an int", option="max_length", value=max_length)
         length = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
         # Assisted decoding reads its first drafts with the prompt, where they take part in the choice of what to keep,
         # and crops at once. Whether that is refused must not depend on whether the drafts were right.

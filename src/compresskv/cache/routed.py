@@ -143,9 +143,11 @@ class RoutedCache(Cache):
 
         Raises:
             ModelError: the attention before this did not use the keys that it was given.
-            CacheStateError: the forward pass before this one was interrupted, or this one is of another prompt.
+            CacheStateError: the forward pass before this one was interrupted, or this one is of another prompt or of
+                another number of rows.
         """
         if layer_idx == self._first_layer and getattr(self.layers[layer_idx], "piece_begins_pass", True):
+            self._check_rows(len(key_states))
             self._check_goes_on(key_states.shape[-2])
         self.check_attended(layer_idx)
         stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -158,6 +160,13 @@ class RoutedCache(Cache):
         last = next((layer for layer in reversed(self.layers[:layer_idx]) if isinstance(layer, RoutedLayer)), None)
         if last is not None:
             last.check_attended()
+
+    def _check_rows(self, given: int) -> None:
+        layer: Any = self.layers[self._first_layer]
+        if layer.get_seq_length() and layer.keys is not None and len(layer.keys) != given:
+            raise CacheStateError(
+                f"the cache holds a batch of {len(layer.keys)}, not of {given}: reset() it before another prompt"
+            )
 
     def _check_goes_on(self, num_new: int) -> None:
         """Refuse to read on where some layers have read more than others: the answer would be wrong, unnoticed.

@@ -11,6 +11,7 @@ from compresskv import defaults
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
 from compresskv.models.embedded import EMBEDDED, ensure_embedded, nearest_embedded
 from compresskv.models.gguf import check_weights, load_gguf
+from compresskv.system.check import check_callbacks
 from compresskv.system.paths import home_path, is_file, is_folder, why_unseen
 from compresskv.system.progress import Progress, silent
 from compresskv.system.quiet import hush_torchao, quiet
@@ -50,6 +51,7 @@ def load(
 
         check_int8()
         dtype = None
+    check_callbacks(on_progress=on_progress)
     if not isinstance(spec, (str, Path)):
         raise ModelError("must be a name, a folder, a .gguf file or a hub id", option="model", value=spec)
     spec = str(spec)

@@ -19,12 +19,14 @@ from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.fingerprint import fingerprint
+from compresskv.models.load import check_model
 from compresskv.plans.capture import read_prompt
 from compresskv.plans.plan import LayerPlan, Plan, prompt_digest
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
+from compresskv.system.check import check_callbacks
 
 
 class PlanningLayer(CompressedLayer):
@@ -79,10 +81,11 @@ def make_plan(
         on_layer: called with (layers done, layers).
     Raises:
         ConfigError, ProfileError, ModelError: as for `compressing`; or the method looks ahead.
-        PromptError: there are no token ids, or they are a batch's.
+        PromptError: there are no token ids, they are a batch's, or one is none of the model's vocabulary.
     """
-    if not len(token_ids) or not all(isinstance(token, int) for token in token_ids):
-        raise PromptError("token_ids must be the integers of one prompt: pass input_ids[0].tolist()")
+    check_model(model)
+    check_callbacks(on_layer=on_layer)
+    _check_tokens(model, token_ids)
     budget = read_budget(budget)
     chosen = prepare_method(model, method, profile, **options)
     if chosen.lookahead:
@@ -103,6 +106,18 @@ def make_plan(
         auto=next(iter(cache.auto_choices), None),
         versions={name: version(name) for name in ("compresskv", "torch", "transformers")},
     )
+
+
+def _check_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    given = isinstance(token_ids, Sequence) and len(token_ids) > 0
+    if not given or not all(isinstance(token, int) for token in token_ids):
+        raise PromptError("token_ids must be the integers of one prompt: pass input_ids[0].tolist()")
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = len(embeddings.weight)
+    for token in (min(token_ids), max(token_ids)):
+        if not 0 <= token < vocabulary:
+            problem = f"is no token of this model: its vocabulary has {vocabulary}"
+            raise PromptError(problem, option="token_ids", value=token)
 
 
 def _layer_plan(layer: CompressedLayer, window_size: int) -> LayerPlan:

@@ -16,6 +16,7 @@ from msgspec import structs
 
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
+from compresskv.system.check import check_path
 from compresskv.system.convert import convert
 
 FORMAT = "compresskv-profile"
@@ -252,7 +253,9 @@ def read_profile(path: str | Path) -> Profile:
 
     Raises:
         ProfileError: no such file, no JSON, or not a valid profile; the message names the file.
+        ConfigError: no name of a file.
     """
+    check_path("profile", path)
     try:
         return Profile.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:

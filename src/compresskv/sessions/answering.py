@@ -15,6 +15,7 @@ from compresskv.generation import Generation, GenerationStats, speak
 from compresskv.models.decoding import OnToken, prefill
 from compresskv.models.place import devices_of, input_device
 from compresskv.sessions.facts import Facts
+from compresskv.system.check import check_callbacks
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -32,8 +33,9 @@ class Asked:
     on_compile: Progress | None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown way to compile, before anything is read."""
+        """Refuse an unknown way to compile, and nobody to tell, before anything is read."""
         check_mode(self.compile)
+        check_callbacks(on_text=self.on_text, on_token=self.on_token, on_compile=self.on_compile)
 
 
 class Answering:

@@ -11,7 +11,7 @@ from compresskv import defaults
 from compresskv.attention.support import attention_modules
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.state import State, restore_cache
-from compresskv.errors import CacheStateError, ProfileError, SessionError
+from compresskv.errors import CacheStateError, ConfigError, ProfileError, SessionError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.registry import create
@@ -29,6 +29,7 @@ from compresskv.sessions.file import Contents, read_session
 from compresskv.sessions.progress import OnRead
 from compresskv.sessions.reading import check_length, held_by, read_document
 from compresskv.sessions.session import Session
+from compresskv.system.check import check_callbacks, check_path
 from compresskv.system.clock import now
 
 
@@ -63,6 +64,9 @@ def read(
         PromptError: an empty document, or one that does not fit into the model's context.
     """
     check_model(model, tokenizer)
+    check_callbacks(on_read=on_read)
+    if name is not None and not isinstance(name, str):
+        raise ConfigError("must be a text, or None", option="name", value=name)
     part = first_part(tokenizer, text)
     chosen = find_method(model, method, profile, **options)
     budget = known_beforehand(read_budget(budget))
@@ -118,6 +122,7 @@ def open_session(path: str | Path, model: PreTrainedModel, tokenizer: PreTrained
         ModelError: as for `compressing`.
     """
     check_model(model, tokenizer)
+    check_path("path", path)
     return opened(path, read_session(path), model, tokenizer)
 
 

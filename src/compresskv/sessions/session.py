@@ -28,6 +28,7 @@ from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import Contents, Said, write_session
 from compresskv.sessions.progress import OnRead
 from compresskv.sessions.reading import check_length, held_by, read_on
+from compresskv.system.check import check_callbacks, check_path
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -193,6 +194,7 @@ class Session:
             PromptError: an empty text, or one that does not fit into the model's context.
             ConfigError, ProfileError: the method, or its profile, is not to be found here.
         """
+        check_callbacks(on_read=on_read)
         if self._conversation is not None or not self._lent.acquire(blocking=False):
             raise CacheStateError(
                 "the document cannot grow while a conversation or a question goes on: forget() it first"
@@ -261,6 +263,7 @@ class Session:
         Raises:
             SessionError: the place cannot be written, or a layer holds what cannot be saved; nothing is written.
         """
+        check_path("path", path)
         talk, document = self._conversation, self._document
         try:
             state = cache_state(document.cache)

@@ -1,6 +1,7 @@
 """Checks that many options need, and what to say after an unknown name."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 
 from compresskv.errors import ConfigError
@@ -25,6 +26,37 @@ def check_least(option: str, value: float | None, least: int = 1) -> None:
     """
     if value is not None and not value >= least:
         raise ConfigError(f"must be at least {least}", option=option, value=value)
+
+
+def check_path(option: str, value: object) -> None:
+    """Refuse what names no file.
+
+    Raises:
+        ConfigError: it is neither text nor a path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError("must be the name of a file", option=option, value=value)
+
+
+def check_callbacks(**callbacks: object) -> None:
+    """Refuse what cannot be called when something is to be told. None stands for nobody.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    for option, value in callbacks.items():
+        if value is not None and not callable(value):
+            raise ConfigError("must be a function, or None", option=option, value=value)
+
+
+def check_flag(option: str, value: object, *, or_none: bool = False) -> None:
+    """Refuse what is neither True nor False: a text, for one, would count as True.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    if not (isinstance(value, bool) or (or_none and value is None)):
+        raise ConfigError(f"must be True{', False or None' if or_none else ' or False'}", option=option, value=value)
 
 
 def suggestion(word: object, known: Sequence[str]) -> str:
