@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compresskv.attention.routing import routing
 from compresskv.errors import ModelError, ProfileError
 from compresskv.models.fingerprint import Fingerprint, fingerprint
-from compresskv.profiles import store
+from compresskv.profiles import profile, store
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import (
     default_path,
@@ -195,13 +195,13 @@ def test_a_file_is_read_again_only_when_it_has_changed(
 ) -> None:
     path, read = default_path(own), []
     write_profile(make_profile(own, "first"), path)
-    read_text = Path.read_text
+    read_json = profile.read_json
 
-    def counted(self: Path, *args: Any, **kwargs: Any) -> str:
-        read.append(self.name)
-        return read_text(self, *args, **kwargs)
+    def counted(path: Path) -> Any:
+        read.append(path.name)
+        return read_json(path)
 
-    monkeypatch.setattr(Path, "read_text", counted)
+    monkeypatch.setattr(profile, "read_json", counted)
     assert [found(model), found(model)] == ["first"] * 2
     assert read == [path.name]
     write_profile(make_profile(own, "second"), path)

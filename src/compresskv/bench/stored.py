@@ -13,6 +13,7 @@ from compresskv.bench.run import Bench
 from compresskv.errors import ConfigError
 from compresskv.system.convert import convert
 from compresskv.system.files import write_text
+from compresskv.system.inputs import read_json
 
 _UNFINISHED = "unfinished"
 
@@ -90,7 +91,7 @@ class StoredRun:
     def _read(self) -> dict[str, Any] | None:
         """The file's unfinished run, if it holds one."""
         try:
-            stored: dict[str, Any] = json.loads((self._path or Path()).read_bytes())
+            stored: dict[str, Any] = read_json(self._path or Path())
             before = _kind(stored) | {"profile": stored[_UNFINISHED]["profile"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

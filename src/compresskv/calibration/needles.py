@@ -5,7 +5,6 @@ questions are asked one after another on the same prefilled document, each witho
 paper, which reads the whole prompt anew for each needle; measured, that costs as many prefills as there are questions.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from compresskv.calibration.recall import words
 from compresskv.errors import ProfileError
 from compresskv.prompts.template import Message, encode_message
+from compresskv.system.inputs import read_json
 
 DEFAULT_NEEDLES = Path(__file__).parent / "needles.json"
 _QUESTION = "{question} Answer in one sentence."
@@ -70,7 +70,7 @@ def read_needles(path: Path = DEFAULT_NEEDLES) -> list[Needle]:
         ProfileError: unreadable, a field missing, or an id twice; the message names the file.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         fields = ("id", "kind", "needle", "question")
         needles = [Needle(*(row[field].strip() for field in fields)) for row in data["needles"]]
     except OSError as error:

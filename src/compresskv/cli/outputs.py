@@ -1,6 +1,5 @@
 """What a command writes must not be what it reads."""
 
-import json
 import os
 import stat
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from compresskv.errors import ConfigError
+from compresskv.system.inputs import read_json
 from compresskv.system.paths import is_file, is_folder
 
 Given: TypeAlias = "str | Path | Sequence[str | Path] | None"
@@ -93,6 +93,6 @@ def _is_ours(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     try:
-        return str(json.loads(path.read_bytes())["format"]).startswith("compresskv")
+        return str(read_json(path)["format"]).startswith("compresskv")
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -22,6 +22,7 @@ from compresskv.cli.options import (
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
+from compresskv.system.inputs import read_bytes
 
 EPILOG = """\b
 Examples:
@@ -176,7 +177,7 @@ def _options_in(file: str) -> list[tuple[str, Any]]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_bytes(file))
     except (OSError, ValueError, yaml.YAMLError):
         return []
     return [(f"--{name}", value) for name, value in content.items()] if isinstance(content, dict) else []

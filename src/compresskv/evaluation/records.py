@@ -12,6 +12,7 @@ from compresskv.errors import DataError
 from compresskv.selection.precision import NATIVE
 from compresskv.system.convert import convert
 from compresskv.system.files import write_text
+from compresskv.system.inputs import read_bytes
 from compresskv.system.jsonl_log import JsonlLog, parse_line, split_lines
 from compresskv.system.paths import exists, why_unseen
 
@@ -270,7 +271,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
 
 def _read_configuration(path: Path) -> dict[str, Any]:
     try:
-        configuration = parse_line(path.read_bytes())
+        configuration = parse_line(read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     if not isinstance(configuration, dict):

@@ -1,6 +1,5 @@
 """The fingerprint of a checkpoint on disk, read without loading the model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from compresskv.errors import ModelError, first_line
 from compresskv.models.fingerprint import Fingerprint, of_shape, weights_digest
+from compresskv.system.inputs import read_json
 from compresskv.system.paths import is_file
 from compresskv.system.quiet import quiet
 
@@ -47,7 +47,7 @@ def is_complete(folder: Path) -> bool:
     if not is_file(index):
         return is_file(folder / _SINGLE)
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
     return all(is_file(folder / name) for name in names)
@@ -74,7 +74,7 @@ def _files(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     index = folder / _INDEX
     if is_file(index):
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, str] = read_json(index)["weight_map"]
         return files
     if not is_file(folder / _SINGLE):
         return {}

@@ -12,6 +12,7 @@ from compresskv.errors import ModelError
 from compresskv.models.catalogue import CONVERSION_FORMAT, EmbeddedModel
 from compresskv.models.download import cache_error, fetched_gguf
 from compresskv.system.files import write_text
+from compresskv.system.inputs import read_json
 from compresskv.system.paths import cache_dir, exists, is_file
 from compresskv.system.progress import Progress, silent
 
@@ -101,7 +102,7 @@ def _find(name: str) -> EmbeddedModel:
 def _is_complete(folder: Path) -> bool:
     """Whether every file that the conversion wrote is there in its full size."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        sizes = read_json(folder / MANIFEST)["files"]
         return all((folder / file).stat().st_size == nbytes for file, nbytes in sizes.items())
     except (OSError, ValueError, KeyError):
         return False

@@ -15,6 +15,7 @@ import msgspec
 from compresskv.errors import CompressKVError, DataError, first_line
 from compresskv.system.convert import convert
 from compresskv.system.files import write_whole
+from compresskv.system.inputs import read_json
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ def read_request(path: Path, kind: type[T]) -> T:
         ConfigError: the request checks itself and cannot work.
     """
     try:
-        return convert(json.loads(path.read_bytes()), kind)
+        return convert(read_json(path), kind)
     except CompressKVError:  # what the request says of itself
         raise
     except (OSError, ValueError) as err:

@@ -23,8 +23,10 @@ from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budgets import Budget, check_budget
 from compresskv.system.convert import convert
 from compresskv.system.files import write_text
+from compresskv.system.inputs import read_json
 
 FORMAT = "compresskv-plan"
+_MOST_NBYTES = 2**30  # it names each kept token of each layer and head, with its score
 VERSION = 1
 
 Positions = tuple[int, ...]
@@ -217,12 +219,12 @@ def read_plan(path: str | Path) -> Plan:
         PlanError: no such file, no JSON, or no valid plan; the message names the file.
     """
     try:
-        return Plan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return Plan.from_dict(read_json(path, _MOST_NBYTES))
     except OSError as error:
         raise PlanError(f"plan {str(path)!r}: {error.strerror}") from error
     except PlanError as error:
         raise PlanError(f"plan {str(path)!r}: {error}") from error
-    except (ValueError, RecursionError) as error:  # not JSON, not text
+    except ValueError as error:  # not JSON, not text
         raise PlanError(f"plan {str(path)!r} is not JSON: {error}") from error
 
 

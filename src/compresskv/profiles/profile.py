@@ -18,6 +18,7 @@ from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.system.check import check_path
 from compresskv.system.convert import convert
+from compresskv.system.inputs import read_json
 
 FORMAT = "compresskv-profile"
 VERSION = 1
@@ -257,12 +258,12 @@ def read_profile(path: str | Path) -> Profile:
     """
     check_path("profile", path)
     try:
-        return Profile.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return Profile.from_dict(read_json(path))
     except FileNotFoundError:
         raise ProfileError("cannot be read: no such file", option="profile", value=str(path)) from None
     except OSError as error:
         raise ProfileError(f"cannot be read: {error.strerror}", option="profile", value=str(path)) from error
-    except (ValueError, RecursionError) as error:  # not JSON, not text
+    except ValueError as error:  # not JSON, not text
         raise ProfileError(f"is not JSON: {error}", option="profile", value=str(path)) from error
     except ProfileError as error:
         raise ProfileError(f"is no profile: {error}", option="profile", value=str(path)) from error

@@ -5,7 +5,6 @@ weights: an imported profile is taken on the model's name and shape. Raw traditi
 how heads of different layers compare.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from compresskv.errors import ModelError, ProfileError, first_line
 from compresskv.models.fingerprint import Fingerprint, of_shape
 from compresskv.profiles.authors import PUBLISHED
 from compresskv.profiles.profile import Profile, Rows, combined, l1_normalised
+from compresskv.system.inputs import read_json
 from compresskv.system.quiet import quiet
 
 _AVERAGE = "avg_score"
@@ -131,7 +131,7 @@ def _read_scores(path: Path, num_layers: int, num_heads: int) -> tuple[Rows, int
 
 def _read_json(option: str, path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise ProfileError(f": {error.strerror}", option=option, value=str(path)) from error
     except ValueError as error:

@@ -1,6 +1,5 @@
 """LongBench: the English and code tasks of Bai et al., arXiv 2308.14508, with its own prompts and metrics."""
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from compresskv.evaluation.example import Example
 from compresskv.evaluation.jsonl import Folder, Line, existing_files, read_lines, task_folder
 from compresskv.evaluation.task import Task, TaskSettings, register_task
 from compresskv.system.convert import Text
+from compresskv.system.inputs import read_json
 from compresskv.system.paths import is_file
 
 HUB_REPOSITORY = "THUDM/LongBench"
@@ -128,10 +128,10 @@ def _example(subset: str, line: Line[_Row], prompt: tuple[str, str], max_new_tok
 
 def _table(folder: Path, name: str) -> dict[str, Any]:
     try:
-        table = json.loads((folder / name).read_bytes())
+        table = read_json(folder / name)
     except FileNotFoundError as err:
         raise DataError(f"{folder}: no {name}; task 'longbench' needs {_NEEDS}") from err
-    except (OSError, ValueError, RecursionError) as err:
+    except (OSError, ValueError) as err:
         raise DataError(f"{folder / name}: not valid JSON: {first_line(err)}") from err
     if not isinstance(table, dict):
         raise DataError(f"{folder / name}: not a JSON object")

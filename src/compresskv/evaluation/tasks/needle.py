@@ -9,7 +9,6 @@ the same case, whatever other lengths and depths are run.
 """
 
 import functools
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from compresskv.evaluation.key_values import draw_pair, hide_pair
 from compresskv.evaluation.metrics import contains
 from compresskv.evaluation.task import Task, TaskSettings, check_depths, register_task
 from compresskv.prompts.template import encode_message
+from compresskv.system.inputs import read_json
 
 NEEDLES = Path(__file__).parent.parent / "needles.json"
 _NUM_NEEDLES = {"single": 1, "paraphrase": 1, "multi": 3}
@@ -45,7 +45,7 @@ class Fact(Needle):
 
 def read_facts() -> list[Fact]:
     """The needles to evaluate with."""
-    rows = json.loads(NEEDLES.read_text(encoding="utf-8"))["needles"]
+    rows = read_json(NEEDLES)["needles"]
     answers = {row["id"]: row["answer"] for row in rows}
     return [Fact(**vars(needle), answer=answers[needle.id]) for needle in read_needles(NEEDLES)]
 
