@@ -114,8 +114,8 @@ def bench(
     """
     config, chosen = _config(lengths, budgets, methods, decode, stores, repeats, new_tokens)
     _check_choices(model, random, layers, profile, dtype, config.decode)
-    check_profile(profile)
     check_outputs({"plot": plot, "output": output}, {"profile": profile, "model": model})
+    check_profile(profile)
     _check_outputs(plot, output)
     peer_pythons = _pythons_of_peers(peers, random or model or defaults.MODEL, random=random is not None)
     with Bar() as bar:
