@@ -18,6 +18,7 @@ from compresskv.cli.chat import EPILOG as CHAT_EPILOG
 from compresskv.cli.chat import chat
 from compresskv.cli.compile import EPILOG as COMPILE_EPILOG
 from compresskv.cli.compile import compile_step
+from compresskv.cli.encoding import escape_unwritable
 from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
 from compresskv.cli.evaluate import evaluate
 from compresskv.cli.explain import EPILOG as EXPLAIN_EPILOG
@@ -131,6 +132,7 @@ def run() -> int:
     hush_torchao()
     if sys.stderr is None:  # closed: what is written there is lost, and no other file takes its number
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    escape_unwritable()
     if sys.stdout is None:
         return _refused("standard output is closed: send it to a file or to /dev/null")
     status: Any = 0
