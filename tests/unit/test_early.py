@@ -17,6 +17,10 @@ CUT = [*ASK, "--method", "snapkv"]
 EXPLAIN = ["explain", "doc.txt", "Who?"]
 EVAL = ["eval", "-o", "run"]
 FIND = ["profile", "find", "smollm2-135m"]
+UTF_16 = (
+    "seems to be UTF-16LE without the mark that says so: convert it with "
+    "`iconv -f UTF-16LE -t UTF-8 utf-16.txt > converted.txt`\n"
+)
 READ = ["read", "doc.txt"]
 CHAT = ["chat", "doc.txt"]
 VERIFY = ["profile", "verify", "smollm2-135m"]
@@ -36,6 +40,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     (tmp_path / "file").write_text("", encoding="utf-8")
     (tmp_path / "bin.pdf").write_bytes(b"%PDF\0\1")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "latin.txt").write_bytes("\xe9".encode("latin-1"))
+    (tmp_path / "utf-16.txt").write_bytes("Some text.".encode("utf-16-le"))
     return runner(monkeypatch, capfd, columns=80)
 
 
@@ -137,6 +143,20 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         (["compile", "--method", "kvzip"], "--method 'kvzip' reads the prompt twice, which is not measured here"),
         (["compile", "--method", "snapkv[lookahead=2]"], "--method 'snapkv[lookahead=2]' looks ahead"),
         (["compile", "--method", "adakv,snapkv"], "--method 'adakv,snapkv' names 2 methods: give one\n"),
+        ([*CUT, "--method", "snapkv[window_size]"], "--method 'snapkv[window_size]': 'window_size' is not NAME=VALUE,"),
+        ([*CUT, "--compare", "snapkv[window_size=x]"], "--compare 'snapkv[window_size=x]': 'window_size=x': 'x' is"),
+        ([*ASK, "--profile", "bin.pdf"], "--profile 'bin.pdf' is not JSON: "),
+        ([*ASK, "--profile", "latin.txt"], "--profile 'latin.txt' is not JSON: it is no text in UTF-8\n"),
+        (["ask", "utf-16.txt", "Who?"], "document 'utf-16.txt' " + UTF_16),
+        (["bench", "--budgets", "auto"], "--budgets 'auto' depends on each prompt"),
+        ([*READ, "--budget", "auto"], "--budget 'auto' depends on each prompt"),
+        ([*CUT, "--budget", "auto"], "--budget 'auto' needs a method whose loss can be predicted"),
+        ([*CUT, "--budget", "auto[max_loss=0.2]"], "--budget 'auto[max_loss=0.2]' needs a method whose loss"),
+        (
+            ["profile", "import", "--published", "Llama-3.1-8B-Instruct", "--folder", "folder"],
+            "--folder 'folder': 'folder/Llama-3.1-8B-Instruct_head_idx.json': No such file or directory\n",
+        ),
+        (["report", "run", "-o", "doc.txt"], "--output 'doc.txt' cannot be a folder: Not a directory\n"),
         (["report", "run", "--own", ""], "--own '' names no method"),
         (["report", "run", "--own", " ,"], "--own ' ,' names no method"),
         (["compile", "--method", "snapkw"], "--method 'snapkw' is unknown"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import compresskv
+from commands import commands
 
 ROOT = Path(compresskv.__file__).parent
 COMMANDS = ("cli", "serving")  # vLLM's own options are told there
@@ -40,3 +41,16 @@ def texts(path: Path) -> list[str]:
 def test_only_the_command_line_writes_dashes(path: Path) -> None:
     dashed = [text for text in texts(path) if re.search(r"(?<![\w-])--[a-z]", text)]
     assert dashed == []
+
+
+def test_parameters_are_named_so_that_commands_can_say_them_as_they_are_typed() -> None:
+    """chunk_budget=N becomes --chunk-budget N; a bare chunk_budget would be shown as it is."""
+    names = {one.name for _, command in commands() for one in command.params if "_" in one.name}
+    bare = re.compile(rf"(?<![\w'.-])({'|'.join(sorted(names))})(?![\w=])")
+    found = {
+        f"{path.relative_to(ROOT)}: {text}"
+        for path in MODULES
+        for text in texts(path)
+        if " " in text.strip() and "\n" not in text and bare.search(text)
+    }
+    assert found == set()

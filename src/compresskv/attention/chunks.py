@@ -37,7 +37,7 @@ def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: 
     num_tokens, outputs = ends[-1], []
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
-        raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget")
+        raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget=N")
     for start, end in pairwise([0, *ends]):
         with cache.reading_chunk(num_tokens - end):
             outputs.append(forward(**dict(_cut(given, start, end, num_tokens))))
@@ -58,6 +58,6 @@ def _cut(given: dict[str, Any], start: int, end: int, num_tokens: int) -> Iterat
         elif is_tensor and name != "attention_mask" and value.ndim > dim and value.shape[dim] == num_tokens:
             yield name, value.narrow(dim, start, end - start)
         elif is_tensor or isinstance(value, dict):
-            raise ModelError(f"this model's {name} cannot be told of a chunk: leave out chunk_budget")
+            raise ModelError(f"this model's {name} cannot be told of a chunk: leave out chunk_budget=N")
         else:
             yield name, value

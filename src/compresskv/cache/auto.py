@@ -58,7 +58,7 @@ def automatic(method: Method, budget: Budget, *, cuts_early: bool) -> Automatic 
     curve = method.loss_curve()
     assert curve is not None
     if cuts_early:
-        problem = "is chosen once the whole prompt was read: leave out chunk_budget"
+        problem = "is chosen once the whole prompt was read: leave out chunk_budget=N"
         raise ConfigError(problem, option="budget", value=budget)
     return Automatic(allowed, 1.0 if allowed.at_most is None else parse_budget(allowed.at_most), curve)
 

@@ -89,7 +89,7 @@ class CompressedCache(RoutedCache):
         eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs, **told)
         self._eviction = eviction
         if (chunks is not None or decode is not None) and shares_keys(decoder_config(model)):
-            raise ModelError("layers of this model attend to keys of others: leave out chunk_budget and decode_budget")
+            raise ModelError("layers of this model attend to keys of others: leave out chunk_budget=N, decode_budget=N")
         generated = None
         if decode is not None:
             generated = GeneratedEviction(decode_method or method, decode, eviction.num_layers)

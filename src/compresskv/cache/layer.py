@@ -143,7 +143,7 @@ class CompressedLayer(StoredLayer):
                 f"{self.seen_tokens} tokens were read at once, beyond a cut: this model cannot read prompts in chunks"
             )
         if valid is not None and not bool(valid.all()):
-            raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget")
+            raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget=N")
 
     def _cut_chunk(self, cut: Cut, window: QueryWindow) -> None:
         """Cut what is held, before the prompt's end."""

@@ -8,7 +8,7 @@ import typer
 from compresskv.cli.options import check_writable
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import err, out
-from compresskv.errors import ConfigError
+from compresskv.errors import ConfigError, ProfileError, told
 
 IMPORT_EPILOG = """\b
 Examples:
@@ -62,8 +62,15 @@ def import_profile(
         imported = import_published(heads, layers, model, head_scores)
     else:
         model_id = model or find_published(published).hub_id
-        with published_files(published, folder) as (own_heads, own_layers, own_scores):
-            imported = import_published(own_heads, own_layers, model_id, own_scores)
+        try:
+            with published_files(published, folder) as (own_heads, own_layers, own_scores):
+                imported = import_published(own_heads, own_layers, model_id, own_scores)
+        except ProfileError as error:
+            if error.option not in files:
+                raise
+            problem = f": {told(repr(error.value), error.problem)}"  # a file that was found, not given
+            option, value = ("published", published) if folder is None else ("folder", str(folder))
+            raise ProfileError(problem, option=option, value=value) from error
     path = output or store.user_folder() / f"imported-{imported.model_id.replace('/', '--')}.json"
     store.write_profile(imported, path)
     out.print(str(path))

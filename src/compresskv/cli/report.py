@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from compresskv.cli.options import JsonOption, split_names
+from compresskv.cli.outputs import check_future_folder
 from compresskv.cli.terminal import counted, err, new_table, out
 from compresskv.errors import ConfigError
 
@@ -46,6 +47,8 @@ def report(
     from compresskv.evaluation.suite import runs_of
     from compresskv.evaluation.summary import report_data
 
+    if output is not None:
+        check_future_folder("output", output)
     methods = None if own is None else split_names(own)
     if methods == ():
         raise ConfigError("names no method: give some, or leave it out", option="own", value=own)

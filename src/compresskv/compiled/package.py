@@ -203,6 +203,8 @@ def load_package(
 def _reason(error: Exception) -> str:
     if "InvalidCxxCompiler" in f"{type(error).__name__}: {error}":  # PyTorch may wrap it
         return "PyTorch finds no C++ compiler: install g++, or another one and name it in the variable CXX"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"its decode step cannot be kept in {str(error.filename)!r}: {error.strerror}"
     return f"its decode step cannot be compiled ({first_line(error)})"
 
 

@@ -3,6 +3,7 @@
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import methods
+from compresskv.selection.auto_budget import as_typed
 from compresskv.selection.budgets import Budget, is_auto
 
 
@@ -17,6 +18,8 @@ def check_predicts(method: Method, budget: Budget) -> None:
     if method.loss_curve() is None:
         able = ", ".join(repr(name) for name, kind in methods().items() if kind.general_loss is not None)
         problem = f"needs a method whose loss can be predicted: use {able}, not {method.name!r}"
-        raise ConfigError(problem, option="budget", value=budget)
+        raise ConfigError(problem, option="budget", value=as_typed(budget))
     if method.lookahead:
-        raise ConfigError(f"cannot look ahead: leave out lookahead={method.lookahead}", option="budget", value=budget)
+        raise ConfigError(
+            f"cannot look ahead: leave out lookahead={method.lookahead}", option="budget", value=as_typed(budget)
+        )

@@ -31,7 +31,7 @@ def prepare_method(
         chosen = registry.create(method, **options)
     if chosen.needs_profile:
         given = getattr(chosen, "profile", None)
-        chosen = chosen.with_profile(resolve_profile(model, given if profile is None else profile))
+        chosen = chosen.with_profile(resolve_profile(model, given if profile is None else profile, for_method=True))
     elif profile is not None:
         chosen.with_profile(profile if isinstance(profile, Profile) else read_profile(profile))  # refuses
     return chosen

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import compresskv.methods as own
-from compresskv.errors import ConfigError, first_line
+from compresskv.errors import ConfigError, first_line, told
 from compresskv.methods.base import Method, option_types
 from compresskv.methods.options import parse_settings
 from compresskv.system.check import check_known, suggestion
@@ -87,12 +87,13 @@ def parse_methods(option: str, text: str) -> dict[str, Method]:
             raise ConfigError("is not NAME or NAME[option=value,...]", option=option, value=spec.strip())
         settings = [part.strip() for part in (match[2] or "").split(",") if part.strip()]
         try:
-            method = create(match[1], **parse_settings(option, settings))
+            method = create(match[1], **parse_settings("settings", settings))
         except ConfigError as error:
             if error.option in (None, option):
                 raise
             if error.option == "method":
                 raise ConfigError(error.problem, option=option, value=match[1]) from None
-            raise ConfigError(f": {error}", option=option, value=spec.strip()) from None
+            problem = told(repr(error.value), error.problem) if error.option == "settings" else str(error)
+            raise ConfigError(f": {problem}", option=option, value=spec.strip()) from None
         found[method.label] = method
     return found

@@ -48,7 +48,7 @@ def warn_of_slow_dtype(model: PreTrainedModel) -> None:
         return
     name = str(model.dtype).removeprefix("torch.")
     warnings.warn(
-        f"this processor has no instructions for {name}, in which the model's weights are: model.float() is faster",
+        f"this processor has no instructions for {name}, in which the model's weights are: float32 is faster",
         category=UserWarning,
         stacklevel=3,
     )

@@ -22,7 +22,9 @@ _QUICK = ".quick.json"
 _SHIPPED = Path(__file__).parent / "shipped"
 
 
-def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None = None) -> Profile:
+def resolve_profile(
+    model: PreTrainedModel, profile: Profile | str | Path | None = None, *, for_method: bool = False
+) -> Profile:
     """The profile to use with `model`: the given one, else the user's own, else a shipped one.
 
     Damaged files are skipped with a warning, but for the one that bears this model's name: another in its place would
@@ -36,14 +38,19 @@ def resolve_profile(model: PreTrainedModel, profile: Profile | str | Path | None
     from compresskv.attention.routing import check_routable
 
     check_routable(model)
-    return profile_for(fingerprint(model), str(getattr(model.config, "_name_or_path", "") or "MODEL"), profile)
+    return profile_for(
+        fingerprint(model), str(getattr(model.config, "_name_or_path", "") or "MODEL"), profile, for_method=for_method
+    )
 
 
-def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path | None = None) -> Profile:
+def profile_for(
+    own: Fingerprint, model_id: str, profile: Profile | str | Path | None = None, *, for_method: bool = False
+) -> Profile:
     """`resolve_profile` for a model that is known by its fingerprint.
 
     Args:
         model_id: the name by which an imported profile may know the model, and error messages do.
+        for_method: whether another method would do, too, where there is none.
     Raises:
         ProfileError: as for `resolve_profile`.
     """
@@ -71,10 +78,10 @@ def profile_for(own: Fingerprint, model_id: str, profile: Profile | str | Path |
             imported = imported or found
     if imported is not None:  # it knows the model by name and shape alone: any measured one is better
         return imported
-    raise ProfileError(
-        f"no profile of this model ({own}): make one with 'compresskv profile {model_id}', "
-        "give one as profile=FILE, or choose a method that needs none, such as 'snapkv'"
-    )
+    ways = [f"make one with 'compresskv profile {model_id}'", "give one as profile=FILE"]
+    ways += ["choose a method that needs none, such as 'snapkv'"] * for_method
+    told = f"{', '.join(ways[:-1])}{',' * (len(ways) > 2)} or {ways[-1]}"
+    raise ProfileError(f"no profile of this model ({own}): {told}")
 
 
 def _read_once(path: Path) -> Profile:

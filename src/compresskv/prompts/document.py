@@ -34,7 +34,7 @@ def read_document(document: str) -> str:
     if document == "-" and sys.stdin is None:
         raise PromptError("document '-': standard input is closed")
     try:
-        text = _decoded(_read(sys.stdin.buffer), "FILE") if document == "-" else read_text(Path(document))
+        text = _decoded(_read(sys.stdin.buffer, "FILE"), "FILE") if document == "-" else read_text(Path(document))
         if not text.strip():
             raise PromptError("is empty")
     except PromptError as error:
@@ -51,33 +51,33 @@ def read_text(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            return _decoded(_read(file), str(path))
+            return _decoded(_read(file, str(path)), str(path))
     except OSError as error:
         raise PromptError(f": {error.strerror}") from error
 
 
-def _read(file: BinaryIO) -> bytes:
+def _read(file: BinaryIO, path: str) -> bytes:
     """All bytes, but no more than a document may have, and few where the first ones show that it is no text."""
     data = file.read(_CHUNK_NBYTES)
-    _refuse_binary(data)
+    _refuse_binary(data, path)
     data += file.read(MAX_NBYTES + 1 - len(data))
     if len(data) > MAX_NBYTES:
         raise PromptError(f"has more than {MAX_NBYTES // 2**20} MB, which no model reads: give a part of it")
     return data
 
 
-def _refuse_binary(data: bytes) -> None:
+def _refuse_binary(data: bytes, path: str) -> None:
     if b"\0" not in data or _marked(data) in ("utf-16", "utf-32"):
         return
     even, odd = (data[side:_HEAD_NBYTES:2].count(0) for side in (0, 1))
     if min(even, odd) == 0 and max(even, odd) > len(data[:_HEAD_NBYTES]) // 4:  # one byte of two is 0 in Latin text
         encoding = "UTF-16BE" if even else "UTF-16LE"
-        raise PromptError(f"seems to be {encoding} without the mark that says so: {_conversion(encoding)}")
+        raise PromptError(f"seems to be {encoding} without the mark that says so: {_conversion(encoding, path)}")
     raise PromptError("is binary: give a text file")
 
 
 def _decoded(data: bytes, path: str) -> str:
-    _refuse_binary(data)
+    _refuse_binary(data, path)
     encoding = _marked(data) or "utf-8"
     try:
         return data.decode(encoding)
@@ -107,5 +107,5 @@ def _by_declaration(data: bytes) -> str | None:
         return None
 
 
-def _conversion(encoding: str, path: str = "FILE") -> str:
+def _conversion(encoding: str, path: str) -> str:
     return f"convert it with `iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > converted.txt`"

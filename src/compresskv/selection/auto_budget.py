@@ -87,6 +87,11 @@ def find_auto_budget(text: str) -> AutoBudget | None:
     return AutoBudget(_max_loss(given.get("max_loss"), text), given.get("at_most"))
 
 
+def as_typed(budget: object) -> object:
+    """A budget for a message: 'auto' alone where it allows what it does anyway."""
+    return AUTO if budget == AutoBudget().text else budget
+
+
 def _max_loss(given: str | None, text: str) -> float:
     if given is None:
         return MAX_LOSS
@@ -95,7 +100,7 @@ def _max_loss(given: str | None, text: str) -> float:
     except ValueError:
         loss = math.nan
     if not 0 < loss < math.inf:
-        raise ConfigError("allows a max_loss that is no number above 0", option="budget", value=text)
+        raise ConfigError("allows a loss that is no number above 0", option="budget", value=text)
     return loss
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from compresskv.errors import ConfigError
-from compresskv.selection.auto_budget import find_auto_budget
+from compresskv.selection.auto_budget import as_typed, find_auto_budget
 from compresskv.selection.byte_budget import OF_BYTES, find_byte_budget
 
 Budget = int | float | str | Sequence[int]
@@ -100,7 +100,7 @@ def known_beforehand(budget: B, option: str = "budget") -> B:
     """
     if is_auto(budget):
         problem = "depends on each prompt, which cannot be here: give tokens, a share of the prompt, or bytes"
-        raise ConfigError(problem, option=option, value=budget)
+        raise ConfigError(problem, option=option, value=as_typed(budget))
     return budget
 
 

@@ -62,7 +62,7 @@ def with_profile(settings: Settings, model_config: Any, download_dir: str | None
             f"no profile can be found by the files of {model_config.model}, which hold no safetensors, "
             "or other tensors than transformers' own: give one with --profile FILE or COMPRESSKV_PROFILE"
         )
-    found = profile_for(own, model_config.model, given)
+    found = profile_for(own, model_config.model, given, for_method=True)
     return [method.with_profile(found) if method.needs_profile else method for method in methods]
 
 

@@ -42,4 +42,5 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(drawn, format=path.suffix[1:].lower() or None, dpi=150)
         write_whole(path, drawn.getvalue())
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
-        raise ConfigError(f"cannot write the figure {str(path)!r}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot write the figure {str(path)!r}: {reason}") from error

@@ -41,5 +41,7 @@ def read_json(path: str | Path, most: int = MAX_NBYTES) -> Any:
     data = read_bytes(path, most)
     try:
         return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:  # whose bytes mean nothing to the file's owner
+        raise ValueError("it is no text in UTF-8") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
