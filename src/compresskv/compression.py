@@ -20,7 +20,7 @@ from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
-from compresskv.errors import ConfigError
+from compresskv.errors import CacheStateError, ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
@@ -90,9 +90,15 @@ class Compressing(AbstractContextManager[CompressedCache]):
             warnings.warn(f"prompt_tokens={layer.num_prompt_tokens}, but {read}", stacklevel=2)
 
     def _last_entry(self) -> "_Entry":
-        """The last one of this thread and asyncio task that is open; of any, where it was entered in another."""
+        """The last one of this thread and asyncio task that is open; of any, where it was entered in another.
+
+        Raises:
+            CacheStateError: none is.
+        """
         entered = [known() for known in _entered.get()]
         own = [entry for entry in entered if entry is not None and entry in self._open]
+        if not self._open:
+            raise CacheStateError("a compressing context is left that was not entered: use it in a `with`")
         return (own or self._open)[-1]
 
     def prepare_decoding(self) -> None:

@@ -86,6 +86,10 @@ def used() -> compresskv.CompressedCache:
             lambda: compresskv.open_session(3, planted.model(), planted.tokenizer()),
             "path=3 must be the name of a file",
         ),
+        (
+            lambda: compresskv.compressing(planted.model(), "snapkv").__exit__(None, None, None),
+            "a compressing context is left that was not entered",
+        ),
         (lambda: used().crop("x"), "max_length='x' must be an int"),
         (lambda: load("./nowhere", dtype="complex64"), "dtype='complex64' is no dtype; pass auto"),
     ],

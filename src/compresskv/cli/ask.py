@@ -83,7 +83,7 @@ def ask(
     checked = given.checked()
     two_pass |= save_plan is not None
     if two_pass and any(one.lookahead for one in checked.methods):
-        raise ConfigError("--two-pass and --save-plan cannot look ahead: leave out --set lookahead")
+        raise ConfigError("--two-pass and --save-plan cannot look ahead: leave lookahead out of the method")
     from compresskv.cache.cuts import find_cuts
 
     for one in checked.methods:
