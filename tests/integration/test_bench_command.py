@@ -248,24 +248,6 @@ def test_rounds_before_an_interrupt_are_shown_and_measured_again(
     assert len(begun) == 4
 
 
-def test_another_run_s_figures_are_not_taken_over(
-    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    own, lengths = run.run_rounds, list[int]()
-
-    def measured(model: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
-        lengths.append(input_ids.shape[1])
-        if len(lengths) == 2:
-            raise KeyboardInterrupt
-        return own(model, input_ids, *args, **options)
-
-    monkeypatch.setattr(run, "run_rounds", measured)
-    path = tmp_path / "run.json"
-    assert call(*QUICK, "-o", path).code == 130
-    assert "going on" not in call(*QUICK, "--repeats", "1", "-o", path).err
-    assert lengths[2] == 96
-
-
 def test_a_file_that_cannot_be_written_costs_no_figures(
     call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
