@@ -273,7 +273,7 @@ class TestBadInput:
             (["--peer-budget", "words"], ["--peer-budget 'words' is unknown"]),
             (["--model", "nowhere.gguf"], ["--model 'nowhere.gguf'"]),
             (["--profile", "missing.json", "--methods", "compresskv"], ["--profile 'missing.json'"]),
-            (["--output", "file/run"], ["--output 'file/run' cannot keep records"]),
+            (["--output", "file/run"], ["--output 'file/run' cannot be a folder"]),
         ],
         ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
     )
