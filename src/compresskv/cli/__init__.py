@@ -10,10 +10,9 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C."""
-    import signal
-    import sys
-
     try:
+        import signal  # takes a moment, too
+
         from compresskv.cli.app import run
 
         status = run()
@@ -23,7 +22,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise
     _let_go(interrupted=status == INTERRUPTED)
-    sys.exit(status)
+    raise SystemExit(status)
 
 
 def _let_go(*, interrupted: bool) -> None:
