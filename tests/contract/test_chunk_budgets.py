@@ -19,6 +19,10 @@ CUTTING = [name for name, kind in registry.methods().items() if kind().cuts_agai
 MODELS = ["llama sdpa", "llama eager", "gemma3 sdpa", "gpt2 sdpa", "gemma2 eager", "gpt_oss eager"]
 
 
+def whole(model: object, method: str) -> Compressing:
+    return compresskv.compressing(model, method, BUDGET, **tiny.options_for(model, method))
+
+
 def chunked(model: object, method: str, budget: float = BUDGET, **options: object) -> Compressing:
     options = {"chunk_budget": KEPT, "chunk_tokens": CHUNK, **options}
     return compresskv.compressing(model, method, budget, **tiny.options_for(model, method), **options)
@@ -57,8 +61,8 @@ def test_logits_are_exact(model: str) -> None:
 def test_all_methods_keep_as_many_as_ever(method: str) -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
     counts = []
-    for options in ({}, {"chunk_budget": None}):
-        with chunked(model, method, **options) as cache:
+    for context in (chunked(model, method), whole(model, method)):
+        with context as cache:
             tiny.read(model, cache, prompt, [NUM_PROMPT])
         counts.append(tiny.kept_counts(cache).sum())
     assert counts[0] == counts[1]
@@ -80,8 +84,8 @@ def test_whatever_a_prompt_is_read_in_it_is_cut_alike(store: str) -> None:
 def test_a_prompt_of_a_chunk_is_cut_at_its_end_alone() -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(CHUNK + 7)  # its end lies within the window
     found = []
-    for options in ({}, {"chunk_budget": None}):
-        with chunked(model, "snapkv", **options) as cache:
+    for context in (chunked(model, "snapkv"), whole(model, "snapkv")):
+        with context as cache:
             tiny.read(model, cache, prompt, [prompt.shape[1]])
             found.append(tiny.kept_tokens(cache.compressed_layers[0]))
     assert found[0] == found[1]
@@ -100,7 +104,7 @@ def test_sinks_and_the_latest_tokens_outlast_all_cuts() -> None:
 def test_what_cannot_be_cut_in_chunks_is_refused_by_name() -> None:
     model = tiny.tiny_model("llama")
     for method in set(registry.methods()) - set(CUTTING) - set(tiny.REPLAYING_METHODS):
-        with pytest.raises(ConfigError, match=f"{method}.*chunk_budget"):
+        with pytest.raises(ConfigError, match=f"chunk_budget=.*'{method}' must see all"):
             chunked(model, method)
     with pytest.raises(ConfigError, match="chunk_tokens=4 must be at least 8"):
         chunked(model, "snapkv", chunk_tokens=4)

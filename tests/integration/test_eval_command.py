@@ -182,7 +182,7 @@ class TestSuite:
         monkeypatch.setattr("compresskv.evaluation.suite.SUITES", {"standard": self.SMALL})
 
     def test_one_command_runs_all_tasks_and_shows_a_table_of_each_with_intervals(
-        self, call: Callable[..., Result], tmp_path: Path
+        self, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         told = json.loads(call(*self.COMMAND, *self.CHOSEN, "-o", tmp_path, "--json").out)
         assert (told["examples"], told["prefills"], told["records"]) == (2 + 5, 2 + 1, 3 * (2 + 5))
@@ -198,6 +198,7 @@ class TestSuite:
         for row in [*needle["rows"], *questions["rows"]]:
             for mean, low, high in (row["score"], row["kl_interval"]):
                 assert low <= mean <= high
+        monkeypatch.setenv("COLUMNS", "160")  # no name is folded, however many digits the seconds have
         again = call(*self.COMMAND, *self.CHOSEN, "-o", tmp_path)
         assert (again.code, again.err) == (0, "")
         assert "7 examples (0 cut, 0 skipped), 5 configurations: 0 new records from 0 prefills." in again.out

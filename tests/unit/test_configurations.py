@@ -67,7 +67,7 @@ class TestMethods:
             ("SNAPKV", "did you mean 'snapkv'?"),
             ("snapkv[windowsize=8]", "windowsize=8 is no option of method 'snapkv': did you mean 'window_size'?"),
             ("full[kernel_size=8]", "kernel_size=8 is no option of method 'full'"),
-            ("snapkv[window_size]", "methods='window_size' is not NAME=VALUE"),
+            ("snapkv[window_size]", "methods='snapkv[window_size]': 'window_size' is not NAME=VALUE"),
             ("snapkv[window_size=]", "is not NAME=VALUE"),
             ("snapkv[=3]", "is not NAME=VALUE"),
             ("snapkv[window_size=x]", "'x' is not a number"),

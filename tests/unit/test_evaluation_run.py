@@ -288,7 +288,7 @@ class TestAnotherPlan:
     ) -> None:
         run(methods="full")
         before = records()
-        Path("a.txt").touch()
+        Path("a.txt").write_text("A haystack of its own.", encoding="utf-8")
         with pytest.raises(DataError, match=re.escape(told)):
             toy(**changes).check_folder(Path(FOLDER), planted.model().config._name_or_path)  # before a model is loaded
         with pytest.raises(DataError, match=re.escape(told)) as caught:
