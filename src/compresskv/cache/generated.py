@@ -15,7 +15,7 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
 from compresskv.selection.cuts import Cut, DecodeBudget
-from compresskv.selection.select import EMPTY_SLOT
+from compresskv.selection.select import EMPTY_SLOT, tokens_at
 
 
 class Generating(Holding, Protocol):
@@ -70,10 +70,7 @@ class GeneratedEviction:
         lengths = [num_tokens - start for start in inputs.row_starts]
         scores = self._method.score(inputs)
         slots = Method.select(self._method, scores, [[self._budget]] * batch_size, lengths)
-        num_heads = max(positions.shape[1], slots.shape[1])
-        slots = slots.expand(-1, num_heads, -1)
-        chosen = positions.expand(-1, num_heads, -1).gather(-1, slots.clamp(min=0))
-        return chosen.masked_fill(slots == EMPTY_SLOT, EMPTY_SLOT)
+        return tokens_at(slots, positions)
 
 
 def check_decoding(method: Method, prompt_method: Method, decode: DecodeBudget) -> None:

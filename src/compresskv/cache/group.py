@@ -8,7 +8,7 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import Observation
 from compresskv.selection.budgets import proportional
-from compresskv.selection.select import EMPTY_SLOT, select_rows
+from compresskv.selection.select import EMPTY_SLOT, select_rows, tokens_at
 
 CANDIDATES = 4
 """Times its budget that a layer goes on holding while it waits for later ones, unless that is said."""
@@ -116,9 +116,7 @@ class Group:
         tokens, lengths = self.candidates.pop(position)
         candidates = tokens.to(scores.device)
         own = scores.expand(-1, candidates.shape[1], -1).gather(-1, candidates.clamp(min=0))
-        chosen = select(self.method, own, budgets, lengths)
-        tokens = candidates.expand(-1, chosen.shape[1], -1).gather(-1, chosen.clamp(min=0))
-        return tokens.masked_fill(chosen == EMPTY_SLOT, EMPTY_SLOT)
+        return tokens_at(select(self.method, own, budgets, lengths), candidates)
 
 
 def one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:

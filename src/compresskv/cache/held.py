@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from compresskv.cache.stores.base import Store
-from compresskv.selection.select import EMPTY_SLOT
+from compresskv.selection.select import tokens_at
 
 
 class Holding(Protocol):
@@ -37,8 +37,4 @@ class HeldOf:
 
     def _positions(self, tokens: Tensor) -> Tensor:
         assert self.layer.store is not None
-        held = self.layer.store.positions
-        num_heads = max(tokens.shape[1], held.shape[1])
-        slots = tokens.expand(-1, num_heads, -1)
-        positions = held.expand(-1, num_heads, -1).gather(-1, slots.clamp(min=0))
-        return positions.masked_fill(slots == EMPTY_SLOT, EMPTY_SLOT)
+        return tokens_at(tokens, self.layer.store.positions)

@@ -12,7 +12,7 @@ from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection import budgets
-from compresskv.selection.scores import heads_window_attention, pool, sum_over_window
+from compresskv.selection.scores import pool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,16 +53,8 @@ class CompressKV(Method):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, 1, T)."""
-        attention = heads_window_attention(
-            inputs.query_window,
-            inputs.keys,
-            self._profile.top_heads(inputs.layer_idx, self.heads_per_layer),
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            valid=inputs.valid,
-            sinks=inputs.sinks,
-        )
-        return pool(sum_over_window(attention).mean(dim=1, keepdim=True), self.kernel_size)
+        sums = inputs.attention_sums(self._profile.top_heads(inputs.layer_idx, self.heads_per_layer))
+        return pool(sums.mean(dim=1, keepdim=True), self.kernel_size)
 
     @property
     def _profile(self) -> Profile:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from compresskv.selection.scores import heads_window_attention, sum_over_window, window_moments
+from compresskv.selection.scores import heads_window_attention, sum_over_window, window_attention, window_moments
 from compresskv.system.later import torch
 
 if TYPE_CHECKING:
@@ -88,6 +88,18 @@ class LayerInputs:
     def num_tokens(self) -> int:
         """T."""
         return self.keys.shape[2]
+
+    @property
+    def window_attention(self) -> Tensor:
+        """(B, H_q, W, T): attention of the window's queries; see `compresskv.selection.scores.window_attention`."""
+        return window_attention(
+            self.query_window,
+            self.keys,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            valid=self.valid,
+            sinks=self.sinks,
+        )
 
     def attention_sums(self, head_indices: list[int]) -> Tensor:
         """(B, n, T): the attention that tokens get from the whole window in some query heads; 0 for its own tokens."""

@@ -11,7 +11,7 @@ from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.selection.redundancy import redundancy
-from compresskv.selection.scores import pool, set_first, sum_over_window, window_attention, without_padding
+from compresskv.selection.scores import pool, set_first, sum_over_window, summing_to_one, without_padding
 from compresskv.system.later import torch
 
 if TYPE_CHECKING:
@@ -49,17 +49,9 @@ class RKV(Method):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
-        attention = window_attention(
-            inputs.query_window,
-            inputs.keys,
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            valid=inputs.valid,
-            sinks=inputs.sinks,
-        )
-        by_head = sum_over_window(attention)
+        by_head = sum_over_window(inputs.window_attention)
         largest = by_head.view(len(by_head), inputs.num_kv_heads, -1, by_head.shape[-1]).amax(dim=2)
-        wanted = _summing_to_one(without_padding(pool(largest, self.kernel_size), inputs.valid))
+        wanted = summing_to_one(without_padding(pool(largest, self.kernel_size), inputs.valid))
         alike = redundancy(inputs.keys, self.threshold, inputs.valid)
         scores = self.importance * wanted - (1 - self.importance) * alike
         return set_first(scores, self.num_sinks, torch.inf, inputs.valid)
@@ -83,7 +75,3 @@ class SharedRKV(RKV):
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """The same (B, 1, T) for every layer."""
         return [torch.stack(super().score_layers(layers)).mean(dim=0)] * len(layers)
-
-
-def _summing_to_one(scores: Tensor) -> Tensor:
-    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -9,7 +9,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.selection.scores import mean_over_groups, pool, sum_over_window, window_attention
+from compresskv.selection.scores import mean_over_groups, pool, sum_over_window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +34,5 @@ class SnapKV(Method):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
-        attention = window_attention(
-            inputs.query_window,
-            inputs.keys,
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            valid=inputs.valid,
-            sinks=inputs.sinks,
-        )
         # pooling last, of fewer heads: both are sums, whose order does not matter
-        return pool(mean_over_groups(sum_over_window(attention), inputs.keys.shape[1]), self.kernel_size)
+        return pool(mean_over_groups(sum_over_window(inputs.window_attention), inputs.keys.shape[1]), self.kernel_size)

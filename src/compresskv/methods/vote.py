@@ -16,6 +16,7 @@ from compresskv.selection.scores import (
     mean_over_groups,
     pool,
     set_first,
+    summing_to_one,
     without_padding,
 )
 from compresskv.system.later import torch
@@ -158,8 +159,3 @@ def foreseen_votes(
     likely = summing_to_one(without_padding(pool(likely, kernel_size), layers[0].valid))
     votes = [layer.vote for layer in layers if layer.vote is not None]
     return summing_to_one(torch.stack([to_come * likely, *votes]).sum(dim=0))
-
-
-def summing_to_one(scores: Tensor) -> Tensor:
-    """(B, H, T) non-negative, each head's divided by their sum."""
-    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -14,6 +14,7 @@ from compresskv.attention.plain import AttentionFunction
 from compresskv.cache.cache import CompressedCache, layers_nbytes
 from compresskv.cache.eviction import EvictionObserver
 from compresskv.cache.full import FullCache
+from compresskv.cache.group import one_batch
 from compresskv.cache.routed import RoutedLayer
 from compresskv.cache.window import QueryWindow
 from compresskv.methods.base import Method
@@ -25,7 +26,6 @@ from compresskv.plans.replay import NUM_SINKS, Replayed, check_room, replay
 from compresskv.selection.budgets import Budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.replay import largest_attention
-from compresskv.selection.select import EMPTY_SLOT
 
 _REPLAY_COST = 3
 """Readings that a replay takes as long as, about."""
@@ -186,7 +186,7 @@ class CapturedPrompt:
                 keys, values = (states.expand(len(caches), -1, -1, -1) for states in source.stored())
                 kept = [_kept(one.layers[layer_idx], keys.shape[2]) for one in caches]
                 layer: Any = cache.layers[layer_idx]
-                layer.adopt_retained(keys, values, _rows(kept).to(keys.device))
+                layer.adopt_retained(keys, values, one_batch(kept, [[row] for row in range(len(kept))]).to(keys.device))
             else:
                 _repeat(source, len(caches))
                 cache.layers[layer_idx] = source
@@ -230,12 +230,3 @@ def _repeat(layer: Any, count: int) -> None:
 def _kept(layer: Any, num_tokens: int) -> Tensor:
     """(1, H, R): the tokens that a layer of one row retains."""
     return torch.arange(num_tokens)[None, None] if layer.positions is None else layer.positions.cpu()
-
-
-def _rows(kept: Sequence[Tensor]) -> Tensor:
-    """(N, H, R) of several (1, 1 or H, R), the shorter ones after empty slots."""
-    num_heads, longest = (max(one.shape[dim] for one in kept) for dim in (1, 2))
-    rows = torch.full((len(kept), num_heads, longest), EMPTY_SLOT)
-    for row, one in zip(rows, kept, strict=True):
-        row[:, longest - one.shape[2] :] = one[0]
-    return rows

@@ -243,3 +243,8 @@ def _num_kv_groups(num_query_heads: int, num_kv_heads: int) -> int:
     if num_query_heads % num_kv_heads:
         raise ValueError(f"{num_query_heads} query heads are no multiple of {num_kv_heads} KV heads")
     return num_query_heads // num_kv_heads
+
+
+def summing_to_one(scores: Tensor) -> Tensor:
+    """(B, H, T) non-negative, each head's divided by their sum."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

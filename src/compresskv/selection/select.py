@@ -135,3 +135,11 @@ def head_counts_of_all(scores: list[Tensor], budget: int, window_size: int, guar
     """
     counts = iter(_head_counts(torch.cat(scores), budget, window_size, guaranteed, least=1))
     return [[next(counts) for _ in own] for own in scores]
+
+
+def tokens_at(slots: Tensor, tokens: Tensor) -> Tensor:
+    """(B, 1 or H, R): the tokens (B, 1 or H, n) that stand in some slots (B, 1 or H, R); `EMPTY_SLOT` stays itself."""
+    num_heads = max(slots.shape[1], tokens.shape[1])
+    slots = slots.expand(-1, num_heads, -1)
+    found = tokens.expand(-1, num_heads, -1).gather(-1, slots.clamp(min=0))
+    return found.masked_fill(slots == EMPTY_SLOT, EMPTY_SLOT)
