@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.serving.environment import server_environment
 from compresskv.errors import ModelError
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.task import TaskSettings, create_task
+from compresskv.evaluation.tasks.base import TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.registry import create_task
 
 _START_S = 300
 _ANSWER_S = 300

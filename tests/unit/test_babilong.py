@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compresskv.errors import ConfigError, DataError
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.task import TaskSettings, create_task
 from compresskv.evaluation.tasks.babilong import BABILong
+from compresskv.evaluation.tasks.base import TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.registry import create_task
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 ROW = {"input": "It rained. Ann went to the garden.", "question": "Where is Ann? ", "target": "garden"}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 import planted
 from compresskv.errors import PromptError
 from compresskv.evaluation.encode import EncodedPrompt, encode
-from compresskv.evaluation.example import Example
+from compresskv.evaluation.tasks.example import Example
 
 TEMPLATES = {
     "around": "<begin>{% for m in messages %}[user] {{ m['content'] }} [end]\n{% endfor %}"

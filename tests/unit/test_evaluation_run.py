@@ -17,14 +17,15 @@ import tiny
 from compresskv.attention import prefill as attention_prefill
 from compresskv.attention import routing
 from compresskv.errors import CompressKVError, ConfigError, DataError, PromptError
-from compresskv.evaluation import press_records, task
+from compresskv.evaluation import press_records
 from compresskv.evaluation.configurations import configurations, parse_budgets
-from compresskv.evaluation.example import Example
 from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.records import Record, read_run
 from compresskv.evaluation.run import Counts, Evaluation, EvaluationConfig, parse_rows
 from compresskv.evaluation.runner import Configuration
-from compresskv.evaluation.task import Task, TaskSettings
+from compresskv.evaluation.tasks import registry
+from compresskv.evaluation.tasks.base import Task, TaskSettings
+from compresskv.evaluation.tasks.example import Example
 from compresskv.methods.compresskv import CompressKV
 from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.registry import parse_methods
@@ -62,8 +63,8 @@ class Toy(Task):
 
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    task.tasks()  # registers the others
-    monkeypatch.setitem(task._TASKS, "toy", Toy)
+    registry.tasks()  # registers the others
+    monkeypatch.setitem(registry._TASKS, "toy", Toy)
     monkeypatch.chdir(tmp_path)
 
 

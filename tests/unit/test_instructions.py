@@ -8,10 +8,10 @@ import pytest
 import planted
 from compresskv.errors import ConfigError
 from compresskv.evaluation.encode import encode
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.rules import Rule, draw_rules
-from compresskv.evaluation.task import TaskSettings
+from compresskv.evaluation.tasks.base import TaskSettings
+from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.instructions import InstructionsTask
+from compresskv.evaluation.tasks.rules import Rule, draw_rules
 
 TOKENIZER = planted.bytes_tokenizer()
 

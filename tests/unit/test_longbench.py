@@ -9,9 +9,10 @@ import huggingface_hub
 import pytest
 
 from compresskv.errors import ConfigError, DataError
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.task import TaskSettings, create_task
+from compresskv.evaluation.tasks.base import TaskSettings
+from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.longbench import LongBench
+from compresskv.evaluation.tasks.registry import create_task
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 VECTORS = SHARED / "longbench_metric_vectors.jsonl"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compresskv.calibration.recall import rouge_1_recall
-from compresskv.evaluation import metrics
+from compresskv.evaluation.tasks import metrics
 
 CLASSES = ["Date", "City", "Other entity", "Other", "Country"]
 ALL: dict[str, Callable[[str, str], float]] = {
@@ -140,5 +140,5 @@ def test_the_answer_itself_scores_all(name: str, answer: str) -> None:
 
 def test_a_metric_needs_nothing_of_what_calibration_measures() -> None:
     heavy = {"torch", "compresskv.calibration.measure"}
-    code = f"import sys, compresskv.evaluation.metrics; print({heavy} & {{*sys.modules}})"
+    code = f"import sys, compresskv.evaluation.tasks.metrics; print({heavy} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

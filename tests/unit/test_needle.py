@@ -15,10 +15,11 @@ from compresskv.calibration.haystack import read_haystack
 from compresskv.calibration.needles import read_needles
 from compresskv.calibration.recall import words
 from compresskv.errors import ConfigError, DataError
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.metrics import contains
-from compresskv.evaluation.task import TaskSettings, create_task
+from compresskv.evaluation.tasks.base import TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.metrics import contains
 from compresskv.evaluation.tasks.needle import Fact, NeedleTask, read_facts
+from compresskv.evaluation.tasks.registry import create_task
 from compresskv.prompts.template import encode_message
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"

@@ -22,7 +22,7 @@ SOURCE = Path(compresskv.__file__).parent
 LONG = "x" * 300
 
 ELSEWHERE = {
-    "evaluation/jsonl.py": "a path within an archive, which is there or not",
+    "evaluation/tasks/jsonl.py": "a path within an archive, which is there or not",
     "cli/chat.py": "tells that there is no such user",
     "system/paths.py": "the helpers",
 }

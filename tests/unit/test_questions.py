@@ -7,8 +7,8 @@ import pytest
 import planted
 from compresskv.errors import ConfigError
 from compresskv.evaluation.encode import encode
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.task import TaskSettings
+from compresskv.evaluation.tasks.base import TaskSettings
+from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.questions import QuestionsTask
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import planted
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.encode import encode
-from compresskv.evaluation.example import Example
 from compresskv.evaluation.ruler.words import ADJECTIVES, NOUNS, VERBS
-from compresskv.evaluation.task import TaskSettings, create_task
+from compresskv.evaluation.tasks.base import TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.registry import create_task
 from compresskv.evaluation.tasks.ruler import RulerTask
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"

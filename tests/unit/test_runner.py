@@ -17,10 +17,10 @@ import planted
 import tiny
 from compresskv.evaluation.configurations import configurations
 from compresskv.evaluation.encode import EncodedPrompt
-from compresskv.evaluation.example import Example
 from compresskv.evaluation.records import Record
 from compresskv.evaluation.runner import SETTINGS, Case, Configuration, Runner
-from compresskv.evaluation.task import Task, TaskSettings
+from compresskv.evaluation.tasks.base import Task, TaskSettings
+from compresskv.evaluation.tasks.example import Example
 from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.registry import parse_methods
 from compresskv.methods.snapkv import SnapKV

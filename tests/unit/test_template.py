@@ -15,7 +15,7 @@ from commands import Result, runner
 from compresskv.calibration.needles import Document, encode_questions
 from compresskv.errors import PromptError
 from compresskv.evaluation.encode import encode
-from compresskv.evaluation.example import Example
+from compresskv.evaluation.tasks.example import Example
 from compresskv.prompts.offsets import token_range
 from compresskv.prompts.prompt import build_prompt
 from compresskv.prompts.template import apply_chat_template, encode_message

@@ -160,7 +160,7 @@ def evaluate(
     from compresskv.evaluation.run import parse_rows
     from compresskv.evaluation.runner import SETTINGS
     from compresskv.evaluation.suite import BUDGETS, METHODS
-    from compresskv.evaluation.task import tasks as known_tasks
+    from compresskv.evaluation.tasks.registry import tasks as known_tasks
     from compresskv.methods.registry import methods as registered
     from compresskv.methods.registry import parse_methods
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from compresskv.errors import PromptError
-from compresskv.evaluation.example import Example
+from compresskv.evaluation.tasks.example import Example
 from compresskv.plans.plan import prompt_digest
 from compresskv.prompts.template import encode_message
 

@@ -14,13 +14,14 @@ from compresskv.attention.prefill import reads_exactly
 from compresskv.calibration.haystack import read_haystack
 from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.evaluation.encode import encode
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.jsonl import task_folder
 from compresskv.evaluation.press_records import add_presses
 from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.records import RecordLog, check_run
 from compresskv.evaluation.runner import FULL, Case, Configuration, Runner
-from compresskv.evaluation.task import Task, TaskSettings, check_depths, create_task
+from compresskv.evaluation.tasks.base import Task, TaskSettings, check_depths
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.jsonl import task_folder
+from compresskv.evaluation.tasks.registry import create_task
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.prompts.prompt import room_for_prompt

@@ -13,10 +13,10 @@ from compresskv.cache.cache import CompressedCache
 from compresskv.cache.timing import EvictionTimer
 from compresskv.errors import ConfigError
 from compresskv.evaluation.encode import EncodedPrompt
-from compresskv.evaluation.example import Example
 from compresskv.evaluation.fidelity import Fidelity, evidence_recall, fidelities, fidelity, reference
 from compresskv.evaluation.records import SETTINGS, Record, config_name
-from compresskv.evaluation.task import Task
+from compresskv.evaluation.tasks.base import Task
+from compresskv.evaluation.tasks.example import Example
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, decode_one_token, decode_rows, last_logits
 from compresskv.models.place import devices_of, input_device

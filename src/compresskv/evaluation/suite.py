@@ -6,7 +6,7 @@ from typing import Any
 
 from compresskv.errors import ConfigError
 from compresskv.evaluation.run import EvaluationConfig
-from compresskv.evaluation.task import create_task
+from compresskv.evaluation.tasks.registry import create_task
 from compresskv.system.paths import exists, is_folder
 
 METHODS = "full,blend,vote,compresskv,snapkv,adakv,cake,streaming_llm,forecast,kvzip,keydiff"

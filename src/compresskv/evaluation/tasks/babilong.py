@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import msgspec
 
-from compresskv.evaluation import metrics
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.jsonl import Line, existing_files, read_lines, task_folder
-from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.evaluation.tasks import metrics
+from compresskv.evaluation.tasks.base import Task, TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.jsonl import Line, existing_files, read_lines, task_folder
+from compresskv.evaluation.tasks.registry import register_task
 from compresskv.system.convert import Text
 
 _LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k")

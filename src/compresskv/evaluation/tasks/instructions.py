@@ -6,10 +6,11 @@ from typing import ClassVar
 
 from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.errors import ConfigError, DataError, ProfileError
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.metrics import contains
-from compresskv.evaluation.rules import Rule, draw_rules
-from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.evaluation.tasks.base import Task, TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.metrics import contains
+from compresskv.evaluation.tasks.registry import register_task
+from compresskv.evaluation.tasks.rules import Rule, draw_rules
 from compresskv.prompts.template import encode_message
 
 _NUM_RULES = 5

@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 
 from compresskv.errors import DataError, first_line
-from compresskv.evaluation import metrics
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.jsonl import Folder, Line, existing_files, read_lines, task_folder
-from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.evaluation.tasks import metrics
+from compresskv.evaluation.tasks.base import Task, TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.jsonl import Folder, Line, existing_files, read_lines, task_folder
+from compresskv.evaluation.tasks.registry import register_task
 from compresskv.system.convert import Text
 from compresskv.system.inputs import read_json
 from compresskv.system.paths import is_file

@@ -19,10 +19,11 @@ from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.needles import Needle, read_needles
 from compresskv.calibration.recall import rouge_1_recall
 from compresskv.errors import ConfigError, DataError, ProfileError
-from compresskv.evaluation.example import Example
-from compresskv.evaluation.key_values import draw_pair, hide_pair
-from compresskv.evaluation.metrics import contains
-from compresskv.evaluation.task import Task, TaskSettings, check_depths, register_task
+from compresskv.evaluation.tasks.base import Task, TaskSettings, check_depths
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.key_values import draw_pair, hide_pair
+from compresskv.evaluation.tasks.metrics import contains
+from compresskv.evaluation.tasks.registry import register_task
 from compresskv.prompts.template import encode_message
 from compresskv.system.inputs import read_json
 

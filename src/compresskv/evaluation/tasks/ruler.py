@@ -6,12 +6,13 @@ from typing import ClassVar
 
 from compresskv.calibration.haystack import read_haystack
 from compresskv.errors import ConfigError, DataError, ProfileError
-from compresskv.evaluation.example import Example
 from compresskv.evaluation.ruler.chain import Chain
 from compresskv.evaluation.ruler.counting import CommonWords, FrequentWords
 from compresskv.evaluation.ruler.magic import Kind, Magic
 from compresskv.evaluation.ruler.puzzle import Puzzle
-from compresskv.evaluation.task import Task, TaskSettings, register_task
+from compresskv.evaluation.tasks.base import Task, TaskSettings
+from compresskv.evaluation.tasks.example import Example
+from compresskv.evaluation.tasks.registry import register_task
 
 _MAGIC = {
     "niah_single_1": Kind("noise"),

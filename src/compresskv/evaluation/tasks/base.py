@@ -1,15 +1,15 @@
-"""What a benchmark is, and the benchmarks by name."""
+"""What a benchmark is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError
-from compresskv.evaluation.example import Example
+from compresskv.evaluation.tasks.example import Example
 from compresskv.system.check import suggestion
 
 
@@ -82,32 +82,3 @@ class Task(ABC):
                     f"task {self.name!r} has no subset {subset!r}{suggestion(subset, self.default_subsets)}"
                 )
         return settings.subsets or self.default_subsets
-
-
-_TASKS: dict[str, type[Task]] = {}
-_T = TypeVar("_T", bound=type[Task])
-
-
-def register_task(task: _T) -> _T:
-    """Class decorator: make the task known by its `name`."""
-    _TASKS[task.name] = task
-    return task
-
-
-def tasks() -> dict[str, type[Task]]:
-    """Every task by name, sorted."""
-    import compresskv.evaluation.tasks  # noqa: F401 - registers them
-
-    return dict(sorted(_TASKS.items()))
-
-
-def create_task(name: str) -> Task:
-    """Build a task.
-
-    Raises:
-        ConfigError: unknown, with the nearest known name.
-    """
-    known = tasks()
-    if name not in known:
-        raise ConfigError(f"unknown task {name!r}{suggestion(name, list(known))}")
-    return known[name]()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
 from compresskv.errors import DataError, first_line
-from compresskv.evaluation.task import TaskSettings
+from compresskv.evaluation.tasks.base import TaskSettings
 from compresskv.system.convert import convert
 from compresskv.system.paths import is_file, is_folder, why_unseen
 
