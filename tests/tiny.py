@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from compresskv import CompressedCache
-from compresskv.bench.geometry import random_weights
+from compresskv.bench.geometry import random_centres, random_weights
 from compresskv.cache.layer import CompressedLayer
 from compresskv.methods import registry
 from compresskv.models.fingerprint import fingerprint
@@ -143,6 +143,7 @@ def random_profile(model: PreTrainedModel) -> Profile:
         layer_errors_by_set={"random": errors},
         layer_errors=errors,
         replay_weights=tuple(random_weights(model, layer) for layer in layers),
+        query_centres=tuple(random_centres(model, layer) for layer in layers),
     )
 
 

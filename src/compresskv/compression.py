@@ -15,7 +15,7 @@ from compresskv import defaults
 from compresskv.attention.pieces import AUTO, PrefillMemory, check_prefill_memory
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
-from compresskv.cache.cuts import find_cuts
+from compresskv.cache.cuts import find_cuts, find_decode_method
 from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
@@ -212,7 +212,8 @@ def compressing(
             raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")
         method = method.as_method(model)
     find_precision(store)
-    chosen = prepare_method(model, method, profile, **options)
+    is_shared = decode_budget is not None and find_decode_method(decode_method).needs_profile
+    chosen = prepare_method(model, method, profile, is_shared=is_shared, **options)
     if chosen.replays:
         raise ConfigError(
             f"method {chosen.name!r} reads the prompt twice and must know its tokens: give compressing a plan by "

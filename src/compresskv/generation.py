@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv import defaults
 from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.cuts import find_decode_method
 from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing, prepare_cuts
@@ -159,7 +160,8 @@ def ask(
     check_callbacks(on_text=on_text, on_token=on_token, on_prefill=on_prefill, on_compile=on_compile)
     check_flag("two_pass", two_pass)
     check_request(context, question, truncate)
-    chosen = prepare_method(model, method, profile, **options)
+    is_shared = decode_budget is not None and find_decode_method(decode_method).needs_profile
+    chosen = prepare_method(model, method, profile, is_shared=is_shared, **options)
     warn_of_slow_dtype(model)
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")

@@ -41,12 +41,13 @@ def seen(evicted: Evictions) -> int:
 
 
 @pytest.mark.parametrize("model", ["llama sdpa", "llama eager", "gemma3 sdpa", "gpt_oss eager"])
-@pytest.mark.parametrize("decode_method", ["rkv", "snapkv", "streaming_llm"])
+@pytest.mark.parametrize("decode_method", ["rkv", "snapkv", "streaming_llm", "triattention"])
 def test_logits_are_exact(model: str, decode_method: str) -> None:
     """Heads that hold different numbers after the prompt are cut each by itself, until all hold as many."""
     family, attention = model.split()
     own, sequence = tiny.tiny_model(family, attention), tiny.random_tokens(NUM_PROMPT + NUM_NEW, batch_size=2)
-    logits, gone = read(own, cutting(own, decode_method), sequence)
+    options = tiny.options_for(own, decode_method)
+    logits, gone = read(own, cutting(own, decode_method, **options), sequence)
     assert len(gone) == 1 + NUM_NEW // INTERVAL
     expected = oracle_logits(family, sequence, gone[0], None, *gone[1:])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 import compresskv
 import planted
 from commands import Result, runner
-from compresskv.bench.geometry import random_weights
+from compresskv.bench.geometry import random_centres, random_weights
 from compresskv.methods import registry
 from compresskv.models.fingerprint import fingerprint
 from compresskv.plans.plan import read_plan
@@ -67,6 +68,7 @@ def planted_profile() -> Profile:
         layer_errors_by_set={},
         layer_errors=(0.2, 0.4, 0.4),
         replay_weights=tuple(random_weights(planted.model(), layer) for layer in range(planted.NUM_LAYERS)),
+        query_centres=tuple(random_centres(planted.model(), layer) for layer in range(planted.NUM_LAYERS)),
     )
 
 
@@ -379,6 +381,13 @@ class TestAsk:
         write_profile(planted_profile(), tmp_path / "mine.json")
         result = call(*ASK, "--profile", str(tmp_path / "mine.json"))
         assert (result.code, result.out) == (0, f"{ANSWER}\n")
+
+    def test_the_profile_is_of_the_method_that_cuts_the_answer_too(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        write_profile(replace(planted_profile(), query_centres=None), tmp_path / "old.json")
+        cut = ["--decode-budget", "20", "--decode-method", "triattention", "--profile", str(tmp_path / "old.json")]
+        assert_refused(call(*ASK, "--method", "snapkv", *cut), "no centres of queries", "'compresskv profile MODEL'")
 
 
 def table_rows(output: str) -> list[str]:

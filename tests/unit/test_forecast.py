@@ -19,7 +19,8 @@ from compresskv.methods.kvzip import KVzip
 from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers
 from compresskv.plans.capture import CapturedPrompt
-from compresskv.profiles.profile import Profile, packed, read_profile
+from compresskv.profiles.packing import packed
+from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import write_profile
 from compresskv.selection.forecast import LEAST, RIDGE, Regression, replay_features
 

@@ -39,7 +39,7 @@ def test_keys_of_equal_tokens_are_equal_once_they_are_turned_back(family: str) -
 
 
 def test_a_model_without_rotary_embeddings_has_none() -> None:
-    assert rotation_of(tiny.tiny_model("gpt2"), 0, NUM_TOKENS) is None
+    assert rotation_of(tiny.tiny_model("gpt2"), 0, torch.arange(NUM_TOKENS)) is None
 
 
 def some_rotation(num_positions: int, head_dim: int) -> Rotation:

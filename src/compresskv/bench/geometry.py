@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
-from compresskv.profiles.profile import Profile, l1_normalised, packed
+from compresskv.profiles.packing import packed
+from compresskv.profiles.profile import Profile, l1_normalised
 from compresskv.selection.forecast import NUM_MORE
 from compresskv.system import memory
 from compresskv.system.check import check_known, check_least
@@ -154,12 +155,22 @@ def random_profile(model: PreTrainedModel) -> Profile:
         layer_errors=errors,
         provenance={"random": True},
         replay_weights=tuple(random_weights(model, layer_idx) for layer_idx in layers),
+        query_centres=tuple(random_centres(model, layer_idx) for layer_idx in layers),
     )
 
 
 def random_weights(model: PreTrainedModel, layer_idx: int) -> str:
     """A layer's weights as in `Profile.replay_weights`."""
     heads = heads_of(decoder_config(model), layer_idx)
+    return _drawn(heads.num_kv_heads * (2 * heads.head_dim + NUM_MORE), layer_idx, 32)
+
+
+def random_centres(model: PreTrainedModel, layer_idx: int) -> str:
+    """Those of a layer's queries as in `Profile.query_centres`."""
+    heads = heads_of(decoder_config(model), layer_idx)
+    return _drawn(heads.num_query_heads * 2 * heads.head_dim, layer_idx, 16)
+
+
+def _drawn(count: int, seed: int, num_bits: int) -> str:
     draw: Callable[..., torch.Tensor] = torch.randn
-    count = heads.num_kv_heads * (2 * heads.head_dim + NUM_MORE)
-    return packed((0.3 * draw(count, generator=torch.Generator().manual_seed(layer_idx), device="cpu")).tolist())
+    return packed((0.3 * draw(count, generator=torch.Generator().manual_seed(seed), device="cpu")).tolist(), num_bits)

@@ -92,7 +92,7 @@ class CompressedCache(RoutedCache):
             raise ModelError("layers of this model attend to keys of others: leave out chunk_budget=N, decode_budget=N")
         generated = None
         if decode is not None:
-            generated = GeneratedEviction(decode_method or method, decode, eviction.num_layers)
+            generated = GeneratedEviction(decode_method or method, decode, eviction.num_layers, Rotations(model))
         make = functools.partial(self.layer_type, model=model, eviction=eviction, generated=generated)
         super().__init__(layers=routed_layers(model, make))
         # Without a mask, attention of later chunks is faster. A sliding window, and 'eager', need theirs.
@@ -345,7 +345,7 @@ def _eviction(
 ) -> Eviction:
     """What the layers of a cache of this model decide together."""
     num_layers = len(compressible_layers(model))
-    rotations = Rotations(model) if method.turns_back else None
+    rotations = Rotations(model)
     told: dict[str, Any] = {"candidates": candidates, "chunks": chunks}
     return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs, **told)
 

@@ -37,12 +37,17 @@ def find_cuts(
         own = {"decode_interval": (decode_interval, DECODE_INTERVAL)}
         _check_default("decode_budget", **own, decode_method=(decode_method, defaults.DECODE_METHOD))
         return chunks, None
-    chosen, decode = _find_method(decode_method), DecodeBudget(decode_budget, decode_interval)
+    chosen, decode = find_decode_method(decode_method), DecodeBudget(decode_budget, decode_interval)
     check_decoding(chosen, method, decode)
     return chunks, (decode, chosen)
 
 
-def _find_method(named: str | Method) -> Method:
+def find_decode_method(named: str | Method) -> Method:
+    """The method that cuts what is generated, without a profile yet.
+
+    Raises:
+        ConfigError: no such method, or several.
+    """
     if isinstance(named, Method):
         return named
     if not isinstance(named, str):

@@ -81,7 +81,7 @@ class Eviction:
         """Tokens of the prompt behind the chunk that is read now."""
         self._candidates = candidates
         self.method = method
-        self.rotations = rotations
+        self._rotations = rotations
         self.precision = precision
         self.budget = 1 if method.brings_budget else check_budget(budget, num_layers)
         self._auto = automatic(method, self.budget, cuts_early=chunks is not None)
@@ -102,6 +102,12 @@ class Eviction:
         self._groups: list[Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
         self.choices = []
+
+    @property
+    def rotations(self) -> Rotations:
+        """How the model turns queries and keys, for methods that ask."""
+        assert self._rotations is not None
+        return self._rotations
 
     def cuts(self, num_prompt: int) -> dict[int, Cut]:
         """The cuts before a prompt's end, by the tokens that were read then."""

@@ -1,5 +1,6 @@
 """What the layers of one cache share while an answer is generated that is cut, too."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from compresskv.cache.window import QueryWindow
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
+from compresskv.models.rotary import Rotations
 from compresskv.selection.cuts import Cut, DecodeBudget
 from compresskv.selection.select import EMPTY_SLOT, tokens_at
 
@@ -28,12 +30,14 @@ class Generating(Holding, Protocol):
 class GeneratedEviction:
     """Cuts what layers hold to a budget, once every so many tokens."""
 
-    def __init__(self, method: Method, decode: DecodeBudget, num_layers: int) -> None:
+    def __init__(self, method: Method, decode: DecodeBudget, num_layers: int, rotations: Rotations) -> None:
         """Nothing is generated yet.
 
         Args:
             method: see `check_decoding`.
+            rotations: the model's, for methods that ask.
         """
+        self._rotations = rotations
         self._budget = decode.budget
         self.interval = decode.interval
         self._method = method.with_window(method.window_at(decode.budget))
@@ -56,6 +60,9 @@ class GeneratedEviction:
         if max(store.counts) <= self._budget:
             return
         groups = _groups(layer, store, window, valid)
+        if self._method.turns_ahead:
+            ahead = self._rotations.ahead(layer.layer_idx, layer.seen_tokens, window.queries, valid)
+            groups = [(replace(inputs, ahead=ahead), positions) for inputs, positions in groups]
         if self._together is not None:
             (inputs, _), *others = groups
             assert not others  # the method keeps the same tokens in all heads

@@ -191,7 +191,7 @@ class CompressedLayer(StoredLayer):
 
     def _inputs(self, window: QueryWindow, valid: Tensor | None, num_ahead: int = 0, start: int = 0) -> LayerInputs:
         """What the method may look at: of all that is stored, or of the tokens from `start` on."""
-        rotations, part = self._eviction.rotations, self._part
+        rotations, part, method = self._eviction.rotations, self._part, self._eviction.method
         keys, values = self._read_from(start)
         num_positions = self.seen_tokens + FUTURE_POSITIONS
         return LayerInputs(
@@ -205,8 +205,9 @@ class CompressedLayer(StoredLayer):
             sinks=window.sinks,
             num_ahead=num_ahead,
             replayed=window.replayed if part is None or part.replayed is None else part.replayed,
-            rotation=None if rotations is None else rotations.of(self.layer_idx, num_positions, keys.device),
+            rotation=rotations.of(self.layer_idx, num_positions, keys.device) if method.turns_back else None,
             first_position=start,
+            ahead=rotations.ahead(self.layer_idx, self.seen_tokens, keys, valid) if method.turns_ahead else None,
         )
 
     def _read_from(self, start: int) -> tuple[Tensor, Tensor]:

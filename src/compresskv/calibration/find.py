@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
+from compresskv.calibration.centres import find_centres
 from compresskv.calibration.measure import Measurement, mean_scores
 from compresskv.calibration.replays import fit_replays
 from compresskv.calibration.runs import measuring_alone
@@ -63,6 +64,7 @@ def find_profile(
         semantic, traditional, num_runs = mean_scores(runs)
         errors = profiler.measure_errors(semantic)
         replay_weights = fit_replays(model, profiler.replay_prompts(), report)
+        query_centres = find_centres(model, profiler.replay_prompts(), report)
     profile = Profile(
         model_id=model_id,
         fingerprint=profiler.fingerprint,
@@ -74,6 +76,7 @@ def find_profile(
         layer_errors=combined(errors),
         provenance=_provenance(model, profiler, runs),
         replay_weights=replay_weights,
+        query_centres=query_centres,
     )
     return Outcome(profile, runs)
 

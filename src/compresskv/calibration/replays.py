@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from compresskv.models.rotary import Rotations
 from compresskv.plans.capture import CapturedPrompt
-from compresskv.profiles.profile import packed
+from compresskv.profiles.packing import packed
 from compresskv.selection.forecast import Regression, replay_features
 from compresskv.system.progress import Progress
 

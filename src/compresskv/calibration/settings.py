@@ -22,7 +22,8 @@ class CalibrationSettings:
     error_documents: int = 2
     """Documents for each length on which layer errors are measured."""
     replay_documents: int = 2
-    """Documents for each length that are read twice, to learn what a second reading attends to."""
+    """Documents for each length that are read twice, to learn what a second reading attends to, and once more for the
+    centres of queries."""
     haystack: tuple[str, ...] = ()
     """Text files or folders; empty: `DEFAULT_HAYSTACK`, Python's help topics."""
     needles: str | None = None

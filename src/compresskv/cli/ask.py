@@ -86,13 +86,16 @@ def ask(
         raise ConfigError("--two-pass and --save-plan cannot look ahead: leave lookahead out of the method")
     from compresskv.cache.cuts import find_cuts
 
+    takes_profile = False
     for one in checked.methods:
-        find_cuts(one, reads_twice=two_pass, **cuts)
+        _, decoding = find_cuts(one, reads_twice=two_pass, **cuts)
+        takes_profile = decoding is not None and decoding[1].needs_profile
     loaded, tokenizer, methods = checked.load()
     generations: list[Generation] = []
     try:
         for one in methods:
             options = {"two_pass": two_pass, "compile": compile, "prefill_memory": memory, **cuts}
+            options["profile"] = given.profile if takes_profile else None
             answer = _answer(loaded, tokenizer, checked, one, **options)
             generations.append(_with_command(answer, given, one))
     finally:  # on Ctrl-C, what is there already is shown

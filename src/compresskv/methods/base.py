@@ -46,6 +46,8 @@ class Method:
     """Whether `LayerInputs.query_window` holds the queries of the whole prompt, not those of the window alone."""
     turns_back: ClassVar[bool] = False
     """Whether the method needs `LayerInputs.rotation`."""
+    turns_ahead: ClassVar[bool] = False
+    """Whether the method needs `LayerInputs.ahead`."""
     replays: ClassVar[bool] = False
     """Whether the text is read once more, right after itself, for `LayerInputs.replayed`. Who reads the prompt must
     know its token ids for that: `make_plan`, `ask` and evaluations do, `compressing` does not."""

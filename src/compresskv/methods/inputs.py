@@ -51,6 +51,9 @@ class LayerInputs:
     or the model has no rotary position embedding that can be told."""
     first_position: int = 0
     """The position of the first of the T tokens: a document may be cut in parts."""
+    ahead: tuple[Rotation, ...] | None = None
+    """For each row, how queries are turned that come later, one row for each of `compresskv.selection.rotation.AHEAD`;
+    None as for `rotation`."""
 
     @property
     def row_starts(self) -> list[int]:
@@ -71,7 +74,8 @@ class LayerInputs:
         """The same of some rows of the batch."""
         query_window, keys, values = self.query_window[rows], self.keys[rows], self.values[rows]
         valid = None if self.valid is None else self.valid[rows]
-        return replace(self, query_window=query_window, keys=keys, values=values, valid=valid)
+        ahead = None if self.ahead is None else tuple(self.ahead[row] for row in rows)
+        return replace(self, query_window=query_window, keys=keys, values=values, valid=valid, ahead=ahead)
 
     def with_window(self, window_size: int) -> LayerInputs:
         """The same, observed by no more than the last `window_size` queries."""

@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 
 
 def prepare_method(
-    model: PreTrainedModel, method: str | Method, profile: Profile | str | Path | None = None, **options: Any
+    model: PreTrainedModel,
+    method: str | Method,
+    profile: Profile | str | Path | None = None,
+    *,
+    is_shared: bool = False,
+    **options: Any,
 ) -> Method:
     """The method with its options and, where it needs one, the model's profile.
 
+    Args:
+        is_shared: the profile is for another method, too: one that needs none leaves it alone.
     Raises:
         ConfigError, ProfileError: as for `compressing`.
     """
@@ -32,6 +39,6 @@ def prepare_method(
     if chosen.needs_profile:
         given = getattr(chosen, "profile", None)
         chosen = chosen.with_profile(resolve_profile(model, given if profile is None else profile, for_method=True))
-    elif profile is not None:
+    elif profile is not None and not is_shared:
         chosen.with_profile(profile if isinstance(profile, Profile) else read_profile(profile))  # refuses
     return chosen

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from compresskv.models.place import input_device
 from compresskv.models.shape import decoder_config, heads_of
-from compresskv.selection.rotation import Rotation
+from compresskv.selection.rotation import AHEAD, Rotation, Turns
 
 
 class Rotations:
@@ -19,6 +19,7 @@ class Rotations:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._known: dict[tuple[Any, ...], Rotation | None] = {}
+        self._turns: dict[tuple[Any, ...], Turns | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rotations":
         """Itself: a copy would take the model along."""
@@ -26,19 +27,47 @@ class Rotations:
 
     def of(self, layer_idx: int, num_positions: int, device: torch.device) -> Rotation | None:
         """See `rotation_of`; on the layer's device. Those of the last prompt's length are kept."""
-        config = decoder_config(self._model)
-        kind = (getattr(config, "layer_types", None) or {layer_idx: None})[layer_idx]
-        key = (kind, heads_of(config, layer_idx), device, num_positions)
+        key = (*self._kind(layer_idx), device, num_positions)
         if key not in self._known:
             self._known = {known: one for known, one in self._known.items() if known[-1] == num_positions}
-            found = rotation_of(self._model, layer_idx, num_positions)
+            found = rotation_of(self._model, layer_idx, torch.arange(num_positions, device="cpu"))
             self._known[key] = None if found is None else found.to(device)
         return self._known[key]
 
+    def ahead(
+        self, layer_idx: int, num_read: int, keys: Tensor, valid: Tensor | None = None
+    ) -> tuple[Rotation, ...] | None:
+        """For each row, how queries are turned that come `AHEAD` of its last token; see `rotation_of`.
+
+        Some models turn otherwise in long texts: this goes by the turns of the text as it is now.
+
+        Args:
+            num_read: tokens that were read, padding among them.
+            keys: (B, ...), or other states on the device where the rotations are wanted.
+            valid: (B, num_read) bool, False at padding; None where nothing is padded.
+        """
+        kind = (*self._kind(layer_idx), num_read)
+        if kind not in self._turns:
+            found = rotation_of(self._model, layer_idx, torch.tensor([1, num_read - 1], device="cpu"))
+            self._turns = {known: one for known, one in self._turns.items() if known[-1] == num_read}
+            self._turns[kind] = None if found is None else Turns.told_by(found)
+        turns = self._turns[kind]
+        if turns is None:
+            return None
+        lengths = [num_read] * len(keys) if valid is None else valid.sum(dim=-1).tolist()
+        offsets = torch.tensor(AHEAD, device="cpu") - 1
+        rows = {length: turns.at(length + offsets).to(keys.device) for length in set(lengths)}
+        return tuple(rows[length] for length in lengths)
+
+    def _kind(self, layer_idx: int) -> tuple[Any, ...]:
+        """Layers of one kind turn alike."""
+        config = decoder_config(self._model)
+        return (getattr(config, "layer_types", None) or {layer_idx: None})[layer_idx], heads_of(config, layer_idx)
+
 
 @torch.no_grad()
-def rotation_of(model: PreTrainedModel, layer_idx: int, num_positions: int) -> Rotation | None:
-    """How the queries and keys of a full-attention layer are turned at positions 0 to `num_positions` - 1.
+def rotation_of(model: PreTrainedModel, layer_idx: int, positions: Tensor) -> Rotation | None:
+    """How the queries and keys of a full-attention layer are turned at `positions` (P,), one row each.
 
     transformers' decoders have one module that makes cosines and sines for all layers, and their files a function that
     applies them: what that function does to the unit vectors tells which dimensions make a pair.
@@ -51,16 +80,16 @@ def rotation_of(model: PreTrainedModel, layer_idx: int, num_positions: int) -> R
         return None
     device, config = input_device(model), decoder_config(model)
     head_dim = heads_of(config, layer_idx).head_dim
-    positions = torch.arange(num_positions, device=device)[None]
     layer_types = getattr(config, "layer_types", None)
     named = "layer_type" in inspect.signature(module.forward).parameters
     options = {"layer_type": layer_types[layer_idx]} if named and layer_types else {}
+    positions = positions[None].to(device)
     try:
         cos, sin = (table[0].float() for table in module(torch.zeros(1, device=device), positions, **options))
         partner, sign = _pairs(apply, cos.shape[-1], device)
     except (TypeError, ValueError, RuntimeError, IndexError):  # positions in three dimensions, another signature
         return None
-    if cos.shape != (num_positions, len(partner)) or len(partner) > head_dim:
+    if cos.shape != (positions.shape[1], len(partner)) or len(partner) > head_dim:
         return None
     still = head_dim - len(partner)  # the last dimensions of a head may not turn
     rest = torch.arange(len(partner), head_dim, device=device)

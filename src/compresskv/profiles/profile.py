@@ -1,11 +1,9 @@
 """The profile: head scores and layer errors of one model, with where they came from. One versioned JSON file."""
 
-import base64
 import hashlib
 import itertools
 import json
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,6 +14,7 @@ from msgspec import structs
 
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint
+from compresskv.profiles.packing import unpacked
 from compresskv.system.check import check_path
 from compresskv.system.convert import convert
 from compresskv.system.inputs import read_json
@@ -29,6 +28,7 @@ RANKS_ALONE = (
 )
 
 Rows = tuple[tuple[float, ...], ...]
+_NUM_BITS = {"replay_weights": 32, "query_centres": 16}
 
 
 class _Model(TypedDict):
@@ -71,6 +71,9 @@ class Profile:
     replay_weights: tuple[str, ...] | None = None
     """For each layer, what forecasts a replay's attention (`compresskv.selection.forecast`): (H_kv, F) float32 from the
     lowest byte on, in base64; None in profiles of older releases and imported ones."""
+    query_centres: tuple[str, ...] | None = None
+    """For each layer, where its queries lie before they are turned to their positions (`compresskv.selection.centres`):
+    (H_q, 2, D) float16 as above; None in profiles of older releases and imported ones."""
     loss_curves: dict[str, tuple[float, float]] = field(default_factory=dict)
     """For a method's name, (scale, power) of the model's own `LossCurve`, where that was measured."""
 
@@ -107,11 +110,12 @@ class Profile:
         for name, curve in self.loss_curves.items():
             problem = "is not two finite numbers above 0"
             _check(all(0 < number < math.inf for number in curve), f"loss_curves.{name}", problem)
-        if self.replay_weights is not None:
-            count = len(self.replay_weights)
-            _check(count == num_layers, "replay_weights", f"has {count} layers instead of {num_layers}")
-            finite = all(map(math.isfinite, itertools.chain.from_iterable(map(_unpacked, self.replay_weights))))
-            _check(finite, "replay_weights", "holds a number that is NaN or infinite")
+        for name in _NUM_BITS:
+            rows = getattr(self, name)
+            if rows is not None:
+                _check(len(rows) == num_layers, name, f"has {len(rows)} layers instead of {num_layers}")
+                finite = all(map(math.isfinite, itertools.chain.from_iterable(self._unpacked(name))))
+                _check(finite, name, "holds a number that is NaN or infinite")
 
     def top_heads(self, layer_idx: int, count: int) -> list[int]:
         """The `count` best semantic retrieval heads of layer `layer_idx` of the model, best first.
@@ -145,10 +149,26 @@ class Profile:
         Raises:
             ProfileError: the profile has no such layer, or no such weights.
         """
-        row = self._row(layer_idx)
-        _check(self.replay_weights is not None, "replay_weights", "is missing")
-        assert self.replay_weights is not None
-        return _unpacked(self.replay_weights[row])
+        return self._unpacked("replay_weights", layer_idx)[0]
+
+    def query_centres_of(self, layer_idx: int) -> tuple[float, ...]:
+        """The layer's `query_centres`, one query head after another.
+
+        Raises:
+            ProfileError: the profile has no such layer, or no centres.
+        """
+        return self._unpacked("query_centres", layer_idx)[0]
+
+    def _unpacked(self, name: str, layer_idx: int | None = None) -> list[tuple[float, ...]]:
+        """The numbers of all layers, or of one."""
+        rows: tuple[str, ...] | None = getattr(self, name)
+        _check(rows is not None, name, "is missing")
+        assert rows is not None
+        chosen = rows if layer_idx is None else [rows[self._row(layer_idx)]]
+        try:
+            return [unpacked(row, _NUM_BITS[name]) for row in chosen]
+        except ValueError as error:
+            raise ProfileError(f"field {name!r} {error}") from None
 
     def ranked_heads(self, scores: Rows) -> list[tuple[int, int]]:
         """All (layer of the model, head), best first by `scores`, one of this profile's two tables."""
@@ -207,8 +227,9 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
         own = json.loads(json.dumps(asdict(self), default=structs.asdict))
-        if not self.loss_curves:  # so that files and digests of older releases stay as they are
-            del own["loss_curves"]
+        for name in ("loss_curves", "query_centres"):
+            if not own[name]:  # so that files and digests of older releases stay as they are
+                del own[name]
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -272,24 +293,6 @@ def read_profile(path: str | Path) -> Profile:
 def _check(holds: bool, name: str, what: str) -> None:
     if not holds:
         raise ProfileError(f"field {name!r} {what}")
-
-
-def packed(numbers: Sequence[float]) -> str:
-    """Numbers as 32-bit floats, from the lowest byte on, in base64."""
-    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
-
-
-def _unpacked(text: str) -> tuple[float, ...]:
-    """What `packed` was given, as 32-bit floats.
-
-    Raises:
-        ProfileError: it is nothing of that kind.
-    """
-    try:
-        data = base64.b64decode(text, validate=True)
-        return struct.unpack(f"<{len(data) // 4}f", data)
-    except (ValueError, struct.error):
-        raise ProfileError("field 'replay_weights' holds what is not 32-bit floats in base64") from None
 
 
 def _usable(numbers: Sequence[float]) -> bool:

@@ -10,6 +10,9 @@ from compresskv.system.later import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+AHEAD = tuple(2**n for n in range(17))
+"""How far behind a text's last token queries are expected, in tokens (TriAttention, arXiv 2604.04921, eq. 11)."""
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -45,3 +48,28 @@ class Rotation:
         index = torch.arange(len(self.partner), device=mean.device)
         mean[self.partner, index] += self.sign * self.sin[positions].mean(dim=0)
         return mean
+
+
+@dataclass(frozen=True)
+class Turns:
+    """By how much one layer's queries and keys turn from each position to the next: any position can be told."""
+
+    angles: Tensor
+    """(D,) float64, in radians; 0 where a dimension does not turn. On the CPU, as the others."""
+    scale: Tensor
+    """(D,) float32: what turned vectors are multiplied by, 1 in most models."""
+    partner: Tensor
+    """As in `Rotation`."""
+    sign: Tensor
+
+    @classmethod
+    def told_by(cls, rotation: Rotation) -> Turns:
+        """Those of a rotation whose first row is of position 1."""
+        cos, sin = rotation.cos[0].cpu().double(), rotation.sin[0].cpu().double()
+        scale = (cos.square() + sin.square()).sqrt().float()
+        return cls(torch.atan2(sin, cos), scale, rotation.partner.cpu(), rotation.sign.cpu())
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The turns to some positions (P,), as the rows of a rotation."""
+        angles = positions[:, None].double() * self.angles
+        return Rotation(angles.cos().float() * self.scale, angles.sin().float() * self.scale, self.partner, self.sign)
