@@ -7,8 +7,8 @@ from torch import Tensor
 import tiny
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.window import QueryWindow
+from compresskv.compiled.compilable import NotCompilableError
 from compresskv.compiled.decoding import CompiledDecoding
-from compresskv.compiled.package import NotCompilableError
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.place import devices_of
 from compresskv.models.shape import compressible_layers

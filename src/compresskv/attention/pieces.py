@@ -148,22 +148,29 @@ def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ModelError: it was given one of ours, and read without it.
     """
     cache: Any = kwargs.get("past_key_values")
-    if getattr(cache, "reads_in_chunks", False):
-        given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
-        if len(ends := _chunk_ends(cache, **given)) > 1:
-            return forward_in_chunks(functools.partial(_decoder, forward), cache, ends, **given)
-    is_ours = hasattr(cache, "piece_tokens")
-    seen = cache.get_seq_length() if is_ours else None
-    wanted = is_ours and cache.piece_tokens is not None and not torch.is_grad_enabled()
-    wanted = wanted and not _returns_of_parts(forward, kwargs)
-    before, _reading.cache = _cache(), cache if wanted else None
-    try:
-        output = forward(*args, **kwargs)
-    finally:
-        _reading.cache = before
-    if is_ours and cache.get_seq_length() == seen:
+    if not hasattr(cache, "piece_tokens"):  # none of ours, and nothing of one of ours may be read
+        return _telling(None, forward, *args, **kwargs)
+    given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+    num_tokens = _num_tokens(**given)
+    in_chunks = num_tokens is not None and getattr(cache, "reads_in_chunks", False)
+    if in_chunks and len(ends := cache.chunk_ends(num_tokens)) > 1:
+        return forward_in_chunks(functools.partial(_decoder, forward), cache, ends, **given)
+    seen = cache.get_seq_length()
+    is_long = cache.piece_tokens is not None and (num_tokens is None or num_tokens > cache.piece_tokens)
+    wanted = is_long and not torch.is_grad_enabled() and not _returns_of_parts(forward, given)
+    output = _telling(cache if wanted else None, forward, *args, **kwargs)
+    if cache.get_seq_length() == seen:
         raise ModelError("the model read without the cache that it was given, as in training with checkpointing")
     return output
+
+
+def _telling(cache: PiecewiseCache | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `forward`; what it calls in this thread is told of the cache."""
+    before, _reading.cache = _cache(), cache
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _reading.cache = before
 
 
 def _returns_of_parts(forward: Callable[..., Any], given: dict[str, Any]) -> bool:
@@ -175,11 +182,10 @@ def _returns_of_parts(forward: Callable[..., Any], given: dict[str, Any]) -> boo
     )
 
 
-def _chunk_ends(cache: Any, input_ids: Any = None, inputs_embeds: Any = None, **_: Any) -> list[int]:
-    """Where chunks end that the cache asks for."""
+def _num_tokens(input_ids: Any = None, inputs_embeds: Any = None, **_: Any) -> int | None:
+    """How many tokens a decoder is given; None: by another name than all of transformers' take."""
     given = input_ids if inputs_embeds is None else inputs_embeds
-    ends: list[int] = [] if given is None else cache.chunk_ends(given.shape[1])
-    return ends
+    return None if given is None else int(given.shape[1])
 
 
 def _cache() -> PiecewiseCache | None:

@@ -1,6 +1,5 @@
 """What is measured of other inference engines, with their full caches, by the python of their own environments."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import pairwise
@@ -11,6 +10,7 @@ from compresskv.bench.peers import BenchRequest
 from compresskv.bench.row import Row
 from compresskv.errors import ConfigError, first_line
 from compresskv.peers.engines import Generator, start_llama_cpp, start_vllm
+from compresskv.system.clock import now
 
 _WARM_UP_TOKENS = 128
 
@@ -50,8 +50,8 @@ def measure_engine(request: BenchRequest, engine: Generator) -> Iterator[dict[st
 
 def _seconds(tokens: Iterator[int]) -> list[float]:
     """From the start to each token."""
-    start = time.perf_counter()
-    return [time.perf_counter() - start for _ in tokens]
+    start = now()
+    return [now() - start for _ in tokens]
 
 
 def _row(length: int, rounds: list[list[float]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,8 +71,8 @@ def _kind(device: torch.device) -> str:
 
 def _least_seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     call()
-    begin, seconds = time.perf_counter(), list[float]()
-    while len(seconds) < _LEAST_REPEATS or time.perf_counter() - begin < _LEAST_S:
+    begin, seconds = now(), list[float]()
+    while len(seconds) < _LEAST_REPEATS or now() - begin < _LEAST_S:
         start = now(device)
         call()
         seconds.append(now(device) - start)

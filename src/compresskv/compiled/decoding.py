@@ -2,7 +2,6 @@
 
 import functools
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,27 +9,27 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
+from compresskv.compiled.compilable import NotCompilableError, check_compilable, has_hooks
 from compresskv.compiled.graph import GraphedStep
 from compresskv.compiled.inputs import Places, gather_inputs, kinds_of, store_new_token
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
-from compresskv.compiled.package import NotCompilableError, Package, built_facts, load_package
+from compresskv.compiled.package import Package, built_facts, load_package
 from compresskv.compiled.step import StepInputs
-from compresskv.models.place import input_device, is_offloaded
+from compresskv.models.place import input_device
+from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
 _STEP_ARGUMENTS = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep",
     "return_dict",
 }  # fmt: skip
-
-_CAPTURING = "transformers.utils.output_capturing"
 
 _RECORDING_S = 0.2
 """What recording a CUDA graph may take, about: 'auto' records once decoding has taken as long."""
@@ -138,14 +137,14 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             if kwargs.get("input_ids") is None or kwargs["input_ids"].shape[-1] != 1:
                 self._padded_columns = 0
             return eager(**kwargs)
-        start = time.perf_counter()
+        start = now()
         if (program := self._find_program()) is not None:
             try:
                 return self._run(program, kwargs["input_ids"], kwargs.get("position_ids"))
             except NotCompilableError as error:  # only once it runs does a recording tell
                 self._program, self.cache.not_compiled = None, str(error)
         output = eager(**kwargs)
-        self.eager_s += time.perf_counter() - start
+        self.eager_s += now() - start
         return output
 
     def _is_step(
@@ -219,7 +218,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
     def _find_program(self) -> Program | None:
         """The compiled step, if it is time for it."""
         if self.cache.not_compiled is None:
-            start = time.perf_counter()
+            start = now()
             try:
                 kinds = kinds_of(self.cache)  # another prompt may need another
                 if not self._still_fits(kinds):
@@ -227,7 +226,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
                 self._is_checked = True
             except NotCompilableError as error:
                 self._program, self.cache.not_compiled = None, str(error)
-            self.cache.compile_s += time.perf_counter() - start
+            self.cache.compile_s += now() - start
         return self._program if self.cache.not_compiled is None else None
 
     def _still_fits(self, kinds: tuple[str, ...]) -> bool:
@@ -242,19 +241,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         Raises:
             NotCompilableError: there is none.
         """
-        device = input_device(self._model)
-        if device.type not in ("cpu", "cuda"):
-            raise NotCompilableError(f"compiled steps are made for CPUs and CUDA, and the model is on {device}")
-        if has_hooks(self._model):
-            raise NotCompilableError("hooks are set on the model's modules, which it would not call")
-        if is_offloaded(self._model):
-            raise NotCompilableError("its weights are offloaded, and lie elsewhere from token to token")
-        if len({tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}) > 1:
-            raise NotCompilableError("the model lies on several devices")
+        check_compilable(self._model, recorded=self._records)
         if not self._records:
-            for weight in self._model.parameters():
-                if type(weight) is not nn.Parameter:
-                    raise NotCompilableError(f"it cannot read weights that are quantised as {type(weight).__name__}")
             return self._get_package(kinds)
         return None if self._mode == AUTO and self.eager_s < _RECORDING_S else GraphedStep(self._model, kinds)
 
@@ -293,17 +281,3 @@ def _dispatch(contexts: list[CompiledDecoding], eager: Callable[..., Any], *args
     cache = kwargs.get("past_key_values")
     own = None if args or cache is None else next((one for one in contexts if one.cache is cache), None)
     return eager(*args, **kwargs) if own is None else own.forward(eager, **kwargs)
-
-
-def has_hooks(model: PreTrainedModel) -> bool:
-    """Whether calling one of its modules does more than the module itself says.
-
-    transformers leaves hooks behind for good when a model's attentions or hidden states are asked for once; without
-    being asked again they do nothing.
-    """
-    return any(
-        getattr(hook, "__module__", None) != _CAPTURING
-        for module in model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
-    )

@@ -1,6 +1,5 @@
 """Decode steps on a CUDA device: recorded as a CUDA graph, and replayed without Python or PyTorch in between."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import routing
-from compresskv.compiled.package import NotCompilableError, state_of
+from compresskv.compiled.compilable import NotCompilableError
+from compresskv.compiled.package import state_of
 from compresskv.compiled.step import SLIDING, Step, StepInputs
 from compresskv.errors import first_line
+from compresskv.system.clock import now
 
 Run = Callable[[], list[Tensor]]
 Replay = Callable[[], object]
@@ -102,9 +103,9 @@ class GraphedStep:
         if self._recording is None or self._recording.places != places:
             self._count_move()
             self._recording = None  # frees its memory before the next one takes its own
-            start = time.perf_counter()
+            start = now()
             self._recording = self._make_recording(inputs, places)
-            self.record_s += time.perf_counter() - start
+            self.record_s += now() - start
         own = self._recording
         own.num_replays += 1
         for held, given in zip(own.numbers, _numbers(inputs), strict=True):

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.stores.base import EVEN, RAGGED
-from compresskv.compiled.package import NotCompilableError
+from compresskv.compiled.compilable import NotCompilableError
 from compresskv.compiled.step import SLIDING, StepInputs, is_ragged
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import platform
 import shutil
-import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,22 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.attention.routing import base_implementation, routing
+from compresskv.compiled.compilable import NotCompilableError
 from compresskv.compiled.export import example_inputs, export_step, find_compiler
 from compresskv.compiled.narrow import narrow_weights
 from compresskv.compiled.step import Step, StepInputs, narrow_names
 from compresskv.errors import first_line
 from compresskv.models.shape import decoder_config
+from compresskv.system.clock import now
 from compresskv.system.files import write_text
 from compresskv.system.locking import held_if_free, locked
 from compresskv.system.paths import cache_dir
 from compresskv.system.processor import instruction_sets, processor_name
 from compresskv.system.progress import Progress, silent
 from compresskv.version import __version__
-
-
-class NotCompilableError(Exception):
-    """Why a decode step runs without being compiled: one line that follows 'decoding is not compiled: '."""
-
 
 _NOT_BUILT = (
     "it was not compiled before for this model, dtype, number of threads and kind of method: "
@@ -235,11 +231,11 @@ def _build(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
     temporary.mkdir()
     try:
-        start = time.perf_counter()
+        start = now()
         export_step(model, kinds, temporary / _PROGRAM, temporary / _CONSTANTS)
-        compiled = time.perf_counter()
+        compiled = now()
         package = Package(temporary, model, kinds)
-        facts = Facts(compile_s=compiled - start, load_s=_IMPORTS_S + time.perf_counter() - compiled)
+        facts = Facts(compile_s=compiled - start, load_s=_IMPORTS_S + now() - compiled)
         _check(package, model, kinds)
         write_text(temporary / _FACTS, json.dumps(asdict(facts)))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
