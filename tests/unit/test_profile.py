@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from compresskv.errors import ProfileError
+from compresskv.methods.compresskv import CompressKV
+from compresskv.methods.vote import Vote
 from compresskv.models.fingerprint import Fingerprint
-from compresskv.profiles.profile import Profile, combined, l1_normalised, needed_profile, read_profile
+from compresskv.profiles.profile import Profile, combined, l1_normalised, read_profile
 from compresskv.profiles.store import write_profile
 
 SHAPE = Fingerprint("llama", 6, 3, 1, 8, 32, "0123456789abcdef")
@@ -244,17 +246,19 @@ class TestHeads:
             PROFILE.kv_head_weights(layer_idx)
 
 
-class TestNeededProfile:
-    def test_a_method_without_one_says_which_command_makes_it(self) -> None:
-        for across_layers in (False, True):
-            with pytest.raises(ProfileError, match=r"^method 'x' needs a profile .*'compresskv profile MODEL'"):
-                needed_profile("x", None, across_layers=across_layers)
+class TestMethodsThatNeedOne:
+    def test_without_one_they_say_which_command_makes_it(self) -> None:
+        for method in (CompressKV(), Vote()):
+            with pytest.raises(ProfileError, match=rf"^method '{method.name}' needs a profile .*'compresskv profile "):
+                _ = method.measured
 
     def test_ranks_are_refused_only_where_layers_are_compared(self) -> None:
-        with pytest.raises(ProfileError, match=r"^method 'x' compares .*org/model holds ranks .*'compresskv profile"):
-            needed_profile("x", IMPORTED, across_layers=True)
-        assert needed_profile("x", IMPORTED) is IMPORTED
-        assert needed_profile("x", PROFILE, across_layers=True) is PROFILE
+        with pytest.raises(
+            ProfileError, match=r"^method 'vote' compares .*org/model holds ranks .*'compresskv profile"
+        ):
+            Vote().with_profile(IMPORTED)
+        assert CompressKV().with_profile(IMPORTED).measured is IMPORTED
+        assert Vote().with_profile(PROFILE).measured is PROFILE
 
 
 class TestErrors:

@@ -17,7 +17,8 @@ from compresskv.methods import registry
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.snapkv import SnapKV
-from compresskv.methods.vote import Vote, count_votes, window_for_budget
+from compresskv.methods.vote import Vote
+from compresskv.methods.voting import count_votes, window_for_budget
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget
@@ -160,7 +161,7 @@ def test_every_layer_gets_the_formula_of_the_whole_models_best_heads(
 ) -> None:
     layers, scores = prompt
     profile = make_profile(scores, layers[0].keys.shape[1])
-    method = Vote(WINDOW, kernel_size, num_heads, num_sinks, 0.0, False, profile)
+    method = Vote(WINDOW, kernel_size, num_heads, num_sinks, 0.0, False, profile=profile)
     vote = cast_vote(layers, profile, num_heads, kernel_size)
     batch_size, num_tokens = layers[0].keys.shape[0], layers[0].keys.shape[2]
     torch.testing.assert_close(vote.sum(dim=-1), torch.ones(batch_size, 1))
@@ -184,7 +185,7 @@ def test_what_all_heads_attend_to_is_added_by_square_roots(
     layers, scores = prompt
     batch_size, num_kv_heads, num_tokens, _ = layers[0].keys.shape
     groups = layers[0].query_window.shape[1] // num_kv_heads
-    method = Vote(WINDOW, 3, 4, num_sinks, local_weight, False, make_profile(scores, num_kv_heads))
+    method = Vote(WINDOW, 3, 4, num_sinks, local_weight, False, profile=make_profile(scores, num_kv_heads))
     own = method.score_layers(list(map(method.observe, layers)))[0]
     for row in range(batch_size):
         wanted = np.zeros(num_tokens - WINDOW)
@@ -227,7 +228,7 @@ def test_a_head_beyond_the_number_of_voters_or_with_score_zero_has_no_say() -> N
 def test_the_window_does_not_lift_the_tokens_before_it() -> None:
     looks = {(3, 0): {56: 20.0, 20: 10.0}}
     profile = make_profile([[0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]])
-    kept = keep(Vote(WINDOW, 5, 1, 0, 0.0, False, profile), planted(looks), WINDOW + 5)
+    kept = keep(Vote(WINDOW, 5, 1, 0, 0.0, False, profile=profile), planted(looks), WINDOW + 5)
     assert kept == [[[[*range(18, 23), *range(56, 60)]] * 2]] * 3
 
 
@@ -236,7 +237,7 @@ def test_what_one_layers_retrieval_head_sees_is_not_lost_in_the_others() -> None
     looks = {(layer, head): {10 + head: 20.0} for layer in LAYER_INDICES for head in range(4)}
     layers = planted({**looks, (3, 1): {40: 20.0}})
     profile = make_profile([[0.1, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0.1, 0]])
-    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, False, profile), layers, WINDOW + 1)
+    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, False, profile=profile), layers, WINDOW + 1)
     assert kept == [[[[40, 56, 57, 58, 59]] * 2]] * 3
     snapkv = keep(SnapKV(WINDOW, 1), layers, WINDOW + 2)
     assert [[40 in head for head in layer[0]] for layer in snapkv] == [[False, False], [True, False], [False, False]]
@@ -257,7 +258,7 @@ def test_padding_does_not_change_what_a_row_votes(
         num_sinks,
         data.draw(st.sampled_from([0.0, 0.5])),
         False,
-        make_profile(scores, layers[0].keys.shape[1]),
+        profile=make_profile(scores, layers[0].keys.shape[1]),
     )
     together = method.score_layers(list(map(method.observe, padded(layers, lengths))))[0]
     assert not bool(together.isnan().any())
@@ -284,7 +285,7 @@ def test_no_layer_head_or_row_keeps_another_list_or_number(
         num_sinks,
         data.draw(st.sampled_from([0.0, 0.5])),
         False,
-        make_profile(scores, layers[0].keys.shape[1]),
+        profile=make_profile(scores, layers[0].keys.shape[1]),
     )
     kept = keep(method, padded(layers, lengths), budget)
     assert kept[0] == kept[1] == kept[2]
@@ -302,7 +303,7 @@ def test_no_layer_head_or_row_keeps_another_list_or_number(
 def test_budgets_given_for_each_layer_take_the_votes_best() -> None:
     looks = {(3, 0): {20: 22.0, 30: 21.0, 40: 20.0}}
     profile = make_profile([[0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]])
-    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, False, profile), planted(looks), [5, 2, 7])
+    kept = keep(Vote(WINDOW, 1, 1, 0, 0.0, False, profile=profile), planted(looks), [5, 2, 7])
     assert [layer[0][0][:-2] for layer in kept] == [[20, 56, 57], [], [20, 30, 40, 56, 57]]
 
 

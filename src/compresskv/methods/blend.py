@@ -10,8 +10,8 @@ from compresskv.methods.cake import CAKE, mean_plus_variance
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.methods.vote import count_votes, foreseen_votes, layer_vote, window_for_budget
-from compresskv.profiles.profile import Profile, l1_normalised, needed_profile
+from compresskv.methods.voting import VotingMethod, count_votes
+from compresskv.profiles.profile import l1_normalised
 from compresskv.selection.auto_budget import LossCurve
 from compresskv.selection.scores import mean_over_groups, pool, set_first, without_padding
 from compresskv.selection.select import select_across_heads
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class Blend(CAKE):
+class Blend(CAKE, VotingMethod):
     """Local scores plus the retrieval heads' vote, which counts in a KV head as much as that head retrieves.
 
     Local scores are CAKE's (attention from the window, and its variance), without pooling, times the norm of the
@@ -43,7 +43,6 @@ class Blend(CAKE):
     name = "blend"
     summary = "a vote of retrieval heads where it is read, local attention elsewhere"
     source = "this project"
-    needs_profile = True
     ours = True
     general_loss = LossCurve(scale=90.0, power=2.0)
     limits = ranges(
@@ -63,19 +62,6 @@ class Blend(CAKE):
     guaranteed: float = 0.2
     settled_layers: float = 3.0
     narrow: bool = True
-    profile: Profile | None = None
-
-    def with_profile(self, profile: Profile) -> Blend:
-        """The method with a model's head scores.
-
-        Raises:
-            ProfileError: the profile holds ranks within layers.
-        """
-        return replace(self, profile=needed_profile(self.name, profile, across_layers=True))
-
-    def window_at(self, budget: int) -> int:
-        """See `window_for_budget`."""
-        return window_for_budget(self.window_size, budget) if self.narrow else self.window_size
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T): the local scores, before they are divided."""
@@ -88,16 +74,13 @@ class Blend(CAKE):
         assert observed.scores is not None
         local = set_first(without_padding(observed.scores, inputs.valid), self.num_sinks, 0, inputs.valid)
         scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
-        profile = needed_profile(self.name, self.profile)
-        vote = layer_vote(inputs, profile, self.num_heads, self.vote_kernel_size, all_heads=True)
+        vote = self.layer_vote(inputs, self.vote_kernel_size, all_heads=True)
         return replace(observed, scores=local / scale, vote=vote)
 
     def candidate_scores(self, layers: Sequence[Observation]) -> Tensor:
         """(B, H_kv, T): with the vote as far as these layers tell it."""
-        profile, local = needed_profile(self.name, self.profile), super().score_layers(layers)
-        return self._blended(
-            layers[-1], local[-1], foreseen_votes(layers, local, profile, self.num_heads, self.vote_kernel_size)
-        )
+        local = super().score_layers(layers)
+        return self._blended(layers[-1], local[-1], self.foreseen_votes(layers, local, self.vote_kernel_size))
 
     def score_layers(self, layers: Sequence[Observation]) -> list[Tensor]:
         """(B, H_kv, T) for each layer."""
@@ -109,13 +92,11 @@ class Blend(CAKE):
 
     def _blended(self, observed: Observation, local: Tensor, vote: Tensor) -> Tensor:
         """(B, H_kv, T): a layer's scores and the vote, as much as each head retrieves."""
-        profile = needed_profile(self.name, self.profile)
-        weights = local.new_tensor(profile.kv_head_weights(observed.layer_idx))[:, None]
+        weights = local.new_tensor(self.measured.kv_head_weights(observed.layer_idx))[:, None]
         return set_first(local + self.vote_weight * weights * vote, self.num_sinks, torch.inf, observed.valid)
 
     def _shares(self, layers: Sequence[Observation]) -> list[list[float]]:
-        profile = needed_profile(self.name, self.profile)
-        errors = [profile.layer_error(layer.layer_idx) for layer in layers]
+        errors = [self.measured.layer_error(layer.layer_idx) for layer in layers]
         settled = min(1.0, self.settled_layers / len(layers))
         rows = []
         for preferences in super()._shares(layers):

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compresskv.errors import ProfileError
 from compresskv.methods.inputs import LayerInputs
+from compresskv.methods.profiled import ProfiledMethod
 from compresskv.methods.registry import register
 from compresskv.methods.together import RankedTogether
-from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection.forecast import replay_features
 from compresskv.system.later import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compresskv.profiles.profile import Profile
+
 
 @register
 @dataclass(frozen=True)
-class Forecast(RankedTogether):
+class Forecast(RankedTogether, ProfiledMethod):
     """`kvzip`'s scores without the replay: their logarithms are forecast by one product for each KV head.
 
     The profile holds the weights, fitted to replays of calibration texts (`compresskv.selection.forecast`). Tokens of
@@ -32,11 +34,8 @@ class Forecast(RankedTogether):
     name = "forecast"
     summary = "what a second reading would attend to, told from keys and values"
     source = "this project"
-    needs_profile = True
     ours = True
     turns_back = True
-
-    profile: Profile | None = None
 
     def with_profile(self, profile: Profile) -> Forecast:
         """The method with a model's weights.
@@ -44,16 +43,16 @@ class Forecast(RankedTogether):
         Raises:
             ProfileError: the profile has none.
         """
-        if needed_profile(self.name, profile).replay_weights is None:
+        if profile.replay_weights is None:
             raise ProfileError(
                 f"the profile of {profile.model_id} was made before method {self.name!r} needed more of it: make a "
                 "new one with 'compresskv profile MODEL', or take 'kvzip', which needs none and reads the text twice"
             )
-        return replace(self, profile=profile)
+        return super().with_profile(profile)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
-        flat = needed_profile(self.name, self.profile).replay_weights_of(inputs.layer_idx)
+        flat = self.measured.replay_weights_of(inputs.layer_idx)
         scores = torch.zeros(inputs.keys.shape[:3], dtype=torch.float32, device=inputs.keys.device)
         weights = scores.new_tensor(flat).view(inputs.num_kv_heads, -1, 1)
         for row, start in enumerate(inputs.row_starts):

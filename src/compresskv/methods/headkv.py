@@ -1,18 +1,18 @@
 """HeadKV: KV heads that retrieve, as measured offline, get more of the budget."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from compresskv.methods.profiled import ProfiledMethod
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
-from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection import budgets
 
 
 @register
 @dataclass(frozen=True)
-class HeadKV(SnapKV):
+class HeadKV(SnapKV, ProfiledMethod):
     """SnapKV's choice with budgets per KV head: 1 / beta of the whole in proportion to head scores, the rest evenly.
 
     Source: HeadKV (arXiv 2410.19258), section 3.2. Differs: its head scores come from retrieval-and-reasoning tests;
@@ -23,15 +23,9 @@ class HeadKV(SnapKV):
     name = "headkv"
     summary = "SnapKV; KV heads share by retrieval scores"
     source = "arXiv 2410.19258"
-    needs_profile = True
     limits = ranges(beta=Range(1))
 
     beta: float = 1.2
-    profile: Profile | None = None
-
-    def with_profile(self, profile: Profile) -> "HeadKV":
-        """The method with a model's head scores."""
-        return replace(self, profile=profile)
 
     def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
         """(L, H_kv) tokens; the sum is exact."""
@@ -46,8 +40,7 @@ class HeadKV(SnapKV):
 
     def _kv_head_scores(self) -> list[list[float]]:
         """(L, H_kv)."""
-        profile = needed_profile(self.name, self.profile)
-        own = profile.fingerprint
+        own = self.measured.fingerprint
         groups = own.num_query_heads // own.num_kv_heads
-        rows = profile.traditional_scores or profile.semantic_scores
+        rows = self.measured.traditional_scores or self.measured.semantic_scores
         return [[sum(row[head : head + groups]) for head in range(0, len(row), groups)] for row in rows]

@@ -297,20 +297,3 @@ def _check(holds: bool, name: str, what: str) -> None:
 
 def _usable(numbers: Sequence[float]) -> bool:
     return all(math.isfinite(number) and number >= 0 for number in numbers)
-
-
-def needed_profile(name: str, profile: Profile | None, *, across_layers: bool = False) -> Profile:
-    """`profile` itself.
-
-    Args:
-        across_layers: whether heads of different layers will be compared, which ranks within layers do not allow.
-    Raises:
-        ProfileError: there is none, or it cannot tell.
-    """
-    if profile is None:
-        raise ProfileError(f"method {name!r} needs a profile of the model: make one with 'compresskv profile MODEL'")
-    if across_layers and profile.comparable_scores is None:
-        raise ProfileError(
-            f"method {name!r} compares heads of different layers, but the profile of {profile.model_id} {RANKS_ALONE}"
-        )
-    return profile
