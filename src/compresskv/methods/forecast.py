@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compresskv.errors import ProfileError
 from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.profiled import ProfiledMethod
 from compresskv.methods.registry import register
@@ -37,18 +36,14 @@ class Forecast(RankedTogether, ProfiledMethod):
     ours = True
     turns_back = True
 
-    def with_profile(self, profile: Profile) -> Forecast:
-        """The method with a model's weights.
-
-        Raises:
-            ProfileError: the profile has none.
-        """
-        if profile.replay_weights is None:
-            raise ProfileError(
-                f"the profile of {profile.model_id} was made before method {self.name!r} needed more of it: make a "
-                "new one with 'compresskv profile MODEL', or take 'kvzip', which needs none and reads the text twice"
-            )
-        return super().with_profile(profile)
+    def lacks(self, profile: Profile) -> str | None:
+        """Weights."""
+        if profile.replay_weights is not None:
+            return None
+        return (
+            f"the profile of {profile.model_id} was made before method {self.name!r} needed more of it: make a "
+            "new one with 'compresskv profile MODEL', or take 'kvzip', which needs none and reads the text twice"
+        )
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from compresskv.errors import ProfileError
 from compresskv.methods.base import Method
-from compresskv.profiles.profile import RANKS_ALONE
 
 if TYPE_CHECKING:
     from compresskv.profiles.profile import Profile
@@ -20,8 +19,6 @@ class ProfiledMethod(Method):
     """Base of methods that look into a profile. Beside another base it stands last: dataclasses take fields so."""
 
     needs_profile = True
-    compares_layers: ClassVar[bool] = False
-    """Whether heads of different layers are compared, which ranks within layers do not allow."""
 
     profile: Profile | None = field(default=None, kw_only=True)
 
@@ -31,10 +28,13 @@ class ProfiledMethod(Method):
         Raises:
             ProfileError: the profile lacks what the method needs.
         """
-        if self.compares_layers and profile.comparable_scores is None:
-            compares = f"method {self.name!r} compares heads of different layers"
-            raise ProfileError(f"{compares}, but the profile of {profile.model_id} {RANKS_ALONE}")
+        if (problem := self.lacks(profile)) is not None:
+            raise ProfileError(problem)
         return replace(self, profile=profile)
+
+    def lacks(self, profile: Profile) -> str | None:
+        """What a profile does not tell that the method needs, as an error's message; None: it tells all."""
+        return None
 
     @property
     def measured(self) -> Profile:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compresskv.errors import ProfileError
-from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
+from compresskv.methods.profiled import ProfiledMethod
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.profiles.profile import Profile, needed_profile
 from compresskv.selection.centres import centre_scores
 from compresskv.selection.rotation import AHEAD
 from compresskv.selection.scores import set_first
@@ -19,10 +17,12 @@ from compresskv.system.later import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compresskv.profiles.profile import Profile
+
 
 @register
 @dataclass(frozen=True)
-class TriAttention(Method):
+class TriAttention(ProfiledMethod):
     """Logits of the mean query of each head, as it would stand at positions to come, plus what its spread may add.
 
     A head's queries lie around one centre before they are turned to their positions; the profile holds it, measured
@@ -37,26 +37,20 @@ class TriAttention(Method):
     name = "triattention"
     summary = "what the model's mean queries would attend to from later positions"
     source = "arXiv 2604.04921"
-    needs_profile = True
     turns_ahead = True
     limits = ranges(num_sinks=Range(0), furthest=Range(1, AHEAD[-1]))
 
     num_sinks: int = 4
     furthest: int = AHEAD[-1]
-    profile: Profile | None = None
 
-    def with_profile(self, profile: Profile) -> TriAttention:
-        """The method with a model's centres.
-
-        Raises:
-            ProfileError: the profile has none.
-        """
-        if needed_profile(self.name, profile).query_centres is None:
-            raise ProfileError(
-                f"the profile of {profile.model_id} holds no centres of queries, which method {self.name!r} needs: "
-                "make a new one with 'compresskv profile MODEL'"
-            )
-        return replace(self, profile=profile)
+    def lacks(self, profile: Profile) -> str | None:
+        """Centres."""
+        if profile.query_centres is not None:
+            return None
+        return (
+            f"the profile of {profile.model_id} holds no centres of queries, which method {self.name!r} needs: "
+            "make a new one with 'compresskv profile MODEL'"
+        )
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
@@ -71,7 +65,7 @@ class TriAttention(Method):
 
     def _centres(self, inputs: LayerInputs, like: Tensor) -> Tensor:
         """(H_q, 2, D): of the heads that are given; of the kind of `like`."""
-        flat = needed_profile(self.name, self.profile).query_centres_of(inputs.layer_idx)
+        flat = self.measured.query_centres_of(inputs.layer_idx)
         num_heads, head_dim = inputs.query_window.shape[1], inputs.keys.shape[-1]
         by_head = like.new_tensor(flat).view(-1, 2, head_dim)
         return by_head[inputs.first_head : inputs.first_head + num_heads]

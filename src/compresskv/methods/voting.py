@@ -7,20 +7,28 @@ from typing import TYPE_CHECKING
 
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.profiled import ProfiledMethod
+from compresskv.profiles.profile import RANKS_ALONE
 from compresskv.selection.scores import pool, summing_to_one, without_padding
 from compresskv.system.later import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compresskv.profiles.profile import Profile
+
 
 class VotingMethod(ProfiledMethod):
     """Base of methods in which the `num_heads` best heads of the whole model vote. A subclass has these options."""
 
-    compares_layers = True
-
     num_heads: int
     narrow: bool
+
+    def lacks(self, profile: Profile) -> str | None:
+        """Scores by which heads of different layers compare."""
+        if profile.comparable_scores is not None:
+            return None
+        compares = f"method {self.name!r} compares heads of different layers"
+        return f"{compares}, but the profile of {profile.model_id} {RANKS_ALONE}"
 
     def window_at(self, budget: int) -> int:
         """See `window_for_budget`."""
