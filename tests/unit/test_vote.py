@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compresskv.cache.conditions import Conditions
 from compresskv.cache.eviction import Eviction
 from compresskv.errors import ConfigError, ProfileError
 from compresskv.methods import registry
@@ -105,7 +106,7 @@ class _Told:
 
 def keep(method: Method, layers: list[LayerInputs], budget: Budget) -> Kept:
     """What the layers of a cache would keep."""
-    eviction, told = Eviction(method, budget, len(layers), None, None), [_Told() for _ in layers]
+    eviction, told = Eviction(method, budget, Conditions(len(layers))), [_Told() for _ in layers]
     for position, (layer, inputs) in enumerate(zip(told, layers, strict=True)):
         eviction.end_of_prompt(layer, position, inputs)
     kept: Kept = []

@@ -1,6 +1,6 @@
 """Reading a prompt chunk by chunk through the whole model, for caches that are cut in between."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compresskv.errors import ModelError, PromptError
+from compresskv.errors import CacheStateError, ModelError, PromptError
 
 
 class ChunkwiseCache(Protocol):
@@ -36,8 +36,7 @@ def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: 
     """
     num_tokens, outputs = ends[-1], []
     mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
-        raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget=N")
+    check_unpadded(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
     for start, end in pairwise([0, *ends]):
         with cache.reading_chunk(num_tokens - end):
             outputs.append(forward(**dict(_cut(given, start, end, num_tokens))))
@@ -46,6 +45,32 @@ def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: 
         raise ModelError("a prompt that is cut chunk by chunk has no hidden states or attentions to return")
     last.last_hidden_state = torch.cat([output.last_hidden_state for output in outputs], dim=1)
     return last
+
+
+def check_unpadded(valid: Tensor | None) -> None:
+    """Refuse rows with padding.
+
+    Args:
+        valid: (B, T), False or 0 at padding; None where there is none.
+    Raises:
+        PromptError: a row has some.
+    """
+    if valid is not None and not bool(valid.all()):
+        raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget=N")
+
+
+def check_ends(ends: Iterable[int], cut_at: int, num_read: int) -> None:
+    """Refuse to cut at one end of a chunk what was read beyond another.
+
+    Args:
+        cut_at, num_read: tokens that were read at the last cut, and now.
+    Raises:
+        CacheStateError: the model does not read in chunks.
+    """
+    if any(cut_at < end < num_read for end in ends):
+        raise CacheStateError(
+            f"{num_read} tokens were read at once, beyond a cut: this model cannot read prompts in chunks"
+        )
 
 
 def _cut(given: dict[str, Any], start: int, end: int, num_tokens: int) -> Iterator[tuple[str, Any]]:

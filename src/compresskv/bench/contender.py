@@ -10,7 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from compresskv.attention.routing import routing
 from compresskv.bench.session import Prefill, Session
-from compresskv.cache.cache import CompressedCache, layers_nbytes
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.stored import layers_nbytes
 from compresskv.cache.timing import EvictionTimer
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import ALWAYS

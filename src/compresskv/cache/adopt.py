@@ -1,7 +1,6 @@
 """Layers that take over what a full cache holds."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from transformers.cache_utils import Cache
@@ -9,17 +8,28 @@ from transformers.cache_utils import Cache
 from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.routed import trim_sliding_window
 from compresskv.cache.window import QueryWindow
+from compresskv.errors import CacheStateError
 
 
-def fits(full: Cache, layers: Sequence[Any]) -> bool:
-    """Whether a full cache has as many layers, and where these are compressed, every token of one prompt."""
+def check_adoptable(full: Cache, num_prompt: int, empty: Cache) -> None:
+    """Refuse a full cache that does not hold one whole prompt, or what is not an empty cache for the same model.
+
+    Raises:
+        CacheStateError: saying what they hold.
+    """
+    num_tokens, layers = full.get_seq_length(), empty.layers
     held = [
         getattr(source, "keys", None)
         for source, layer in zip(full.layers, layers, strict=False)
         if isinstance(layer, CompressedLayer)
     ]
-    whole = all(keys is not None and keys.shape[0] == 1 and keys.shape[2] >= full.get_seq_length() for keys in held)
-    return len(full.layers) == len(layers) and whole
+    whole = all(keys is not None and keys.shape[0] == 1 and keys.shape[2] >= num_tokens for keys in held)
+    fits = len(full.layers) == len(layers) and whole
+    if empty.get_seq_length() or not 0 < num_prompt <= num_tokens or not fits:
+        raise CacheStateError(
+            f"cannot adopt {num_prompt} prompt tokens from a {type(full).__name__} of {num_tokens} tokens in "
+            f"{len(full.layers)} layers into a cache of {empty.get_seq_length()} in {len(layers)}"
+        )
 
 
 def adopted(source: Any, layer: Any, num_prompt: int, num_tokens: int) -> Any:

@@ -1,6 +1,5 @@
 """The KV cache that keeps only what a method chose."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,25 +12,25 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.routing import base_implementation, without_masks
-from compresskv.cache.adopt import adopted, fits
-from compresskv.cache.costs import costs_of
-from compresskv.cache.eviction import Eviction, EvictionObserver
+from compresskv.cache.adopt import adopted, check_adoptable
+from compresskv.cache.conditions import Conditions, EvictionObserver, Unobserved
+from compresskv.cache.crop import NO_ASSISTANT, check_other_crop
+from compresskv.cache.eviction import Eviction
 from compresskv.cache.full import branch
 from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.group import CANDIDATES, check_candidates
-from compresskv.cache.layer import NO_ASSISTANT, CompressedLayer
+from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.routed import RoutedCache, routed_layers
+from compresskv.cache.stored import layers_nbytes
 from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.methods.base import Method
-from compresskv.models.chunks import chunked_prompt_length, given_prompt, is_generating, lacks_what_was_read
+from compresskv.models.chunks import GivenPrompt, chunked_prompt_length, is_generating, lacks_what_was_read
 from compresskv.models.rotary import Rotations
-from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
+from compresskv.models.shape import decoder_config, shares_keys
 from compresskv.selection import budgets
 from compresskv.selection.auto_budget import AutoChoice
-from compresskv.selection.byte_budget import Costs
 from compresskv.selection.cuts import Chunks, DecodeBudget
-from compresskv.selection.precision import NATIVE, Precision, find_precision
-from compresskv.system.memory import storage_nbytes
+from compresskv.selection.precision import NATIVE, find_precision
 
 
 class CompressedCache(RoutedCache):
@@ -80,29 +79,28 @@ class CompressedCache(RoutedCache):
         """
         budget = budgets.read_budget(budget)
         precision = find_precision(store)
-        costs = _costs(model, budget, precision)
         check_candidates(candidates)
         if decode is not None and (decode_method or method).decides_together:
             candidates = None  # the method goes on with the same tokens in all layers
-        self._candidates = candidates
-        told: dict[str, Any] = {"candidates": candidates, "chunks": chunks}
-        eviction = _eviction(model, method, budget, prompt_tokens, on_layer, observer, precision, costs, **told)
-        self._eviction = eviction
+        given: dict[str, Any] = {"prompt_tokens": prompt_tokens, "on_layer": on_layer, "chunks": chunks}
+        given |= {"candidates": candidates, "observer": observer or Unobserved()}
+        conditions = Conditions.of(model, budget, precision, **given)
+        self._eviction = eviction = Eviction(method, budget, conditions)
         if (chunks is not None or decode is not None) and shares_keys(decoder_config(model)):
             raise ModelError("layers of this model attend to keys of others: leave out chunk_budget=N, decode_budget=N")
         generated = None
         if decode is not None:
-            generated = GeneratedEviction(decode_method or method, decode, eviction.num_layers, Rotations(model))
+            generated = GeneratedEviction(decode_method or method, decode, conditions.num_layers, Rotations(model))
         make = functools.partial(self.layer_type, model=model, eviction=eviction, generated=generated)
         super().__init__(layers=routed_layers(model, make))
         # Without a mask, attention of later chunks is faster. A sliding window, and 'eager', need theirs.
-        self._reads_maskless = eviction.num_layers == len(self.layers) and base_implementation(model) == "sdpa"
+        self._reads_maskless = conditions.num_layers == len(self.layers) and base_implementation(model) == "sdpa"
         if exact_prefill is not None:
             for layer in self.compressed_layers:
                 layer.exact_prefill = exact_prefill
         self.method = method
         self.on_layer = on_layer
-        self._prompt_ids: Tensor | None = None
+        self._given = GivenPrompt()
         self.piece_tokens = piece_tokens(model, prefill_memory)
         self.num_compiled_steps = 0
         """Tokens that were read by a compiled step."""
@@ -134,8 +132,8 @@ class CompressedCache(RoutedCache):
                 "give its exact length"
             )
         if not layer.seen_tokens:
-            self._prompt_ids = given_prompt()
-        elif not layer.in_prefill and (lacks_what_was_read() or self._is_another_prompt()):
+            self._given = GivenPrompt.now()
+        elif not layer.in_prefill and (lacks_what_was_read() or self._given.is_another()):
             raise CacheStateError(
                 f"this prompt does not begin with the {layer.seen_tokens} tokens that the cache has seen: "
                 "reset() the cache before another prompt"
@@ -149,7 +147,7 @@ class CompressedCache(RoutedCache):
     @property
     def reads_in_chunks(self) -> bool:
         """Whether a prompt is read that is cut before its end."""
-        return self._eviction.chunks is not None and self.compressed_layers[0].in_prefill
+        return self._eviction.conditions.chunks is not None and self.compressed_layers[0].in_prefill
 
     def chunk_ends(self, num_new: int) -> list[int]:
         """Where the model is to stop while it reads so many new tokens, since the cache is cut there; and their end."""
@@ -169,13 +167,6 @@ class CompressedCache(RoutedCache):
         finally:
             self._eviction.num_later = 0
 
-    def _is_another_prompt(self) -> bool:
-        """Whether `generate`, which leaves out as many tokens as were seen, is given others than it was at first."""
-        own, given = self._prompt_ids, given_prompt()
-        if own is None or given is None or len(own) != len(given):
-            return False
-        return not torch.equal(own, given[:, : own.shape[1]])
-
     @torch.no_grad()
     def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:
         """Take over a prompt that was read with a full cache, and cut it; `full` stays as it is.
@@ -194,11 +185,7 @@ class CompressedCache(RoutedCache):
         num_prompt = num_tokens if num_prompt_tokens is None else num_prompt_tokens
         if self.method.num_observed() or self.method.lookahead:
             raise ConfigError(f"method {self.method.name!r} needs queries, which a cache does not hold: make a plan")
-        if self.get_seq_length() or not 0 < num_prompt <= num_tokens or not fits(full, self.layers):
-            raise CacheStateError(
-                f"cannot adopt {num_prompt} prompt tokens from a {type(full).__name__} of {num_tokens} tokens in "
-                f"{len(full.layers)} layers into a cache of {self.get_seq_length()} in {len(self.layers)}"
-            )
+        check_adoptable(full, num_prompt, self)
         try:
             self.layers = [
                 adopted(source, layer, num_prompt, num_tokens)
@@ -230,13 +217,9 @@ class CompressedCache(RoutedCache):
         Raises:
             ConfigError: the budget cannot work.
         """
-        layers = self.compressed_layers
-        precision = layers[0].precision
-        costs = _costs(model, budget, precision)
-        is_first = self.get_seq_length() == 0
-        costs = costs and costs.of_part(is_first=is_first)
-        candidates = self._candidates if is_first else None  # a later part is held beside what may be packed
-        eviction = _eviction(model, method, budget, num_tokens, None, None, precision, costs, candidates)
+        is_first, layers = self.get_seq_length() == 0, self.compressed_layers
+        conditions = self._eviction.conditions.of_part(model, budget, num_tokens, is_first=is_first)
+        eviction = Eviction(method, budget, conditions)
         shares = left or [1.0] * len(layers)
         for layer, share, own in zip(layers, shares, replayed or [None] * len(layers), strict=True):
             layer.begin_part(eviction, share, own)
@@ -270,7 +253,10 @@ class CompressedCache(RoutedCache):
         removed = first.seen_tokens - first.check_crop(max_length)
         if removed:
             for layer_idx, layer in enumerate(self.layers):
-                _check_crop(layer_idx, layer, removed)
+                if isinstance(layer, CompressedLayer):
+                    layer.check_crop(-removed)
+                else:
+                    check_other_crop(layer_idx, layer, removed)
             super().crop(-removed)
 
     def activate_past_recording(self) -> None:
@@ -284,7 +270,7 @@ class CompressedCache(RoutedCache):
     def reset(self) -> None:
         """Forget everything; the next forward pass is a new prompt. Tokens and seconds go on being counted."""
         self.not_compiled = None  # the next prompt may need another step
-        self._prompt_ids = None
+        self._given = GivenPrompt()
         super().reset()  # type: ignore[no-untyped-call]
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # older transformers leave zeros that count as tokens
@@ -315,50 +301,3 @@ class CompressedCache(RoutedCache):
     def _other_nbytes(self) -> int:
         """Bytes that the layers hold which are not compressed."""
         return layers_nbytes([layer for layer in self.layers if not isinstance(layer, CompressedLayer)])
-
-
-def _check_crop(layer_idx: int, layer: Any, removed: int) -> None:
-    """Raise CacheStateError unless the layer can take back so many tokens."""
-    if isinstance(layer, CompressedLayer):
-        layer.check_crop(-removed)
-        return
-    try:
-        copy.deepcopy(layer).crop(-removed)  # it holds a window or less
-    except Exception as error:  # transformers' layers raise several kinds
-        kind = type(layer).__name__
-        raise CacheStateError(
-            f"cannot crop this cache: layer {layer_idx} ({kind}) does not keep what it would need"
-        ) from error
-
-
-def _eviction(
-    model: PreTrainedModel,
-    method: Method,
-    budget: budgets.Budget,
-    prompt_tokens: int | None,
-    on_layer: Callable[[int, int], None] | None,
-    observer: EvictionObserver | None,
-    precision: Precision,
-    costs: Costs | None,
-    candidates: int | None,
-    chunks: Chunks | None = None,
-) -> Eviction:
-    """What the layers of a cache of this model decide together."""
-    num_layers = len(compressible_layers(model))
-    rotations = Rotations(model)
-    told: dict[str, Any] = {"candidates": candidates, "chunks": chunks}
-    return Eviction(method, budget, num_layers, prompt_tokens, on_layer, observer, precision, rotations, costs, **told)
-
-
-def _costs(model: PreTrainedModel, budget: budgets.Budget, precision: Precision) -> Costs | None:
-    """What bytes are counted by, where the budget is one of bytes."""
-    return costs_of(model, precision) if isinstance(budget, str) else None
-
-
-def layers_nbytes(layers: Sequence[Any]) -> int:
-    """Bytes of the storages behind the keys and values of cache layers."""
-    tensors: list[Tensor | None] = []
-    for layer in layers:
-        own = isinstance(layer, CompressedLayer)
-        tensors += layer.tensors if own else [getattr(layer, name, None) for name in ("keys", "values")]
-    return storage_nbytes(tensors)

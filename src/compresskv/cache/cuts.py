@@ -1,7 +1,6 @@
 """Cuts beside the one at a prompt's end, as they are asked for: while it is read, and while an answer is generated."""
 
 from compresskv import defaults
-from compresskv.cache.eviction import find_chunks
 from compresskv.cache.generated import check_decoding
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
@@ -32,7 +31,7 @@ def find_cuts(
     elif reads_twice:
         problem = "cuts a prompt while it is read, and this one is read twice: leave it out"
         raise ConfigError(problem, option="chunk_budget", value=chunk_budget)
-    chunks = find_chunks(method, chunk_budget, chunk_tokens)
+    chunks = _find_chunks(method, chunk_budget, chunk_tokens)
     if decode_budget is None:
         own = {"decode_interval": (decode_interval, DECODE_INTERVAL)}
         _check_default("decode_budget", **own, decode_method=(decode_method, defaults.DECODE_METHOD))
@@ -56,6 +55,22 @@ def find_decode_method(named: str | Method) -> Method:
     if len(found) != 1:
         raise ConfigError(f"names {len(found)} methods: give one", option="decode_method", value=named)
     return found[0]
+
+
+def _find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | None:
+    """How prompts are cut while they are read; None: at their end alone.
+
+    Raises:
+        ConfigError: numbers that cannot work, or a method that must see all of a prompt at once.
+    """
+    if budget is None:
+        return None
+    if not method.cuts_again:
+        problem = f"cuts a prompt while it is read, but method {method.label!r} must see all of it: use another method"
+        raise ConfigError(problem, option="chunk_budget", value=budget)
+    chunks = Chunks(budget, tokens)
+    chunks.check(method.window_size)
+    return chunks
 
 
 def _check_default(budget: str, **options: tuple[object, object]) -> None:

@@ -1,7 +1,5 @@
 """What the layers of one cache decide together: budgets, the prompt's shape, and when each layer is cut."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -9,16 +7,15 @@ import torch
 from torch import Tensor
 
 from compresskv.cache.auto import Automatic, automatic, observed_attention
+from compresskv.cache.conditions import Conditions
 from compresskv.cache.group import Group, one_batch
-from compresskv.errors import ConfigError, PromptError
+from compresskv.errors import PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
-from compresskv.models.rotary import Rotations
 from compresskv.selection.auto_budget import LEAST_TOKENS, AutoChoice
 from compresskv.selection.budgets import Budget, SharedBudget, check_budget, is_shared, resolve
-from compresskv.selection.byte_budget import Costs, find_byte_budget
-from compresskv.selection.cuts import Chunks, Cut, prompt_cuts
-from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
+from compresskv.selection.byte_budget import find_byte_budget
+from compresskv.selection.cuts import Cut, prompt_cuts
 from compresskv.selection.select import EMPTY_SLOT
 
 
@@ -32,67 +29,24 @@ class Retaining(Protocol):
         """Free all others, and wait for `retain`, which names some of these."""
 
 
-class EvictionObserver(Protocol):
-    """Who wants to know when eviction is at work, and when the method is."""
-
-    def evicting(self) -> AbstractContextManager[None]:
-        """Around all that happens at the end of a layer's prompt."""
-
-    def scoring_tokens(self) -> AbstractContextManager[None]:
-        """Around what the method computes, inside of that."""
-
-
-class _Unobserved:
-    def evicting(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def scoring_tokens(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
 class Eviction:
     """What the layers of one cache share: the method, the budget, and the prompt's shape once it is known."""
 
-    def __init__(
-        self,
-        method: Method,
-        budget: Budget,
-        num_layers: int,
-        prompt_tokens: int | None,
-        on_layer: Callable[[int, int], None] | None,
-        observer: EvictionObserver | None = None,
-        precision: Precision = PRECISIONS[NATIVE],
-        rotations: Rotations | None = None,
-        costs: Costs | None = None,
-        chunks: Chunks | None = None,
-        candidates: int | None = None,
-    ) -> None:
+    def __init__(self, method: Method, budget: Budget, conditions: Conditions) -> None:
         """Nothing is read yet.
 
-        Args:
-            candidates: as for `CompressedCache`.
-            costs: of the model in that precision, where the budget is one of bytes.
-            chunks: how the prompt is cut while it is read; None: at its end alone.
+        Raises:
+            ConfigError: the budget cannot work.
         """
-        self._costs = costs
-        self.chunks = chunks
+        self.method = method
+        self.budget = 1 if method.brings_budget else check_budget(budget, conditions.num_layers)
+        self.conditions = conditions
+        self._auto = automatic(method, self.budget, cuts_early=conditions.chunks is not None)
         self._cuts: dict[int, dict[int, Cut]] = {}
         self.num_later = 0
         """Tokens of the prompt behind the chunk that is read now."""
-        self._candidates = candidates
-        self.method = method
-        self._rotations = rotations
-        self.precision = precision
-        self.budget = 1 if method.brings_budget else check_budget(budget, num_layers)
-        self._auto = automatic(method, self.budget, cuts_early=chunks is not None)
         self.choices: list[AutoChoice] = []
         """What was chosen for each row of the prompt, where each prompt decides its budget."""
-        if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
-            raise ConfigError(f"prompt_tokens={prompt_tokens!r} must be an int of at least 1")
-        self.num_layers = num_layers
-        self.prompt_tokens = prompt_tokens
-        self.on_layer = on_layer
-        self._observer = observer or _Unobserved()
         self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}
         self.reset()
 
@@ -103,19 +57,14 @@ class Eviction:
         self._waiting: list[tuple[Retaining, torch.device]] = []
         self.choices = []
 
-    @property
-    def rotations(self) -> Rotations:
-        """How the model turns queries and keys, for methods that ask."""
-        assert self._rotations is not None
-        return self._rotations
-
     def cuts(self, num_prompt: int) -> dict[int, Cut]:
         """The cuts before a prompt's end, by the tokens that were read then."""
-        if self.chunks is None:
+        chunks = self.conditions.chunks
+        if chunks is None:
             return {}
         if num_prompt not in self._cuts:
             num_kept = max(max(counts) for counts in self._budgets(num_prompt, num_prompt))
-            cuts = prompt_cuts(num_prompt, num_kept, self.method.window_size, self.chunks)
+            cuts = prompt_cuts(num_prompt, num_kept, self.method.window_size, chunks)
             self._cuts[num_prompt] = {cut.num_read: cut for cut in cuts if cut.num_read < num_prompt}
         return self._cuts[num_prompt]
 
@@ -129,7 +78,7 @@ class Eviction:
             num_evicted: the prompt's tokens that earlier cuts evicted.
             cut: one before the prompt's end, which leaves as many tokens in all KV heads; None: its end.
         """
-        with self._observer.evicting():
+        with self.conditions.observer.evicting():
             self._end_of_prompt(layer, position, inputs, num_evicted, cut)
 
     def _end_of_prompt(
@@ -152,26 +101,26 @@ class Eviction:
         if self.method.decides_together:
             self._waiting.append((layer, inputs.keys.device))
             for group, rows in zip(self._groups, own, strict=True):
-                with self._observer.scoring_tokens():
+                with self.conditions.observer.scoring_tokens():
                     observed = group.method.observe(rows)
                 # Layers may lie on several devices. What they tell each other is small, and goes to the first one's.
                 group.observed.append(observed.to(self._waiting[0][1]))
                 if self._auto is not None:
                     group.attention.append(observed_attention(rows).to(self._waiting[0][1]))
-            if len(self._waiting) == self.num_layers:
+            if len(self._waiting) == self.conditions.num_layers:
                 self._decide()
             else:
                 self._hold_candidates(layer, inputs)
         else:
             scores = []
             for group, rows in zip(self._groups, own, strict=True):
-                with self._observer.scoring_tokens():
+                with self.conditions.observer.scoring_tokens():
                     scores.append(group.method.score(rows))
             self._retain(layer, position, scores)
 
     def _keep_all(self, layer: Retaining, row_lengths: list[int], inputs: LayerInputs) -> None:
         """Evict nothing; what is to be packed is kept token by token all the same."""
-        if self.precision.is_packed:
+        if self.conditions.precision.is_packed:
             num_tokens = inputs.keys.shape[2]
             tokens = torch.arange(num_tokens, device=inputs.keys.device).expand(len(row_lengths), 1, -1)
             if inputs.valid is not None:
@@ -180,12 +129,13 @@ class Eviction:
 
     def _hold_candidates(self, layer: Retaining, inputs: LayerInputs) -> None:
         """Let a layer that waits for later ones free what it will hardly keep, where that is most of the prompt."""
-        if self._candidates is None or self.chunks is not None or self._auto is not None:
+        candidates = self.conditions.candidates
+        if candidates is None or self.conditions.chunks is not None or self._auto is not None:
             return  # chunks are few tokens; how many of all are kept, the end alone tells
-        if not any(group.has_spare(self._candidates) for group in self._groups):
+        if not any(group.has_spare(candidates) for group in self._groups):
             return
-        with self._observer.scoring_tokens():
-            chosen = [group.nominated(self._candidates) for group in self._groups]
+        with self.conditions.observer.scoring_tokens():
+            chosen = [group.nominated(candidates) for group in self._groups]
         known = [own for own in chosen if own is not None]
         if len(known) == len(chosen):
             layer.hold(one_batch(known, [group.rows for group in self._groups]).to(inputs.keys.device))
@@ -193,7 +143,7 @@ class Eviction:
     def _decide(self) -> None:
         """Cut all layers that wait."""
         shared = is_shared(self.budget)  # what the caller gives for each layer is not shared out again
-        with self._observer.scoring_tokens():
+        with self.conditions.observer.scoring_tokens():
             if self._auto is not None:
                 self._choose(self._auto)
             by_group = [group.decided(shared=shared) for group in self._groups]
@@ -207,14 +157,14 @@ class Eviction:
         for group in self._groups:
             most = [self._in_tokens(auto.ceiling, length) for length in group.lengths]
             choices = auto.choose(group.method, group.observed, group.attention, most, group.lengths)
-            group.budgets = [[[choice.tokens]] * self.num_layers for choice in choices]
+            group.budgets = [[[choice.tokens]] * self.conditions.num_layers for choice in choices]
             group.attention = []
             chosen.update(zip(group.rows, choices, strict=True))
         self.choices = [chosen[row] for row in sorted(chosen)]
 
     def _retain(self, layer: Retaining, position: int, scores: list[Tensor]) -> None:
         """Cut one layer by the scores of each group's rows."""
-        if all(group.keeps_all_of(position) for group in self._groups) and not self.precision.is_packed:
+        if all(group.keeps_all_of(position) for group in self._groups) and not self.conditions.precision.is_packed:
             return
         chosen = [group.selected(position, own) for group, own in zip(self._groups, scores, strict=True)]
         rows = [group.rows for group in self._groups]
@@ -228,7 +178,7 @@ class Eviction:
             if cut is None:
                 budgets = self._budgets(num_held + num_evicted, num_held)
             else:
-                budgets = [[cut.num_kept]] * self.num_layers
+                budgets = [[cut.num_kept]] * self.conditions.num_layers
             counts = [count for layer in budgets for count in layer]
             window_size = self.method.window_at(sum(counts) // len(counts))
             if window_size not in groups:
@@ -250,7 +200,7 @@ class Eviction:
                 budget = self._in_tokens(budget, num_prompt)
             if isinstance(budget, float) and num_held < num_prompt:
                 budget = resolve(budget, num_prompt)
-            per_layer = self.method.resolve_budgets(budget, self.num_layers, num_held)
+            per_layer = self.method.resolve_budgets(budget, self.conditions.num_layers, num_held)
             self._head_budgets[num_prompt, num_held] = per_layer
         return self._head_budgets[num_prompt, num_held]
 
@@ -259,8 +209,8 @@ class Eviction:
         if isinstance(budget, str):
             in_bytes = find_byte_budget(budget)
             assert in_bytes is not None
-            assert self._costs is not None
-            return in_bytes.tokens(num_prompt, self._costs)
+            assert self.conditions.costs is not None
+            return in_bytes.tokens(num_prompt, self.conditions.costs)
         return resolve(budget, num_prompt)
 
     def _note_rows(self, inputs: LayerInputs) -> list[int]:
@@ -281,19 +231,3 @@ class Eviction:
                     raise PromptError("the attention mask has padding inside or right of a prompt: pad on the left")
                 self._row_lengths = lengths.tolist()
         return self._row_lengths
-
-
-def find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | None:
-    """How prompts are cut while they are read; None: at their end alone.
-
-    Raises:
-        ConfigError: numbers that cannot work, or a method that must see all of a prompt at once.
-    """
-    if budget is None:
-        return None
-    if not method.cuts_again:
-        problem = f"cuts a prompt while it is read, but method {method.label!r} must see all of it: use another method"
-        raise ConfigError(problem, option="chunk_budget", value=budget)
-    chunks = Chunks(budget, tokens)
-    chunks.check(method.window_size)
-    return chunks

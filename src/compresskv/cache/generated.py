@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor
 
 from compresskv import defaults
+from compresskv.cache.conditions import Conditions
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.held import HeldOf, Holding
 from compresskv.cache.stores.base import Store
@@ -41,7 +42,8 @@ class GeneratedEviction:
         self._budget = decode.budget
         self.interval = decode.interval
         self._method = method.with_window(method.window_at(decode.budget))
-        self._together = Eviction(method, decode.budget, num_layers, None, None) if method.decides_together else None
+        together = Conditions(num_layers)
+        self._together = Eviction(method, decode.budget, together) if method.decides_together else None
 
     @property
     def window_size(self) -> int:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compresskv.attention.chunks import check_ends, check_unpadded
 from compresskv.attention.plain import AttentionFunction
+from compresskv.cache.crop import cropped_length
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.held import HeldOf
@@ -18,7 +20,7 @@ from compresskv.cache.stores.dense import DenseStore
 from compresskv.cache.stores.masks import valid_keys
 from compresskv.cache.stores.retain import retained
 from compresskv.cache.window import QueryWindow
-from compresskv.errors import CacheStateError, ConfigError, PromptError
+from compresskv.errors import CacheStateError
 from compresskv.methods.inputs import FUTURE_POSITIONS, LayerInputs
 from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
@@ -26,8 +28,6 @@ from compresskv.selection.budgets import is_share
 from compresskv.selection.cuts import Cut
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
-
-NO_ASSISTANT = "Leave out assistant_model and prompt_lookup_num_tokens, or generate without this cache"
 
 
 class CompressedLayer(StoredLayer):
@@ -49,7 +49,7 @@ class CompressedLayer(StoredLayer):
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:
-        self.num_prompt_tokens = self._eviction.prompt_tokens or 0
+        self.num_prompt_tokens = self._eviction.conditions.prompt_tokens or 0
         """Of the prompt alone; 0 where it is not known yet."""
         self._decided_at: int | None = None
         """Tokens seen when the method chose, those that it looked ahead at included."""
@@ -65,7 +65,7 @@ class CompressedLayer(StoredLayer):
     @property
     def precision(self) -> Precision:
         """What is kept is held in so many bits."""
-        return self._eviction.precision
+        return self._eviction.conditions.precision
 
     @property
     def in_prefill(self) -> bool:
@@ -121,29 +121,22 @@ class CompressedLayer(StoredLayer):
         num_ahead = self.seen_tokens - num_prompt
         self._window = window.following(self._window).last(eviction.method.num_observed(num_ahead))
         if cuts := eviction.cuts(self.num_prompt_tokens):
-            self._check_cuts(cuts, valid)
+            check_ends(cuts, self._cut_at, self.seen_tokens)
+            check_unpadded(valid)
             valid = None
-        num_before = sum(end < self.seen_tokens for end in cuts) * eviction.num_layers
         if self.seen_tokens >= self.num_prompt_tokens + lookahead:
             self.end_prefill(self._window, valid, num_ahead)
         elif self.seen_tokens in cuts:
             self._cut_chunk(cuts[self.seen_tokens], self._window)
-        if eviction.on_layer is not None and num_ahead == 0 and not eviction.method.replays:  # who reads twice tells
-            eviction.on_layer(num_before + self._position + 1, (len(cuts) + 1) * eviction.num_layers)
+        if num_ahead == 0 and not eviction.method.replays:  # who reads twice tells
+            self._tell(cuts)
 
-    def _check_cuts(self, cuts: Iterable[int], valid: Tensor | None) -> None:
-        """Refuse what cannot be cut before its end.
-
-        Raises:
-            CacheStateError: it was read beyond such a cut.
-            PromptError: rows are padded.
-        """
-        if any(self._cut_at < end < self.seen_tokens for end in cuts):
-            raise CacheStateError(
-                f"{self.seen_tokens} tokens were read at once, beyond a cut: this model cannot read prompts in chunks"
-            )
-        if valid is not None and not bool(valid.all()):
-            raise PromptError("prompts of a padded batch cannot be cut chunk by chunk: leave out chunk_budget=N")
+    def _tell(self, cuts: Iterable[int]) -> None:
+        """Tell whoever asked how many layers were read, each as often as it is cut."""
+        conditions, passed = self._eviction.conditions, [end < self.seen_tokens for end in cuts]
+        if conditions.on_layer is not None:
+            num_before = sum(passed) * conditions.num_layers
+            conditions.on_layer(num_before + self._position + 1, (len(passed) + 1) * conditions.num_layers)
 
     def _cut_chunk(self, cut: Cut, window: QueryWindow) -> None:
         """Cut what is held, before the prompt's end."""
@@ -191,7 +184,8 @@ class CompressedLayer(StoredLayer):
 
     def _inputs(self, window: QueryWindow, valid: Tensor | None, num_ahead: int = 0, start: int = 0) -> LayerInputs:
         """What the method may look at: of all that is stored, or of the tokens from `start` on."""
-        rotations, part, method = self._eviction.rotations, self._part, self._eviction.method
+        rotations, part, method = self._eviction.conditions.rotations, self._part, self._eviction.method
+        assert rotations is not None
         keys, values = self._read_from(start)
         num_positions = self.seen_tokens + FUTURE_POSITIONS
         return LayerInputs(
@@ -210,21 +204,12 @@ class CompressedLayer(StoredLayer):
             ahead=rotations.ahead(self.layer_idx, self.seen_tokens, keys, valid) if method.turns_ahead else None,
         )
 
-    def _read_from(self, start: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H_kv, T, D) of the tokens from `start` on, which were all kept so far."""
-        store = self._held()
-        if start == 0:
-            return store.states
-        longest = max(store.counts)
-        slots = torch.arange(longest - (self.seen_tokens - start), longest, device=store.states[0].device)
-        return store.take(slots.expand(store.states[0].shape[0], 1, -1))
-
     def begin_part(self, eviction: Eviction, left: float, replayed: Tensor | None) -> None:
         """Read on; what comes is cut as a prompt of its own, beside what was kept before. See `Part`."""
         ranked = not is_share(eviction.budget)  # of a share, earlier parts keep theirs
         self._eviction, self._part = eviction, Part(self.seen_tokens, left, ranked, replayed)
         self._decided_at, self._window = None, None
-        self.num_prompt_tokens = self.seen_tokens + (eviction.prompt_tokens or 0)
+        self.num_prompt_tokens = self.seen_tokens + (eviction.conditions.prompt_tokens or 0)
 
     def adopt_prompt(self, keys: Tensor, values: Tensor) -> None:
         """Take a prompt's keys and values (B, H_kv, T, D) that were computed elsewhere; `observe` comes next."""
@@ -265,7 +250,7 @@ class CompressedLayer(StoredLayer):
         Raises:
             CacheStateError: a token is not stored.
         """
-        precision = PRECISIONS[NATIVE] if self.in_prefill else self._eviction.precision
+        precision = PRECISIONS[NATIVE] if self.in_prefill else self._eviction.conditions.precision
         self.store, self.strengths = retained(self._held(), tokens, precision), None
         self._show_states()
         self._retained_nbytes = self.nbytes
@@ -280,28 +265,8 @@ class CompressedLayer(StoredLayer):
         self._show_states()
 
     def check_crop(self, max_length: int) -> int:
-        """The length that `crop` would leave.
-
-        Raises:
-            CacheStateError: as for `crop`.
-            ConfigError: it is no int.
-        """
-        if not hasattr(max_length, "__index__"):
-            raise ConfigError("must be an int", option="max_length", value=max_length)
-        length = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
-        # Assisted decoding reads its first drafts with the prompt, where they take part in the choice of what to keep,
-        # and crops at once. Whether that is refused must not depend on whether the drafts were right.
-        decided_at = self._decided_at
-        if decided_at is not None and (length < decided_at or self.seen_tokens == decided_at):
-            raise CacheStateError(
-                f"cannot crop a compressed cache of {self.seen_tokens} tokens to {length}: its prompt"
-                f"{' and look-ahead have' if decided_at > self.num_prompt_tokens else ' has'} {decided_at}. "
-                f"{NO_ASSISTANT}"
-            )
-        floor = 0 if self.store is None else self.store.held.floor
-        if length < floor:
-            raise CacheStateError(f"cannot crop a cache to {length} tokens: some of its first {floor} were evicted")
-        return length
+        """The length that `crop` would leave; see `cropped_length`."""
+        return cropped_length(self, max_length, self._decided_at)
 
     def crop(self, max_length: int) -> None:
         """Remove generated tokens from the end.

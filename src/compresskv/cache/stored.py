@@ -1,9 +1,10 @@
 """A cache layer over a store: what it shows to the model, and what transformers does to all layers of a cache."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -13,6 +14,7 @@ from compresskv.cache.routed import RoutedLayer, owned
 from compresskv.cache.stores.base import ROOM, Slots, Store
 from compresskv.cache.stores.dense import DenseStore
 from compresskv.errors import CacheStateError
+from compresskv.system.memory import storage_nbytes
 
 L = TypeVar("L", bound="StoredLayer")
 
@@ -105,6 +107,15 @@ class StoredLayer(RoutedLayer):
             raise CacheStateError(f"layer {self.layer_idx} of the cache is empty")
         return self.store
 
+    def _read_from(self, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H_kv, T, D) of the tokens from `start` on, which were all kept so far."""
+        store = self._held()
+        if start == 0:
+            return store.states
+        longest = max(store.counts)
+        slots = torch.arange(longest - (self.seen_tokens - start), longest, device=store.states[0].device)
+        return store.take(slots.expand(store.states[0].shape[0], 1, -1))
+
     def _show_states(self) -> None:
         """Let `keys` and `values` be what the store shows, which it may have made anew."""
         self.keys, self.values = self._held().states
@@ -184,3 +195,12 @@ class StoredLayer(RoutedLayer):
         if self.store is not None:
             self.store.map_rows(function)
             self._show_states()
+
+
+def layers_nbytes(layers: Sequence[Any]) -> int:
+    """Bytes of the storages behind the keys and values of cache layers."""
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        own = isinstance(layer, StoredLayer)
+        tensors += layer.tensors if own else [getattr(layer, name, None) for name in ("keys", "values")]
+    return storage_nbytes(tensors)

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 _MODULE, _FUNCTION = "transformers.generation.utils", "_prefill"
 
@@ -22,10 +23,24 @@ def chunked_prompt_length() -> int | None:
     return int(own["input_ids"].shape[1])
 
 
-def given_prompt() -> "Tensor | None":
-    """The tokens (B, T) that `generate` was given and is reading, those that a cache has seen included; or None."""
-    given: Tensor | None = _prefill().get("input_ids")
-    return given
+@dataclass(frozen=True, eq=False)
+class GivenPrompt:
+    """What `generate` was given when a cache began to read, if it was that."""
+
+    token_ids: Tensor | None = None
+    """(B, T), those that a cache has seen included."""
+
+    @classmethod
+    def now(cls) -> "GivenPrompt":
+        """That which it is reading."""
+        return cls(_prefill().get("input_ids"))
+
+    def is_another(self) -> bool:
+        """Whether it, which leaves out as many tokens as a cache has seen, is given others now than it was at first."""
+        own, given = self.token_ids, self.now().token_ids
+        if own is None or given is None or len(own) != len(given):
+            return False
+        return not torch.equal(own, given[:, : own.shape[1]])
 
 
 def lacks_what_was_read() -> bool:

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.plain import AttentionFunction
-from compresskv.cache.cache import CompressedCache, layers_nbytes
-from compresskv.cache.eviction import EvictionObserver
+from compresskv.cache.cache import CompressedCache
+from compresskv.cache.conditions import EvictionObserver
 from compresskv.cache.full import FullCache
 from compresskv.cache.group import one_batch
 from compresskv.cache.routed import RoutedLayer
+from compresskv.cache.stored import layers_nbytes
 from compresskv.cache.window import QueryWindow
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create
