@@ -1,5 +1,6 @@
 """Fewer cases of a test with many parameters: every pair of values stays together in one case at least."""
 
+import heapq
 from collections.abc import Hashable, Sequence
 from itertools import combinations
 
@@ -15,8 +16,16 @@ def covering_pairs(cases: Sequence[tuple[Hashable, ...]]) -> list[int]:
     pairs = [set(combinations(enumerate(case), 2)) for case in cases]
     missing: set[Pair] = set().union(*pairs)
     chosen: list[int] = []
+    # What a case adds only falls, so that one whose count still holds once it comes first is the best.
+    queue = [(-len(own), number) for number, own in enumerate(pairs)]
+    heapq.heapify(queue)
     while missing:
-        best = max(range(len(cases)), key=lambda number: len(pairs[number] & missing))
-        chosen.append(best)
-        missing -= pairs[best]
+        counted, number = queue[0]
+        new = len(pairs[number] & missing)
+        if new == -counted:
+            heapq.heappop(queue)
+            chosen.append(number)
+            missing -= pairs[number]
+        else:
+            heapq.heapreplace(queue, (-new, number))
     return sorted(chosen)

@@ -15,6 +15,11 @@ Entry = tuple[int, Tensor, Tensor]
 """A token's position, its key (D,) and its value (D,)."""
 
 
+def alone(position: int, key: Tensor, value: Tensor) -> Entry:
+    """An entry that keeps no others in memory."""
+    return position, key.clone(), value.clone()
+
+
 class ReferenceStore(Store):
     """`entries[row][KV head]`: what that head holds of that row. There are no empty slots, and nothing is shared."""
 
@@ -33,7 +38,7 @@ class ReferenceStore(Store):
             for head, (keys, values) in enumerate(heads):
                 own = positions[row, head, positions.shape[2] - keys.shape[2] :].tolist()
                 tokens = zip(own, keys[row, 0], values[row, 0], strict=True)
-                entries[-1].append([entry for entry in tokens if entry[0] != EMPTY_SLOT])
+                entries[-1].append([alone(*entry) for entry in tokens if entry[0] != EMPTY_SLOT])
         return cls(entries, store.held.num_seen, store.held.floor)
 
     @classmethod
@@ -58,7 +63,19 @@ class ReferenceStore(Store):
         return ReferenceStore(entries, self.held.num_seen, self.held.num_seen)
 
     def take(self, slots: Tensor, head: int | None = None) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        heads = range(self.num_heads) if head is None else [head]
+        positions = self.positions.expand(-1, self.num_heads, -1)
+        sides: tuple[list[list[Tensor]], list[list[Tensor]]] = ([], [])
+        for row, entries in enumerate(self.entries):
+            own = []
+            for one in heads:
+                by_position = {entry[0]: entry for entry in entries[one]}
+                wanted = positions[row, one, slots[row, one if slots.shape[1] == self.num_heads else 0]].tolist()
+                own.append([by_position.get(position, entries[one][0]) for position in wanted])
+            for side, part in enumerate((1, 2)):
+                sides[side].append([torch.stack([entry[part] for entry in held]) for held in own])
+        keys, values = (torch.stack([torch.stack(heads) for heads in side]) for side in sides)
+        return keys, values
 
     def append(
         self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
@@ -67,7 +84,7 @@ class ReferenceStore(Store):
             position = self.held.num_seen + token
             for row, heads in enumerate(self.entries):
                 for head, held in enumerate(heads):
-                    held.append((position, key_states[row, head, token], value_states[row, head, token]))
+                    held.append(alone(position, key_states[row, head, token], value_states[row, head, token]))
         self.held = self.held.appended(key_states.shape[2])
         return key_states, value_states
 
@@ -100,9 +117,8 @@ class ReferenceStore(Store):
 
     @property
     def states(self) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            self.entries[0][0][0][part].new_empty(len(self.entries), self.num_heads, 0, 1) for part in (1, 2)
-        )
+        first = self.entries[0][0][0]
+        keys, values = (first[part].new_empty(len(self.entries), self.num_heads, 0, len(first[part])) for part in (1, 2))
         return keys, values
 
     def crop(self, num_removed: int) -> None:

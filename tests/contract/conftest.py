@@ -7,8 +7,37 @@ import pytest
 import torch
 
 import tiny
+from compresskv.cache.stores import retain
+from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.compiled import decoding
+from reference_store import ReferenceStore
 from uncompiled import UncompiledPackage
+
+FORCED_STORES = {"ragged": RaggedStore, "reference": ReferenceStore}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What holds a layer must make no difference: pairs of parameters are run with stores not made for them, too.
+
+    The marker `stores` says which of them a test can be run with, and why no others.
+    """
+    names = {name for mark in metafunc.definition.iter_markers("parametrize") for name in _names(mark)}
+    marker = metafunc.definition.get_closest_marker("stores")
+    forced = marker.args if marker else FORCED_STORES
+    if "method" in names and len(names) > 1 and forced:
+        metafunc.parametrize("_store", [None, *forced], indirect=True, ids=lambda name: name or "own_store")
+
+
+def _names(mark: pytest.Mark) -> list[str]:
+    names = mark.args[0]
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+
+
+@pytest.fixture(autouse=True)
+def _store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold every cut in the named store, whatever it was made for."""
+    if name := getattr(request, "param", None):
+        monkeypatch.setattr(retain, "STORES", [FORCED_STORES[name]])
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from compresskv.selection.precision import PRECISIONS
 NUM_PROMPT = 420
 
 
+@pytest.mark.stores(reason="bytes are those of the stores that users have")
 @pytest.mark.parametrize("budget", ["20kB", "20KiB", "15% of bytes"])
 @pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
 @pytest.mark.parametrize("store", tiny.STORES)
@@ -50,6 +51,7 @@ def test_bytes_for_less_than_a_token_are_refused_in_one_line() -> None:
         tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
 
 
+@pytest.mark.stores(reason="bytes are those of the stores that users have")
 @pytest.mark.parametrize("budget", ["10% of bytes", "6kB", 12, 0.1], ids=str)
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "kvzip"])
 @pytest.mark.parametrize("store", ["native", "int4"])

@@ -71,6 +71,7 @@ def parts(layer: Any) -> list[Tensor]:
     return [states for head in layer.store.heads() for states in head]
 
 
+@pytest.mark.stores("ragged", reason="no compiled step writes to the naive store")
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama_mha"])
@@ -149,6 +150,7 @@ def test_what_is_not_one_more_token_of_one_row_goes_the_usual_way(method: str) -
         assert cache.num_compiled_steps == 0
 
 
+@pytest.mark.stores("ragged", reason="no compiled step writes to the naive store")
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("method", ["snapkv", "adakv"])

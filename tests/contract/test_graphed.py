@@ -59,6 +59,7 @@ def read(
         return tiny.read(model, cache, sequence, steps), cache
 
 
+@pytest.mark.stores("ragged", reason="no compiled step writes to the naive store")
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_recorded_steps_compute_what_the_model_does(recorder: Recorder, family: str, method: str) -> None:
@@ -115,6 +116,7 @@ def test_generate(recorder: Recorder) -> None:
     assert recorder.num_replays == 9
 
 
+@pytest.mark.stores(reason="whether a step is recorded depends on the store")
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "blend"])
 @pytest.mark.parametrize("family", ["gemma3", "gemma2", "gpt_oss"])
 def test_sliding_windows_are_copied_to_and_from_the_recording(recorder: Recorder, family: str, method: str) -> None:
@@ -154,6 +156,7 @@ def test_branches_of_a_window_do_not_see_each_other(recorder: Recorder) -> None:
         torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+@pytest.mark.stores(reason="whether a step is recorded depends on the store")
 @pytest.mark.parametrize("method", ["snapkv", "vote", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_rows_without_padding_are_recorded_together(recorder: Recorder, family: str, method: str) -> None:

@@ -86,6 +86,7 @@ def test_positions_ascend_lie_in_the_prompt_and_end_with_the_window(family: str,
 
 
 # Two kinds of leak: a gather that returns a view, and a fused projection (Phi-3) whose slices keep all of it alive.
+@pytest.mark.stores("ragged", reason="the naive store has a tensor for each token")
 @pytest.mark.parametrize("budget", [24, 0.4, NUM_PROMPT], ids=["tokens", "fraction", "whole_prompt"])
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -101,6 +102,7 @@ def test_storage_holds_the_retained_elements_and_nothing_else(family: str, metho
 
 
 # Sliding-window layers keep a view of the last tokens, behind which transformers leaves the whole prompt in memory.
+@pytest.mark.stores("ragged", reason="the naive store has a tensor for each token")
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_nbytes_are_those_of_the_tokens_that_all_layers_still_need(family: str, method: str) -> None:

@@ -86,6 +86,7 @@ def kept(session: Session) -> list[Any]:
     return [tiny.kept_tokens(layer) for layer in session.cache.compressed_layers]
 
 
+@pytest.mark.stores(reason="a file names the stores that users have")
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("store", tiny.STORES)
@@ -163,6 +164,7 @@ def test_many_questions_neither_copy_nor_change_the_document_and_leak_nothing(
     assert not branches
 
 
+@pytest.mark.stores("ragged", reason="no compiled step writes to the naive store")
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("family", "method"), [("llama", "snapkv"), ("gemma3", "snapkv"), ("llama", "adakv")])
 def test_compiled_steps_write_behind_the_document_too(family: str, method: str) -> None:
@@ -258,6 +260,7 @@ def test_a_long_conversation_forgets_its_oldest_turns(family: str, method: str) 
     assert talk.num_kept == 40
 
 
+@pytest.mark.stores(reason="a file names the stores that users have")
 @pytest.mark.parametrize("store", ["native", "int8"])
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -359,6 +362,7 @@ def test_a_growing_document_stays_within_the_count_of_each_layer(family: str, me
             assert count - 3 <= layer.mean_retained <= count or layer.mean_retained == len(session.token_ids)
 
 
+@pytest.mark.stores(reason="a file names the stores that users have")
 @pytest.mark.parametrize("budget", [24, 0.4], ids=str)
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "vote", "kvzip", "knorm"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -39,6 +39,7 @@ def test_waits_are_seen() -> None:
     assert waits.seen == []
 
 
+@pytest.mark.stores("ragged", reason="no compiled step writes to the naive store")
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("compile", ["never", "always"])
 @pytest.mark.parametrize("method", tiny.METHODS)
@@ -53,6 +54,7 @@ def test_a_decode_step_waits_for_nothing(family: str, method: str, compile: str)
     assert waits.seen == []
 
 
+@pytest.mark.stores(reason="waits are those of the stores that users have")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("method", tiny.EVICTING_METHODS)
 def test_a_layer_is_cut_with_one_wait(method: str, padded: bool) -> None:
