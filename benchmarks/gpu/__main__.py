@@ -26,6 +26,9 @@ _METHODS = ("snapkv", "blend")
 _MINUTES = 10.0
 """What the limits of the parts are meant for."""
 
+PartTask = tuple[str, dict[str, Any], float]
+"""A part's name, its task, and the seconds it may take of ten minutes."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -66,13 +69,11 @@ def check(
 ) -> None:
     """Everything that is to be known of this GPU, in one run."""
     sizes, ends = TINY if tiny else Sizes(), time.monotonic() + 60 * minutes
+    chosen = _chosen(list(tasks(sizes, device, minutes)), only)
     parts: dict[str, Any] = {}
     result = {"minutes": minutes, "device": device, "parts": parts}
     output.parent.mkdir(parents=True, exist_ok=True)
-    chosen = {name.strip() for name in only.split(",") if name.strip()}
-    for name, task, share_s in tasks(sizes, device, minutes):
-        if chosen and name not in chosen:
-            continue
+    for name, task, share_s in chosen:
         limit_s = min(share_s * max(1.0, minutes / _MINUTES), ends - time.monotonic())
         if limit_s < 5:
             parts[name] = {"failed": "no time was left", "task": task}
@@ -91,6 +92,14 @@ def check(
     raise typer.Exit(1 if any(part["failed"] for part in parts.values()) else 0)
 
 
+def _chosen(parts: list[PartTask], only: str) -> list[PartTask]:
+    wanted = {name.strip() for name in only.split(",") if name.strip()}
+    if unknown := wanted - {name for name, *_ in parts}:
+        names = ", ".join(name for name, *_ in parts)
+        raise typer.BadParameter(f"{sorted(unknown)[0]!r} is no part of it; parts are {names}", param_hint="--only")
+    return [part for part in parts if not wanted or part[0] in wanted]
+
+
 @app.command()
 def plot(result: Path) -> None:
     """Draw the figure of a result again."""
@@ -103,7 +112,7 @@ def part(task: str, answer: Path) -> None:
     answer_part(PARTS, task, answer)
 
 
-def tasks(sizes: Sizes, device: str, minutes: float) -> Iterator[tuple[str, dict[str, Any], float]]:
+def tasks(sizes: Sizes, device: str, minutes: float) -> Iterator[PartTask]:
     """The parts by name, each with its task and the seconds it may take of ten minutes: what is wanted most, first."""
     shared: dict[str, Any] = {"device": device, "dtype": sizes.dtype, "budget": sizes.budget, "decode": sizes.decode}
     rows: dict[str, Any] = {"lengths": sizes.lengths, "new_tokens": sizes.new_tokens, "methods": _METHODS}
@@ -115,16 +124,16 @@ def tasks(sizes: Sizes, device: str, minutes: float) -> Iterator[tuple[str, dict
 
     yield "starts", task("starts"), 60
     yield "24 GB", task("bounded", geometry=sizes.large, method="blend", **limit), 90
-    yield "table, large", task("table", geometry=sizes.large, **rows), 150
+    yield "large table", task("table", geometry=sizes.large, **rows), 150
     for method in _METHODS:
-        yield f"to the end, {method}", task("end_to_end", method=method, **ends), 90
+        yield f"to the end with {method}", task("end_to_end", method=method, **ends), 90
     every = max(1, round(sizes.every * _MINUTES / max(minutes, _MINUTES)))
     yield "tests", task("contract", every=every, tests=sizes.tests), 120
-    yield "table, small", task("table", geometry=sizes.small, **rows), 90
+    yield "small table", task("table", geometry=sizes.small, **rows), 90
     ragged: Mapping[str, Any] = rows | {"lengths": sizes.lengths[:1], "methods": ("blend",)}
     by_kernel = {"environment": {"COMPRESSKV_TRITON": "1"}}
-    yield "table, by the kernel for ragged heads", task("table", geometry=sizes.large, **ragged, **by_kernel), 90
-    yield "to the end, plain", task("end_to_end", method="plain", **ends), 270
+    yield "table by the kernel for ragged heads", task("table", geometry=sizes.large, **ragged, **by_kernel), 90
+    yield "to the end with plain", task("end_to_end", method="plain", **ends), 270
     beside: Mapping[str, Any] = rows | {"lengths": sizes.lengths[:2]}
     yield "kvpress", task("peers", geometry=sizes.small, **beside), 120
 

@@ -6,7 +6,7 @@ import torch
 import compresskv
 from compresskv.calibration.haystack import read_haystack
 
-NUM_LAYERS = 5  # of 30, which would be compiled for minutes
+NUM_LAYERS = 2  # of 30, which would be compiled for minutes
 
 
 @pytest.mark.slow

@@ -470,19 +470,22 @@ class TestKilled:
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_calibrated_shown_and_verified(tmp_path: Path) -> None:
+def test_the_embedded_model_is_calibrated_shown_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A quick calibration of the real model; what is read is as little as shows the heads."""
     model_folder = ensure_embedded("smollm2-135m")
     (tmp_path / "cache").mkdir()  # without the runs of other calibrations, but with the machine's own model
     (tmp_path / "cache" / model_folder.name).symlink_to(model_folder, target_is_directory=True)
 
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    call = runner(monkeypatch, capfd, columns=80)
+
     def run(*args: str) -> str:
-        environment = os.environ | {"COMPRESSKV_CACHE": str(tmp_path / "cache"), "COLUMNS": "80"}
-        command = [sys.executable, "-m", "compresskv", "profile", *args]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=550, check=False)
-        told = re.sub(r".* \(\d+ s\)\n", "", done.stderr.decode())  # a slow machine says that it is at work
-        assert (done.returncode, told.replace(FIGURES, "")) == (0, "")
-        return done.stdout.decode()
+        result = call("profile", *args)
+        assert (result.code, result.err.replace(FIGURES, "")) == (0, "")
+        return result.out
 
     run("smollm2-135m", "--quick", "--lengths", "512", "--depths", "30,70", "-o", "profile.json")
     model, _ = load("smollm2-135m", device="cpu")

@@ -12,6 +12,7 @@ import pytest
 
 from commands import Result, runner
 from compresskv import generation
+from compresskv.explain import retention
 from compresskv.models.decoding import decode
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,8 @@ def short_answers(monkeypatch) -> None:
     def decode_few(model, tokenizer, first, cache, max_new_tokens, *others):
         return decode(model, tokenizer, first, cache, min(max_new_tokens, 8), *others)
 
-    monkeypatch.setattr(generation, "decode", decode_few)
+    for module in (generation, retention):
+        monkeypatch.setattr(module, "decode", decode_few)
 
 
 @pytest.fixture

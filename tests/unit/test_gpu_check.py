@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from benchmarks.gpu.__main__ import TINY, Sizes, tasks
+from benchmarks.gpu.__main__ import TINY, Sizes, app, tasks
 from benchmarks.gpu.figure import draw
 from benchmarks.gpu.parts import bounded, end_to_end, table
 from benchmarks.processes import run_part
@@ -36,13 +37,22 @@ def test_a_part_answers_or_says_how_it_failed() -> None:
 
 def test_ten_minutes_hold_what_matters_most_first_and_more_time_holds_more_tests() -> None:
     parts = list(tasks(Sizes(), "cuda", 10))
-    assert [name for name, *_ in parts][:3] == ["starts", "24 GB", "table, large"]
+    assert [name for name, *_ in parts][:3] == ["starts", "24 GB", "large table"]
     assert sum(limit for *_, limit in parts[:5]) <= 600
     every = [
         own["every"] for minutes in (10, 20, 1000) for _, own, _ in tasks(Sizes(), "cuda", minutes) if "every" in own
     ]
     assert every == [40, 20, 1]
     assert all(json.loads(json.dumps(own))["device"] == "cuda" for _, own, _ in parts)
+
+
+def test_an_unknown_part_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "check.json"
+    done = CliRunner().invoke(app, ["check", "-o", str(output), "--only", "starts,large tables"])
+    said = " ".join(done.stderr.replace("│", "").split())
+    assert done.exit_code == 2
+    assert "'large tables' is no part of it; parts are starts, 24 GB, large table," in said
+    assert not output.parent.exists()
 
 
 def test_a_long_prompt_is_read_within_bounds() -> None:
@@ -54,7 +64,7 @@ def test_a_long_prompt_is_read_within_bounds() -> None:
 @pytest.mark.slow
 def test_rows_of_the_table_come_a_length_after_another() -> None:
     told: list[Mapping[str, Any]] = []
-    found = table(task("table, large"), told.append)
+    found = table(task("large table"), told.append)
     assert [len(one["rows"]) for one in told] == [3, 6]
     assert [(row["length"], row["method"]) for row in found["rows"]] == [
         (length, method) for length in TINY.lengths for method in ("plain", "snapkv", "blend")
@@ -64,7 +74,7 @@ def test_rows_of_the_table_come_a_length_after_another() -> None:
 def test_the_figure_shows_seconds_and_memory_to_the_last_token(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     parts = {}
-    for name in ("to the end, blend", "to the end, plain"):
+    for name in ("to the end with blend", "to the end with plain"):
         own, told = task(name), list[Mapping[str, Any]]()
         parts[name] = {"task": own, **end_to_end(own, lambda found, told=told: told.append(dict(found)))}
         rows = parts[name]["rows"]
