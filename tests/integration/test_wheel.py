@@ -27,21 +27,29 @@ def names(wheel: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
-    (built,) = folder.glob("*.whl")
-    return built
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel and the source distribution, by kind."""
+    folder = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", folder, cwd=ROOT)
+    (wheel,), (source,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return {"wheel": wheel, "sdist": source}
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(built: dict[str, Path]) -> Path:
+    return built["wheel"]
+
+
+@pytest.fixture(scope="module", params=["wheel", "sdist"])
+def installed(request: pytest.FixtureRequest, built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a fresh environment's commands. What the package needs comes from the tests' own environment."""
     folder = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     (site_packages,) = folder.glob("lib/python*/site-packages")
-    run(sys.executable, "-m", "pip", "--python", folder, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    options = ["--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation"]
+    archive = built[request.param]
+    run(sys.executable, "-m", "pip", "--python", folder, "install", *options, archive, cwd=folder)
     return folder / "bin"
 
 
@@ -70,12 +78,10 @@ def test_entry_points(wheel: Path) -> None:
     assert "[vllm.general_plugins]\ncompresskv = compresskv.serving.plugin:register" in text
 
 
-def test_the_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=ROOT)
-    (source,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(source) as archive:
+def test_the_source_distribution_builds_the_same_wheel(built: dict[str, Path], tmp_path: Path) -> None:
+    with tarfile.open(built["sdist"]) as archive:
         archive.extractall(tmp_path, filter="data")
-    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    (folder,) = tmp_path.iterdir()
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=folder)
     (again,) = tmp_path.glob("*.whl")
-    assert names(again) == names(wheel)
+    assert names(again) == names(built["wheel"])
