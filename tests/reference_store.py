@@ -117,8 +117,8 @@ class ReferenceStore(Store):
 
     @property
     def states(self) -> tuple[Tensor, Tensor]:
-        first = self.entries[0][0][0]
-        keys, values = (first[part].new_empty(len(self.entries), self.num_heads, 0, len(first[part])) for part in (1, 2))
+        _, key, value = self.entries[0][0][0]
+        keys, values = (one.new_empty(len(self.entries), self.num_heads, 0, len(one)) for one in (key, value))
         return keys, values
 
     def crop(self, num_removed: int) -> None:
