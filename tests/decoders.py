@@ -14,6 +14,7 @@ import shrunk
 import tiny
 from compresskv import CacheStateError, CompressedCache, CompressKVError, ModelError
 from compresskv.attention.support import check_supported
+from compresskv.models.decoding import prefill
 from oracle import evictions, masking
 
 NUM_PROMPT = 80
@@ -54,7 +55,10 @@ def examine(model_type: str) -> Outcome:
         try:
             plain = _read(model, _plain_cache(model), sequence)
         except Exception as error:  # noqa: BLE001 - it wants images, or transformers cannot run it either
-            return Outcome("untried", f"reads no text alone: {_first_line(error)}")
+            refusal = _refusal_to_read(model, sequence)
+            if refusal is None:
+                return Outcome("untried", f"reads no text alone: {_first_line(error)}")
+    if refusal is None:
         try:
             for method in METHODS:
                 check_method(model, method, sequence, plain)
@@ -73,6 +77,17 @@ def _refusal(model: PreTrainedModel) -> ModelError | None:
     except ModelError as error:
         check_entries(model, error)
         return error
+    return None
+
+
+def _refusal_to_read(model: PreTrainedModel, sequence: Tensor) -> ModelError | None:
+    """Why verbs cannot read text with it, as they say themselves."""
+    try:
+        prefill(model, sequence, _plain_cache(model))
+    except ModelError as error:
+        return error
+    except Exception:  # noqa: BLE001 - transformers' own
+        return None
     return None
 
 

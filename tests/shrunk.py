@@ -42,6 +42,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"image_size|max_image_size|img_size", 32),
 ]
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_BY_KIND = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
 _DENSE = {"num_key_value_heads": 4}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 
@@ -59,11 +60,9 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "evolla": _DENSE,
     "dots3_note_text": _DENSE,
-    "dots3_note": {"text_config": _DENSE},
     "glm5_next": {"text_config": _DENSE},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "dots1": {
@@ -90,9 +89,38 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layer_types": ["mamba", "moe", "attention", "moe"]},
     "step3p7": {"text_config": {"sliding_window": 16}},
     "zamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2, "attention_hidden_size": 128},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "chameleon": {"vocabulary_map": {"<image>": 101}},
+    "cohere_compass_text": _BY_KIND,
+    "cohere_compass": {"text_config": _BY_KIND},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 4}},
+    "diffusion_gemma": {
+        "text_config": {
+            **_MIXED,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "per_layer_config": None,
+        }
+    },
+    "dots3_note": {"text_config": {**_DENSE, "per_layer_config": None}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "full_attention"] * 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64},
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 2]}},
+    "hunyuan_vl": {"text_config": {"head_dim": 16, **_SECTIONS}},
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]},
+            "moe_intermediate_size": [32, 32],
+        }
+    },
+    "deepseek_v4": {"layer_types": ["sliding_attention", "compressed_sparse_attention"] * 2},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
 }
 
 
@@ -130,13 +158,17 @@ def build(
         attn_implementation: None: sdpa, where the type has it.
         changes: to its config, nested like it.
     """
-    config_class = CONFIG_MAPPING[model_type]
-    settings = _merged(
-        _merged(_shrunk(config_class(), vocab_size, num_positions), _BESIDE.get(model_type, {})), changes
-    )
-    model = types()[model_type].from_config(config_class(**settings), attn_implementation=attn_implementation)
+    own = config(model_type, vocab_size, num_positions, **changes)
+    model = types()[model_type].from_config(own, attn_implementation=attn_implementation)
     tiny.sharpen(model, seed=sum(map(ord, model_type)))
     return model.eval()
+
+
+def config(model_type: str, vocab_size: int, num_positions: int, **changes: Any) -> PretrainedConfig:
+    """The config that `build` builds from: of a whole model, be it that a part of it is built."""
+    config_class = CONFIG_MAPPING[model_type]
+    settings = _merged(_shrunk(config_class(), vocab_size, num_positions), _BESIDE.get(model_type, {}))
+    return config_class(**_merged(settings, changes))
 
 
 def _shrunk(config: PretrainedConfig, vocab_size: int, num_positions: int) -> dict[str, Any]:
@@ -153,7 +185,7 @@ def _shrunk(config: PretrainedConfig, vocab_size: int, num_positions: int) -> di
         elif re.fullmatch(r"\w+_token_(id|index)|\w+_index|\w+_token", name) and isinstance(value, int):
             first = vocab_size - NUM_SPECIAL
             changes[name] = value if value < first else first + sum(map(ord, name)) % NUM_SPECIAL
-    if "qk_rope_head_dim" in changes:
+    if "qk_rope_head_dim" in changes and "qk_nope_head_dim" in changes:
         changes["head_dim"] = changes["qk_rope_head_dim"]
         changes["num_key_value_heads"] = changes["num_attention_heads"]
         changes["qk_head_dim"] = changes["qk_rope_head_dim"] + changes["qk_nope_head_dim"]

@@ -38,6 +38,7 @@ REFUSED = {
     "t5gemma2": "encoder-decoder",
     "diffllama": "changes values|attention interface",
     "doge": "masks each of its attention heads on its own",
+    "diffusion_gemma": "generates in a way of its own",
     "jetmoe": "does not use the keys that the cache returns",
 }
 

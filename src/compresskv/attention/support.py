@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, cache_utils
+from transformers import GenerationMixin, PreTrainedModel, cache_utils
 
 from compresskv.errors import ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, shares_keys
@@ -41,6 +41,8 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{name} is an encoder-decoder model: only decoder-only models have a prompt cache to compress"
         )
+    if isinstance(model, PreTrainedModel) and hasattr(model, "generate") and not isinstance(model, GenerationMixin):
+        raise ModelError(f"{name} generates in a way of its own, not a token after another")
     if not _uses_default_cache(model):
         raise ModelError(f"{name} uses a cache of its own, which cannot be compressed{_newer(config)}")
     if shares_keys(config):

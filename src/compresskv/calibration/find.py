@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
 from compresskv.calibration.centres import find_centres
+from compresskv.attention.support import check_supported
 from compresskv.calibration.measure import Measurement, mean_scores
 from compresskv.calibration.replays import fit_replays
 from compresskv.calibration.runs import measuring_alone
@@ -82,6 +83,7 @@ def find_profile(
 
 
 def _check_model(model: PreTrainedModel, settings: CalibrationSettings) -> None:
+    check_supported(model)
     heads = heads_of(decoder_config(model), compressible_layers(model)[0])
     if heads.num_kv_heads >= heads.num_query_heads:
         raise ModelError(

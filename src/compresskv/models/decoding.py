@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from compresskv.errors import ModelError
 from compresskv.models.place import input_device
 
 OnToken = Callable[[int], object]
@@ -32,9 +33,31 @@ def decode_one_token(model: PreTrainedModel, token: int, cache: Cache) -> Tensor
 def last_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
     """Read tokens (B, T) and return the last position's logits (B, vocab): of no other are they computed."""
     last_only = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}  # type: ignore[arg-type]
-    with _dense_hidden_state(model) if input_ids.shape[1] > 1 else nullcontext():  # one token's is dense
+    with _reading(model) if input_ids.shape[1] > 1 else nullcontext():  # one token's hidden state is dense
         logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
     return logits
+
+
+@contextmanager
+def _reading(model: PreTrainedModel) -> Iterator[None]:
+    with _no_images(model), _dense_hidden_state(model):
+        yield
+
+
+@contextmanager
+def _no_images(model: PreTrainedModel) -> Iterator[None]:
+    """Tell of a model that reads no text alone.
+
+    Raises:
+        ModelError: it asks for images.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        parameters = inspect.signature(type(model).forward).parameters
+        if any(name in str(error) for name in parameters if "pixel" in name or "image" in name):
+            raise ModelError(f"{type(model).__name__} reads no text without images") from error
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from compresskv.errors import ConfigError, PromptError
 from compresskv.models.shape import decoder_config
 from compresskv.prompts.request import check_request
 from compresskv.prompts.template import encode_message
-from compresskv.system.check import check_least
+from compresskv.system.check import check_least, is_int
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def build_prompt(
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The number of positions the model was made for; None where its config does not say."""
-    return getattr(decoder_config(model), "max_position_embeddings", None)
+    length = getattr(decoder_config(model), "max_position_embeddings", None)
+    return length if length is None or length > 0 else None  # XLNet's says -1
 
 
 def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int | None:
@@ -66,7 +67,7 @@ def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int | None:
     Raises:
         ConfigError: max_new_tokens is below 1 or fills the context.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+    if not is_int(max_new_tokens):
         raise ConfigError("must be an int", option="max_new_tokens", value=max_new_tokens)
     check_least("max_new_tokens", max_new_tokens)
     length = context_length(model)
