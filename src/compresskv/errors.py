@@ -2,6 +2,9 @@
 
 from pathlib import PurePath
 
+_MOST_SHOWN = 500
+"""Characters of a value: longer than any name of a file that can be opened, as most systems have it."""
+
 
 class CompressKVError(Exception):
     """Base of every error that CompressKV raises on purpose."""
@@ -16,11 +19,16 @@ class CompressKVError(Exception):
             option: the parameter at fault, by its name in Python; the command line shows it as it is typed there.
             value: what it was given; None names the parameter alone.
         """
-        shown = repr(str(value) if isinstance(value, PurePath) else value)
-        super().__init__(problem if option is None else told(f"{option}={shown}", problem))
+        super().__init__(problem if option is None else told(f"{option}={shown(value)}", problem))
         self.problem = problem
         self.option = option
         self.value = value
+
+
+def shown(value: object) -> str:
+    """A value in a message: a path as its text, and no more of a document or a plan than its beginning."""
+    text = " ".join(repr(str(value) if isinstance(value, PurePath) else value).split())
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def told(what: str, problem: str) -> str:

@@ -328,7 +328,7 @@ class TestShowImportVerify:
     ) -> None:
         taken = str(place / "doc.txt")
         args = ["profile", "show", str(file)] if command == "show" else self.verify(str(file))
-        assert_refused(call(*args, "--plot", taken), f"--plot {taken!r} cannot be a folder: File exists")
+        assert_refused(call(*args, "--plot", taken), f"--plot {taken!r} cannot be a folder: Not a directory")
 
     @pytest.mark.parametrize("option", ["--heads", "--layers"])
     def test_import_names_the_file_that_is_missing(
@@ -383,7 +383,7 @@ class TestBadInput:
         self, call: Callable[..., Result], place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("COMPRESSKV_CACHE", str(place / "doc.txt"))
-        assert_refused(call(*find(*SMALL)), "cannot write the profile")
+        assert_refused(call(*find(*SMALL)), "cannot keep finished runs")
 
     def test_an_unwritable_log_is_found_before_the_long_work(self, call: Callable[..., Result], tmp_path: Path) -> None:
         (tmp_path / "cache" / "profiles").mkdir(parents=True)

@@ -207,18 +207,19 @@ def test_a_conversation_is_saved_over_nothing_but_itself(
         "model/config.json": "would replace the model itself",
         "yours.kvc": "'yours.kvc' is another session: name another file",
         "link.kvc": "'link.kvc' is another session",
-        ".": "'.' is a folder: give a file",
+        ".": "'text.kvc' is another session: name another file",
         "~nosuchuser/x.kvc": "'~nosuchuser/x.kvc' cannot be written: ",
         "a\0b": "cannot be written: ",
         "n" * 300: "cannot be written: File name too long",
         "/proc/xx/x.kvc": "'/proc/xx/x.kvc' cannot be written: ",
     }
-    lines = [*(f"/save {name}" for name in told), "/save", "/save", QUESTION]
+    lines = [*(f"/save {name}" for name in told), "/save", "/save", QUESTION, "/save talks/"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     result = call("chat", "text.txt", "--model", "model", "--method", "full")
     assert (result.code, result.out.strip()) == (0, ANSWER)
     assert [problem for problem in told.values() if problem not in result.err] == []
     assert result.err.count("saved: text-2.kvc") == 2
+    assert "saved: talks/text.kvc" in result.err
     monkeypatch.setattr(
         sys, "stdin", io.StringIO("/save\n/save yours.kvc\n/save ./mine.kvc\n/save new.kvc\n/save new.kvc")
     )

@@ -14,6 +14,7 @@ import planted
 from compresskv.attention.routing import routing
 from compresskv.explain.retention import explain
 from compresskv.methods.registry import create
+from compresskv.methods.snapkv import SnapKV
 from compresskv.models.decoding import prefill
 from compresskv.models.load import load
 
@@ -29,6 +30,10 @@ def ask(**changes: Any) -> Any:
 
 def read(**options: Any) -> compresskv.Session:
     return compresskv.read(planted.model(), planted.tokenizer(), TEXT, **{"method": "snapkv", "budget": 20, **options})
+
+
+def plan() -> compresskv.Plan:
+    return compresskv.make_plan(planted.model(), IDS, "snapkv", 20)
 
 
 def used() -> compresskv.CompressedCache:
@@ -92,6 +97,13 @@ def used() -> compresskv.CompressedCache:
         ),
         (lambda: used().crop("x"), "max_length='x' must be an int"),
         (lambda: load("./nowhere", dtype="complex64"), "dtype='complex64' is no dtype; pass auto"),
+        (lambda: ask(method=SnapKV), "method='SnapKV' is a class: pass an object, SnapKV(), or a name"),
+        (lambda: ask(decode_budget=50, decode_method="full"), "decode_method='full' keeps every token"),
+        (lambda: compresskv.read_plan(3), "path=3 must be the name of a file"),
+        (lambda: plan().write(None), "path=None must be the name of a file"),
+        (lambda: compresskv.register("name"), "method='name' must be a class derived from Method, with a name"),
+        (lambda: compresskv.register(dict), "method=<class 'dict'> must be a class derived from Method"),
+        (lambda: compresskv.make_plan(planted.model(), [True, False]), "token_ids must be the integers of one prompt"),
     ],
 )
 def test_it_is_refused_by_name(call: Callable[[], Any], message: str) -> None:
@@ -99,6 +111,42 @@ def test_it_is_refused_by_name(call: Callable[[], Any], message: str) -> None:
         call()
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def kept_by(parameter: str, value: object) -> object:
+    if parameter in ("chunk", "max_memory"):
+        return read(**{parameter: value})
+    return compresskv.compressing(planted.model(), "snapkv", **{parameter: value}).__enter__()
+
+
+@pytest.mark.parametrize("value", [True, False, 0, 2.0, "2"])
+@pytest.mark.parametrize(
+    "parameter", ["prompt_tokens", "candidates", "chunk_budget", "decode_budget", "chunk", "max_memory"]
+)
+def test_counts_are_whole_numbers(parameter: str, value: object) -> None:
+    """True would count as one token."""
+    with pytest.raises(compresskv.ConfigError, match=rf"={value!r} must be an int of at least 1"):
+        kept_by(parameter, value)
+
+
+@pytest.mark.parametrize("place", ["folder", "new/"])
+@pytest.mark.parametrize("write", [lambda path: plan().write(path), lambda path: read().save(path)])
+def test_a_folder_is_no_file_to_write(
+    write: Callable[[str], None], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(compresskv.CompressKVError, match=f"'{place}': Is a directory"):
+        write(place)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_no_more_of_a_value_is_shown_than_its_beginning() -> None:
+    with pytest.raises(compresskv.PromptError, match=r"^context=\['word\\nword.*\.\.\. must be a text$") as caught:
+        ask(context=["word\nword " * 10_000])
+    assert len(str(caught.value)) < 600
+    with pytest.raises(compresskv.ConfigError, match=r"^method=Plan\(.*\.\.\. is unknown"):
+        ask(method=plan())
 
 
 def kept_of(context: AbstractContextManager[compresskv.CompressedCache]) -> list[float]:

@@ -6,14 +6,14 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 import compresskv
 import compresskv.bench.subject
 import compresskv.models.load
-from commands import Result, runner
+from commands import Result, commands, runner
 from compresskv.errors import CompressKVError, ConfigError, ModelError
 from compresskv.system import paths
 from compresskv.system.files import try_place, write_text
@@ -60,6 +60,21 @@ OUTPUTS = {
     "figures": ["profile", "show", "smollm2-135m", "--plot", "{}"],
     "run": [*EVAL, "needle", "-o", "{}"],
 }
+
+FOLDERS = {
+    "figures": ["profile", "show", "smollm2-135m", "--plot", "{}"],
+    "run": [*EVAL, "needle", "-o", "{}"],
+    "suite": ["eval", "--suite", "standard", "-o", "{}"],
+    "report": ["report", "nothing", "-o", "{}"],
+    "sessions": ["read", "doc.txt", "--method", "snapkv", "-o", "{}/"],
+}
+"""Outputs that are folders."""
+FILES = {name: words for name, words in OUTPUTS.items() if name not in (*FOLDERS, "session", "plot")} | {
+    "figure": ["bench", "--random", "tiny", "--plot", "{}"],
+    "imported": ["profile", "import", "--published", "Llama-3.1-8B-Instruct", "-o", "{}"],
+    "calibrated": ["profile", "calibrate", "profile.json", "run", "-o", "{}"],
+}
+"""Outputs that are files, and no folder may be named for."""
 
 WORDS = [*INPUTS.values(), *OUTPUTS.values()]
 WORD_IDS = [*INPUTS, *(f"to {name}" for name in OUTPUTS)]
@@ -108,9 +123,44 @@ def test_what_is_protected_against_writing(
         places[0].parent.mkdir()
     for place in places:
         place.touch()
-    real = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in places and real(path, mode))  # root may all
+    protect(monkeypatch, places)
     assert "cannot be written: Permission denied" in told(call(*(word.format("kept") for word in words)))
+
+
+def protect(monkeypatch: pytest.MonkeyPatch, places: list[Path]) -> None:
+    """Against root, too, who may all."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).absolute() not in places and real(path, mode))
+
+
+@pytest.mark.parametrize("words", FILES.values(), ids=FILES)
+def test_a_file_that_is_named_as_a_folder(call: Callable[..., Result], words: list[str], tmp_path: Path) -> None:
+    assert "'new/' names a folder: give a file" in told(call(*(word.format("new/") for word in words)))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("words", FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_is_protected_against_writing(
+    call: Callable[..., Result], words: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    folder.chmod(0o500)
+    with permissions_that_count():
+        for name in ("kept", "kept/new"):
+            *_, line = call(*(word.format(name) for word in words)).err.splitlines()  # a suite tells what it leaves out
+            assert line.startswith("compresskv: --")
+            assert line.endswith(": Permission denied")
+
+
+@pytest.mark.parametrize("name", ["kept/records.jsonl", "kept/run.lock"])
+def test_a_run_that_is_protected_against_writing(
+    call: Callable[..., Result], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / name).touch()
+    protect(monkeypatch, [tmp_path / name])
+    assert "'kept' cannot be written: Permission denied" in told(call("eval", "-o", "kept"))
 
 
 @contextlib.contextmanager
@@ -143,6 +193,33 @@ def test_a_folder_that_one_may_not_enter(call: Callable[..., Result], words: lis
         result = call(*(word.format("locked/in") for word in words))
     locked.chmod(0o700)
     assert "Permission denied" in told(result)
+
+
+def paths_of_commands() -> Iterator[list[str]]:
+    """Words that leave each path of each command empty."""
+    for words, command in commands():
+        hints = get_type_hints(command.callback.__wrapped__)
+        for parameter in command.params:
+            if "Path" in str(hints.get(parameter.name)):
+                option = max(parameter.opts, key=len)
+                given = [option, ""] if parameter.param_type_name == "option" else [""]
+                yield [*words, *given]
+                if len(given) > 1:
+                    yield [*words, f"{option}="]
+
+
+EMPTY = list(paths_of_commands())
+
+
+@pytest.mark.parametrize("words", EMPTY, ids=map(" ".join, EMPTY))
+def test_an_empty_path_is_not_the_current_folder(call: Callable[..., Result], words: list[str]) -> None:
+    assert told(call(*words)).endswith(" '' names nothing: give a path")
+
+
+def test_other_empty_words_are_the_commands_own(call: Callable[..., Result]) -> None:
+    assert len(EMPTY) > 20
+    assert told(call("ask", "doc.txt", "")) == "compresskv: the question is empty"
+    assert "'run=' holds no run" in told(call("report", "run="))
 
 
 def test_nothing_else_in_the_package_looks_at_paths() -> None:

@@ -1,9 +1,12 @@
 """The dtype that a processor without instructions for the checkpoint's own is given."""
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import compresskv
 import tiny
@@ -41,6 +44,29 @@ def test_a_model_that_would_not_fit_stays_as_it_is(old_processor: None, monkeypa
     monkeypatch.setattr(memory, "available_nbytes", lambda _: 4 * model.num_parameters() - 1)
     use_quick_dtype(model)
     assert model.dtype == torch.bfloat16
+
+
+WORDS = tiny.random_words(80)
+VERBS: dict[str, Callable[[PreTrainedModel, Path], object]] = {
+    "compressing": lambda model, _: compresskv.compressing(model, "snapkv"),
+    "ask": lambda model, _: compresskv.ask(model, tiny.tokenizer(), WORDS, "7", method="snapkv", two_pass=True),
+    "make_plan": lambda model, _: compresskv.make_plan(model, [5] * 40, "snapkv", 20),
+    "read": lambda model, _: compresskv.read(model, tiny.tokenizer(), WORDS, method="snapkv"),
+    "open_session": lambda model, path: compresskv.open_session(path, model, tiny.tokenizer()),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_warns_of_a_slow_dtype_once(
+    old_processor: None, monkeypatch: pytest.MonkeyPatch, verb: str, tmp_path: Path
+) -> None:
+    model = tiny.build_model("llama").bfloat16()
+    if verb == "open_session":
+        compresskv.read(model, tiny.tokenizer(), WORDS, method="snapkv").save(tmp_path / "kept.kvc")
+    monkeypatch.setattr(quick_dtype, "_FEW_WEIGHTS", 1)
+    with pytest.warns(UserWarning, match="float32 is faster") as told:
+        VERBS[verb](model, tmp_path / "kept.kvc")
+    assert [one.filename for one in told] == [__file__]
 
 
 def test_a_users_own_model_is_left_alone_and_the_cure_is_named(

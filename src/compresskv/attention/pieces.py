@@ -23,6 +23,7 @@ from compresskv.attention.chunks import forward_in_chunks
 from compresskv.attention.support import attention_modules
 from compresskv.errors import ConfigError, ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of, shares_keys
+from compresskv.system.check import is_int
 
 AUTO = "auto"
 _AUTO_PIECE, _LEAST_PIECE = 4096, 64
@@ -49,7 +50,7 @@ def check_prefill_memory(prefill_memory: PrefillMemory) -> None:
     Raises:
         ConfigError: naming it.
     """
-    is_number = isinstance(prefill_memory, int) and not isinstance(prefill_memory, bool) and prefill_memory > 0
+    is_number = isinstance(prefill_memory, int) and is_int(prefill_memory) and prefill_memory > 0
     if not (is_number or prefill_memory in (AUTO, None)):
         raise ConfigError("must be 'auto' or a number of bytes", option="prefill_memory", value=prefill_memory)
 

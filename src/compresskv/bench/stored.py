@@ -12,7 +12,7 @@ from compresskv.bench.row import Row
 from compresskv.bench.run import Bench
 from compresskv.errors import ConfigError
 from compresskv.system.convert import convert
-from compresskv.system.files import write_text
+from compresskv.system.files import make_folder, write_text
 from compresskv.system.inputs import read_json
 
 _UNFINISHED = "unfinished"
@@ -83,7 +83,7 @@ class StoredRun:
             return
         rest = {} if finished else {_UNFINISHED: {"profile": self._profile, "peers": self.peers}}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             write_text(self._path, json.dumps({**result, **rest}, indent=1))
         except OSError as err:
             raise ConfigError(f"cannot be written: {err.strerror}", option="output", value=str(self._path)) from err

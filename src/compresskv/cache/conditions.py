@@ -10,13 +10,13 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from compresskv.cache.costs import costs_of
-from compresskv.errors import ConfigError
 from compresskv.models.rotary import Rotations
 from compresskv.models.shape import compressible_layers
 from compresskv.selection.budgets import Budget
 from compresskv.selection.byte_budget import Costs
 from compresskv.selection.cuts import Chunks
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
+from compresskv.system.check import check_count
 
 
 class EvictionObserver(Protocol):
@@ -65,9 +65,7 @@ class Conditions:
         Raises:
             ConfigError: naming it.
         """
-        number = self.prompt_tokens
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ConfigError(f"prompt_tokens={number!r} must be an int of at least 1")
+        check_count("prompt_tokens", self.prompt_tokens, or_none=True)
 
     @classmethod
     def of(cls, model: PreTrainedModel, budget: Budget, precision: Precision, **given: Any) -> Conditions:

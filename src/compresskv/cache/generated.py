@@ -88,6 +88,8 @@ def check_decoding(method: Method, prompt_method: Method, decode: DecodeBudget) 
     Raises:
         ConfigError: naming what is wrong.
     """
+    if not method.evicts:
+        raise ConfigError("keeps every token: use a method that evicts", option="decode_method", value=method.label)
     if not method.cuts_again:
         problem = "must see all tokens at once: use another method"
         raise ConfigError(problem, option="decode_method", value=method.label)

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import Observation
 from compresskv.selection.budgets import proportional
 from compresskv.selection.select import EMPTY_SLOT, select_rows, tokens_at
+from compresskv.system.check import check_count
 
 CANDIDATES = 4
 """Times its budget that a layer goes on holding while it waits for later ones, unless that is said."""
@@ -24,9 +24,7 @@ def check_candidates(candidates: int | None) -> None:
     Raises:
         ConfigError: naming it.
     """
-    is_number = isinstance(candidates, int) and not isinstance(candidates, bool)
-    if candidates is not None and not (is_number and candidates >= 1):
-        raise ConfigError("must be an int of at least 1, or None", option="candidates", value=candidates)
+    check_count("candidates", candidates, or_none=True)
 
 
 @dataclass

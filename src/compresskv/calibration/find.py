@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.routing import routing
-from compresskv.calibration.centres import find_centres
 from compresskv.attention.support import check_supported
+from compresskv.calibration.centres import find_centres
 from compresskv.calibration.measure import Measurement, mean_scores
 from compresskv.calibration.replays import fit_replays
 from compresskv.calibration.runs import measuring_alone

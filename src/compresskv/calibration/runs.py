@@ -6,8 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ProfileError
+from compresskv.system.files import make_folder, try_place
 from compresskv.system.jsonl_log import JsonlLog
 from compresskv.system.locking import locked
+
+
+def check_log_folder(folder: Path) -> None:
+    """Find out, before long work, whether finished runs can be kept in a folder; it is made.
+
+    Raises:
+        ProfileError: they cannot.
+    """
+    try:
+        try_place(folder / "any.jsonl")
+    except OSError as error:
+        raise _unusable(folder, error) from error
 
 
 @contextmanager
@@ -23,12 +36,16 @@ def measuring_alone(folder: Path, model: str, report: Callable[[str, float], Non
     """
     with ExitStack() as held:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             waiting = "waiting for another process that profiles this model"
             held.enter_context(locked(folder / f"{model}.lock", waiting, lambda message, _: report(message, 0.0)))
         except OSError as error:
-            raise ProfileError(f"cannot keep finished runs in {str(folder)!r}: {error.strerror}") from error
+            raise _unusable(folder, error) from error
         yield
+
+
+def _unusable(folder: Path, error: OSError) -> ProfileError:
+    return ProfileError(f"cannot keep finished runs in {str(folder)!r}: {error.strerror}")
 
 
 class RunLog:

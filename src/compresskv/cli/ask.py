@@ -3,7 +3,6 @@
 import json
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,7 +46,7 @@ def ask(
         ),
     ] = False,
     save_plan: Annotated[
-        Path | None, typer.Option(help="Write what is kept to this JSON file; implies --two-pass.", metavar="FILE")
+        str | None, typer.Option(help="Write what is kept to this JSON file; implies --two-pass.", metavar="FILE")
     ] = None,
     compile: CompileOption = "auto",
     prefill_memory: PrefillMemoryOption = "auto",
@@ -67,8 +66,7 @@ def ask(
     check_outputs({"save_plan": save_plan}, given.inputs)
     if save_plan is not None and given.compare:
         raise ConfigError("takes one method: leave out --compare", option="save_plan", value=save_plan)
-    if save_plan is not None:
-        check_writable("save_plan", save_plan, make_folder=False)
+    place = None if save_plan is None else check_writable("save_plan", save_plan, make_folder=False)
     cuts: dict[str, Any] = {
         "chunk_budget": chunk_budget,
         "chunk_tokens": chunk_tokens,
@@ -100,9 +98,9 @@ def ask(
             generations.append(_with_command(answer, given, one))
     finally:  # on Ctrl-C, what is there already is shown
         _report(generations, given, compile)
-    if save_plan is not None and generations[0].plan is not None:
-        generations[0].plan.write(save_plan)
-        err.print(f"plan: {save_plan}")
+    if place is not None and generations[0].plan is not None:
+        generations[0].plan.write(place)
+        err.print(f"plan: {place}")
 
 
 def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **options: Any) -> "Generation":

@@ -92,10 +92,10 @@ def bench(
         str, typer.Option(help="Other libraries to measure: kvpress, vllm, llama.cpp.", metavar="NAMES")
     ] = "",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE.png")
+        str | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE.png")
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output",
             "-o",
@@ -116,7 +116,7 @@ def bench(
     _check_choices(model, random, layers, profile, dtype, config.decode)
     check_outputs({"plot": plot, "output": output}, {"profile": profile, "model": model})
     check_profile(profile)
-    _check_outputs(plot, output)
+    figure, place = _places(plot, output)
     peer_pythons = _pythons_of_peers(peers, random or model or defaults.MODEL, random=random is not None)
     with Bar() as bar:
         subject = _subject(model, random, layers, config, dtype, device, bar)
@@ -131,9 +131,9 @@ def bench(
         from compresskv.system.interrupts import interrupted_once
 
         run = Bench(subject, config)
-        stored = StoredRun(run, output, profile)
+        stored = StoredRun(run, place, profile)
         if measured := stored.go_on(stages):
-            err.print(f"going on with {output}: {measured} of {len(stages)} prompt lengths were measured before")
+            err.print(f"going on with {place}: {measured} of {len(stages)} prompt lengths were measured before")
         finished = False
         with interrupted_once():
             try:
@@ -142,7 +142,7 @@ def bench(
                 finished = True
             finally:  # on Ctrl-C, what was measured is shown
                 bar.stop()
-                _report(stored, plot, output, finished=finished, as_json=as_json)
+                _report(stored, figure, place, finished=finished, as_json=as_json)
 
 
 def _config(
@@ -196,14 +196,16 @@ def _check_choices(
     find_geometry(random)
 
 
-def _check_outputs(plot: Path | None, output: Path | None) -> None:
-    for option, path in (("plot", plot), ("output", output)):
-        if path is not None:
-            check_writable(option, path)
-    if plot is not None:
+def _places(plot: str | None, output: str | None) -> tuple[Path | None, Path | None]:
+    """The figure's file, and the result's."""
+    figure, place = (
+        None if name is None else check_writable(option, name) for option, name in (("plot", plot), ("output", output))
+    )
+    if figure is not None:
         from compresskv.bench.figure import check_drawable
 
-        check_drawable(plot)
+        check_drawable(figure)
+    return figure, place
 
 
 def _pythons_of_peers(peers: str, model: str, *, random: bool) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """`compresskv chat`: a conversation about a document, in the terminal."""
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv import defaults
-from compresskv.cli.kept import check_unused, load_session, names_session
+from compresskv.cli.kept import SUFFIX, check_unused, load_session, names_session
 from compresskv.cli.options import (
     BudgetOption,
     CompileOption,
@@ -27,7 +28,7 @@ from compresskv.cli.options import (
     parse_nbytes,
 )
 from compresskv.cli.outputs import check_outputs
-from compresskv.cli.places import check_place, free_place
+from compresskv.cli.places import check_place, choose_places, free_place
 from compresskv.cli.read import (
     SESSION_BUDGET,
     ChunkOption,
@@ -231,7 +232,7 @@ class _Saving:
             SessionError: it cannot be written, or something else would be lost.
         """
         try:
-            place = Path(given).expanduser() if given else self._own[0] if self._own else free_place(self._stem)
+            place = self._named(given) if given else self._own[0] if self._own else free_place(self._stem)
             check_outputs({"save": place}, self._inputs)
             check_place("save", place)
             if is_session(place) and not any(exists(own) and own.samefile(place) for own in self._own):
@@ -241,6 +242,12 @@ class _Saving:
         except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a NUL in it
             reason = getattr(error, "strerror", None) or error
             raise SessionError(f"{given!r} cannot be written: {reason}") from error
+        return place
+
+    def _named(self, given: str) -> Path:
+        """The file that is named, or one in the folder that is."""
+        slash = "/" if given.endswith(("/", os.sep)) else ""
+        (place,) = choose_places([f"{self._stem}{SUFFIX}"], f"{Path(given).expanduser()}{slash}")
         return place
 
 

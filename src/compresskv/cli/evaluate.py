@@ -166,7 +166,6 @@ def evaluate(
 
     records = [output / name for name in ("run.json", "records.jsonl")]
     check_outputs({"output": records}, {"haystack": haystack, "profile": profile, "model": model})
-    check_future_folder("output", output)
     own = {
         "tasks": None if tasks is None else parse_names("tasks", tasks, list(known_tasks())),
         "subsets": split_names(subsets) or None,
@@ -188,7 +187,7 @@ def evaluate(
     }
     configs, left_out = _configs(suite, chosen, shared)
     usual = (",".join(registered()), "64,128,256") if suite is None else (METHODS, BUDGETS)
-    named = parse_methods("methods", methods or usual[0])
+    named = parse_methods("methods", usual[0] if methods is None else methods)
     counts = parse_budgets(usual[1] if budgets is None else budgets, of)
     held = parse_names("stores", stores, tuple(PRECISIONS))
     presses = split_names(peers)
@@ -242,6 +241,7 @@ def _run(
         problem = "holds a run that is no suite: give another folder"
         raise DataError(problem, option="output", value=str(output))
     for name, config in configs.items():
+        check_future_folder("output", output / name, ("records.jsonl", "run.lock"))
         config.check_folder(output / name, request.model)
     with Bar() as bar, ExitStack() as stack:
         loaded, tokenizer = load(request.model, dtype=request.dtype, device=request.device, on_progress=bar)

@@ -12,6 +12,7 @@ from compresskv.cli.options import check_writable
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.request import Checked, Request, with_request
 from compresskv.cli.terminal import Bar, Steps, err, megabytes, out
+from compresskv.cli.typed import is_typed
 from compresskv.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ Examples:
   compresskv explain log.kvc "Who is the cook?"
 """
 
-_DEFAULT_PAGE = Path("retention.html")
+_DEFAULT_PAGE = "retention.html"
 
 
 @with_request
 def explain(
     given: Request,
     html: Annotated[
-        Path | None, typer.Option("--html", help="The page to write. Default: retention.html.", metavar="FILE")
+        str | None, typer.Option("--html", help="The page to write. Default: retention.html.", metavar="FILE")
     ] = None,
     evidence: Annotated[
         list[str] | None,
@@ -51,10 +52,16 @@ def explain(
     """
     if given.as_json and html is not None:
         raise ConfigError(": with --json no page is written; leave one of them out", option="html", value=html)
-    page = _DEFAULT_PAGE if html is None else html
+    name = _DEFAULT_PAGE if html is None else html
+    page = Path(name)
     if not given.as_json:
         check_outputs({"html": page}, given.inputs)
-        check_writable("html", page, make_folder=False)
+        check_writable("html", name, make_folder=False)
+        if page.suffix.lower() not in ("", ".html", ".htm"):
+            raise ConfigError(": a page is HTML; end its name with .html", option="html", value=name)
+    if no_answer and is_typed("max_new_tokens"):
+        problem = "is of no use with --no-answer: leave one of them out"
+        raise ConfigError(problem, option="max_new_tokens", value=given.max_new_tokens)
     max_new_tokens = 0 if no_answer else given.max_new_tokens
     if names_session(given.document):
         report = _report_of_session(given, evidence or [], max_new_tokens)

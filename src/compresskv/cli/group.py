@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
-from typing import Any
+from typing import Any, get_type_hints
 
 import typer.core
 
-from compresskv.errors import CompressKVError, ConfigError, told
+from compresskv.cli.usage import named
+from compresskv.errors import CompressKVError, ConfigError, shown, told
 from compresskv.system.check import suggestion
 
-_SETTING = re.compile(r"\b([a-z_]+)=('[^']*'|[^\s,:;()]+)")
+_SETTING = re.compile(r"(?<!['/.-])\b([a-z_]+)=('[^']*'|[^\s,:;()]+)")
 
 
 class Group(typer.core.TyperGroup):
@@ -20,11 +20,13 @@ class Group(typer.core.TyperGroup):
         """The command that is meant.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: there is none of that name, or an empty text stands where it takes a path.
         """
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             raise ConfigError(f"{args[0]!r} is no command of '{ctx.command_path}'{suggestion(args[0], self._shown())}")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        _refuse_empty_paths(command, rest)
+        return name, command, rest
 
     def _shown(self) -> list[str]:
         return [name for name, command in self.commands.items() if not command.hidden]
@@ -45,6 +47,28 @@ class Group(typer.core.TyperGroup):
             if message == str(error):
                 raise
             raise type(error)(message) from error
+
+
+def _refuse_empty_paths(command: Any, args: list[str]) -> None:
+    """An empty path, such as a variable of the shell that was never set, would be the current folder.
+
+    Raises:
+        ConfigError: naming the option or the argument.
+    """
+    if not any(not arg or arg.endswith("=") for arg in args):
+        return
+    hints = get_type_hints(getattr(command.callback, "__wrapped__", None) or (lambda: None))
+    options = [one for one in command.params if one.param_type_name == "option" and not one.is_flag]
+    taking = {option: one for one in options for option in one.opts}
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    for before, arg in zip(["", *args], args, strict=False):
+        option, equals, value = arg.partition("=")
+        meant = [taking[option]] if equals and not value and option in taking else []
+        if not arg:
+            meant = [taking[before]] if before in taking else arguments
+        for one in meant:
+            if "Path" in str(hints.get(one.name)):
+                raise ConfigError(f"{named(one)} '' names nothing: give a path")
 
 
 def _as_typed(error: CompressKVError, parameters: Mapping[str, Any]) -> str:
@@ -75,4 +99,4 @@ def _shown(value: object) -> str:
     """As it was typed, with quotes around what is text."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) or "''"
-    return repr(str(value) if isinstance(value, PurePath) else value)
+    return shown(value)

@@ -123,6 +123,10 @@ ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Profile file. Default: the model's own.", metavar="FILE")
 ]
 
+OutputOption = Annotated[
+    str | None, typer.Option("--output", "-o", help="The file to write. Default: in the user's cache.", metavar="FILE")
+]
+
 
 def check_profile(profile: Path | None) -> None:
     """Refuse a profile that cannot be read, before a model is loaded.
@@ -236,18 +240,22 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def check_writable(option: str, path: Path, *, make_folder: bool = True) -> None:
+def check_writable(option: str, name: str | Path, *, make_folder: bool = True) -> Path:
     """Find out, before long work, whether a file can be written.
 
     Args:
+        name: as it was typed: a `Path` no longer knows that it ended in a slash.
         make_folder: whether a folder that is not there is made, or refused.
+    Returns: the file's path.
     Raises:
         ConfigError: it cannot.
     """
-    from compresskv.system.files import try_place
+    from compresskv.system.files import names_folder, try_place
 
-    if is_folder(path):
-        raise ConfigError("is a folder: give a file", option=option, value=path)
+    path = Path(name)
+    if is_folder(path) or names_folder(name):
+        problem = f"{'is' if is_folder(path) else 'names'} a folder: give a file"
+        raise ConfigError(problem, option=option, value=str(name))
     if not make_folder and not is_folder(path.parent):
         problem = f"cannot be written: {why_unseen(path) or f'there is no folder {str(path.parent)!r}'}"
         raise ConfigError(problem, option=option, value=path)
@@ -255,6 +263,7 @@ def check_writable(option: str, path: Path, *, make_folder: bool = True) -> None
         try_place(path)
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror}", option=option, value=path) from error
+    return path
 
 
 def check_folder(option: str, path: Path | None, names: Sequence[str] = ()) -> None:
@@ -267,8 +276,10 @@ def check_folder(option: str, path: Path | None, names: Sequence[str] = ()) -> N
     """
     if path is None:
         return
+    from compresskv.system.files import make_folder
+
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except OSError as error:
         raise ConfigError(f"cannot be a folder: {error.strerror}", option=option, value=path) from error
     for name in names:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from compresskv.errors import ConfigError
+from compresskv.system.files import try_place
 from compresskv.system.inputs import read_json
 from compresskv.system.paths import is_file, is_folder
 
@@ -18,7 +19,7 @@ Given: TypeAlias = "str | Path | Sequence[str | Path] | None"
 _MODEL_SUFFIXES = {".json", ".jinja", ".safetensors", ".bin", ".gguf", ".model", ".pt", ".pth", ".py", ".txt"}
 
 
-def check_outputs(outputs: Mapping[str, Path | Sequence[Path] | None], inputs: Mapping[str, Given]) -> None:
+def check_outputs(outputs: Mapping[str, Given], inputs: Mapping[str, Given]) -> None:
     """Refuse, before anything is read, a file to write that is one to be read, or two to write that are one.
 
     Links, other spellings of a path, and the file that standard input comes from count as the file itself. A folder
@@ -48,9 +49,11 @@ def check_outputs(outputs: Mapping[str, Path | Sequence[Path] | None], inputs: M
                 raise ConfigError(problem, option=option, value=str(path))
 
 
-def check_future_folder(option: str, folder: Path) -> None:
+def check_future_folder(option: str, folder: Path, names: Sequence[str] = ()) -> None:
     """Find out, before long work, whether a folder can be made and written to; nothing is made.
 
+    Args:
+        names: of files that will be written there, and may be there already.
     Raises:
         ConfigError: it cannot.
     """
@@ -58,8 +61,11 @@ def check_future_folder(option: str, folder: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
+        for name in names if there == folder else ():
+            try_place(folder / name)
     except OSError as error:
-        raise ConfigError(f"cannot be a folder: {error.strerror}", option=option, value=folder) from error
+        cannot = "be written" if is_folder(folder) else "be a folder"
+        raise ConfigError(f"cannot {cannot}: {error.strerror}", option=option, value=folder) from error
 
 
 def _statuses(name: str, given: Given) -> Iterator[os.stat_result]:

@@ -27,6 +27,8 @@ def choose_places(documents: Sequence[str], output: str | None) -> list[Path]:
     Raises:
         ConfigError: one file is named for several, or would be written twice.
     """
+    if output is not None and not output.strip():
+        raise ConfigError("is empty: name a file or a folder", option="output", value=output)
     folder = Path(output or "")
     ends_in_slash = output is not None and output.endswith(("/", os.sep))
     if output is not None and not ends_in_slash and not is_folder(folder):

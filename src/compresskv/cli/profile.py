@@ -14,6 +14,7 @@ from compresskv.cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    OutputOption,
     check_folder,
     check_writable,
     parse_numbers,
@@ -94,7 +95,7 @@ def find(
         str | None, typer.Option(help="Prompt lengths in tokens. Default: those of 1024,2048,4096 that fit the model.")
     ] = None,
     depths: Annotated[str | None, typer.Option(help="Needle depths in percent, such as 10,50,90.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
+    output: OutputOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="A first, rougher result in minutes.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -114,23 +115,24 @@ def find(
     }
     changes = {name: value for name, value in given.items() if value is not None}
     settings = CalibrationSettings.quick(**changes) if quick else CalibrationSettings(**changes)
+    place = None if output is None else check_writable("output", output)
     from compresskv.calibration.find import find_profile
     from compresskv.calibration.measure import NothingRetrievedError
+    from compresskv.calibration.runs import check_log_folder
     from compresskv.models.fingerprint import fingerprint
     from compresskv.models.load import load
     from compresskv.profiles import store
     from compresskv.prompts.prompt import context_length
 
-    if output is not None:
-        check_writable("output", output)
+    check_log_folder(log_folder := store.user_folder() / "runs")
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
-        path = output or store.default_path(fingerprint(loaded), quick=quick)
+        path = place or store.default_path(fingerprint(loaded), quick=quick)
         store.check_writable(path)
         if lengths is None:
             settings = settings.fitted(context_length(loaded))
         try:
-            outcome = find_profile(loaded, tokenizer, model, store.user_folder() / "runs", settings, bar)
+            outcome = find_profile(loaded, tokenizer, model, log_folder, settings, bar)
         except NothingRetrievedError as error:
             bar.stop()
             err.print(answers(error.runs), soft_wrap=False)

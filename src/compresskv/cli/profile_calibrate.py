@@ -28,7 +28,9 @@ _LEAST_PROMPTS = 20
 def calibrate(
     profile: Annotated[Path, typer.Argument(help="A profile file.")],
     runs: Annotated[list[Path], typer.Argument(help="Folders of 'compresskv eval' with automatic budgets.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write; may be the same file.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The profile to write; may be the same file.", metavar="FILE")
+    ],
     level: Annotated[float, typer.Option(help="The share of measured losses that shall lie below a curve.")] = 0.97,
     as_json: JsonOption = False,
 ) -> None:
@@ -41,7 +43,7 @@ def calibrate(
         raise ConfigError("must lie above 0 and at most at 1", option="level", value=level)
     records_of = {str(run): [run / name for name in ("run.json", "records.jsonl")] for run in runs}
     check_outputs({"output": output}, {f"run {name}": files for name, files in records_of.items()})
-    check_writable("output", output)
+    place = check_writable("output", output)
     from compresskv.evaluation.loss_curves import fit, points_of, share_below
     from compresskv.evaluation.records import read_run
     from compresskv.profiles.profile import read_profile
@@ -68,11 +70,11 @@ def calibrate(
         problem = "hold no record with an automatic budget: give budgets='auto[at_most=25%]' to 'compresskv eval'"
         raise DataError(problem, option="runs", value=" ".join(map(str, runs)))
     made = {**own.provenance, "loss_curves": {"level": level, "runs": [run.name for run in runs], "curves": told}}
-    write_profile(replace(own, loss_curves=curves, provenance=made), output)
+    write_profile(replace(own, loss_curves=curves, provenance=made), place)
     if as_json:
-        out.print_json(json.dumps({"file": str(output), "curves": told}))
+        out.print_json(json.dumps({"file": str(place), "curves": told}))
         return
-    out.print(str(output))
+    out.print(str(place))
     for one in told:
         number = counted(one["points"], "point")
         out.print(f"{one['method']}: loss = {one['scale']:.3g} * uncovered ** {one['power']:g} ({number})")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from compresskv.cli.options import check_writable
+from compresskv.cli.options import OutputOption, check_writable
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.terminal import err, out
 from compresskv.errors import ConfigError, ProfileError, told
@@ -43,14 +43,13 @@ def import_profile(
             "its id on the hub.",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache.")] = None,
+    output: OutputOption = None,
 ) -> None:
     """Make a profile from the files published with CompressKV."""
     files = {"heads": heads, "layers": layers, "head_scores": head_scores}
     _check_source(published, folder, files, model)
     check_outputs({"output": output}, {**files, "folder": folder, "model": model})
-    if output is not None:
-        check_writable("output", output)
+    place = None if output is None else check_writable("output", output)
     from compresskv.profiles import store
     from compresskv.profiles.authors import find_published, published_files
     from compresskv.profiles.published import import_published
@@ -71,7 +70,7 @@ def import_profile(
             problem = f": {told(repr(error.value), error.problem)}"  # a file that was found, not given
             option, value = ("published", published) if folder is None else ("folder", str(folder))
             raise ProfileError(problem, option=option, value=value) from error
-    path = output or store.user_folder() / f"imported-{imported.model_id.replace('/', '--')}.json"
+    path = place or store.user_folder() / f"imported-{imported.model_id.replace('/', '--')}.json"
     store.write_profile(imported, path)
     out.print(str(path))
     if imported.comparable_scores is None:

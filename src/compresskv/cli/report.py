@@ -11,6 +11,7 @@ from compresskv.cli.options import JsonOption, split_names
 from compresskv.cli.outputs import check_future_folder
 from compresskv.cli.terminal import counted, err, new_table, out
 from compresskv.errors import ConfigError
+from compresskv.system.paths import is_folder
 
 EPILOG = """\b
 Examples:
@@ -47,13 +48,14 @@ def report(
     from compresskv.evaluation.suite import runs_of
     from compresskv.evaluation.summary import report_data
 
-    if output is not None:
-        check_future_folder("output", output)
+    place = output or (runs[0] if len(runs) == 1 else Path("report"))
+    if output is not None or len(runs) > 1 or is_folder(place):  # else there is no run, which is told below
+        check_future_folder("output", place, ("report.md",))
     methods = None if own is None else split_names(own)
     if methods == ():
         raise ConfigError("names no method: give some, or leave it out", option="own", value=own)
     data = report_data([run for folder in runs for run in runs_of(folder)], methods)
-    path = write_pages(data, output or (runs[0] if len(runs) == 1 else Path("report")))
+    path = write_pages(data, place)
     if as_json:
         out.print_json(json.dumps({"file": str(path), **data}))
         return

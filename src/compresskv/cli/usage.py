@@ -27,7 +27,7 @@ def explained(error: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"see {command} --help"
         return f"{error.option_name} is no option of '{command}': {hint}"
     if kind == "MissingParameter" and error.param is not None:
-        return f"{_named(error.param)} is missing: {_usage(error)}"
+        return f"{named(error.param)} is missing: {_usage(error)}"
     if error.message.startswith("Got unexpected extra"):
         extra = error.message.rpartition(" (")[2].rstrip(".)")
         return f"{extra!r} is too much, or belongs in quotes with what is before it: {_usage(error)}"
@@ -37,11 +37,12 @@ def explained(error: Any) -> str:
     if getattr(error, "param", None) is not None:
         whole = "valid int" in message  # "valid integer" from typer 0.29 on
         problem = "is no whole number" if whole else f": {message}"
-        return told(f"{_named(error.param)} {_typed_value(error.param)}".rstrip(), problem)
+        return told(f"{named(error.param)} {_typed_value(error.param)}".rstrip(), problem)
     return f"{command}: {message[:1].lower()}{message[1:]}"
 
 
-def _named(parameter: Any) -> str:
+def named(parameter: Any) -> str:
+    """An option as it is typed, an argument as the usage line shows it."""
     return str(max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.name.upper())
 
 
@@ -61,5 +62,5 @@ def _usage(error: Any) -> str:
     words = [error.ctx.command_path]
     for one in error.ctx.command.params:
         if one.required:
-            words.append(f"{_named(one)} ..." if one.param_type_name == "option" else _named(one))
+            words.append(f"{named(one)} ..." if one.param_type_name == "option" else named(one))
     return " ".join([*words, "[OPTIONS]"])

@@ -23,7 +23,7 @@ from compresskv.compiled.step import Step, StepInputs, narrow_names
 from compresskv.errors import first_line
 from compresskv.models.shape import decoder_config
 from compresskv.system.clock import now
-from compresskv.system.files import write_text
+from compresskv.system.files import make_folder, write_text
 from compresskv.system.locking import held_if_free, locked
 from compresskv.system.paths import cache_dir
 from compresskv.system.processor import instruction_sets, processor_name
@@ -205,7 +205,7 @@ def _reason(error: Exception) -> str:
 
 
 def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, report: Progress) -> Package:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     _sweep(folder.parent)
     with locked(folder.with_suffix(".lock"), "waiting for another process that compiles the same step", report):
         if built_facts(model, kinds) is not None:  # by another process, unless it is damaged

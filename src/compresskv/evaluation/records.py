@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from compresskv.errors import DataError
 from compresskv.selection.precision import NATIVE
 from compresskv.system.convert import convert
-from compresskv.system.files import write_text
+from compresskv.system.files import make_folder, write_text
 from compresskv.system.inputs import read_bytes
 from compresskv.system.jsonl_log import JsonlLog, parse_line, split_lines
 from compresskv.system.paths import exists, why_unseen
@@ -129,7 +129,7 @@ class RecordLog:
         self._folder = folder
         self._lock = FileLock(folder / "run.lock")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._lock.acquire(timeout=0)
         except Timeout:
             problem = "is in use by another process: wait for it, or give another folder"

@@ -40,6 +40,8 @@ class Method:
     summary: ClassVar[str]
     source: ClassVar[str]
     needs_profile: ClassVar[bool] = False
+    evicts: ClassVar[bool] = True
+    """Whether any budget makes the method leave tokens out."""
     decides_together: ClassVar[bool] = False
     """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
     observes_all: ClassVar[bool] = False

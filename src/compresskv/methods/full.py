@@ -15,6 +15,7 @@ class Full(Method):
     name = "full"
     summary = "keeps every token"
     source = "-"
+    evicts = False
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """The whole prompt in every layer."""

@@ -12,14 +12,16 @@ def parse_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
     Args:
         option: the parameter they are given as, for error messages.
     Raises:
-        ConfigError: no NAME=VALUE, or a value that is no number and not true or false.
+        ConfigError: no NAME=VALUE, a name that is given twice, or a value that is no number and not true or false.
     """
     options: dict[str, Any] = {}
     for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not (name and equals and text):
+        name, _, text = (part.strip() for part in setting.partition("="))
+        if not (name and text):
             raise ConfigError("is not NAME=VALUE, such as window_size=32", option=option, value=setting)
-        options[name.replace("-", "_")] = _value(option, setting, text)
+        if (name := name.replace("-", "_")) in options:
+            raise ConfigError(f"gives {name} twice", option=option, value=setting)
+        options[name] = _value(option, setting, text)
     return options
 
 

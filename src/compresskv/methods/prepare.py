@@ -30,6 +30,9 @@ def prepare_method(
     Raises:
         ConfigError, ProfileError: as for `compressing`.
     """
+    if isinstance(method, type) and issubclass(method, Method):
+        problem = f"is a class: pass an object, {method.__name__}(), or a name"
+        raise ConfigError(problem, option="method", value=method.__name__)
     if isinstance(method, Method):
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a Method: set them on the Method")

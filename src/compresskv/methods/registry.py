@@ -26,8 +26,11 @@ def register(method: _M) -> _M:
     """Class decorator: make the method known by its `name`.
 
     Raises:
+        ConfigError: no class of methods with a name.
         ValueError: the name is taken.
     """
+    if not (isinstance(method, type) and issubclass(method, Method) and hasattr(method, "name")):
+        raise ConfigError("must be a class derived from Method, with a name", option="method", value=method)
     if method.name in _METHODS:
         raise ValueError(f"a method named {method.name!r} is registered already")
     _METHODS[method.name] = method

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compresskv.errors import ModelError, first_line
+from compresskv.system.files import make_folder
 from compresskv.system.locking import locked
 from compresskv.system.paths import cache_dir, is_folder
 from compresskv.system.progress import Progress
@@ -42,7 +43,7 @@ def fetched_gguf(model: EmbeddedModel, is_there: Callable[[], bool], report: Pro
         OSError: as `cache_error` explains.
     """
     cache = cache_dir()
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     waiting = f"waiting for another process that fetches {model.name}"
     with locked(cache / f".{model.name}.lock", waiting, report):
         if is_there():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+_warned: WeakSet[PreTrainedModel] = WeakSet()
 _FEW_WEIGHTS = 10_000_000  # so small a model is quick in any dtype
 
 
@@ -43,9 +45,10 @@ def use_quick_dtype(model: PreTrainedModel) -> None:
 
 
 def warn_of_slow_dtype(model: PreTrainedModel) -> None:
-    """Say once in a process that a model's dtype is slow here, and what helps."""
-    if multiplies(model.dtype, model.device) or model.num_parameters() < _FEW_WEIGHTS:
+    """Say once of a model that its dtype is slow here, and what helps."""
+    if model in _warned or multiplies(model.dtype, model.device) or model.num_parameters() < _FEW_WEIGHTS:
         return
+    _warned.add(model)
     name = str(model.dtype).removeprefix("torch.")
     warnings.warn(
         f"this processor has no instructions for {name}, in which the model's weights are: float32 is faster",

@@ -18,6 +18,7 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
+from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import check_model
 from compresskv.plans.capture import read_prompt
@@ -26,7 +27,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
-from compresskv.system.check import check_callbacks
+from compresskv.system.check import check_callbacks, is_int
 
 
 class PlanningLayer(CompressedLayer):
@@ -90,6 +91,7 @@ def make_plan(
     chosen = prepare_method(model, method, profile, **options)
     if chosen.lookahead:
         raise ConfigError(f"lookahead={chosen.lookahead}: a plan is made from the prompt alone")
+    warn_of_slow_dtype(model)
     with routing(model):
         told: dict[str, Any] = {"prefill_memory": prefill_memory, "on_layer": on_layer, "store": store}
         cache = PlanningCache(model, chosen, budget, candidates=None, **told)
@@ -110,7 +112,7 @@ def make_plan(
 
 def _check_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
     given = isinstance(token_ids, Sequence) and len(token_ids) > 0
-    if not given or not all(isinstance(token, int) for token in token_ids):
+    if not given or not all(is_int(token) for token in token_ids):
         raise PromptError("token_ids must be the integers of one prompt: pass input_ids[0].tolist()")
     embeddings: Any = model.get_input_embeddings()
     vocabulary = len(embeddings.weight)

@@ -21,6 +21,7 @@ from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budgets import Budget, check_budget
+from compresskv.system.check import check_path
 from compresskv.system.convert import convert
 from compresskv.system.files import write_text
 from compresskv.system.inputs import read_json
@@ -205,7 +206,9 @@ class Plan:
 
         Raises:
             PlanError: the place cannot be written.
+            ConfigError: no name of a file.
         """
+        check_path("path", path)
         try:
             write_text(path, json.dumps(self.to_dict()) + "\n")
         except OSError as error:
@@ -217,7 +220,9 @@ def read_plan(path: str | Path) -> Plan:
 
     Raises:
         PlanError: no such file, no JSON, or no valid plan; the message names the file.
+        ConfigError: no name of a file.
     """
+    check_path("path", path)
     try:
         return Plan.from_dict(read_json(path, _MOST_NBYTES))
     except OSError as error:

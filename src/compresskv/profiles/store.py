@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from compresskv.errors import ProfileError
 from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.profiles.profile import Profile, read_profile
-from compresskv.system.files import try_place, write_text
+from compresskv.system.files import make_folder, try_place, write_text
 from compresskv.system.paths import cache_dir, is_folder
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         ProfileError: the place cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_text(path, json.dumps(profile.to_dict(), indent=1) + "\n")
     except OSError as error:
         raise ProfileError(f"cannot write the profile to {str(path)!r}: {error.strerror}") from error

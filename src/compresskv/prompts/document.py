@@ -31,6 +31,8 @@ def read_document(document: str) -> str:
         PromptError: missing, a folder, empty, too large, or not text that can be read; the message names it and, where
             it can be converted, how.
     """
+    if not document.strip():
+        raise PromptError(f"document {document!r} names no file")
     if document == "-" and sys.stdin is None:
         raise PromptError("document '-': standard input is closed")
     try:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compresskv.errors import ConfigError
+from compresskv.system.check import check_count
 
 CHUNK_TOKENS = 1024
 """Tokens of a prompt between two cuts, where nothing is said."""
@@ -75,10 +76,9 @@ class DecodeBudget:
         return Cut(num_prompt + number * self.interval, self.budget + self.interval, self.budget)
 
 
-def _check_counts(least: int, **counts: object) -> None:
+def _check_counts(least: int, **counts: int) -> None:
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError("must be an int of at least 1", option=name, value=value)
+        check_count(name, value)
         if value < least:
             raise ConfigError(f"must be at least {least}, the observation window's tokens", option=name, value=value)
 

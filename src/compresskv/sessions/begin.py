@@ -123,6 +123,7 @@ def open_session(path: str | Path, model: PreTrainedModel, tokenizer: PreTrained
     """
     check_model(model, tokenizer)
     check_path("path", path)
+    warn_of_slow_dtype(model)
     return opened(path, read_session(path), model, tokenizer)
 
 

@@ -20,6 +20,7 @@ from compresskv.selection.budgets import Budget, is_share, of_part, resolve
 from compresskv.selection.byte_budget import find_byte_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.progress import OnRead, told
+from compresskv.system.check import check_count
 
 _LEAST_ROOM = 256
 """Tokens that a document must leave of the model's context: for a question and its answer."""
@@ -54,9 +55,8 @@ def read_document(
     """
     if method.lookahead:
         raise ConfigError(f"lookahead={method.lookahead}: a document is cut before anything is asked")
-    for option, value in (("chunk", chunk), ("max_memory", max_memory)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError("must be an int of at least 1", option=option, value=value)
+    check_count("chunk", chunk, or_none=True)
+    check_count("max_memory", max_memory, or_none=True)
     total = len(token_ids)
     cache = CompressedCache(model, method, budget, store=store)
     if isinstance(budget, str) and (in_bytes := find_byte_budget(budget)) is not None:

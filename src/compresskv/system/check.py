@@ -28,6 +28,21 @@ def check_least(option: str, value: float | None, least: int = 1) -> None:
         raise ConfigError(f"must be at least {least}", option=option, value=value)
 
 
+def is_int(value: object) -> bool:
+    """Whether it is a whole number; True and False count as none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_count(option: str, value: object, *, or_none: bool = False) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    if not ((or_none and value is None) or (isinstance(value, int) and is_int(value) and value >= 1)):
+        raise ConfigError(f"must be an int of at least 1{', or None' if or_none else ''}", option=option, value=value)
+
+
 def check_path(option: str, value: object) -> None:
     """Refuse what names no file.
 

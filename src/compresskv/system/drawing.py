@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compresskv.errors import ConfigError
-from compresskv.system.files import write_whole
+from compresskv.system.files import make_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def save_figure(figure: Any, path: Path) -> None:
         ConfigError: the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         drawn = io.BytesIO()
         figure.savefig(drawn, format=path.suffix[1:].lower() or None, dpi=150)
         write_whole(path, drawn.getvalue())

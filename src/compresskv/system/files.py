@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from compresskv.system.paths import exists, is_file
+from compresskv.system.paths import exists, is_file, is_folder
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -20,6 +20,11 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """
     with replacing(path) as place:
         place.write_bytes(data)
+
+
+def names_folder(path: str | Path) -> bool:
+    """Whether a path is spelled as a folder's, with a slash at its end."""
+    return str(path).endswith(("/", os.sep))
 
 
 @contextmanager
@@ -33,6 +38,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: the place cannot be written; what was there is there still.
     """
+    if names_folder(path) or is_folder(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if exists(path) and not is_file(path):
         yield Path(path)  # renaming would put a file in the place of /dev/null
         return
@@ -64,13 +71,26 @@ def write_text(path: str | Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those that it lies in, where they are not there.
+
+    Raises:
+        OSError: it cannot be made; `NotADirectoryError` where a file has its name or that of one above, for which
+            `Path.mkdir` says that the file exists.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
 def try_place(path: Path) -> None:
     """Make the folder that `path` will lie in, and find out whether `replacing` can put a file there; none is made.
 
     Raises:
         OSError: it cannot.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     place = Path(os.path.realpath(path))
     before = _replaceable(place)
     if before is None or stat.S_ISREG(before.st_mode):  # others are written to as they are

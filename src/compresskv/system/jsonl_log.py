@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-from compresskv.system.files import write_whole
+from compresskv.system.files import make_folder, write_whole
 from compresskv.system.paths import exists
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class JsonlLog(Generic[T]):
     def _mend(self) -> None:
         if self._mended is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         self._path.touch()
         if self._num_damaged:
             backup = _unused(self._path)
