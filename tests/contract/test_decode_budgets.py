@@ -7,9 +7,11 @@ import compresskv
 import tiny
 from compresskv import ConfigError
 from compresskv.cache import group
+from compresskv.cache.timing import EvictionTimer
 from compresskv.compression import Compressing
 from compresskv.methods import registry
 from compresskv.methods.base import Method
+from compresskv.selection.cuts import DecodeBudget
 from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT, NUM_NEW, BUDGET, INTERVAL = 60, 40, 24, 12
@@ -102,6 +104,18 @@ def test_padded_rows_and_prompts_that_are_kept_whole() -> None:
         with cutting(model, "rkv", "snapkv", 1.0) as cache:
             alone = tiny.generate(model, rows[row : row + 1, 20 - length :], cache, max_new_tokens=NUM_NEW)
         assert torch.equal(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("decode_method", ["rkv", "rkv_shared"])
+def test_whoever_times_eviction_hears_of_every_cut(decode_method: str) -> None:
+    model, timer, decode = tiny.tiny_model("llama"), EvictionTimer(tiny.DEVICE), DecodeBudget(BUDGET, INTERVAL)
+    method = registry.create("streaming_llm")
+    options = {"decode": decode, "decode_method": registry.create(decode_method), "observer": timer}
+    with Compressing(model, method, BUDGET, **options) as cache:
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT + NUM_NEW), [NUM_PROMPT, *[1] * NUM_NEW])
+    num_layers = len(cache.compressed_layers)
+    assert timer.eviction.num_runs == (1 + NUM_NEW // INTERVAL) * num_layers
+    assert timer.scoring.num_runs >= timer.eviction.num_runs
 
 
 def test_sinks_and_the_latest_tokens() -> None:

@@ -25,7 +25,6 @@ from compresskv.cache.stored import layers_nbytes
 from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.methods.base import Method
 from compresskv.models.chunks import GivenPrompt, chunked_prompt_length, is_generating, lacks_what_was_read
-from compresskv.models.rotary import Rotations
 from compresskv.models.shape import decoder_config, shares_keys
 from compresskv.selection import budgets
 from compresskv.selection.auto_budget import AutoChoice
@@ -90,7 +89,7 @@ class CompressedCache(RoutedCache):
             raise ModelError("layers of this model attend to keys of others: leave out chunk_budget=N, decode_budget=N")
         generated = None
         if decode is not None:
-            generated = GeneratedEviction(decode_method or method, decode, conditions.num_layers, Rotations(model))
+            generated = GeneratedEviction(decode_method or method, decode, conditions)
         make = functools.partial(self.layer_type, model=model, eviction=eviction, generated=generated)
         super().__init__(layers=routed_layers(model, make))
         # Without a mask, attention of later chunks is faster. A sliding window, and 'eager', need theirs.

@@ -16,7 +16,6 @@ from compresskv.cache.window import QueryWindow
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
-from compresskv.models.rotary import Rotations
 from compresskv.selection.cuts import Cut, DecodeBudget
 from compresskv.selection.select import EMPTY_SLOT, tokens_at
 
@@ -31,18 +30,18 @@ class Generating(Holding, Protocol):
 class GeneratedEviction:
     """Cuts what layers hold to a budget, once every so many tokens."""
 
-    def __init__(self, method: Method, decode: DecodeBudget, num_layers: int, rotations: Rotations) -> None:
+    def __init__(self, method: Method, decode: DecodeBudget, conditions: Conditions) -> None:
         """Nothing is generated yet.
 
         Args:
             method: see `check_decoding`.
-            rotations: the model's, for methods that ask.
+            conditions: of the prompt; who watches its cut is told of those to come.
         """
-        self._rotations = rotations
+        self._rotations, self._observer = conditions.rotations, conditions.observer
         self._budget = decode.budget
         self.interval = decode.interval
         self._method = method.with_window(method.window_at(decode.budget))
-        together = Conditions(num_layers)
+        together = Conditions(conditions.num_layers, observer=conditions.observer)
         self._together = Eviction(method, decode.budget, together) if method.decides_together else None
 
     @property
@@ -61,23 +60,31 @@ class GeneratedEviction:
         assert store is not None
         if max(store.counts) <= self._budget:
             return
+        if self._together is None:
+            with self._observer.evicting():
+                groups = self._inputs(layer, store, window, valid)
+                layer.retain(_side_by_side([self._chosen(inputs, positions) for inputs, positions in groups]))
+            return
+        ((inputs, _),) = self._inputs(layer, store, window, valid)  # the method keeps the same tokens in all heads
+        cut = Cut(layer.seen_tokens, inputs.num_tokens, self._budget)
+        self._together.end_of_prompt(HeldOf(layer), position, inputs, cut=cut)
+
+    def _inputs(
+        self, layer: Generating, store: Store, window: QueryWindow, valid: Tensor | None
+    ) -> list[tuple[LayerInputs, Tensor]]:
         groups = _groups(layer, store, window, valid)
         if self._method.turns_ahead:
+            assert self._rotations is not None
             ahead = self._rotations.ahead(layer.layer_idx, layer.seen_tokens, window.queries, valid)
             groups = [(replace(inputs, ahead=ahead), positions) for inputs, positions in groups]
-        if self._together is not None:
-            (inputs, _), *others = groups
-            assert not others  # the method keeps the same tokens in all heads
-            cut = Cut(layer.seen_tokens, inputs.num_tokens, self._budget)
-            self._together.end_of_prompt(HeldOf(layer), position, inputs, cut=cut)
-            return
-        layer.retain(_side_by_side([self._chosen(inputs, positions) for inputs, positions in groups]))
+        return groups
 
     def _chosen(self, inputs: LayerInputs, positions: Tensor) -> Tensor:
         """(B, 1 or h, R): what some KV heads keep of the tokens at `positions` (B, 1 or h, n)."""
         batch_size, num_tokens = len(positions), inputs.num_tokens
         lengths = [num_tokens - start for start in inputs.row_starts]
-        scores = self._method.score(inputs)
+        with self._observer.scoring_tokens():
+            scores = self._method.score(inputs)
         slots = Method.select(self._method, scores, [[self._budget]] * batch_size, lengths)
         return tokens_at(slots, positions)
 
