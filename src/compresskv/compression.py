@@ -15,7 +15,7 @@ from compresskv import defaults
 from compresskv.attention.pieces import AUTO, PrefillMemory, check_prefill_memory
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
-from compresskv.cache.cuts import find_cuts, find_decode_method
+from compresskv.cache.cuts import CutOptions, find_cuts
 from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
@@ -204,66 +204,55 @@ def compressing(
     check_model(model)
     check_callbacks(on_compile=on_compile)
     check_flag("exact_prefill", exact_prefill, or_none=True)
-    check_prefill_memory(prefill_memory)
-    check_candidates(candidates)
-    budget = read_budget(budget)
     if isinstance(method, Plan):
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a plan, which takes none")
         method = method.as_method(model)
-    find_precision(store)
-    is_shared = decode_budget is not None and find_decode_method(decode_method).needs_profile
-    chosen = prepare_method(model, method, profile, is_shared=is_shared, **options)
+    cuts = CutOptions(chunk_budget, chunk_tokens, decode_budget, decode_interval, decode_method)
+    held: dict[str, Any] = {"store": store, "prefill_memory": prefill_memory, "candidates": candidates}
+    chosen, budget, cut = prepare(model, method, budget, profile, cuts, options, **held)
     if chosen.replays:
         raise ConfigError(
             f"method {chosen.name!r} reads the prompt twice and must know its tokens: give compressing a plan by "
             "compresskv.make_plan, or use compresskv.ask"
         )
-    cuts = prepare_cuts(
-        model,
-        chosen,
-        profile,
-        chunk_budget=chunk_budget,
-        chunk_tokens=chunk_tokens,
-        decode_budget=decode_budget,
-        decode_interval=decode_interval,
-        decode_method=decode_method,
-    )
-    warn_of_slow_dtype(model)
-    return Compressing(
-        model,
-        chosen,
-        budget,
-        compile=_mode(model) if compile is None else compile,
-        on_progress=on_compile,
-        store=store,
-        prompt_tokens=prompt_tokens,
-        **cuts,
-        exact_prefill=exact_prefill,
-        prefill_memory=prefill_memory,
-        candidates=candidates,
-    )
+    if compile is None:
+        compile = modes.AUTO if decoding.records_steps(model) else modes.NEVER
+    given: dict[str, Any] = {"prompt_tokens": prompt_tokens, "exact_prefill": exact_prefill, **held, **cut}
+    return Compressing(model, chosen, budget, compile=compile, on_progress=on_compile, **given)
 
 
-def _mode(model: PreTrainedModel) -> str:
-    """How tokens are decoded where nothing is said."""
-    return modes.AUTO if decoding.records_steps(model) else modes.NEVER
-
-
-def prepare_cuts(
-    model: PreTrainedModel, method: Method, profile: Profile | str | Path | None, **cuts: Any
-) -> dict[str, Any]:
-    """Options of a `CompressedCache` for cuts beside the one at the prompt's end; see `compressing`.
+def prepare(
+    model: PreTrainedModel,
+    method: str | Method,
+    budget: Budget,
+    profile: Profile | str | Path | None,
+    cuts: CutOptions,
+    options: dict[str, Any],
+    *,
+    store: str,
+    prefill_memory: PrefillMemory,
+    candidates: int | None,
+    reads_twice: bool = False,
+) -> tuple[Method, Budget, dict[str, Any]]:
+    """Check what `compressing` and `ask` are given alike, before anything is read.
 
     Args:
-        method: ready for the model.
-        cuts: as for `find_cuts`.
+        options: the method's.
+        reads_twice: as for `find_cuts`.
+    Returns: the method, ready for the model; the budget; and options of a `CompressedCache` for the cuts.
     Raises:
         ConfigError, ProfileError: as for `compressing`.
     """
-    chunks, decoding = find_cuts(method, **cuts)
-    if decoding is None:
-        return {"chunks": chunks}
-    decode, chosen = decoding
-    prepared = prepare_method(model, chosen, profile if chosen.needs_profile else None)
-    return {"chunks": chunks, "decode": decode, "decode_method": prepared}
+    check_prefill_memory(prefill_memory)
+    check_candidates(candidates)
+    find_precision(store)
+    budget = read_budget(budget)
+    chosen = prepare_method(model, method, profile, is_shared=cuts.needs_profile, **options)
+    chunks, decoding = find_cuts(chosen, cuts, reads_twice=reads_twice)
+    cut: dict[str, Any] = {"chunks": chunks}
+    if decoding is not None:
+        cut["decode"], decode_method = decoding
+        cut["decode_method"] = prepare_method(model, decode_method, profile if decode_method.needs_profile else None)
+    warn_of_slow_dtype(model)
+    return chosen, budget, cut

@@ -10,15 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv import defaults
 from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
-from compresskv.cache.cuts import find_decode_method
-from compresskv.cache.group import CANDIDATES, check_candidates
+from compresskv.cache.cuts import CutOptions
+from compresskv.cache.group import CANDIDATES
 from compresskv.compiled.modes import AUTO, check_mode
-from compresskv.compression import Compressing, prepare_cuts
+from compresskv.compression import Compressing, prepare
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
-from compresskv.methods.prepare import prepare_method
 from compresskv.models.decoding import OnToken, decode
-from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
@@ -30,9 +28,9 @@ from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
 from compresskv.selection.auto_budget import AutoChoice
-from compresskv.selection.budgets import Budget, as_json, read_budget
+from compresskv.selection.budgets import Budget, as_json
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
-from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.selection.precision import NATIVE
 from compresskv.system import memory
 from compresskv.system.check import check_callbacks, check_flag
 from compresskv.system.clock import now
@@ -157,50 +155,34 @@ def ask(
         PromptError: an empty document or question, or a prompt that does not fit.
     """
     check_model(model, tokenizer)
-    check_callbacks(on_text=on_text, on_token=on_token, on_prefill=on_prefill, on_compile=on_compile)
+    check_callbacks(on_prefill=on_prefill)
+    asked = Asked(max_new_tokens, compile, on_text, on_token, on_compile)
     check_flag("two_pass", two_pass)
     check_request(context, question, truncate)
-    is_shared = decode_budget is not None and find_decode_method(decode_method).needs_profile
-    chosen = prepare_method(model, method, profile, is_shared=is_shared, **options)
-    warn_of_slow_dtype(model)
+    cuts = CutOptions(chunk_budget, chunk_tokens, decode_budget, decode_interval, decode_method)
+    held: dict[str, Any] = {"store": store, "prefill_memory": prefill_memory}
+    more: dict[str, Any] = {"candidates": candidates, **held}
+    chosen, budget, cut = prepare(model, method, budget, profile, cuts, options, reads_twice=two_pass, **more)
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
-    budget = read_budget(budget)
-    cuts = prepare_cuts(
-        model,
-        chosen,
-        profile,
-        reads_twice=two_pass,
-        chunk_budget=chunk_budget,
-        chunk_tokens=chunk_tokens,
-        decode_budget=decode_budget,
-        decode_interval=decode_interval,
-        decode_method=decode_method,
-    )
-    find_precision(store)
-    check_mode(compile)
-    pieces.check_prefill_memory(prefill_memory)
-    check_candidates(candidates)
     room = room_for_prompt(model, max_new_tokens)
     prompt = build_prompt(tokenizer, context, question, max_tokens=room, truncate=truncate)
     token_ids = prompt.input_ids[0].tolist()
     devices = devices_of(model)
     start = now(*devices)
     plan, on_layer = None, on_prefill
-    held: dict[str, Any] = {"store": store, "prefill_memory": prefill_memory}
     if two_pass:
         plan = make_plan(model, token_ids, chosen, budget, on_layer=_half(on_prefill, 0), **held)
         on_layer = _half(on_prefill, 1)
     evicting = chosen if plan is None else Planned(plan=plan)
-    told: dict[str, Any] = {"compile": compile, "on_progress": on_compile, "on_layer": on_layer, **held, **cuts}
-    compressed = Compressing(model, evicting, budget, candidates=candidates, **told)
+    told: dict[str, Any] = {"compile": compile, "on_progress": on_compile, "on_layer": on_layer, **more, **cut}
+    compressed = Compressing(model, evicting, budget, **told)
     with compressed as cache:
         logits = read_prompt(model, token_ids, cache)
         cache.check_attended()  # where one layer alone is compressed, only its next token would tell
         prefill_s = now(*devices) - start
-        first, prepare = int(logits.argmax()), compressed.prepare_decoding
-        heard: dict[str, Any] = {"on_text": on_text, "on_token": on_token}
-        answered = speak(model, tokenizer, cache, first, max_new_tokens, start=start, prepare=prepare, **heard)
+        first = int(logits.argmax())
+        answered = speak(model, tokenizer, cache, first, asked, start=start, prepare=compressed.prepare_decoding)
     stats = GenerationStats(
         method=chosen.label,
         budget=as_json(budget),
@@ -215,6 +197,22 @@ def ask(
         **answered.cost(model, cache),
     )
     return Generation(answered.text, answered.token_ids, stats, plan)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How an answer is asked for; see `ask`."""
+
+    max_new_tokens: int
+    compile: str
+    on_text: Callable[[str], None] | None
+    on_token: OnToken | None
+    on_compile: Progress | None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown way to compile, and nobody to tell, before anything is read."""
+        check_mode(self.compile)
+        check_callbacks(on_text=self.on_text, on_token=self.on_token, on_compile=self.on_compile)
 
 
 @dataclass(frozen=True)
@@ -247,12 +245,10 @@ def speak(
     tokenizer: PreTrainedTokenizerBase,
     cache: CompressedCache,
     first: int,
-    max_new_tokens: int,
+    asked: Asked,
     *,
     start: float,
     prepare: Callable[[], None],
-    on_text: Callable[[str], None] | None = None,
-    on_token: OnToken | None = None,
 ) -> Answered:
     """Decode an answer greedily from its `first` token.
 
@@ -262,16 +258,16 @@ def speak(
     """
     devices = devices_of(model)
     first_s = now(*devices) - start
-    spoken = None if on_text is None else Spoken(tokenizer, on_text)
+    spoken = None if asked.on_text is None else Spoken(tokenizer, asked.on_text)
 
     def tell(token: int) -> object:
         if spoken is not None:
             spoken.put(token)
-        return None if on_token is None else on_token(token)
+        return None if asked.on_token is None else asked.on_token(token)
 
-    if max_new_tokens > 1:
+    if asked.max_new_tokens > 1:
         prepare()
-    token_ids = decode(model, tokenizer, first, cache, max_new_tokens, tell)
+    token_ids = decode(model, tokenizer, first, cache, asked.max_new_tokens, tell)
     if spoken is not None:
         spoken.end()
     text = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()

@@ -1,5 +1,7 @@
 """Cuts beside the one at a prompt's end, as they are asked for: while it is read, and while an answer is generated."""
 
+from dataclasses import dataclass
+
 from compresskv import defaults
 from compresskv.cache.generated import check_decoding
 from compresskv.errors import ConfigError
@@ -8,17 +10,26 @@ from compresskv.methods.registry import parse_methods
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, Chunks, DecodeBudget
 
 
+@dataclass(frozen=True)
+class CutOptions:
+    """What is asked for; see `compressing`."""
+
+    chunk_budget: int | None = None
+    chunk_tokens: int = CHUNK_TOKENS
+    decode_budget: int | None = None
+    decode_interval: int = DECODE_INTERVAL
+    decode_method: str | Method = defaults.DECODE_METHOD
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether the method that cuts what is generated looks into a profile."""
+        return self.decode_budget is not None and find_decode_method(self.decode_method).needs_profile
+
+
 def find_cuts(
-    method: Method,
-    *,
-    reads_twice: bool = False,
-    chunk_budget: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-    decode_budget: int | None = None,
-    decode_interval: int = DECODE_INTERVAL,
-    decode_method: str | Method = defaults.DECODE_METHOD,
+    method: Method, asked: CutOptions, *, reads_twice: bool = False
 ) -> tuple[Chunks | None, tuple[DecodeBudget, Method] | None]:
-    """What is cut and by which method, as far as that can be told without the model; see `compressing`.
+    """What is cut and by which method, as far as that can be told without the model.
 
     Args:
         method: the one that cuts at the prompt's end.
@@ -26,17 +37,16 @@ def find_cuts(
     Raises:
         ConfigError: numbers that cannot work, methods that cannot cut, or an option without the budget that it needs.
     """
-    if chunk_budget is None:
-        _check_default("chunk_budget", chunk_tokens=(chunk_tokens, CHUNK_TOKENS))
+    if asked.chunk_budget is None:
+        _check_default("chunk_budget", asked, "chunk_tokens")
     elif reads_twice:
         problem = "cuts a prompt while it is read, and this one is read twice: leave it out"
-        raise ConfigError(problem, option="chunk_budget", value=chunk_budget)
-    chunks = _find_chunks(method, chunk_budget, chunk_tokens)
-    if decode_budget is None:
-        own = {"decode_interval": (decode_interval, DECODE_INTERVAL)}
-        _check_default("decode_budget", **own, decode_method=(decode_method, defaults.DECODE_METHOD))
+        raise ConfigError(problem, option="chunk_budget", value=asked.chunk_budget)
+    chunks = _find_chunks(method, asked.chunk_budget, asked.chunk_tokens)
+    if asked.decode_budget is None:
+        _check_default("decode_budget", asked, "decode_interval", "decode_method")
         return chunks, None
-    chosen, decode = find_decode_method(decode_method), DecodeBudget(decode_budget, decode_interval)
+    chosen, decode = find_decode_method(asked.decode_method), DecodeBudget(asked.decode_budget, asked.decode_interval)
     check_decoding(chosen, method, decode)
     return chunks, (decode, chosen)
 
@@ -73,8 +83,8 @@ def _find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | No
     return chunks
 
 
-def _check_default(budget: str, **options: tuple[object, object]) -> None:
+def _check_default(budget: str, asked: CutOptions, *options: str) -> None:
     """Refuse what would be ignored, since the budget that it goes with is not given."""
-    for option, (value, default) in options.items():
-        if value != default:
+    for option in options:
+        if (value := getattr(asked, option)) != getattr(CutOptions, option):
             raise ConfigError(f"is of no use without {budget}=N", option=option, value=value)

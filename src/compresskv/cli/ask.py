@@ -82,11 +82,11 @@ def ask(
     two_pass |= save_plan is not None
     if two_pass and any(one.lookahead for one in checked.methods):
         raise ConfigError("--two-pass and --save-plan cannot look ahead: leave lookahead out of the method")
-    from compresskv.cache.cuts import find_cuts
+    from compresskv.cache.cuts import CutOptions, find_cuts
 
     takes_profile = False
     for one in checked.methods:
-        _, decoding = find_cuts(one, reads_twice=two_pass, **cuts)
+        _, decoding = find_cuts(one, CutOptions(**cuts), reads_twice=two_pass)
         takes_profile = decoding is not None and decoding[1].needs_profile
     loaded, tokenizer, methods = checked.load()
     generations: list[Generation] = []

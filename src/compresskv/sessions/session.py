@@ -12,7 +12,7 @@ from compresskv.cache.cache import CompressedCache
 from compresskv.cache.state import cache_state
 from compresskv.compiled.modes import AUTO
 from compresskv.errors import CacheStateError, ProfileError, PromptError, SessionError
-from compresskv.generation import Generation
+from compresskv.generation import Asked, Generation
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.registry import parse_methods
@@ -21,7 +21,7 @@ from compresskv.models.place import devices_of
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import room_for_prompt
 from compresskv.prompts.turns import Ending, next_part, question_tokens, turn_tokens
-from compresskv.sessions.answering import Answering, Asked
+from compresskv.sessions.answering import Answering
 from compresskv.sessions.conversation import TURNS_BUDGET, Conversation
 from compresskv.sessions.document import Document, Lent
 from compresskv.sessions.facts import Facts
@@ -110,12 +110,12 @@ class Session:
             ConfigError: a value out of range.
             PromptError: an empty question, or one that does not fit into the model's context.
         """
-        asked = Asked(now(*devices_of(self._model)), max_new_tokens, compile, on_text, on_token, on_compile)
+        asked, start = Asked(max_new_tokens, compile, on_text, on_token, on_compile), now(*devices_of(self._model))
         with self._lending() as document:
             token_ids = question_tokens(self.tokenizer, document.ending, question)
             self._check_fits(len(document.token_ids) + len(token_ids), max_new_tokens)
             cache = document.branch(len(token_ids) + max_new_tokens)
-            return self._answering.answer(document.facts, cache, token_ids, asked)
+            return self._answering.answer(document.facts, cache, token_ids, asked, start)
 
     def say(
         self,
@@ -136,7 +136,7 @@ class Session:
         Raises:
             ConfigError, PromptError: as for `ask`; or the model's chat template takes no conversation.
         """
-        asked = Asked(now(*devices_of(self._model)), max_new_tokens, compile, on_text, on_token, on_compile)
+        asked, start = Asked(max_new_tokens, compile, on_text, on_token, on_compile), now(*devices_of(self._model))
         talk = self._conversation
         if talk is None:
             talk, token_ids = self._begun(text, max_new_tokens)
@@ -146,7 +146,7 @@ class Session:
             self._check_fits(talk.cache.get_seq_length() + len(token_ids), max_new_tokens)
         talk.starts.append(talk.cache.get_seq_length())
         try:
-            found = self._answering.answer(talk.facts, talk.cache, token_ids, asked)
+            found = self._answering.answer(talk.facts, talk.cache, token_ids, asked, start)
         except BaseException:  # half a turn was read
             talk.lease.close()
             self._conversation = None
