@@ -1,12 +1,15 @@
 """How the command line's text becomes values, and how it reads a document. Nothing here loads a model."""
 
+import io
 import sys
 import time
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from compresskv.cli import main, terminal
 from compresskv.cli.options import parse_nbytes, parse_numbers, parse_prefill_memory
@@ -49,8 +52,9 @@ class TestSettings:
             "kernel_size": 7,
         }
 
-    def test_the_last_of_two_counts(self) -> None:
-        assert parse_settings("settings", ["beta=1", "beta=2"]) == {"beta": 2}
+    def test_a_name_that_is_given_twice_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="gives beta twice"):
+            parse_settings("settings", ["beta=1", "beta=2"])
 
     @pytest.mark.parametrize("text", ["window_size", "window_size=", "=3", "=", ""])
     def test_what_is_no_name_and_value(self, text: str) -> None:
@@ -173,3 +177,25 @@ def test_no_option_takes_other_sizes(text: str) -> None:
 def test_no_memory_of_a_prefill(text: str) -> None:
     with pytest.raises(ConfigError, match="prefill_memory"):
         parse_prefill_memory(text)
+
+
+class TestTables:
+    @pytest.mark.parametrize("width", [34, 50, 61, 80, 120])
+    def test_nothing_is_cut_however_narrow_the_terminal(self, width: int) -> None:
+        titles = ("configuration", "score", "vs full", "vs best baseline", "retained %")
+        rows = [
+            ("kvpress:KVzipPress @ 0.125 (agnostic)", "80.0 [50.0, 100.0]", "-10.0", "+0.0", "26.8"),
+            ("full", "90.0 [70.0, 100.0]", "", "", "100"),
+        ]
+        table = terminal.new_table(*titles, numbers=titles[1:])
+        table.columns[0].min_width = 18
+        for row in rows:
+            table.add_row(*row)
+        console = Console(width=width, highlight=False, markup=False, record=True, file=io.StringIO())
+        console.print(table)
+        shown = console.export_text()
+        assert all(len(line) <= width for line in shown.splitlines())
+        characters = Counter("".join(text for words in (titles, *rows) for text in words))
+        assert Counter(shown.replace("─", "").replace("\n", "")) - Counter(" " * len(shown)) == characters - Counter(
+            " " * len(shown)
+        )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -48,6 +49,28 @@ def warnings_in_one_line() -> Iterator[None]:
         yield
 
 
+class _FittingTable(Table):
+    """Cuts no number where a terminal is narrow: titles of numbers are broken first, and then the numbers."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        numbers = [column for column in self.columns if column.no_wrap]
+        if self._least_width(console, options) > options.max_width:
+            for column in numbers:
+                column.header = "\n".join(str(column.header).split())
+        if self._least_width(console, options) > options.max_width:
+            for column in self.columns:
+                column.no_wrap, column.min_width = False, None
+        return super().__rich_console__(console, options)
+
+    def _least_width(self, console: Console, options: ConsoleOptions) -> int:
+        widths = 0
+        for column in self.columns:
+            cells = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+            own = max(cell.maximum if column.no_wrap else cell.minimum for cell in cells)
+            widths += max(own, column.min_width or 0)
+        return widths + 3 * len(self.columns) - 1  # padding, and what stands between columns
+
+
 def new_table(*columns: str, numbers: Collection[str] = (), title: str | None = None) -> Table:
     """The look of all tables.
 
@@ -55,7 +78,7 @@ def new_table(*columns: str, numbers: Collection[str] = (), title: str | None = 
         columns: their titles.
         numbers: those to be aligned on the right, in one line.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table = _FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
     for column in columns:
         right = column in numbers
         table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
