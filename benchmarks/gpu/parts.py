@@ -14,12 +14,12 @@ import torch
 from benchmarks.processes import Part
 from compresskv.bench.config import BenchConfig, our_stages
 from compresskv.bench.contender import PLAIN, Contender, Ours, Plain
+from compresskv.bench.continuation import PeakGrowth
 from compresskv.bench.geometry import random_profile
 from compresskv.bench.limits import measure_limits
 from compresskv.bench.machine import machine
 from compresskv.bench.peers import find_peer, measure_peer
 from compresskv.bench.run import Bench
-from compresskv.bench.session import PeakGrowth
 from compresskv.bench.subject import Subject, random_subject
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method

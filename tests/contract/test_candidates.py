@@ -21,7 +21,7 @@ from compresskv.methods.registry import methods
 from compresskv.plans.capture import CapturedPrompt
 from compresskv.selection.budgets import Budget
 from compresskv.selection.select import EMPTY_SLOT
-from compresskv.sessions.reading import read_document, read_on
+from compresskv.sessions.reading import read_and_cut, read_on
 from oracle import evictions, oracle_logits
 
 NUM_PROMPT, BUDGET, FEW = 96, 12, 2
@@ -179,7 +179,7 @@ def test_a_documents_first_part_is_read_with_candidates_and_later_ones_are_held_
     method = prepare_method(model, "forecast", tiny.random_profile(model))
 
     def kept() -> list[list[list[list[int]]]]:
-        cache = read_document(model, text[:NUM_PROMPT], method, budget, store=store)
+        cache = read_and_cut(model, text[:NUM_PROMPT], method, budget, store=store)
         num_held = len(held)
         held.clear()
         read_on(model, cache, text[NUM_PROMPT:], method, budget)

@@ -221,14 +221,14 @@ def test_auto_loads_what_was_built_once_it_pays(
 
     with context(model, "snapkv", "always") as cache:
         tiny.generate(model, prompt, cache)
-    assert package.built_facts(model, kinds_of(cache)) is not None
+    assert package.build_times(model, kinds_of(cache)) is not None
     decoding._loaded.clear()
-    monkeypatch.setattr(decoding, "built_facts", lambda *_: package.Facts(compile_s=1.0, load_s=1e6))
+    monkeypatch.setattr(decoding, "build_times", lambda *_: package.BuildTimes(compile_s=1.0, load_s=1e6))
     with context(model, "snapkv", "auto") as cache:  # the answer is over before loading would have paid
         tiny.generate(model, prompt, cache)
     assert (cache.num_compiled_steps, cache.not_compiled) == (0, None)
 
-    monkeypatch.setattr(decoding, "built_facts", lambda *_: package.Facts(compile_s=1.0, load_s=0.0))
+    monkeypatch.setattr(decoding, "build_times", lambda *_: package.BuildTimes(compile_s=1.0, load_s=0.0))
     with context(model, "snapkv", "auto") as cache:
         tiny.generate(model, prompt, cache)
     assert cache.num_compiled_steps == 9
@@ -300,7 +300,7 @@ def test_a_damaged_package_is_told_of_by_auto(monkeypatch: pytest.MonkeyPatch, p
     for name in ("step.pt2", "constants.pt"):
         (damaged / name).write_bytes(b"damaged")
         with context(model, "snapkv", "auto") as cache, monkeypatch.context() as patch:
-            patch.setattr(decoding, "built_facts", lambda *_: package.Facts(compile_s=1.0, load_s=0.0))
+            patch.setattr(decoding, "build_times", lambda *_: package.BuildTimes(compile_s=1.0, load_s=0.0))
             tiny.generate(model, prompt, cache)
         assert cache.num_compiled_steps == 0
         assert "cannot be loaded" in str(cache.not_compiled)
@@ -456,8 +456,8 @@ def test_auto_never_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         tiny.generate(model, tiny.random_tokens(NUM_PROMPT), cache)
     decoding._loaded.clear()
     monkeypatch.setattr(package, "_build", lambda *_: pytest.fail("compiled"))
-    monkeypatch.setattr(package, "built_facts", built_even(package.built_facts))
-    monkeypatch.setattr(decoding, "built_facts", built_even(lambda *_: package.Facts(1.0, 0.0)))
+    monkeypatch.setattr(package, "build_times", built_even(package.build_times))
+    monkeypatch.setattr(decoding, "build_times", built_even(lambda *_: package.BuildTimes(1.0, 0.0)))
     with context(model, "adakv", "auto") as cache:
         tiny.generate(model, tiny.random_tokens(20), cache)  # within the budget: all heads hold the same
         assert cache.num_compiled_steps == 9

@@ -19,7 +19,7 @@ from random_model import NUM_LAYERS, VOCAB_SIZE
 from compresskv.serving.counters import counters
 from compresskv.serving.evicted import EvictedTokens
 from compresskv.serving.room import scratch_nbytes
-from compresskv.serving.scheduler import CompressedScheduler, told
+from compresskv.serving.scheduler import CompressedScheduler, eviction_line
 from compresskv.serving.settings import EvictionSpec, PlannedEviction
 
 PROMPTS = [random.Random(0).choices(range(VOCAB_SIZE), k=length) for length in (250, 130, 301)]
@@ -102,7 +102,7 @@ def test_prompts_without_room_for_a_copy_are_counted_and_told(
     small_caching.answers([[*PROMPTS[2], *PROMPTS[0], *PROMPTS[1]]], max_tokens=1)
     small_caching.answers([PROMPTS[0]], max_tokens=1, budget="off")  # which wants nothing else
     assert grown() == {"whole_prompts": 1}
-    line = told(counters().totals(), small_caching.scheduler._reasons)
+    line = eviction_line(counters().totals(), small_caching.scheduler._reasons)
     assert re.search(r"; 1 prompts kept whole \(no room for a copy in the pool: 1\)", line)
 
 

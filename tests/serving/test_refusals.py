@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from compresskv.errors import ProfileError, ServingError
 from compresskv.serving import versions
-from compresskv.serving.profiles import check_profile
+from compresskv.serving.profiles import check_profile_files
 from compresskv.serving.settings import Settings
 
 
@@ -129,12 +129,12 @@ def test_a_model_without_a_profile(tmp_path: Any) -> None:
     (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text("1")
     hub = SimpleNamespace(model="org/name", revision=None)
     with pytest.raises(ProfileError, match="no profile of this model"):
-        check_profile(Settings(100), hub, str(tmp_path / "hub"))
+        check_profile_files(Settings(100), hub, str(tmp_path / "hub"))
     (snapshot / "model.safetensors").unlink()
-    check_profile(Settings(100), hub, str(tmp_path / "hub"))
-    check_profile(Settings(100), hub, str(tmp_path / "nowhere"))
+    check_profile_files(Settings(100), hub, str(tmp_path / "hub"))
+    check_profile_files(Settings(100), hub, str(tmp_path / "nowhere"))
     with pytest.raises(ProfileError, match="absent"):
-        check_profile(Settings(100, profile=str(tmp_path / "absent.json")), hub, str(tmp_path / "nowhere"))
+        check_profile_files(Settings(100, profile=str(tmp_path / "absent.json")), hub, str(tmp_path / "nowhere"))
 
 
 def test_a_refused_program_ends_with_one_line(clean_environment: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import tiny
 from compresskv import ask, compressing, make_plan
 from compresskv import read as read_document
-from compresskv.cache.auto import choose
+from compresskv.cache.auto import choose_budgets
 from compresskv.cache.cache import CompressedCache
 from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
@@ -122,7 +122,7 @@ class TestChoice:
             calls.append(counts)
             return [1 - count / length for count, length in zip(counts, lengths, strict=True)]
 
-        return choose(shares, self.curve, max_loss, 16, most, lengths), len(calls)
+        return choose_budgets(shares, self.curve, max_loss, 16, most, lengths), len(calls)
 
     def test_it_is_the_first_rung_that_loses_little_enough(self) -> None:
         for max_loss in (1e-6, 0.01, 0.1, 0.5, 1.0, 1.9, 3.0):

@@ -12,13 +12,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from compresskv.bench import geometry, run
 from compresskv.bench.config import BenchConfig, Stage, our_stages, parse_bench_budgets, within_budget
 from compresskv.bench.contender import Ours, Plain
+from compresskv.bench.continuation import Prefill
 from compresskv.bench.figure import draw_run
 from compresskv.bench.geometry import GEOMETRIES, find_geometry, random_model, random_profile
 from compresskv.bench.limits import Limits, decode_nbytes, measure_limits, prefill_flop
 from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import make_row
 from compresskv.bench.run import Bench
-from compresskv.bench.session import Prefill
 from compresskv.bench.subject import Subject
 from compresskv.errors import ConfigError, ModelError
 from compresskv.methods import registry

@@ -17,7 +17,7 @@ from compresskv.calibration.needles import (
     Needle,
     encode_questions,
     encode_request,
-    question_tokens,
+    longest_question,
     read_needles,
     split_needles,
 )
@@ -163,7 +163,7 @@ class TestDocuments:
     def test_prompt_and_answer_are_almost_as_long_as_asked_and_never_longer(
         self, tokenizer: PreTrainedTokenizerBase, haystack: Haystack, length: int
     ) -> None:
-        reserved = ANSWER + question_tokens(tokenizer, NEEDLES)
+        reserved = ANSWER + longest_question(tokenizer, NEEDLES)
         for rotation in range(25):
             document = haystack.document(length, rotation, DEPTHS, NEEDLES, reserved)
             prompts = [len(encode_request(tokenizer, document.text, q).input_ids) for q, _ in document.questions]
@@ -176,7 +176,7 @@ class TestDocuments:
         sentences = planted.haystack_sentences()
         table = " ".join(sentences[:60]).replace(".", "")
         haystack = Haystack(tokenizer, [text for sentence in sentences for text in (table, sentence)])
-        reserved = ANSWER + question_tokens(tokenizer, NEEDLES)
+        reserved = ANSWER + longest_question(tokenizer, NEEDLES)
         for rotation in range(10):
             document = haystack.document(400, rotation, DEPTHS, NEEDLES, reserved)
             prompts = [len(encode_request(tokenizer, document.text, q).input_ids) for q, _ in document.questions]

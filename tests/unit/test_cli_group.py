@@ -8,11 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from compresskv.cli.group import Group
+from compresskv.cli.group import CommandGroup
 from compresskv.errors import CompressKVError, ConfigError, ProfileError
 
-app = typer.Typer(cls=Group)
-inner = typer.Typer(cls=Group)
+app = typer.Typer(cls=CommandGroup)
+inner = typer.Typer(cls=CommandGroup)
 app.add_typer(inner, name="inner")
 
 

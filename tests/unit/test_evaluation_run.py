@@ -356,7 +356,7 @@ class TestPrefill:
             lengths.append(query.shape[2])
             return own(query, *args)
 
-        monkeypatch.setattr(attention_prefill, "_multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(attention_prefill, "_has_fast_bfloat16", lambda: True)
         monkeypatch.setattr(routing, "causal_attention", counted)
         return lengths
 

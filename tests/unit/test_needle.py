@@ -18,7 +18,7 @@ from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.tasks.base import TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.metrics import contains
-from compresskv.evaluation.tasks.needle import Fact, NeedleTask, read_facts
+from compresskv.evaluation.tasks.needle import Fact, NeedleTask, evaluation_facts
 from compresskv.evaluation.tasks.registry import create_task
 from compresskv.prompts.template import encode_message
 
@@ -28,7 +28,7 @@ TOKENIZERS = {
     "bytes": planted.bytes_tokenizer(),
     "bytes with a template": planted.bytes_tokenizer(TEMPLATE),
 }
-FACTS = read_facts()
+FACTS = evaluation_facts()
 SUBSETS = ("single", "paraphrase", "multi", "uuid")
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 LENGTHS = (900, 2000)

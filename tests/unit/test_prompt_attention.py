@@ -39,7 +39,7 @@ def test_a_small_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_it_is_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_attention, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(prompt_attention, "_has_fast_bfloat16", lambda: True)
     long = states(2, 256, 1)
     assert is_faster(long, long)
     assert not is_faster(long.float(), long.float())  # float32 stays exact
@@ -50,7 +50,7 @@ def test_what_it_is_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("takes_part", [True, False])
 def test_a_prompt_read_by_a_model(monkeypatch: pytest.MonkeyPatch, takes_part: bool) -> None:
-    monkeypatch.setattr(prompt_attention, "_multiplies_bfloat16", lambda: takes_part)
+    monkeypatch.setattr(prompt_attention, "_has_fast_bfloat16", lambda: takes_part)
     model, prompt = tiny.tiny_model("llama", dtype=torch.bfloat16), tiny.random_tokens(300)
     with torch.no_grad():
         expected = model(prompt).logits
@@ -63,7 +63,7 @@ def test_a_prompt_read_by_a_model(monkeypatch: pytest.MonkeyPatch, takes_part: b
 # What is measured against a full cache must be able to read both prompts by the same attention.
 @pytest.mark.parametrize("by", ["argument", "variable"])
 def test_the_switch_reads_prompts_by_the_models_own_attention(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
-    monkeypatch.setattr(prompt_attention, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(prompt_attention, "_has_fast_bfloat16", lambda: True)
     model, prompt = tiny.tiny_model("llama", dtype=torch.bfloat16), tiny.random_tokens(300)
     with torch.no_grad():
         expected = model(prompt).logits

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from compresskv.errors import ModelError, ProfileError
 from compresskv.models.checkpoint import is_complete
-from compresskv.serving.profiles import check_profile
+from compresskv.serving.profiles import check_profile_files
 from compresskv.serving.settings import Settings
 
 
@@ -29,12 +29,12 @@ def shards(cache: Path) -> list[Path]:
 
 
 def check_hub(cache: Path) -> None:
-    check_profile(Settings(100), SimpleNamespace(model="org/name", revision=None), str(cache))
+    check_profile_files(Settings(100), SimpleNamespace(model="org/name", revision=None), str(cache))
 
 
 def check_local(cache: Path) -> None:
     folder = str(cache / "models--org--name" / "snapshots" / "1")
-    check_profile(Settings(100), SimpleNamespace(model=folder, revision=None), None)
+    check_profile_files(Settings(100), SimpleNamespace(model=folder, revision=None), None)
 
 
 def test_all_of_it_is_here(cache: Path) -> None:

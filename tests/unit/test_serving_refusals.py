@@ -14,7 +14,7 @@ import pytest
 
 from compresskv.errors import ServingError
 from compresskv.serving.plugin import _end_with_one_line
-from compresskv.serving.refusals import check_supported
+from compresskv.serving.refusals import check_configuration
 from compresskv.serving.settings import Settings
 
 PARALLEL = SimpleNamespace(
@@ -66,9 +66,9 @@ def graphs(name: str) -> Any:
 def test_what_was_proved_passes(mode: Any) -> None:
     config = copy.deepcopy(CONFIG)
     config.compilation_config.cudagraph_mode = mode
-    check_supported(config, Settings(100))
+    check_configuration(config, Settings(100))
     config.kv_events_config = None
-    check_supported(config, Settings(100))
+    check_configuration(config, Settings(100))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_was_not_is_refused(place: str, value: Any, line: str) -> None:
         target = getattr(target, part)
     setattr(target, name, value)
     with pytest.raises(ServingError, match=re.escape(line)) as refusal:
-        check_supported(config, Settings(100))
+        check_configuration(config, Settings(100))
     assert "\n" not in str(refusal.value)
 
 
@@ -139,6 +139,6 @@ def test_graphs_of_whole_decode_steps_hide_what_a_decode_budget_needs() -> None:
     config.compilation_config.cudagraph_mode = SimpleNamespace(
         mixed_mode=lambda: SimpleNamespace(name="PIECEWISE"), decode_mode=lambda: SimpleNamespace(name="FULL")
     )
-    check_supported(config, Settings(100))
+    check_configuration(config, Settings(100))
     with pytest.raises(ServingError, match="decode budget needs: set cudagraph_mode to PIECEWISE"):
-        check_supported(config, Settings(100, decode_budget=200))
+        check_configuration(config, Settings(100, decode_budget=200))

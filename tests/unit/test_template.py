@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import planted
 from commands import Result, runner
-from compresskv.calibration.needles import Document, encode_questions
+from compresskv.calibration.needles import NeedleDocument, encode_questions
 from compresskv.errors import PromptError
 from compresskv.evaluation.encode import encode
 from compresskv.evaluation.tasks.example import Example
@@ -57,7 +57,7 @@ def read_by_eval(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def read_by_profile(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    prefix, (question,) = encode_questions(tokenizer, Document("d", DOCUMENT, ()), [(QUESTION, "42 parrots")])
+    prefix, (question,) = encode_questions(tokenizer, NeedleDocument("d", DOCUMENT, ()), [(QUESTION, "42 parrots")])
     return prefix + question.suffix
 
 

@@ -16,7 +16,7 @@ import tiny
 from compresskv.attention.routing import routing
 from compresskv.cache.full import FullCache
 from compresskv.calibration import verify
-from compresskv.calibration.needles import Document, read_needles, split_needles
+from compresskv.calibration.needles import NeedleDocument, read_needles, split_needles
 from compresskv.calibration.recording import MaskedLayer
 from compresskv.calibration.verify import Ablation, VerifySettings, to_rows, verify_profile
 from compresskv.errors import ConfigError, ProfileError
@@ -192,12 +192,12 @@ class TestTable:
 
 class TestWhatIsAsked:
     @pytest.fixture
-    def documents(self, monkeypatch: pytest.MonkeyPatch) -> list[Document]:
+    def documents(self, monkeypatch: pytest.MonkeyPatch) -> list[NeedleDocument]:
         """The documents read; nothing is answered."""
-        seen: list[Document] = []
+        seen: list[NeedleDocument] = []
 
         def answered(
-            _model: Any, _tokenizer: Any, document: Document, heads: list[Any], _tokens: int
+            _model: Any, _tokenizer: Any, document: NeedleDocument, heads: list[Any], _tokens: int
         ) -> Iterator[list[bool]]:
             seen.append(document)
             yield from [[True] * len(heads) for _ in document.needles]
@@ -205,7 +205,7 @@ class TestWhatIsAsked:
         monkeypatch.setattr(verify, "_answered", answered)
         return seen
 
-    def test_needles_that_no_calibration_uses(self, settings: VerifySettings, documents: list[Document]) -> None:
+    def test_needles_that_no_calibration_uses(self, settings: VerifySettings, documents: list[NeedleDocument]) -> None:
         own = replace(settings, needles=None, length=512)
         verify_profile(planted.model(), planted.tokenizer(), profile_of([planted.WIDE]), own)
         calibrated = {needle.id for needle in split_needles(read_needles())[0]}
@@ -214,7 +214,7 @@ class TestWhatIsAsked:
         assert not asked & calibrated
 
     def test_prompts_of_the_length_that_was_asked_for(
-        self, settings: VerifySettings, documents: list[Document]
+        self, settings: VerifySettings, documents: list[NeedleDocument]
     ) -> None:
         verify_profile(planted.model(), planted.tokenizer(), profile_of([planted.WIDE]), replace(settings, length=700))
         lengths = [len(planted.tokenizer()(document.text)["input_ids"]) for document in documents]

@@ -30,7 +30,7 @@ def reads_exactly(device: torch.device, dtype: torch.dtype, exact_prefill: bool 
         exact_prefill: as for `compressing`.
     """
     asked = exact_by_default() if exact_prefill is None else exact_prefill
-    return asked or device.type != "cpu" or dtype != torch.bfloat16 or not _multiplies_bfloat16()
+    return asked or device.type != "cpu" or dtype != torch.bfloat16 or not _has_fast_bfloat16()
 
 
 def is_faster(query: Tensor, keys: Tensor) -> bool:
@@ -44,7 +44,8 @@ def is_faster(query: Tensor, keys: Tensor) -> bool:
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
+def _has_fast_bfloat16() -> bool:
+    """Whether the processor multiplies matrices of it in instructions of their own, which is when we are faster."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
 

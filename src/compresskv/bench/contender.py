@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from compresskv.attention.routing import routing
-from compresskv.bench.session import Prefill, Session
+from compresskv.bench.continuation import Continuation, Prefill
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.stored import layers_nbytes
 from compresskv.cache.timing import EvictionTimer
@@ -51,7 +51,7 @@ class Contender(Protocol):
     def model(self) -> PreTrainedModel | None:
         """Its own instead of the one that all share."""
 
-    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
+    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Continuation:
         """Read the tokens (1, T)."""
 
 
@@ -65,7 +65,7 @@ class Plain:
     decode: str = EAGER
     model: None = None
 
-    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
+    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Continuation:
         """Read the tokens (1, T)."""
         cache, devices = DynamicCache(config=decoder_config(model)), devices_of(model)
         start = now(*devices)
@@ -82,7 +82,7 @@ class Plain:
             first_token_s=now(*devices) - start,
             kv_nbytes=layers_nbytes(cache.layers),
         )
-        return Session(figures, first, lambda token: _next(model, token, cache), nullcontext)
+        return Continuation(figures, first, lambda token: _next(model, token, cache), nullcontext)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Ours:
     store: str = NATIVE
     model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
-    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
+    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Continuation:
         """Read the tokens (1, T)."""
         model = self.model or model
         devices = devices_of(model)
@@ -121,7 +121,7 @@ class Ours:
         )
         open_context = (lambda: routing(model)) if self.decode == EAGER else _Compiled(model, cache)
         advance = functools.partial(_next, model, cache=cache)
-        return Session(figures, first, advance, open_context, lambda: cache.not_compiled)
+        return Continuation(figures, first, advance, open_context, lambda: cache.not_compiled)
 
 
 class _Compiled:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from compresskv.bench.config import stages
 from compresskv.bench.contender import EAGER
+from compresskv.bench.continuation import Continuation, Prefill
 from compresskv.bench.peers import BenchRequest
 from compresskv.bench.run import Bench
-from compresskv.bench.session import Prefill, Session
 from compresskv.bench.subject import Subject, random_subject, real_subject
 from compresskv.errors import first_line
 from compresskv.models.place import devices_of
@@ -42,7 +42,7 @@ class KVPress:
         """As in records of evaluations."""
         return method_name(self.name)
 
-    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Session:
+    def start(self, model: PreTrainedModel, input_ids: Tensor) -> Continuation:
         """Read the tokens (1, T)."""
         num_tokens, devices = input_ids.shape[1], devices_of(model)
         start = now(*devices)
@@ -66,7 +66,7 @@ class KVPress:
             step = torch.tensor([[token]], device=model.device)
             return int(cache.read(step, last_only=True).argmax())
 
-        return Session(figures, first, advance, lambda: _masked(left))
+        return Continuation(figures, first, advance, lambda: _masked(left))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskv.bench.contender import Contender
-from compresskv.bench.session import PeakGrowth, Prefill, Session
+from compresskv.bench.continuation import Continuation, PeakGrowth, Prefill
 from compresskv.models.place import devices_of
 
 _WARM_UP_TOKENS = 128
@@ -71,21 +71,21 @@ def _round(
     on_step: Callable[[], None],
 ) -> dict[int, Sample]:
     gc.collect()  # what the last round left in cycles must not be freed while this one is timed
-    sessions: dict[int, Session] = {}
+    running: dict[int, Continuation] = {}
     for place in places:
         prompt = input_ids[:, : contenders[place].max_prompt]
         with PeakGrowth(model.device) as growth:
-            sessions[place] = contenders[place].start(model, prompt)
-        sessions[place].prefill = replace(sessions[place].prefill, peak_nbytes=growth.nbytes)
+            running[place] = contenders[place].start(model, prompt)
+        running[place].prefill = replace(running[place].prefill, peak_nbytes=growth.nbytes)
         on_step()
     steps: dict[int, list[float]] = {place: [] for place in places}
     devices = devices_of(model)
     left = num_new_tokens - 1
     while left > 0:
         for place in places:
-            steps[place] += sessions[place].decode(min(_BLOCK, left), *devices)
+            steps[place] += running[place].decode(min(_BLOCK, left), *devices)
         left -= _BLOCK
     return {
-        place: Sample(session.prefill, tuple(steps[place]), tuple(session.tokens), session.not_compiled())
-        for place, session in sessions.items()
+        place: Sample(one.prefill, tuple(steps[place]), tuple(one.tokens), one.not_compiled())
+        for place, one in running.items()
     }

@@ -38,10 +38,10 @@ class Automatic:
         most: Sequence[int],
         row_lengths: list[int],
     ) -> list[AutoChoice]:
-        """For each row; see `choose` and `uncovered`."""
+        """For each row; see `choose_budgets` and `uncovered`."""
         scores = method.score_layers(observed)
         shares_at = partial(uncovered, method, observed, scores, attention, row_lengths=row_lengths)
-        return choose(shares_at, self.curve, self.allowed.max_loss, LEAST_TOKENS, most, row_lengths)
+        return choose_budgets(shares_at, self.curve, self.allowed.max_loss, LEAST_TOKENS, most, row_lengths)
 
 
 def automatic(method: Method, budget: Budget, *, cuts_early: bool) -> Automatic | None:
@@ -91,7 +91,7 @@ def uncovered(
     return [float(share) for share in (total / len(attention)).tolist()]
 
 
-def choose(
+def choose_budgets(
     shares_at: Callable[[list[int]], list[float]],
     curve: LossCurve,
     max_loss: float,

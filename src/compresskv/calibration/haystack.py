@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from compresskv.calibration.needles import Document, Needle
+from compresskv.calibration.needles import Needle, NeedleDocument
 from compresskv.errors import ConfigError, ProfileError, PromptError
 from compresskv.prompts.document import read_text
 from compresskv.system.paths import is_folder
@@ -59,7 +59,7 @@ class Haystack:
 
     def document(
         self, length: int, rotation: int, depths: Sequence[float], needles: list[Needle], reserved: int = 0
-    ) -> Document:
+    ) -> NeedleDocument:
         """A text from an offset set by `rotation`, with needles at the depths.
 
         Args:
@@ -100,7 +100,7 @@ class Haystack:
         for depth, needle in reversed(placed):
             at = sum(1 for end in ends if end <= depth / 100 * total)
             sentences.insert(at, needle.needle)
-        return Document(f"{length}-{rotation}", " ".join(sentences), placed)
+        return NeedleDocument(f"{length}-{rotation}", " ".join(sentences), placed)
 
 
 def _placed(rotation: int, depths: Sequence[float], needles: list[Needle]) -> tuple[tuple[float, Needle], ...]:

@@ -16,9 +16,9 @@ from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.needles import (
     SUMMARY,
     WORDING,
-    Document,
+    NeedleDocument,
     encode_questions,
-    question_tokens,
+    longest_question,
     read_needles,
     split_needles,
 )
@@ -75,9 +75,9 @@ class Measurement:
         content = hashlib.sha256(repr((read, by)).encode()).hexdigest()
         self.log = RunLog(log_folder / f"{self.fingerprint}-{content[:12]}.jsonl")
 
-    def documents(self) -> Iterator[tuple[int, Document]]:
+    def documents(self) -> Iterator[tuple[int, NeedleDocument]]:
         """(length, document) of the whole plan, short ones first."""
-        reserved = self.settings.max_new_tokens + question_tokens(self.tokenizer, self.needles)
+        reserved = self.settings.max_new_tokens + longest_question(self.tokenizer, self.needles)
         depths = self.settings.depths
         for length in sorted(self.settings.lengths):
             for rotation in range(self._num_rotations):
@@ -107,7 +107,9 @@ class Measurement:
             raise NothingRetrievedError(message, runs)
         return runs
 
-    def _head_runs(self, length: int, document: Document) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
+    def _head_runs(
+        self, length: int, document: NeedleDocument
+    ) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
         prefix, encoded = encode_questions(self.tokenizer, document, document.questions)
         config = decoder_config(self.model)
         cache = FullCache(self.model, lambda layer_idx, _: SpanLayer(layer_idx, config))
@@ -162,7 +164,7 @@ class Measurement:
     def _num_rotations(self) -> int:
         return self.settings.num_rotations or max(len(self.needles), len(self.settings.depths))
 
-    def _error_runs(self, document: Document, semantic: Rows) -> list[list[float]]:
+    def _error_runs(self, document: NeedleDocument, semantic: Rows) -> list[list[float]]:
         questions = [*document.questions, (SUMMARY, "")]
         prefix, encoded = encode_questions(self.tokenizer, document, questions)
         method = CompressKV().with_profile(self._heads_only(semantic))

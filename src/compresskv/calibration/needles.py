@@ -39,7 +39,7 @@ class Needle:
 
 
 @dataclass(frozen=True)
-class Document:
+class NeedleDocument:
     """A long text with one needle at each depth."""
 
     name: str
@@ -95,7 +95,7 @@ def split_needles(needles: list[Needle]) -> tuple[list[Needle], list[Needle]]:
     return [needle for needle in needles if needle not in held_out], held_out
 
 
-def question_tokens(tokenizer: PreTrainedTokenizerBase, needles: list[Needle]) -> int:
+def longest_question(tokenizer: PreTrainedTokenizerBase, needles: list[Needle]) -> int:
     """Tokens of a prompt beside its document: the chat template's and the longest question's."""
     questions = [*(_QUESTION.format(question=needle.question) for needle in needles), SUMMARY]
     return max(len(encode_request(tokenizer, ".", question).input_ids) for question in questions)
@@ -115,7 +115,7 @@ def encode_request(tokenizer: PreTrainedTokenizerBase, text: str, question: str)
 
 
 def encode_questions(
-    tokenizer: PreTrainedTokenizerBase, document: Document, questions: list[tuple[str, str]]
+    tokenizer: PreTrainedTokenizerBase, document: NeedleDocument, questions: list[tuple[str, str]]
 ) -> tuple[list[int], list[Question]]:
     """Token ids of a document and of questions on it.
 

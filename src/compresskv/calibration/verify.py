@@ -20,9 +20,9 @@ from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.measure import SUCCESS_RECALL
 from compresskv.calibration.needles import (
     DEFAULT_NEEDLES,
-    Document,
+    NeedleDocument,
     encode_questions,
-    question_tokens,
+    longest_question,
     read_needles,
     split_needles,
 )
@@ -119,7 +119,7 @@ def verify_profile(
     _, needles = split_needles(read_needles(path))
     sentences = read_haystack([Path(path) for path in settings.haystack])
     haystack = Haystack(tokenizer, sentences)
-    reserved = settings.max_new_tokens + question_tokens(tokenizer, needles)
+    reserved = settings.max_new_tokens + longest_question(tokenizer, needles)
     successes = [0] * len(groups)
     cases = 0
     with routing(model):
@@ -157,7 +157,7 @@ def _groups(profile: Profile, settings: VerifySettings) -> Iterator[tuple[str, i
 def _answered(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    document: Document,
+    document: NeedleDocument,
     head_sets: Sequence[list[Head]],
     max_new_tokens: int,
 ) -> Iterator[list[bool]]:

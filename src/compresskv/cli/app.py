@@ -23,7 +23,7 @@ from compresskv.cli.evaluate import EPILOG as EVAL_EPILOG
 from compresskv.cli.evaluate import evaluate
 from compresskv.cli.explain import EPILOG as EXPLAIN_EPILOG
 from compresskv.cli.explain import explain
-from compresskv.cli.group import Group
+from compresskv.cli.group import CommandGroup
 from compresskv.cli.profile import profile_app
 from compresskv.cli.read import EPILOG as READ_EPILOG
 from compresskv.cli.read import read
@@ -42,7 +42,7 @@ from compresskv.version import __version__
 
 app = typer.Typer(
     name="compresskv",
-    cls=Group,
+    cls=CommandGroup,
     help="Answer questions about long documents with a KV cache of a few per cent of its size.",
     no_args_is_help=True,
     add_completion=False,

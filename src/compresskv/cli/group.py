@@ -13,7 +13,7 @@ from compresskv.system.check import suggestion
 _SETTING = re.compile(r"(?<!['/.-])\b([a-z_]+)=('[^']*'|[^\s,:;()]+)")
 
 
-class Group(typer.core.TyperGroup):
+class CommandGroup(typer.core.TyperGroup):
     """Where the Python API says max_new_tokens=0, its commands say --max-new-tokens 0."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv import defaults
-from compresskv.cli.group import Group
+from compresskv.cli.group import CommandGroup
 from compresskv.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -35,7 +35,7 @@ DEFAULT_COMMAND = "find"
 _FIGURES = ("head_scores.png", "layer_budgets.png")
 
 
-class _DefaultToFind(Group):
+class _DefaultToFind(CommandGroup):
     """`profile MODEL` means `profile find MODEL`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -128,7 +128,7 @@ def find(
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         path = place or store.default_path(fingerprint(loaded), quick=quick)
-        store.check_writable(path)
+        store.check_place(path)
         if lengths is None:
             settings = settings.fitted(context_length(loaded))
         try:

@@ -279,7 +279,7 @@ def _defaults(given: Sequence[str], name: str) -> list[str]:
         return defaults
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not options.intersection(_MEMORY_OPTIONS):
         defaults += ["--kv-cache-memory-bytes", str(_CPU_CACHE_NBYTES)]  # else vLLM asks for nearly all memory
-    if _DTYPE not in options and not _multiplies_bfloat16():
+    if _DTYPE not in options and not _computes_bfloat16():
         err.print("computing in float32, since this processor has no instructions for bfloat16; --dtype decides")
         defaults += [_DTYPE, "float32"]  # else vLLM computes as the checkpoint is stored, and takes many times as long
     return defaults
@@ -291,7 +291,7 @@ def _file_of_options(arguments: Sequence[str]) -> str | None:
     return given[-1] if given else None
 
 
-def _multiplies_bfloat16() -> bool:
+def _computes_bfloat16() -> bool:
     import torch
 
     from compresskv.models.dtype import multiplies

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compresskv.cli.group import Group
+from compresskv.cli.group import CommandGroup
 from compresskv.cli.options import JsonOption
 from compresskv.cli.terminal import megabytes, new_table, out
 from compresskv.sessions.facts import Facts
@@ -20,7 +20,7 @@ Examples:
 """
 
 session_app = typer.Typer(
-    cls=Group,
+    cls=CommandGroup,
     help="Show what a file of `compresskv read` holds.",
     epilog=SHOW_EPILOG,
     no_args_is_help=True,

@@ -20,7 +20,7 @@ from compresskv.compiled.compilable import NotCompilableError, check_compilable,
 from compresskv.compiled.graph import GraphedStep
 from compresskv.compiled.inputs import Places, gather_inputs, kinds_of, store_new_token
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
-from compresskv.compiled.package import Package, built_facts, load_package
+from compresskv.compiled.package import Package, build_times, load_package
 from compresskv.compiled.step import StepInputs
 from compresskv.models.place import input_device
 from compresskv.system.clock import now
@@ -258,7 +258,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             return package
         if self._mode == AUTO:
             if kinds not in self._load_s:
-                facts = built_facts(self._model, kinds)
+                facts = build_times(self._model, kinds)
                 self._load_s[kinds] = 0.0 if facts is None else facts.load_s  # none: told at once
             if self.eager_s < self._load_s[kinds]:  # at worst, loading then doubles the time
                 return None

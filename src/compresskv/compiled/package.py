@@ -46,7 +46,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
-class Facts:
+class BuildTimes:
     """What is known of a package."""
 
     compile_s: float
@@ -158,11 +158,11 @@ def state_of(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     return lying, _settings(model)
 
 
-def built_facts(model: PreTrainedModel, kinds: tuple[str, ...]) -> Facts | None:
+def build_times(model: PreTrainedModel, kinds: tuple[str, ...]) -> BuildTimes | None:
     """What is known of the package; None where there is none."""
     try:
         facts = json.loads((package_folder(model, kinds) / _FACTS).read_text())
-        return Facts(compile_s=float(facts["compile_s"]), load_s=float(facts["load_s"]))
+        return BuildTimes(compile_s=float(facts["compile_s"]), load_s=float(facts["load_s"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -180,7 +180,7 @@ def load_package(
     folder = package_folder(model, kinds)
     if model.dtype not in _TOLERANCE:
         raise NotCompilableError(f"{str(model.dtype).removeprefix('torch.')} is not supported")
-    if built_facts(model, kinds) is not None:
+    if build_times(model, kinds) is not None:
         try:
             return Package(folder, model, kinds)
         except NotCompilableError:
@@ -208,7 +208,7 @@ def _build_alone(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path, r
     make_folder(folder.parent)
     _sweep(folder.parent)
     with locked(folder.with_suffix(".lock"), "waiting for another process that compiles the same step", report):
-        if built_facts(model, kinds) is not None:  # by another process, unless it is damaged
+        if build_times(model, kinds) is not None:  # by another process, unless it is damaged
             with contextlib.suppress(NotCompilableError):
                 return Package(folder, model, kinds)
         find_compiler()
@@ -235,7 +235,7 @@ def _build(model: PreTrainedModel, kinds: tuple[str, ...], folder: Path) -> None
         export_step(model, kinds, temporary / _PROGRAM, temporary / _CONSTANTS)
         compiled = now()
         package = Package(temporary, model, kinds)
-        facts = Facts(compile_s=compiled - start, load_s=_IMPORTS_S + now() - compiled)
+        facts = BuildTimes(compile_s=compiled - start, load_s=_IMPORTS_S + now() - compiled)
         _check(package, model, kinds)
         write_text(temporary / _FACTS, json.dumps(asdict(facts)))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one

@@ -47,14 +47,14 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Part:
+class PromptPart:
     """What is read next, and how it ends."""
 
     input_ids: list[int]
     ending: Ending
 
 
-def first_part(tokenizer: PreTrainedTokenizerBase, document: str) -> Part:
+def first_part(tokenizer: PreTrainedTokenizerBase, document: str) -> PromptPart:
     """The document as it begins every prompt about it, in the chat template where there is one.
 
     Raises:
@@ -72,7 +72,7 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     return encode_message(tokenizer, f"x\n\n{_PROBES[0]}", plain_end="\n").start
 
 
-def next_part(tokenizer: PreTrainedTokenizerBase, ending: Ending, document: str) -> Part:
+def next_part(tokenizer: PreTrainedTokenizerBase, ending: Ending, document: str) -> PromptPart:
     """More of the document, after an empty line.
 
     Raises:
@@ -114,7 +114,7 @@ def _asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     return message.text[message.start + 1 :]
 
 
-def _part(tokenizer: PreTrainedTokenizerBase, ending: Ending | None, text: str) -> Part:
+def _part(tokenizer: PreTrainedTokenizerBase, ending: Ending | None, text: str) -> PromptPart:
     """The tokens of `text`, behind what was read, that no question changes."""
     before = "" if ending is None else ending.text
     num_read = 0 if ending is None else len(ending.token_ids)
@@ -126,7 +126,7 @@ def _part(tokenizer: PreTrainedTokenizerBase, ending: Ending | None, text: str) 
     stable = _num_common(whole)
     if stable <= num_read:
         raise PromptError("the tokenizer leaves nothing of the document that does not depend on the question")
-    return Part(whole[0][num_read:stable], _ending(tokenizer, before + text, whole, stable, asked))
+    return PromptPart(whole[0][num_read:stable], _ending(tokenizer, before + text, whole, stable, asked))
 
 
 def _ending(

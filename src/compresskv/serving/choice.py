@@ -30,7 +30,7 @@ def observe(method: Method, layer: Iterable[LayerInputs]) -> Observation:
     )
 
 
-def choose(method: Method, observations: list[Observation], spec: EvictionSpec) -> Tensor:
+def choose_tokens(method: Method, observations: list[Observation], spec: EvictionSpec) -> Tensor:
     """The tokens to keep, (num_kept,) int64, ascending: what `compressing` with the same method keeps.
 
     Args:

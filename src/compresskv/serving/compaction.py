@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
-from compresskv.serving.choice import by_position, choose, observe
+from compresskv.serving.choice import by_position, choose_tokens, observe
 from compresskv.serving.counters import counters
 from compresskv.serving.inputs import PagedInputs
 from compresskv.serving.pages import Pages, find_layout
@@ -87,7 +87,7 @@ class Compaction:
             nothing = torch.zeros(1, 1, spec.num_held, device=device)
             observed = self._ranks.together([prompt.observations[layer_idx] for layer_idx in read], nothing)
             try:
-                positions = choose(method, observed, spec)
+                positions = choose_tokens(method, observed, spec)
             except Exception as error:  # noqa: BLE001 - whatever a method raises, the engine goes on
                 prompt.failure = error
         prompt.observations.clear()

@@ -78,13 +78,13 @@ def _configure(config: Any) -> None:
     if settings is None:
         return
     from compresskv.serving import counters
-    from compresskv.serving.profiles import check_profile
-    from compresskv.serving.refusals import check_supported
+    from compresskv.serving.profiles import check_profile_files
+    from compresskv.serving.refusals import check_configuration
     from compresskv.serving.versions import check_version, installed_version
 
     check_version(installed_version(), on_cpu=config.device_config.device_type == "cpu")
-    check_supported(config, settings)
-    check_profile(settings, config.model_config, config.load_config.download_dir)
+    check_configuration(config, settings)
+    check_profile_files(settings, config.model_config, config.load_config.download_dir)
     global _switched_on  # noqa: PLW0603 - requests are checked without the configuration at hand
     _switched_on = True
     _take_over(config)

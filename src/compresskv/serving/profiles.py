@@ -9,7 +9,7 @@ from compresskv.serving.settings import Settings
 from compresskv.system.paths import is_folder
 
 
-def check_profile(settings: Settings, model_config: Any, download_dir: str | None) -> None:
+def check_profile_files(settings: Settings, model_config: Any, download_dir: str | None) -> None:
     """Refuse a missing profile before the model is loaded, as far as the files that are here tell.
 
     Raises:

@@ -7,7 +7,7 @@ from compresskv.errors import ServingError
 from compresskv.serving.settings import Settings
 
 
-def check_supported(config: Any, settings: Settings) -> None:
+def check_configuration(config: Any, settings: Settings) -> None:
     """Refuse a configuration that this was not proved with.
 
     Args:

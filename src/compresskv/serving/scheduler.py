@@ -258,7 +258,7 @@ class CompressedScheduler(Scheduler):
         now = time.monotonic()
         if not self._has_news or (may_wait and now - self._logged_at < _LOG_INTERVAL_S):
             return
-        logger.info("%s", told(counters().totals(), self._reasons))
+        logger.info("%s", eviction_line(counters().totals(), self._reasons))
         self._logged_at, self._has_news = now, False
 
 
@@ -275,7 +275,7 @@ def _num_lost(specs: Sequence[EvictionSpec]) -> int:
     return specs[-1].num_lost if specs else 0
 
 
-def told(totals: dict[str, float], reasons: Counter[str]) -> str:
+def eviction_line(totals: dict[str, float], reasons: Counter[str]) -> str:
     """The line that the log has about what was evicted so far.
 
     Args:

@@ -27,7 +27,7 @@ from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import Contents, read_session
 from compresskv.sessions.progress import OnRead
-from compresskv.sessions.reading import check_length, held_by, read_document
+from compresskv.sessions.reading import check_length, held_by, read_and_cut
 from compresskv.sessions.session import Session
 from compresskv.system.check import check_callbacks, check_path
 from compresskv.system.clock import now
@@ -74,7 +74,7 @@ def read(
     warn_of_slow_dtype(model)
     check_length(model, len(part.input_ids))
     start = now(*devices_of(model))
-    cache = read_document(
+    cache = read_and_cut(
         model, part.input_ids, chosen, budget, store=store, chunk=chunk, max_memory=max_memory, on_read=on_read
     )
     own = getattr(chosen, "profile", None)

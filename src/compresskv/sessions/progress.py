@@ -14,7 +14,7 @@ OnRead = Callable[[int, int], None]
 
 
 @contextmanager
-def told(model: PreTrainedModel, num_tokens: int, on_read: OnRead | None) -> Iterator[None]:
+def telling(model: PreTrainedModel, num_tokens: int, on_read: OnRead | None) -> Iterator[None]:
     """Tell `on_read` while the model reads about `num_tokens` tokens, some of them twice; all of them in the end."""
     modules = [module for own in attention_modules(model).values() for module in own]
     if on_read is None or not modules:

@@ -19,7 +19,7 @@ from compresskv.prompts.prompt import context_length
 from compresskv.selection.budgets import Budget, is_share, of_part, resolve
 from compresskv.selection.byte_budget import find_byte_budget
 from compresskv.selection.precision import NATIVE, find_precision
-from compresskv.sessions.progress import OnRead, told
+from compresskv.sessions.progress import OnRead, telling
 from compresskv.system.check import check_count
 
 _LEAST_ROOM = 256
@@ -30,7 +30,7 @@ _REPLAY = 3
 """Full caches of a part that a method holds at most which reads it twice: its own, and what it reads again."""
 
 
-def read_document(
+def read_and_cut(
     model: PreTrainedModel,
     token_ids: Sequence[int],
     method: Method,
@@ -64,7 +64,7 @@ def read_document(
     step = total if max_memory is None else _part_tokens(model, method, budget, store, total, max_memory)
     parts = [token_ids[start : start + step] for start in range(0, total, step)]
     num_read = sum(_num_read(method, len(part), later=number > 0) for number, part in enumerate(parts))
-    with routing(model), told(model, num_read, on_read):
+    with routing(model), telling(model, num_read, on_read):
         for part in parts:
             _read_part(model, cache, part, method, of_part(budget, len(part), total), None, chunk)
         cache.check_attended()
@@ -88,13 +88,13 @@ def read_on(
 
     Args:
         budget: of the whole document.
-        chunk, on_read: as for `read_document`.
+        chunk, on_read: as for `read_and_cut`.
     """
     before, num_new = cache.get_seq_length(), len(token_ids)
     left = None
     if not is_share(budget):
         left = [min(1.0, allowed * before / (before + num_new)) for allowed in _allowed(cache, budget)]
-    with routing(model), told(model, _num_read(method, num_new, later=True), on_read):
+    with routing(model), telling(model, _num_read(method, num_new, later=True), on_read):
         _read_part(model, cache, token_ids, method, of_part(budget, num_new, before + num_new), left, chunk)
         cache.check_attended()
 

@@ -44,7 +44,7 @@ class Fact(Needle):
     answer: str
 
 
-def read_facts() -> list[Fact]:
+def evaluation_facts() -> list[Fact]:
     """The needles to evaluate with."""
     rows = read_json(NEEDLES)["needles"]
     answers = {row["id"]: row["answer"] for row in rows}
@@ -143,7 +143,7 @@ class _Hider:
     def __init__(self, settings: TaskSettings) -> None:
         self._tokenizer = settings.tokenizer
         self._haystack_paths = settings.haystack
-        self._facts = read_facts()
+        self._facts = evaluation_facts()
 
     @functools.cached_property
     def _haystack(self) -> Haystack:

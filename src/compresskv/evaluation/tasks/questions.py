@@ -10,7 +10,7 @@ from compresskv.errors import ConfigError, DataError, ProfileError
 from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.metrics import contains
-from compresskv.evaluation.tasks.needle import Fact, read_facts
+from compresskv.evaluation.tasks.needle import Fact, evaluation_facts
 from compresskv.evaluation.tasks.registry import register_task
 from compresskv.prompts.template import encode_message
 
@@ -67,7 +67,7 @@ class QuestionsTask(Task):
 def _examples(settings: TaskSettings, haystack: Haystack, subset: str, length: int, number: int) -> list[Example]:
     """The questions on one document: its facts stand at even distances."""
     draw = random.Random(repr((settings.seed, subset, length)))
-    own = [fact for fact in read_facts() if fact.kind == _KINDS[subset]]
+    own = [fact for fact in evaluation_facts() if fact.kind == _KINDS[subset]]
     order = draw.sample(own, len(own))
     facts = [order[(number * _NUM_QUESTIONS + step) % len(order)] for step in range(_NUM_QUESTIONS)]
     questions = [_QUESTION.format(fact.question) for fact in facts]

@@ -34,7 +34,7 @@ class Prefill:
     """Growth of the process's memory (on a GPU the allocator's) while the prompt was read; None: not measurable."""
 
 
-class Session:
+class Continuation:
     """A cache after its prompt, which can go on by itself while other sessions of the model do, too."""
 
     def __init__(
