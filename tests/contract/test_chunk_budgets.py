@@ -5,12 +5,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import compresskv
 import tiny
 from compresskv import CacheStateError, CompressedCache, ConfigError, ModelError, PromptError
 from compresskv.compression import Compressing
 from compresskv.methods import registry
+from compresskv.methods.blend import Blend
+from compresskv.methods.inputs import LayerInputs
 from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT, CHUNK, KEPT, BUDGET = 140, 32, 40, 24
@@ -66,6 +69,23 @@ def test_all_methods_keep_as_many_as_ever(method: str) -> None:
             tiny.read(model, cache, prompt, [NUM_PROMPT])
         counts.append(tiny.kept_counts(cache).sum())
     assert counts[0] == counts[1]
+
+
+def test_a_method_is_told_where_the_tokens_are_that_it_chooses_among(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer's keys say it: they are the same whatever was evicted."""
+    model, prompt, told = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT), list[LayerInputs]()
+    full, observe = DynamicCache(config=model.config), Blend.observe
+    tiny.read(model, full, prompt, [NUM_PROMPT])
+    monkeypatch.setattr(Blend, "observe", lambda self, inputs: told.append(inputs) or observe(self, inputs))
+    with chunked(model, "blend") as cache:
+        tiny.read(model, cache, prompt, [NUM_PROMPT])
+    first = [inputs for inputs in told if inputs.layer_idx == 0]
+    assert len(first) == 3  # at 64 and 96, and in the end
+    for inputs in first:
+        where = inputs.positions.expand(-1, inputs.num_kv_heads, -1)
+        among = full.layers[0].keys.gather(2, where[..., None].expand_as(inputs.keys))
+        torch.testing.assert_close(inputs.keys, among)
+    assert not torch.equal(first[-1].positions[:, 0], first[-1].positions[:, 1])
 
 
 @pytest.mark.parametrize("store", ["native", "int8"])

@@ -246,6 +246,36 @@ def test_a_row_of_a_padded_batch_keeps_what_it_keeps_alone(lengths: list[int]) -
         assert [layer[row] for layer in together] == shifted
 
 
+def test_heads_that_hold_different_tokens_vote_for_places_in_the_text() -> None:
+    """As they do after a prompt was cut while it was read: a slot then means another token to each of them."""
+    generator, num_read, num_held = torch.Generator().manual_seed(7), 90, 30
+    layers = []
+    for layer_idx in LAYER_INDICES:
+        query, keys = (torch.randn(1, heads, size, 4, generator=generator) for heads, size in ((4, WINDOW), (2, 30)))
+        kept = [torch.randperm(num_read - 1, generator=generator)[: num_held - 1].sort().values for _ in range(2)]
+        positions = torch.nn.functional.pad(torch.stack(kept)[None], (0, 1), value=num_read - 1)
+        layers.append(LayerInputs(layer_idx, 3 * query, keys, keys, 0.5, positions=positions))
+    scores = [[0.1, 0.2, 0, 1.5], [0.7, 0, 0.3, 0.4], [0, 0, 0, 0.6]]
+    options = {"num_heads": 5, "vote_kernel_size": 3, "num_sinks": 0}
+    observed, local = (
+        method.score_layers(list(map(method.observe, layers)))
+        for method in (make_blend((layers, scores), **options), make_blend((layers, scores), vote_weight=0, **options))
+    )
+    vote = np.zeros(num_read)
+    voters = sorted(((place, head) for place in range(3) for head in range(4)), key=lambda at: -scores[at[0]][at[1]])
+    for place, head in voters[:5]:
+        pooled = naive_pool(naive_attention(layers[place], 0, head).sum(axis=0), 3)
+        own = np.zeros(num_held)
+        own[: len(pooled)] = scores[place][head] * pooled / pooled.sum()
+        vote[layers[place].positions[0, head // 2].numpy()] += own
+    for layer, own, beside in zip(layers, observed, local, strict=True):
+        row = scores[LAYER_INDICES.index(layer.layer_idx)]
+        for head in range(2):
+            read = max(row[2 * head : 2 * head + 2]) / 1.5
+            expected = beside[0, head].numpy() + read * (vote / vote.sum())[layer.positions[0, head].numpy()]
+            np.testing.assert_allclose(own[0, head].numpy(), expected, atol=1e-5)
+
+
 def spreading(layer_idx: int) -> list[LayerInputs]:
     """One layer attends to all tokens alike, the others to few."""
     generator = torch.Generator().manual_seed(1)

@@ -201,6 +201,7 @@ class CompressedLayer(StoredLayer):
             replayed=window.replayed if part is None or part.replayed is None else part.replayed,
             rotation=rotations.of(self.layer_idx, num_positions, keys.device) if method.turns_back else None,
             first_position=start,
+            positions=self._held().positions if self._cut_at and part is None else None,
             ahead=rotations.ahead(self.layer_idx, self.seen_tokens, keys, valid) if method.turns_ahead else None,
         )
 

@@ -75,7 +75,7 @@ class Blend(CAKE, VotingMethod):
         local = set_first(without_padding(observed.scores, inputs.valid), self.num_sinks, 0, inputs.valid)
         scale = local.sum(dim=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(local.dtype).tiny)
         vote = self.layer_vote(inputs, self.vote_kernel_size, all_heads=True)
-        return replace(observed, scores=local / scale, vote=vote)
+        return replace(observed, scores=local / scale, vote=vote, positions=inputs.positions)
 
     def candidate_scores(self, layers: Sequence[Observation]) -> Tensor:
         """(B, H_kv, T): with the vote as far as these layers tell it."""
@@ -92,6 +92,9 @@ class Blend(CAKE, VotingMethod):
 
     def _blended(self, observed: Observation, local: Tensor, vote: Tensor) -> Tensor:
         """(B, H_kv, T): a layer's scores and the vote, as much as each head retrieves."""
+        if observed.positions is not None:
+            heads = (-1, local.shape[1], -1)
+            vote = vote.expand(heads).gather(2, observed.positions.to(vote.device).expand(heads))
         weights = local.new_tensor(self.measured.kv_head_weights(observed.layer_idx))[:, None]
         return set_first(local + self.vote_weight * weights * vote, self.num_sinks, torch.inf, observed.valid)
 

@@ -51,6 +51,9 @@ class LayerInputs:
     or the model has no rotary position embedding that can be told."""
     first_position: int = 0
     """The position of the first of the T tokens: a document may be cut in parts."""
+    positions: Tensor | None = None
+    """(B, 1 or H_kv, T) int64, ascending: where in the text the tokens are that earlier cuts of its prompt left; None
+    where there was no such cut. The last token read is always among them."""
     ahead: tuple[Rotation, ...] | None = None
     """For each row, how queries are turned that come later, one row for each of `compresskv.selection.rotation.AHEAD`;
     None as for `rotation`."""
@@ -75,7 +78,9 @@ class LayerInputs:
         query_window, keys, values = self.query_window[rows], self.keys[rows], self.values[rows]
         valid = None if self.valid is None else self.valid[rows]
         ahead = None if self.ahead is None else tuple(self.ahead[row] for row in rows)
-        return replace(self, query_window=query_window, keys=keys, values=values, valid=valid, ahead=ahead)
+        positions = None if self.positions is None else self.positions[rows]
+        own = replace(self, query_window=query_window, keys=keys, values=values, valid=valid)
+        return replace(own, positions=positions, ahead=ahead)
 
     def with_window(self, window_size: int) -> LayerInputs:
         """The same, observed by no more than the last `window_size` queries."""
@@ -145,11 +150,14 @@ class Observation:
     scores: Tensor | None = None
     """(B, H_kv or 1, T) float32: the layer's own scores."""
     vote: Tensor | None = None
-    """(B, 1, T) float32: the sum of the votes of the layer's heads; None where none of them votes."""
+    """(B, 1, T) float32: the sum of the votes of the layer's heads; None where none of them votes. Where there are
+    `positions`, it is over all of the text, evicted tokens included."""
+    positions: Tensor | None = None
+    """As in `LayerInputs`, where layers and KV heads may hold different tokens."""
     preference: Tensor | None = None
     """(B,): how much of the budget the layer should have."""
 
     def to(self, device: torch.device) -> Observation:
         """The same on a device, for layers that lie on several."""
-        tensors = {name: getattr(self, name) for name in ("valid", "scores", "vote", "preference")}
+        tensors = {name: getattr(self, name) for name in ("valid", "scores", "vote", "positions", "preference")}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})

@@ -37,7 +37,8 @@ class VotingMethod(ProfiledMethod):
     def layer_vote(self, inputs: LayerInputs, kernel_size: int, *, all_heads: bool) -> Tensor | None:
         """(B, 1, T): the votes of a layer's heads that are among the model's best; None where none of them is.
 
-        Each head's window attention is pooled and normalised to sum 1, and counts by the head's retrieval score.
+        Each head's window attention is pooled and normalised to sum 1, and counts by the head's retrieval score. Where
+        earlier cuts left each KV head tokens of its own, the votes are for places in the text.
 
         Args:
             all_heads: whether the attention of all the layer's heads is needed anyway.
@@ -50,6 +51,11 @@ class VotingMethod(ProfiledMethod):
         attention = inputs.attention_moments[0][:, heads] if all_heads else inputs.attention_sums(heads)
         pooled = pool(attention, kernel_size)
         own = summing_to_one(without_padding(pooled, inputs.valid))  # (B, n, T)
+        if inputs.positions is not None and not self.shares_positions:
+            num_read = int(inputs.positions[0, 0, -1]) + 1
+            readers = [head * inputs.num_kv_heads // num_here for head in heads]
+            places = inputs.positions.expand(-1, inputs.num_kv_heads, -1)[:, readers]
+            own = own.new_zeros(*own.shape[:2], num_read).scatter_(2, places, own)
         scores = self.measured.comparable_scores_of(inputs.layer_idx)
         weights = own.new_tensor([scores[first + head] for head in heads])
         return (own * weights[:, None]).sum(dim=1, keepdim=True)
