@@ -23,7 +23,8 @@ from compresskv.cli.options import (
     parse_prefill_memory,
 )
 from compresskv.cli.outputs import check_outputs
-from compresskv.cli.request import Checked, Request, with_request
+from compresskv.cli.request import Checked, Request
+from compresskv.cli.spread import spread
 from compresskv.cli.terminal import Bar, Building, Steps, Stream, err, megabytes, new_table, out
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from compresskv.methods.base import Method
 
 
-@with_request
+@spread(Request)
 def ask(
     given: Request,
     two_pass: Annotated[

@@ -11,39 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compresskv import defaults
-from compresskv.cli.kept import SUFFIX, check_unused, load_session, names_session
-from compresskv.cli.options import (
-    BudgetOption,
-    CompileOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    OfOption,
-    ProfileOption,
-    SessionMethodOption,
-    SettingsOption,
-    StoreOption,
-    check_profile,
-    parse_nbytes,
-)
+from compresskv.cli.kept import SUFFIX, load_session, names_session
+from compresskv.cli.options import CompileOption
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.places import check_place, choose_places, free_place
-from compresskv.cli.read import (
-    SESSION_BUDGET,
-    ChunkOption,
-    MaxMemoryOption,
-    chosen_method,
-    load_for_reading,
-    read_with_bar,
-)
+from compresskv.cli.reading import Reading
+from compresskv.cli.spread import spread
 from compresskv.cli.terminal import Bar, Building, Stream, err, megabytes
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import CompressKVError, ConfigError, PromptError, SessionError, told
-from compresskv.prompts.document import read_document
-from compresskv.prompts.request import check_request
-from compresskv.selection.budgets import TOKENS, known_beforehand, parse_budget
-from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.header import is_session
 from compresskv.system.check import check_least
 from compresskv.system.interrupts import hear_again
@@ -69,20 +45,12 @@ _HELP = """\
 Ctrl-C ends an answer. What begins with // is said with one stroke."""
 
 
+@spread(Reading)
 def chat(
     document: Annotated[str, typer.Argument(help="A text file, or a file of 'compresskv read'.", metavar="FILE")],
-    model: ModelOption = defaults.MODEL,
-    method: SessionMethodOption = None,
-    budget: BudgetOption = SESSION_BUDGET,
-    of: OfOption = TOKENS,
-    store: StoreOption = NATIVE,
-    chunk: ChunkOption = None,
-    max_memory: MaxMemoryOption = None,
+    *,
+    given: Reading,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 256,
-    profile: ProfileOption = None,
-    settings: SettingsOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
     compile: CompileOption = "auto",
 ) -> None:
     """Talk about a document: what was said before is seen, and the document is read only once.
@@ -91,35 +59,17 @@ def chat(
     """
     check_mode(compile)
     check_least("max_new_tokens", max_new_tokens)
-    check_least("chunk", chunk)
     if document == "-":
         problem = "is standard input, from which your questions come: name a file"
         raise ConfigError(problem, option="document", value=document)
-    inputs: dict[str, str | Path | None] = {"profile": profile, "model": model}
+    inputs: dict[str, str | Path | None] = {"profile": given.profile, "model": given.model}
     opened = Path(document) if names_session(document) else None
     if opened is not None:
-        check_unused(
-            method=method,
-            budget=budget,
-            of=of,
-            store=store,
-            chunk=chunk,
-            max_memory=max_memory,
-            profile=profile,
-            settings=settings,
-        )
-        session = load_session(document, model, dtype, device)
+        given.check_session()
+        session = load_session(document, given.model, given.dtype, given.device)
     else:
-        chosen, share = chosen_method(method, settings), known_beforehand(parse_budget(budget, of))
-        find_precision(store)
-        most = None if max_memory is None else parse_nbytes("max_memory", max_memory)
-        check_profile(profile)
-        text = read_document(document)
         inputs["document"] = document
-        check_request(text, "?", "never")
-        loaded, tokenizer, prepared = load_for_reading(model, chosen, profile, dtype, device)
-        own: dict[str, Any] = {"store": store, "chunk": chunk, "max_memory": most}
-        session = read_with_bar(loaded, tokenizer, text, prepared, share, document, **own)
+        (session,) = given.checked([document]).sessions()
     _Chat(session, _Saving(Path(document).stem, opened, inputs), max_new_tokens, compile).run(_lines())
 
 

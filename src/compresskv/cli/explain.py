@@ -10,7 +10,8 @@ from compresskv.cli.automatic import why
 from compresskv.cli.kept import load_session, names_session
 from compresskv.cli.options import check_writable
 from compresskv.cli.outputs import check_outputs
-from compresskv.cli.request import Checked, Request, with_request
+from compresskv.cli.request import Checked, Request
+from compresskv.cli.spread import spread
 from compresskv.cli.terminal import Bar, Steps, err, megabytes, out
 from compresskv.cli.typed import is_typed
 from compresskv.errors import ConfigError, PromptError
@@ -34,7 +35,7 @@ Examples:
 _DEFAULT_PAGE = "retention.html"
 
 
-@with_request
+@spread(Request)
 def explain(
     given: Request,
     html: Annotated[

@@ -1,11 +1,8 @@
 """The parameters that `ask` and `explain` share, and what is done with them before and after a model is loaded."""
 
-import functools
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -139,23 +136,3 @@ class Checked:
             model, tokenizer = load(given.model, dtype=given.dtype, device=given.device, on_progress=bar)
         profiles = [given.profile if one.needs_profile else None for one in self.methods]
         return model, tokenizer, [prepare_method(model, *pair) for pair in zip(self.methods, profiles, strict=True)]
-
-
-def with_request(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the fields of `Request` as parameters, in place of its first one, which gets them as one."""
-    names = [field.name for field in fields(Request)]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        command(Request(**{name: given.pop(name) for name in names}), **given)
-
-    _, *own = inspect.signature(command).parameters.values()
-    hints = get_type_hints(Request, include_extras=True)
-    shared = [
-        parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(Request).parameters.values()
-    ]
-    parameters = [*shared, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
