@@ -85,10 +85,12 @@ def test_a_budget_above_the_prompt_answers_as_the_full_cache(
 
     assert tuple(row["token_ids"]) == case.reference_ids
     assert row["top1_agreement"] == 1
+    assert row["kl_divergence"] < 1e-4
 
 
-def test_agreement_is_a_share(rows: Rows) -> None:
+def test_what_a_press_loses_is_told(rows: Rows) -> None:
     assert all(0 <= row["top1_agreement"] <= 1 for row in rows.values())
+    assert all(row["kl_divergence"] > 1e-3 for (_, budget, _), row in rows.items() if budget == BUDGET)
 
 
 def test_a_case_that_fails_leaves_the_others_their_results(case: PressCase) -> None:
@@ -99,4 +101,4 @@ def test_a_case_that_fails_leaves_the_others_their_results(case: PressCase) -> N
 
     assert failed["error"].startswith("the prompt has no suffix to hold back")
     assert (done["retained_tokens"], done["logical_tokens"]) == (len(case.input_ids), BUDGET)
-    assert done["top1_agreement"] is None
+    assert done["top1_agreement"] is done["kl_divergence"] is None

@@ -1,14 +1,20 @@
 """What the peers are asked to do, and what their process makes of it: kvpress itself is not needed for that."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import DynamicCache
 
+import tiny
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation import press_runner
+from compresskv.evaluation.fidelity import nearness, reference
 from compresskv.evaluation.press_request import PressCase, PressRequest
+from compresskv.models.decoding import prefill
 from compresskv.peers.answers import read_request, write_request
 from compresskv.peers.presses import PRESSES, check_presses
 
@@ -78,7 +84,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the process runs, where kvpress and the model are stand-ins; KnormPress fails."""
     calls: list[tuple[Any, ...]] = []
 
-    def run_press(_: Any, chosen: Any, case: PressCase, budget: float, setting: str) -> dict[str, Any]:
+    def run_press(_: Any, chosen: Any, case: PressCase, budget: float, setting: str, full: None) -> dict[str, Any]:
         calls.append((case.example, chosen.name, budget, setting))
         if chosen.name == "KnormPress":
             raise RuntimeError("out of memory")
@@ -86,7 +92,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(press_runner, "find_press", lambda name: SimpleNamespace(name=name))
     monkeypatch.setattr(press_runner, "version", lambda _: "1")
-    monkeypatch.setattr(press_runner, "load", lambda *_, **__: None)
+    monkeypatch.setattr(press_runner, "load", lambda *_, **__: (None, None))
     monkeypatch.setattr(press_runner, "run_press", run_press)
     return calls
 
@@ -115,9 +121,24 @@ def test_the_unit_says_which_tokens_a_press_is_charged_with(
     assert len(ran) == 1
 
 
-@pytest.mark.parametrize(("answer", "expected"), [((), None), ((7,), None), ((7, 1, 2), 0.5)])
-def test_agreement_is_over_the_answer_but_its_first_token(answer: tuple[int, ...], expected: float | None) -> None:
-    logits = press_runner.torch.eye(3)[[1, 1]]
-    cache: Any = SimpleNamespace(teacher_forced=lambda _: logits)
+@pytest.mark.parametrize("answer", [(), (7,)])
+def test_an_answer_of_one_token_is_compared_with_nothing(answer: tuple[int, ...]) -> None:
+    assert press_runner.full_log_probs(tiny.tiny_model("llama"), replace(CASE, reference_ids=answer)) is None
 
-    assert press_runner._top1_agreement(cache, PressCase("t", "1", (1,), 8, reference_ids=answer)) == expected
+
+def test_what_the_full_cache_thinks_is_measured_without_the_last_presss_masks() -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(40)
+    cache = DynamicCache()
+    first = int(prefill(model, prompt, cache).argmax())
+    expected = reference(model, tiny.tokenizer(), cache, first, 6)
+    case = PressCase("t", "1", tuple(prompt[0].tolist()), 6, reference_ids=tuple(expected.token_ids))
+    attention: Any = model.model.layers[1].self_attn
+    attention.masked_key_indices = (torch.tensor([0]),)
+
+    found = press_runner.full_log_probs(model, case)
+
+    assert found is not None
+    assert attention.masked_key_indices is None
+    del attention.masked_key_indices
+    torch.testing.assert_close(found, expected.log_probs)
+    assert nearness(found, expected.log_probs).top1_agreement == 1

@@ -78,7 +78,7 @@ def fidelity(model: PreTrainedModel, cache: Cache, full: Reference, num_ahead: i
         return None
     if len(full.token_ids) < num_ahead + 2:
         return Fidelity(0.0, 1.0)
-    return _nearness(teacher_forced(model, cache, full.token_ids[num_ahead:]), full, num_ahead)
+    return nearness(teacher_forced(model, cache, full.token_ids[num_ahead:]), full.log_probs, num_ahead)
 
 
 @torch.no_grad()
@@ -86,14 +86,19 @@ def fidelities(model: PreTrainedModel, cache: CompressedCache, full: Reference, 
     """`fidelity` of each of the cache's rows, in one pass: they share the weights. `cache` stays as it is."""
     if len(full.token_ids) < 2:
         return [None] * num_rows
-    return [_nearness(row, full, 0) for row in _read_again(model, cache, full.token_ids, num_rows)]
+    return [nearness(row, full.log_probs) for row in _read_again(model, cache, full.token_ids, num_rows)]
 
 
-def _nearness(log_probs: Tensor, full: Reference, num_ahead: int) -> Fidelity:
-    expected = full.log_probs[num_ahead:]
+def nearness(log_probs: Tensor, full: Tensor, num_ahead: int = 0) -> Fidelity:
+    """Compare log-probabilities (n - num_ahead, vocab) with the full cache's (n, vocab), its first steps left out.
+
+    Args:
+        num_ahead: as for `fidelity`.
+    """
+    expected = full[num_ahead:]
     kl = torch.nn.functional.kl_div(log_probs, expected, reduction="none", log_target=True).sum()
     num_same = num_ahead + int((log_probs.argmax(dim=-1) == expected.argmax(dim=-1)).sum())
-    return Fidelity(float(kl.clamp(min=0)) / len(full.log_probs), num_same / len(full.log_probs))
+    return Fidelity(float(kl.clamp(min=0)) / len(full), num_same / len(full))
 
 
 def evidence_recall(cache: CompressedCache, evidence: Sequence[slice]) -> float | None:

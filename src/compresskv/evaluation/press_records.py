@@ -29,8 +29,8 @@ def add_presses(
 ) -> Iterator[tuple[float, str | None]]:
     """Run the presses and budgets that the log lacks, and keep their records.
 
-    The log must hold the full cache's records: its answers are what top-1 agreement is measured against. KL
-    divergence is not measured, since the full cache's distributions stay in this process.
+    The log must hold the full cache's records: KL divergence and top-1 agreement are measured over its answers,
+    against what the full cache thinks of them in the peers' own environment.
 
     Args:
         request: presses, budgets and settings; its cases are replaced.

@@ -8,14 +8,16 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.errors import ConfigError, first_line
+from compresskv.evaluation.fidelity import nearness
 from compresskv.evaluation.press_request import PressCase, PressRequest
-from compresskv.models.decoding import end_tokens
+from compresskv.models.decoding import end_tokens, prefill
 from compresskv.models.load import load
 from compresskv.models.place import devices_of, input_device
-from compresskv.peers.press_cache import PressCache
+from compresskv.peers.press_cache import PressCache, masks, put_masks
 from compresskv.peers.presses import Press, find_press, method_name
 from compresskv.selection.budgets import resolve
 from compresskv.system.clock import now
@@ -23,9 +25,13 @@ from compresskv.system.clock import now
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def run_press(loaded: Loaded, press: Press, case: PressCase, budget: int | float, setting: str) -> dict[str, Any]:
+def run_press(
+    loaded: Loaded, press: Press, case: PressCase, budget: int | float, setting: str, full: Tensor | None
+) -> dict[str, Any]:
     """Compress, compare and decode one case.
 
+    Args:
+        full: as `full_log_probs` gives it.
     Returns: figures counted as `Runner` counts ours. In the agnostic setting only the first `compressed_tokens` are
         compressed; bytes are those after that, and tokens include the suffix, which is read afterwards.
     Raises:
@@ -38,7 +44,7 @@ def run_press(loaded: Loaded, press: Press, case: PressCase, budget: int | float
     cache = press.compress(model, tokenizer, context, resolve(budget, num_compressed), case.suffix_start)
     if suffix.shape[1]:
         cache.read(suffix, last_only=True)
-    agreement = _top1_agreement(cache, case)
+    near = None if full is None else nearness(log_probs(cache, case), full)
     devices = devices_of(model)
     start = now(*devices)
     token_ids = cache.decode(end_tokens(model, tokenizer), case.max_new_tokens)
@@ -52,7 +58,8 @@ def run_press(loaded: Loaded, press: Press, case: PressCase, budget: int | float
         "prefill_s": cache.prefill_s,
         "select_s": cache.select_s,
         "decode_s": now(*devices) - start,
-        "top1_agreement": agreement,
+        "kl_divergence": None if near is None else near.kl_divergence,
+        "top1_agreement": None if near is None else near.top1_agreement,
     }
 
 
@@ -62,13 +69,22 @@ def _cut(case: PressCase) -> int:
     return case.suffix_start
 
 
-def _top1_agreement(cache: PressCache, case: PressCase) -> float | None:
-    """As in `fidelity.fidelity`: over the full cache's own answer, its first token left out."""
+def full_log_probs(model: PreTrainedModel, case: PressCase) -> Tensor | None:
+    """What the full cache thinks, in this environment, at each step of its own answer; see `Reference.log_probs`.
+
+    None where there is no answer of two tokens.
+    """
     if len(case.reference_ids) < 2:
         return None
-    choices = cache.teacher_forced(case.reference_ids).argmax(dim=-1)
-    expected = torch.tensor(case.reference_ids[1:], device=choices.device)
-    return float((choices == expected).float().mean())
+    put_masks(masks(model), on=False)  # the last press left them
+    cache, num_tokens = DynamicCache(), len(case.input_ids)
+    logits = prefill(model, torch.tensor([case.input_ids], device=input_device(model)), cache)
+    return log_probs(PressCache(model, cache, num_tokens, num_tokens, logits, 0.0, 0.0), case)
+
+
+def log_probs(cache: PressCache, case: PressCase) -> Tensor:
+    """(n - 1, vocab) float32: of the tokens of the full cache's answer after the first."""
+    return cache.teacher_forced(case.reference_ids).float().log_softmax(dim=-1)
 
 
 def answer(request: PressRequest) -> Iterator[dict[str, Any]]:
@@ -81,13 +97,15 @@ def answer(request: PressRequest) -> Iterator[dict[str, Any]]:
     presses = {name: find_press(name) for name in request.presses}
     loaded = load(request.model, dtype=request.dtype, device=request.device)
     versions = {name: version(name) for name in ("compresskv", "kvpress", "torch", "transformers")}
-    pending = [(case, *config) for case in request.cases for config in request.pending(case)]
-    for case, setting, press, budget in pending:
-        row: dict[str, Any] = {"task": case.task, "example": case.example, "method": method_name(press)}
-        row |= {"budget": budget, "setting": setting}
-        try:
-            figures = run_press(loaded, presses[press], case, budget, setting)
-            counted = figures["logical_tokens" if request.peer_budget == "tokens" else "held_tokens"]
-            yield row | {"retained_tokens": counted} | figures | {"versions": versions}
-        except Exception as err:  # noqa: BLE001 - kvpress raises of all kinds, and other cases may still work
-            yield row | {"error": first_line(err)}
+    for case in request.cases:
+        pending = request.pending(case)
+        full = full_log_probs(loaded[0], case) if pending else None
+        for setting, press, budget in pending:
+            row: dict[str, Any] = {"task": case.task, "example": case.example, "method": method_name(press)}
+            row |= {"budget": budget, "setting": setting}
+            try:
+                figures = run_press(loaded, presses[press], case, budget, setting, full)
+                counted = figures["logical_tokens" if request.peer_budget == "tokens" else "held_tokens"]
+                yield row | {"retained_tokens": counted} | figures | {"versions": versions}
+            except Exception as err:  # noqa: BLE001 - kvpress raises of all kinds, and other cases may still work
+                yield row | {"error": first_line(err)}
