@@ -1,0 +1,1 @@
+"""What cuts of long answers lose and cost."""
