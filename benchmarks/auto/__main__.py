@@ -7,7 +7,8 @@ from pathlib import Path
 
 from compresskv.errors import CompressKVError
 from compresskv.evaluation.loss_curves import Point, fit, left_out, points_of, share_below
-from compresskv.evaluation.records import Record, read_run
+from compresskv.evaluation.records import Record
+from compresskv.evaluation.run_folder import read_run
 from compresskv.selection.auto_budget import find_auto_budget
 from compresskv.system.drawing import COLOURS, MARKERS, new_figure, save_figure
 

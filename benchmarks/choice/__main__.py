@@ -9,9 +9,11 @@ from typing import Any
 from benchmarks.choice.regret import Losses, choose, leave_one_out, losses, worst
 from compresskv import defaults
 from compresskv.errors import CompressKVError
+from compresskv.evaluation.config import EvaluationConfig, parse_rows
 from compresskv.evaluation.configurations import configurations, parse_budgets
-from compresskv.evaluation.records import Record, read_run
-from compresskv.evaluation.run import Evaluation, EvaluationConfig, parse_rows
+from compresskv.evaluation.records import Record
+from compresskv.evaluation.run import Evaluation
+from compresskv.evaluation.run_folder import read_run
 from compresskv.methods.registry import parse_methods
 from compresskv.models.load import load
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import planted
-from compresskv.evaluation.records import read_run
+from compresskv.evaluation.run_folder import read_run
 
 CANDIDATES = ["snapkv[window_size=16,kernel_size=15]", "streaming_llm"]
 

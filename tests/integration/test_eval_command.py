@@ -16,7 +16,8 @@ import torch
 
 import planted
 from commands import Result, runner
-from compresskv.evaluation.records import Record, read_run
+from compresskv.evaluation.records import Record
+from compresskv.evaluation.run_folder import read_run
 
 NEEDLE = ["--tasks", "needle", "--subsets", "single", "--lengths", "400", "--depths", "50"]
 REAL = ["eval", *NEEDLE, "--methods", "full,snapkv,knorm", "--budgets", "64"]

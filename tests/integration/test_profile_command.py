@@ -19,7 +19,7 @@ import torch
 import planted
 import tiny
 from commands import Result, runner
-from compresskv.evaluation.records import read_run
+from compresskv.evaluation.run_folder import read_run
 from compresskv.methods.blend import Blend
 from compresskv.models.embedded import ensure_embedded
 from compresskv.models.fingerprint import fingerprint

@@ -10,15 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compresskv.errors import ConfigError
-from compresskv.selection.budgets import (
-    check_budget,
-    error_aware,
-    parse_budget,
-    proportional,
-    pyramid,
-    resolve,
-    uniform,
-)
+from compresskv.selection.budgets import check_budget, parse_budget, resolve
+from compresskv.selection.sharing import error_aware, proportional, pyramid, uniform
 
 budgets = st.integers(1, 2500)
 prompts = st.integers(1, 4000)

@@ -18,11 +18,12 @@ from compresskv.attention import prefill as attention_prefill
 from compresskv.attention import routing
 from compresskv.errors import CompressKVError, ConfigError, DataError, PromptError
 from compresskv.evaluation import press_records
-from compresskv.evaluation.configurations import configurations, parse_budgets
+from compresskv.evaluation.config import EvaluationConfig, parse_rows
+from compresskv.evaluation.configurations import Configuration, configurations, parse_budgets
 from compresskv.evaluation.press_request import PressRequest
-from compresskv.evaluation.records import Record, read_run
-from compresskv.evaluation.run import Counts, Evaluation, EvaluationConfig, parse_rows
-from compresskv.evaluation.runner import Configuration
+from compresskv.evaluation.records import Record
+from compresskv.evaluation.run import Counts, Evaluation
+from compresskv.evaluation.run_folder import read_run
 from compresskv.evaluation.tasks import registry
 from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
@@ -251,7 +252,7 @@ class TestKilled:
         assert timeless(records()) == whole
 
     def test_a_full_disk_loses_one_record_and_gives_the_model_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        add = "compresskv.evaluation.records.RecordLog.add"
+        add = "compresskv.evaluation.run_folder.RecordLog.add"
 
         def full(*_: object) -> None:
             raise DataError("No space left on device")

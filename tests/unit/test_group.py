@@ -4,7 +4,7 @@ import torch
 
 from compresskv.cache.group import Group
 from compresskv.methods.snapkv import SnapKV
-from compresskv.selection.budgets import proportional
+from compresskv.selection.sharing import proportional
 
 
 def group(*counts: int) -> Group:

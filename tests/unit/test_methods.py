@@ -25,7 +25,7 @@ from compresskv.methods.kvzip import KVzip
 from compresskv.methods.snapkv import SnapKV
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile
-from compresskv.selection import budgets
+from compresskv.selection import sharing
 from compresskv.selection.select import EMPTY_SLOT, select, select_rows
 
 LAYER_INDICES = (1, 3, 4)
@@ -159,7 +159,7 @@ class TestCompressKV:
     def test_layers_share_by_the_profiles_errors(self) -> None:
         errors = [0.1, 0.6, 0.3]
         method = CompressKV(profile=make_profile([[1.0, 0.0]] * 3, errors))
-        assert method.layer_budgets(128, 3, 1000) == budgets.error_aware(128, 1000, errors)
+        assert method.layer_budgets(128, 3, 1000) == sharing.error_aware(128, 1000, errors)
         assert method.layer_budgets(128, 3, 1000) == [61, 205, 118]
 
     def test_a_profile_of_another_number_of_layers_is_refused(self) -> None:

@@ -12,7 +12,7 @@ from compresskv.calibration.verify import Ablation
 from compresskv.errors import ConfigError
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile, l1_normalised
-from compresskv.selection.budgets import error_aware
+from compresskv.selection.sharing import error_aware
 
 ABLATIONS = [
     Ablation("none", 0, 8, 8),

@@ -24,7 +24,7 @@ from compresskv.profiles.authors import published_files
 from compresskv.profiles.profile import Profile, combined, l1_normalised, read_profile
 from compresskv.profiles.published import import_published
 from compresskv.profiles.store import default_path, resolve_profile, user_folder, write_profile
-from compresskv.selection.budgets import error_aware
+from compresskv.selection.sharing import error_aware
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_profiles"
 PUBLISHED_MODELS = ["Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3", "Qwen2.5-7B-Instruct"]

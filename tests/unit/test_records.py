@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
 from compresskv.errors import DataError
-from compresskv.evaluation.records import Record, RecordLog, read_run
+from compresskv.evaluation.records import Record
+from compresskv.evaluation.run_folder import RecordLog, read_run
 
 CONFIGURATION = {"tasks": ["needle"], "lengths": [1024], "limit": None, "versions": {"torch": "2.13.0"}}
 A = Record("needle/single", "1", "snapkv", 128, "aware", "0f" * 8, 1000, 0, 128.0, 2048, 16000)

@@ -18,8 +18,9 @@ from compresskv.cli import terminal
 from compresskv.cli.report import EPILOG, report
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation import figures
-from compresskv.evaluation.records import Record, RecordLog
+from compresskv.evaluation.records import Record
 from compresskv.evaluation.report import digits, heading, write_pages
+from compresskv.evaluation.run_folder import RecordLog
 from compresskv.evaluation.summary import report_data
 
 VERSIONS = {"model": "org/tiny", "dtype": "float32", "torch": "2.13.0"}

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import compresskv
 import planted
 import tiny
-from compresskv.evaluation.configurations import configurations
+from compresskv.evaluation.configurations import Configuration, configurations
 from compresskv.evaluation.encode import EncodedPrompt
-from compresskv.evaluation.records import Record
-from compresskv.evaluation.runner import SETTINGS, Case, Configuration, Runner
+from compresskv.evaluation.records import SETTINGS, Record
+from compresskv.evaluation.runner import Case, Runner
 from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.methods.inputs import LayerInputs

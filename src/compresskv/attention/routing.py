@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from compresskv.attention.kernels import Kernel, KernelMask, additive_mask, kernel_mask, transformers_mask
+from compresskv.attention.kernels import Kernel, KernelMask, additive_mask
+from compresskv.attention.masks import routed_mask
 from compresskv.attention.opened import Opened
 from compresskv.attention.pieces import let_read_in_pieces
 from compresskv.attention.plain import (
@@ -30,7 +31,7 @@ from compresskv.attention.plain import (
 )
 from compresskv.attention.prefill import causal_attention, causal_mask, is_faster, later_attention
 from compresskv.attention.support import BASES, CANNOT, PREFIX, check_supported
-from compresskv.errors import CacheStateError, ModelError
+from compresskv.errors import ModelError
 from compresskv.models.shape import decoder_config
 
 Observe = Callable[..., object]
@@ -211,49 +212,11 @@ def _eager_function(module_type: type[nn.Module]) -> AttentionFunction:
         raise ModelError(f"{module_type.__name__} has no eager attention function: load the model with sdpa") from None
 
 
-@contextmanager
-def without_masks() -> Iterator[None]:
-    """Let routed models build no attention masks in this thread: cache layers know what is masked."""
-    _masks.unwanted = True
-    try:
-        yield
-    finally:
-        _masks.unwanted = False
-
-
-_masks = threading.local()
-
-
-def expect_mask(num_tokens: int) -> None:
-    """Let the mask that is built next in this thread, if it is of so many tokens, be checked against what is given."""
-    _masks.length = num_tokens
-
-
-def _mask(base: str, *args: Any, **kwargs: Any) -> Any:
-    """transformers' mask for `base`, unless none is wanted.
-
-    Raises:
-        CacheStateError: the given mask is of fewer tokens than the cache has seen.
-    """
-    expected, _masks.length = getattr(_masks, "length", None), None
-    given = kwargs.get("attention_mask")
-    if isinstance(given, Tensor) and given.ndim == 2 and expected == kwargs.get("kv_length") != given.shape[1]:
-        raise CacheStateError(
-            f"the attention mask is of {given.shape[1]} tokens, but with those that the cache has seen there are "
-            f"{expected}: reset() the cache before another prompt"
-        )
-    if getattr(_masks, "unwanted", False):
-        return None
-    if base in BASES or expected is None:
-        return transformers_mask(base, *args, **kwargs)
-    return kernel_mask(base, *args, **kwargs)
-
-
 def _register(base: str) -> None:
     """Let transformers know our function for `base`."""
     AttentionInterface.register(PREFIX + base, functools.partial(_attention_forward, base))
     # Without a mask function under our own name, transformers would build no mask at all and ignore padding.
-    AttentionMaskInterface.register(PREFIX + base, functools.partial(_mask, base))
+    AttentionMaskInterface.register(PREFIX + base, functools.partial(routed_mask, base))
 
 
 for _base in BASES:

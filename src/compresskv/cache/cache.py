@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from compresskv.attention.masks import without_masks
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
-from compresskv.attention.routing import base_implementation, without_masks
+from compresskv.attention.routing import base_implementation
 from compresskv.cache.adopt import adopted, check_adoptable
 from compresskv.cache.conditions import Conditions, EvictionObserver, Unobserved
 from compresskv.cache.crop import NO_ASSISTANT, check_other_crop

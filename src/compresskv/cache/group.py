@@ -6,8 +6,8 @@ from torch import Tensor
 
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import Observation
-from compresskv.selection.budgets import proportional
 from compresskv.selection.select import EMPTY_SLOT, select_rows, tokens_at
+from compresskv.selection.sharing import proportional
 from compresskv.system.check import check_count
 
 CANDIDATES = 4

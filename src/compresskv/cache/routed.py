@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from compresskv.attention.masks import expect_mask
 from compresskv.attention.plain import AttentionFunction
 from compresskv.attention.prefill import causal_mask, exact_by_default
-from compresskv.attention.routing import await_attention, expect_mask, is_routed
+from compresskv.attention.routing import await_attention, is_routed
 from compresskv.attention.support import CANNOT
 from compresskv.errors import CacheStateError, ModelError
 from compresskv.models.shape import compressible_layers, decoder_config, shares_keys

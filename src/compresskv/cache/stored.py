@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from compresskv.attention.masks import expect_mask
 from compresskv.attention.plain import AttentionFunction
-from compresskv.attention.routing import expect_mask
 from compresskv.cache.routed import RoutedLayer, owned
 from compresskv.cache.stores.base import ROOM, Slots, Store
 from compresskv.cache.stores.dense import DenseStore

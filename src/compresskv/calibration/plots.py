@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compresskv.calibration.verify import Ablation
 from compresskv.profiles.profile import Profile, Rows
-from compresskv.selection.budgets import error_aware
+from compresskv.selection.sharing import error_aware
 from compresskv.system.drawing import new_figure as _figure
 from compresskv.system.drawing import save_figure as _save
 

@@ -31,8 +31,9 @@ from compresskv.system.paths import exists
 from compresskv.system.progress import Progress
 
 if TYPE_CHECKING:
+    from compresskv.evaluation.config import EvaluationConfig
     from compresskv.evaluation.press_request import PressRequest
-    from compresskv.evaluation.run import Evaluation, EvaluationConfig
+    from compresskv.evaluation.run import Evaluation
     from compresskv.methods.base import Method
 
 EPILOG = """\b
@@ -155,10 +156,10 @@ def evaluate(
 
     Each prompt is read once, and every method and budget cuts its own cache from that.
     """
+    from compresskv.evaluation.config import parse_rows
     from compresskv.evaluation.configurations import check_settings, parse_budgets, parse_names
     from compresskv.evaluation.press_request import PressRequest
-    from compresskv.evaluation.run import parse_rows
-    from compresskv.evaluation.runner import SETTINGS
+    from compresskv.evaluation.records import SETTINGS
     from compresskv.evaluation.suite import BUDGETS, METHODS
     from compresskv.evaluation.tasks.registry import tasks as known_tasks
     from compresskv.methods.registry import methods as registered
@@ -204,7 +205,7 @@ def _configs(
     suite: str | None, own: dict[str, Any], shared: dict[str, Any]
 ) -> "tuple[dict[str, EvaluationConfig], list[str]]":
     """The runs by their folder's name, '' for the output itself, and the tasks of a suite that are left out."""
-    from compresskv.evaluation.run import EvaluationConfig
+    from compresskv.evaluation.config import EvaluationConfig
     from compresskv.evaluation.suite import SUITES, suite_configs
 
     if suite is None:

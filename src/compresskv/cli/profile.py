@@ -25,7 +25,8 @@ from compresskv.cli.profile_import import IMPORT_EPILOG, import_profile
 from compresskv.cli.profile_tables import answers, layer_table, print_heads
 from compresskv.cli.terminal import Bar, counted, err, new_table, out
 from compresskv.errors import ProfileError
-from compresskv.selection.budgets import check_budget, error_aware
+from compresskv.selection.budgets import check_budget
+from compresskv.selection.sharing import error_aware
 from compresskv.system.paths import is_file, why_unseen
 
 if TYPE_CHECKING:

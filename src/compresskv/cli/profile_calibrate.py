@@ -45,7 +45,7 @@ def calibrate(
     check_outputs({"output": output}, {f"run {name}": files for name, files in records_of.items()})
     place = check_writable("output", output)
     from compresskv.evaluation.loss_curves import fit, points_of, share_below
-    from compresskv.evaluation.records import read_run
+    from compresskv.evaluation.run_folder import read_run
     from compresskv.profiles.profile import read_profile
     from compresskv.profiles.store import write_profile
 

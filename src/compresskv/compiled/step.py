@@ -9,7 +9,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention.routing import without_masks
+from compresskv.attention.masks import without_masks
 from compresskv.cache.stores.base import EVEN, RAGGED
 from compresskv.cache.stores.packed_vectors import rotation
 from compresskv.compiled.packed import PackedLayer

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from compresskv.errors import ConfigError
-from compresskv.evaluation.runner import FULL, SETTINGS, Configuration
+from compresskv.evaluation.records import SETTINGS, config_name
 from compresskv.methods import registry
 from compresskv.methods.base import Method
 from compresskv.methods.predicting import check_predicts
@@ -16,6 +17,35 @@ from compresskv.profiles.profile import Profile
 from compresskv.selection.budgets import TOKENS, SharedBudget, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to compress: what a row of a table stands for."""
+
+    label: str
+    """The method's name, with the options that differ from its defaults: 'snapkv[window_size=32]'."""
+    method: Method
+    budget: int | float | str | None
+    """None for the full cache."""
+    setting: str = "aware"
+    """'agnostic': the document is read and compressed before the question comes."""
+    store: str = NATIVE
+    """In how many bits a number what is kept is held; see `compressing`."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it, and what tells it from the others of a run."""
+        return config_name(self.label, self.budget, self.setting, self.store)
+
+    @property
+    def profile_digest(self) -> str | None:
+        """What tells the method's profile from others; None where it has none."""
+        profile = getattr(self.method, "profile", None)
+        return None if profile is None else profile.digest
+
 
 _COMMAS = re.compile(r",(?![^\[]*\])")
 """Those that part budgets, not the limits of one: 'auto[max_loss=0.1,at_most=512],256'."""

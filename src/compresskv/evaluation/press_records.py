@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from compresskv.evaluation.press_request import PressCase, PressRequest
-from compresskv.evaluation.records import Record, RecordLog, config_name
+from compresskv.evaluation.records import Record, config_name
+from compresskv.evaluation.run_folder import RecordLog
 from compresskv.evaluation.runner import Case
 from compresskv.peers.process import run_peers
 

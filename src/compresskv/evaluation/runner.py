@@ -12,49 +12,19 @@ from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.timing import EvictionTimer
 from compresskv.errors import ConfigError
+from compresskv.evaluation.configurations import FULL, Configuration
 from compresskv.evaluation.encode import EncodedPrompt
 from compresskv.evaluation.fidelity import Fidelity, evidence_recall, fidelities, fidelity, reference
-from compresskv.evaluation.records import SETTINGS, Record, config_name
+from compresskv.evaluation.records import Record
 from compresskv.evaluation.tasks.base import Task
 from compresskv.evaluation.tasks.example import Example
-from compresskv.methods.base import Method
 from compresskv.models.decoding import decode, decode_one_token, decode_rows, last_logits
 from compresskv.models.place import devices_of, input_device
 from compresskv.plans.capture import CapturedPrompt
-from compresskv.selection.precision import NATIVE
 from compresskv.system.clock import now
 
-__all__ = ["SETTINGS", "Case", "Configuration", "Runner"]
-
-FULL = "full"
 _LITTLE = 1 << 28  # bytes
 _MAX_LOG_PROBS = 1 << 25  # 128 MiB of float32
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One way to compress: what a row of a table stands for."""
-
-    label: str
-    """The method's name, with the options that differ from its defaults: 'snapkv[window_size=32]'."""
-    method: Method
-    budget: int | float | str | None
-    """None for the full cache."""
-    setting: str = "aware"
-    """'agnostic': the document is read and compressed before the question comes."""
-    store: str = NATIVE
-    """In how many bits a number what is kept is held; see `compressing`."""
-
-    @property
-    def name(self) -> str:
-        """What tables call it, and what tells it from the others of a run."""
-        return config_name(self.label, self.budget, self.setting, self.store)
-
-    @property
-    def profile_digest(self) -> str | None:
-        """What tells the method's profile from others; None where it has none."""
-        profile = getattr(self.method, "profile", None)
-        return None if profile is None else profile.digest
 
 
 _Cut = tuple[Configuration, CompressedCache, float]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ConfigError
-from compresskv.evaluation.run import EvaluationConfig
+from compresskv.evaluation.config import EvaluationConfig
 from compresskv.evaluation.tasks.registry import create_task
 from compresskv.system.paths import exists, is_folder
 

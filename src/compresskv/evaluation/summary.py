@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ConfigError, DataError
-from compresskv.evaluation.records import Record, config_name, read_run
+from compresskv.evaluation.records import Record, config_name
+from compresskv.evaluation.run_folder import read_run
 from compresskv.evaluation.statistics import macro_interval, macro_paired_difference
 from compresskv.methods.registry import methods
 from compresskv.selection.budgets import budget_order

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 from compresskv.errors import ConfigError
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
-from compresskv.selection import budgets
+from compresskv.selection import budgets, sharing
 from compresskv.selection.auto_budget import LossCurve
 from compresskv.selection.select import select, select_rows
 
@@ -143,7 +143,7 @@ class Method:
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
         """Tokens to retain in each compressible layer; the sum is min(budget, num_tokens) * num_layers."""
-        return budgets.uniform(budget, num_layers, num_tokens)
+        return sharing.uniform(budget, num_layers, num_tokens)
 
     def head_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[list[int]]:
         """For each compressible layer, one number for all its KV heads, or one number for each of them."""

@@ -10,7 +10,7 @@ from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
-from compresskv.selection import budgets as layer_budgets
+from compresskv.selection import sharing
 from compresskv.selection.scores import mean_over_groups, pool
 from compresskv.system.later import torch
 
@@ -61,7 +61,7 @@ class CAKE(SnapKV):
         for row, (length, shares) in enumerate(zip(row_lengths, self._shares(layers), strict=True)):
             mean = budgets[0][row]
             floor = min(self._num_sure, mean)
-            spares = layer_budgets.proportional((mean - floor) * len(layers), shares, length - floor)
+            spares = sharing.proportional((mean - floor) * len(layers), shares, length - floor)
             rows.append([floor + spare for spare in spares])
         return [list(column) for column in zip(*rows, strict=True)]
 

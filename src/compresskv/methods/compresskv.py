@@ -10,7 +10,7 @@ from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.profiled import ProfiledMethod
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.selection import budgets
+from compresskv.selection import sharing
 from compresskv.selection.scores import pool
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ class CompressKV(ProfiledMethod):
     heads_per_layer: int = 4
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
-        """In proportion to the profile's layer errors; see `compresskv.selection.budgets.error_aware`."""
+        """In proportion to the profile's layer errors; see `compresskv.selection.sharing.error_aware`."""
         errors = self.measured.layer_errors
         if len(errors) != num_layers:
             raise ProfileError(
                 f"the profile of {self.measured.model_id} has {len(errors)} layers, but {num_layers} are compressed"
             )
-        return budgets.error_aware(budget, num_tokens, errors)
+        return sharing.error_aware(budget, num_tokens, errors)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, 1, T)."""

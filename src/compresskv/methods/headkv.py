@@ -7,7 +7,7 @@ from compresskv.methods.profiled import ProfiledMethod
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
-from compresskv.selection import budgets
+from compresskv.selection import sharing
 
 
 @register
@@ -34,7 +34,7 @@ class HeadKV(SnapKV, ProfiledMethod):
         budget = min(budget, num_tokens)
         spare = max(0, budget - self.window_size)
         shares = [(1 - 1 / self.beta) / len(scores) + score / norm / self.beta for score in scores]
-        extra = budgets.proportional(spare * len(scores), shares, num_tokens - budget + spare)
+        extra = sharing.proportional(spare * len(scores), shares, num_tokens - budget + spare)
         counts = [budget - spare + more for more in extra]
         return [counts[start : start + num_kv_heads] for start in range(0, len(counts), num_kv_heads)]
 

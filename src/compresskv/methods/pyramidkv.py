@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.snapkv import SnapKV
-from compresskv.selection import budgets
+from compresskv.selection import sharing
 
 
 @register
@@ -24,5 +24,5 @@ class PyramidKV(SnapKV):
     beta: float = 20.0
 
     def layer_budgets(self, budget: int, num_layers: int, num_tokens: int) -> list[int]:
-        """Linear from deep to shallow; see `compresskv.selection.budgets.pyramid`."""
-        return budgets.pyramid(budget, num_layers, num_tokens, window_size=self.window_size, beta=self.beta)
+        """Linear from deep to shallow; see `compresskv.selection.sharing.pyramid`."""
+        return sharing.pyramid(budget, num_layers, num_tokens, window_size=self.window_size, beta=self.beta)

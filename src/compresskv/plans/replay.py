@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskv.attention.routing import base_implementation, without_masks
+from compresskv.attention.masks import without_masks
+from compresskv.attention.routing import base_implementation
 from compresskv.cache.full import FullCache
 from compresskv.errors import PromptError
 from compresskv.models.decoding import prefill
