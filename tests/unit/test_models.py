@@ -5,6 +5,7 @@ code that users run; only the index is a folder.
 """
 
 import http.server
+import importlib.util
 import json
 import os
 import shutil
@@ -183,6 +184,26 @@ def test_a_missing_tokenizer_is_told(folder) -> None:
         path.unlink()
 
     assert "comes without a tokenizer" in error_of(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"quant_method": "nosuch"}, "its weights are quantised as 'nosuch', which this transformers does not know"),
+        ({"quant_method": "gptq", "bits": 4}, "it cannot be loaded ("),
+        ({"quant_method": "awq", "bits": 4}, "it cannot be loaded ("),
+        ({"bits": 4}, "it cannot be loaded ("),
+    ],
+)
+def test_quantised_weights_that_cannot_be_read_are_told(folder, given, expected) -> None:
+    """transformers itself would read what it does not know as it lies, without scales."""
+    for library in ("optimum", "gptqmodel"):
+        if importlib.util.find_spec(library):
+            pytest.skip(f"{library} is installed, which reads some of them")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": given}))
+
+    assert expected in error_of(str(folder))
 
 
 def test_code_inside_a_checkpoint_is_not_run(folder) -> None:

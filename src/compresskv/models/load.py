@@ -125,6 +125,7 @@ def _load_checkpoint(
         if getattr(config, "is_encoder_decoder", False):
             kind = config.model_type
             raise _error(spec, f"{kind} is an encoder-decoder model; pass a decoder-only one")
+        _check_quantisation(spec, config)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some releases make one out of nothing
             raise _error(spec, _NO_TOKENIZER)
@@ -137,6 +138,20 @@ def _load_checkpoint(
         )
     check_weights(spec, report)
     return model, tokenizer
+
+
+def _check_quantisation(spec: str, config: Any) -> None:
+    """Refuse weights that are quantised in a way that transformers does not know: it would read them as they lie.
+
+    Raises:
+        ModelError: naming the way.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    given = getattr(config, "quantization_config", None)
+    if isinstance(given, dict) and not AutoHfQuantizer.supports_quant_method(given):
+        way = given.get("quant_method")
+        raise _error(spec, f"its weights are quantised as {way!r}, which this transformers does not know")
 
 
 def _model_class(config: Any) -> Any:
