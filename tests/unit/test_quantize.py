@@ -73,7 +73,7 @@ class TestQuantisedByOthers:
         kind = type(model.lm_head.weight).__name__
         with compresskv.compressing(model, "full", compile="always") as cache:
             assert tiny.generate(model, prompt, cache).tolist() == plain
-        assert cache.not_compiled == f"it cannot read weights that are quantised as {kind}"
+        assert cache.not_compiled == f"it cannot read weights that are quantised by {kind}"
         with compresskv.compressing(model, "blend", 24, profile=tiny.random_profile(model), compile="auto") as cache:
             tiny.generate(model, prompt, cache)
         assert sum(layer.mean_retained for layer in cache.compressed_layers) == 24 * len(cache.compressed_layers)

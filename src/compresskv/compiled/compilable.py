@@ -1,9 +1,9 @@
 """Which models' decode steps can be compiled or recorded."""
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from compresskv.models.place import input_device, is_offloaded
+from compresskv.models.quantize import quantised_by
 
 _CAPTURING = "transformers.utils.output_capturing"
 
@@ -29,9 +29,8 @@ def check_compilable(model: PreTrainedModel, *, recorded: bool) -> None:
         raise NotCompilableError("its weights are offloaded, and lie elsewhere from token to token")
     if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
         raise NotCompilableError("the model lies on several devices")
-    for weight in () if recorded else model.parameters():
-        if type(weight) is not nn.Parameter:
-            raise NotCompilableError(f"it cannot read weights that are quantised as {type(weight).__name__}")
+    if not recorded and (kind := quantised_by(model)) is not None:
+        raise NotCompilableError(f"it cannot read weights that are quantised by {kind}")
 
 
 def has_hooks(model: PreTrainedModel) -> bool:

@@ -67,8 +67,19 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     remembered: Fingerprint | None = getattr(model, _REMEMBERED, None)
     if remembered is not None:
         return remembered
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    return of_shape(decoder_config(model), weights_digest(shapes, functools.partial(weight_of, model)))
+    packed = _packed_weights(model)
+    shapes = {name: tuple(weight.shape) for name, weight in (*model.named_parameters(), *packed.items())}
+    read = functools.partial(weight_of, model)
+    digest = weights_digest(shapes, lambda name: packed[name] if name in packed else read(name))
+    return of_shape(decoder_config(model), digest)
+
+
+def _packed_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights that others have quantised and keep as buffers of integers, as GPTQ and AWQ are read."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return {}
+    kept = ((name, buffer) for name, buffer in model.named_buffers() if buffer.ndim >= 2)
+    return {name: buffer for name, buffer in kept if not (buffer.is_floating_point() or buffer.dtype == torch.bool)}
 
 
 def of_shape(config: PretrainedConfig, weights: str | None) -> Fingerprint:

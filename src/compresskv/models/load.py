@@ -146,7 +146,7 @@ def _check_quantisation(spec: str, config: Any) -> None:
     Raises:
         ModelError: naming the way.
     """
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     given = getattr(config, "quantization_config", None)
     if isinstance(given, dict) and not AutoHfQuantizer.supports_quant_method(given):

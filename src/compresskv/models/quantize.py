@@ -33,7 +33,7 @@ def quantize_int8(model: PreTrainedModel) -> None:
         ConfigError: torchao is not installed, or the model is quantised already.
     """
     quantize, config, unwrap = _torchao("dtype")
-    if (kind := _quantised_by(model)) is not None:
+    if (kind := quantised_by(model)) is not None:
         raise ConfigError(
             f"cannot be made of weights that are quantised already, by {kind}", option="dtype", value=INT8
         )
@@ -48,12 +48,15 @@ def weights_dtype(model: PreTrainedModel) -> str:
     """'float32', 'bfloat16', 'float16', or 'int8' of a model with 8-bit weights; behind it, who else quantised them."""
     is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
     dtype = INT8 if is_int8 else str(model.dtype).removeprefix("torch.")
-    kind = _quantised_by(model)
+    kind = quantised_by(model)
     return dtype if kind is None else f"{dtype} ({kind})"
 
 
-def _quantised_by(model: PreTrainedModel) -> str | None:
-    """The library that a checkpoint's config names, or the class of weights that are no plain tensors."""
+def quantised_by(model: PreTrainedModel) -> str | None:
+    """Who quantised a model's weights, if not `quantize_int8`.
+
+    The library that a checkpoint's config names, or the class of weights that are no plain tensors.
+    """
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     if method is not None:
         return str(getattr(method, "value", method))
