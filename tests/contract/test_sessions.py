@@ -226,6 +226,10 @@ def test_a_conversation_sees_its_turns_and_questions_do_not(family: str, method:
             whole = tiny.read(model, cache, torch.tensor([sequence]), [len(session.token_ids), num_rest])
         assert found.token_ids[0] == int(whole[0, -1].argmax())
         assert found.stats.prompt_tokens == len(sequence)
+        behind = (len(sequence) - len(session.token_ids)) * session.facts.kv_nbytes_full // len(session.token_ids)
+        if family == "llama":  # a sliding window does not grow
+            assert found.stats.kv_nbytes == session.facts.kv_nbytes + behind
+            assert found.stats.kv_nbytes_full == session.facts.kv_nbytes_full + behind
         said = found.token_ids
         sequence += said[:-1]
     assert answers(session) == expected

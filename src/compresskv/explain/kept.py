@@ -8,6 +8,7 @@ from compresskv.explain.attended import Attended
 from compresskv.explain.retention import Explanation, Report, Retention, prompt_text, token_texts
 from compresskv.models.decoding import OnToken
 from compresskv.prompts.turns import document_start
+from compresskv.sessions.answering import nbytes_behind
 from compresskv.sessions.session import Session
 
 
@@ -38,12 +39,13 @@ def explain_session(
             found = session.ask(question, max_new_tokens=max_new_tokens, compile=NEVER, on_token=on_token)
         answer = found.answer
         attended = attention.shares
+    behind = nbytes_behind(session.cache, len(asked))
     explanation = Explanation(
         facts.method,
         facts.budget,
         Retention.of(session.cache).followed_by(len(asked)),
-        facts.kv_nbytes_full,
-        facts.kv_nbytes,
+        facts.kv_nbytes_full + behind,
+        facts.kv_nbytes + behind,
         answer,
         facts.store,
         attended=attended,

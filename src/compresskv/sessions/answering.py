@@ -41,15 +41,17 @@ class Answering:
             prefill_s, first = now(*devices_of(model)) - start, int(logits.argmax())
             answered = speak(model, self._tokenizer, cache, first, asked, start=start, prepare=prepare)
         num_said = len(answered.token_ids) - 1  # read, of the answer
+        prompt_tokens = cache.get_seq_length() - num_said
+        behind = nbytes_behind(cache, prompt_tokens - facts.num_tokens)
         stats = GenerationStats(
             method=facts.method,
             budget=facts.budget,
             store=facts.store,
-            prompt_tokens=cache.get_seq_length() - num_said,
+            prompt_tokens=prompt_tokens,
             truncated_tokens=0,
             retained_per_layer=[layer.num_retained - num_said for layer in cache.compressed_layers],
-            kv_nbytes_full=facts.kv_nbytes_full,
-            kv_nbytes=facts.kv_nbytes,
+            kv_nbytes_full=facts.kv_nbytes_full + behind,
+            kv_nbytes=facts.kv_nbytes + behind,
             prefill_s=prefill_s,
             **answered.cost(model, cache),
         )
@@ -68,3 +70,9 @@ class Answering:
             compiled.eager_s = self._eager_s
             yield compiled.prepare
             self._eager_s = compiled.eager_s
+
+
+def nbytes_behind(cache: CompressedCache, num_tokens: int) -> int:
+    """Bytes of so many tokens behind a document, which are held as the model gives them until they are packed."""
+    states = [one for layer in cache.compressed_layers if layer.store is not None for one in layer.store.states]
+    return num_tokens * sum(one.shape[1] * one.shape[3] * one.element_size() for one in states)
