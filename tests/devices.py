@@ -1,4 +1,7 @@
-"""Two devices for a machine that has none: tensors that note where they lie, and refuse to be computed with others."""
+"""Two devices for a machine that has none: tensors that note where they lie, and refuse to be computed with others.
+
+As on Apple's GPUs, there is no float64 on them.
+"""
 
 from typing import Any
 
@@ -74,4 +77,10 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
     result = function(*args, **kwargs)
     if target not in (FIRST, SECOND):
         return result
-    return tree_map(lambda one: place(one, target) if isinstance(one, Tensor) else one, result)
+    return tree_map(lambda one: _placed(function, one, target) if isinstance(one, Tensor) else one, result)
+
+
+def _placed(function: Any, result: Tensor, device: torch.device) -> Tensor:
+    if result.dtype == torch.float64:
+        raise TypeError(f"{function}: the device has no float64")
+    return place(result, device)

@@ -9,6 +9,7 @@ from compresskv.cache.cache import CompressedCache
 from compresskv.cache.window import QueryWindow
 from compresskv.compiled.compilable import NotCompilableError
 from compresskv.compiled.decoding import CompiledDecoding
+from compresskv.explain.attended import Attended
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.place import devices_of
 from compresskv.models.shape import compressible_layers
@@ -27,6 +28,8 @@ def test_the_stand_in_devices_are_as_strict_as_real_ones() -> None:
             with pytest.raises(RuntimeError, match="same device"):
                 wrong()
         assert (one + other.to(FIRST)).device == FIRST
+        with pytest.raises(TypeError, match="no float64"):
+            one.double()
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -54,6 +57,20 @@ def test_layers_on_two_devices_keep_what_layers_on_one_keep(method: str, padded:
     with StandInDevices():
         expected, found = kept([FIRST] * NUM_LAYERS), kept([FIRST, FIRST, SECOND, SECOND])
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_attention_of_an_answer_is_added_up_on_the_cpu() -> None:
+    model, generator = tiny.tiny_model("llama"), torch.Generator().manual_seed(2)
+    snapkv = prepare_method(model, "snapkv")
+    layer = CompressedCache(model, snapkv, 24).compressed_layers[0]
+    shapes = [(1, 2, NUM_PROMPT, 8), (1, 2, NUM_PROMPT, 8), (1, 6, NUM_PROMPT, 8)]
+    keys, values, queries = (torch.randn(shape, generator=generator) for shape in shapes)
+    with StandInDevices():
+        layer.adopt_prompt(place(keys, FIRST), place(values, FIRST))
+        layer.observe(QueryWindow(place(queries[:, :, -snapkv.window_size :], FIRST), scaling=0.3), None)
+        attended = Attended(NUM_PROMPT)
+        attended(layer, place(queries[:, :, -1:], FIRST))
+    assert sum(attended.shares) == pytest.approx(1)
 
 
 def test_a_model_on_two_devices_is_decoded_without_a_compiled_step() -> None:

@@ -25,6 +25,8 @@ import tiny
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import quantize_int8, weights_dtype
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
+
 _SHAPE = {
     "vocab_size": tiny.VOCAB_SIZE,
     "hidden_size": 128,

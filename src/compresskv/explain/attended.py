@@ -37,7 +37,7 @@ class Attended:
             )
             places = positions[head, positions.shape[1] - keys.shape[2] :]
             is_prompt = places < len(self._totals)
-            shares = weights.sum(dim=(0, 1, 2)).double().cpu() / query.shape[1]
+            shares = weights.sum(dim=(0, 1, 2)).cpu().double() / query.shape[1]
             self._totals.index_add_(0, places[is_prompt].cpu(), shares[is_prompt.cpu()])
         self._num_seen += 1
 
