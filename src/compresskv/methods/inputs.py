@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compresskv.selection.scores import heads_window_attention, sum_over_window, window_attention, window_moments
 from compresskv.system.later import torch
@@ -101,27 +101,16 @@ class LayerInputs:
     @property
     def window_attention(self) -> Tensor:
         """(B, H_q, W, T): attention of the window's queries; see `compresskv.selection.scores.window_attention`."""
-        return window_attention(
-            self.query_window,
-            self.keys,
-            scaling=self.scaling,
-            softcap=self.softcap,
-            valid=self.valid,
-            sinks=self.sinks,
-        )
+        return window_attention(self.query_window, self.keys, **self._terms)
 
     def attention_sums(self, head_indices: list[int]) -> Tensor:
         """(B, n, T): the attention that tokens get from the whole window in some query heads; 0 for its own tokens."""
-        window = heads_window_attention(
-            self.query_window,
-            self.keys,
-            head_indices,
-            scaling=self.scaling,
-            softcap=self.softcap,
-            valid=self.valid,
-            sinks=self.sinks,
-        )
-        return sum_over_window(window)
+        return sum_over_window(heads_window_attention(self.query_window, self.keys, head_indices, **self._terms))
+
+    @property
+    def _terms(self) -> dict[str, Any]:
+        """What dot products become attention by."""
+        return {"scaling": self.scaling, "softcap": self.softcap, "valid": self.valid, "sinks": self.sinks}
 
     @cached_property
     def attention_moments(self) -> tuple[Tensor, Tensor]:
@@ -129,14 +118,7 @@ class LayerInputs:
 
         Kept, since budgets and scores may both need them: treat them as read-only.
         """
-        return window_moments(
-            self.query_window,
-            self.keys,
-            scaling=self.scaling,
-            softcap=self.softcap,
-            valid=self.valid,
-            sinks=self.sinks,
-        )
+        return window_moments(self.window_attention)
 
 
 @dataclass(frozen=True)

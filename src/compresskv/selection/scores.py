@@ -194,21 +194,11 @@ def set_first(scores: Tensor, count: int, value: float, valid: Tensor | None) ->
     return scores
 
 
-def window_moments(
-    query_window: Tensor,
-    keys: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    valid: Tensor | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of attention over the window's queries; 0 for the window's own tokens.
+def window_moments(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of `window_attention`, which is overwritten; 0 for the window's own tokens.
 
-    Args: as for `window_attention`.
     Returns: two of (B, H_q, T) float32.
     """
-    attention = window_attention(query_window, keys, scaling=scaling, softcap=softcap, valid=valid, sinks=sinks)
     window_size = attention.shape[2]
     mean, variance = moments_over_window(attention)
     return without_window(mean, window_size), without_window(variance, window_size)
