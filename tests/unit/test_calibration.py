@@ -21,7 +21,7 @@ from compresskv.calibration.needles import (
     read_needles,
     split_needles,
 )
-from compresskv.errors import ConfigError, ModelError, ProfileError
+from compresskv.errors import ConfigError, DataError, ModelError, ProfileError
 from compresskv.prompts.prompt import build_prompt
 
 TEMPLATE = "{% for message in messages %}<begin>user: {{ message['content'] | trim }}<end>\nassistant: {% endfor %}"
@@ -153,7 +153,7 @@ class TestHaystackText:
         (tmp_path / "binary.txt").write_bytes(b"\x80\x81\x82")
         (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
         (tmp_path / "folder").mkdir()
-        with pytest.raises(ProfileError, match=f"^haystack=.*{name}") as caught:
+        with pytest.raises(DataError, match=f"^haystack=.*{name}") as caught:
             read_haystack([tmp_path / name])
         assert "\n" not in str(caught.value)
 
@@ -226,7 +226,7 @@ class TestDocuments:
 
     def test_a_short_haystack_is_refused_with_both_numbers(self) -> None:
         haystack = Haystack(planted.tokenizer(), planted.haystack_sentences(20))
-        with pytest.raises(ProfileError, match=rf"{haystack.num_tokens} tokens.*1024") as caught:
+        with pytest.raises(DataError, match=rf"{haystack.num_tokens} tokens.*1024") as caught:
             haystack.document(1024, 0, DEPTHS, NEEDLES)
         assert "\n" not in str(caught.value)
 

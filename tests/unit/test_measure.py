@@ -29,7 +29,7 @@ from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import SpanLayer
 from compresskv.calibration.runs import measuring_alone
 from compresskv.calibration.settings import CalibrationSettings
-from compresskv.errors import CompressKVError, ConfigError, ModelError, ProfileError
+from compresskv.errors import CompressKVError, ConfigError, DataError, ModelError, ProfileError
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.profiles.profile import Rows
@@ -126,7 +126,12 @@ class TestPlantedHeads:
             settings,
             lambda what, done: seen.setdefault(what, []).append(done),
         )
-        assert list(seen) == ["retrieval heads", "layer errors", "what a second reading attends to"]
+        assert list(seen) == [
+            "retrieval heads",
+            "layer errors",
+            "what a second reading attends to",
+            "where queries lie",
+        ]
         for fractions in seen.values():
             assert fractions == sorted(fractions)
             assert 0 < fractions[0] <= fractions[-1] == 1
@@ -665,9 +670,7 @@ class TestRefusals:
     ) -> None:
         short = planted.write_haystack(tmp_path / "short.txt", 60)
         long = CalibrationSettings(lengths=(256, 1500), **{**files, "haystack": (str(short),)})
-        self.refused(
-            ProfileError, r"has \d+ tokens, fewer than the longest length 1500", tmp_path, planted.model(), long
-        )
+        self.refused(DataError, r"has \d+ tokens, fewer than the longest length 1500", tmp_path, planted.model(), long)
         assert not list(tmp_path.glob("*.jsonl"))
 
     def test_more_needles_than_a_length_has_room_for(self, files: dict[str, Any], tmp_path: Path) -> None:

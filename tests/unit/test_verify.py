@@ -19,7 +19,7 @@ from compresskv.calibration import verify
 from compresskv.calibration.needles import NeedleDocument, read_needles, split_needles
 from compresskv.calibration.recording import MaskedLayer
 from compresskv.calibration.verify import Ablation, VerifySettings, to_rows, verify_profile
-from compresskv.errors import ConfigError, ProfileError
+from compresskv.errors import ConfigError, DataError, ProfileError
 from compresskv.models.decoding import prefill
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import decoder_config
@@ -247,4 +247,4 @@ class TestRefusals:
 
     def test_a_haystack_that_is_too_short(self, settings: VerifySettings, tmp_path: Path) -> None:
         short = planted.write_haystack(tmp_path / "short.txt", 20)
-        self.refused(ProfileError, "the haystack has", replace(settings, length=1024, haystack=(str(short),)))
+        self.refused(DataError, "the haystack has", replace(settings, length=1024, haystack=(str(short),)))

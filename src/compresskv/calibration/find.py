@@ -52,7 +52,8 @@ def find_profile(
     Raises:
         ConfigError: lengths above the model's context.
         ModelError: the model cannot be profiled: no GQA, NaN, an unsupported architecture.
-        ProfileError: the haystack is too short, or the model never retrieves a needle (`NothingRetrievedError`).
+        DataError: the haystack is too short.
+        ProfileError: the model never retrieves a needle (`NothingRetrievedError`).
     Source: CompressKV (arXiv 2508.02401), sections 3.1 and 3.3. Differs: needles share documents, and the text is
     neither LongBench's nor any other benchmark's.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from compresskv.calibration.needles import Needle, NeedleDocument
-from compresskv.errors import ConfigError, ProfileError, PromptError
+from compresskv.errors import ConfigError, DataError, PromptError
 from compresskv.prompts.document import read_text
 from compresskv.system.paths import is_folder
 
@@ -22,7 +22,7 @@ def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
     """Sentences to hide needles between: of text files or folders of them, or of `DEFAULT_HAYSTACK`.
 
     Raises:
-        ProfileError: a path is missing or is not text.
+        DataError: a path is missing or is not text.
     """
     chosen = paths or [DEFAULT_HAYSTACK]
     files = [file for path in chosen for file in (sorted(path.rglob("*.txt")) if is_folder(path) else [path])]
@@ -32,7 +32,7 @@ def read_haystack(paths: Sequence[Path] = ()) -> list[str]:
     # Text without ends of sentences, such as code or Chinese, is cut by length.
     sentences = [part for piece in pieces for part in textwrap.wrap(piece, _LONGEST_SENTENCE)]
     if not sentences:
-        raise ProfileError("holds no text", option="haystack", value=[str(path) for path in paths])
+        raise DataError("holds no text", option="haystack", value=[str(path) for path in paths])
     return sentences
 
 
@@ -40,7 +40,7 @@ def _read_text(file: Path) -> str:
     try:
         return read_text(file)
     except PromptError as error:
-        raise ProfileError(error.problem, option="haystack", value=str(file)) from error
+        raise DataError(error.problem, option="haystack", value=str(file)) from error
 
 
 class Haystack:
@@ -67,11 +67,11 @@ class Haystack:
             rotation: each needle stands at each depth once over as many as there are needles, or depths if more.
             reserved: how many of these tokens the chat template, the question and the answer take.
         Raises:
-            ProfileError: the haystack is shorter than that.
+            DataError: the haystack is shorter than that.
             ConfigError: the length leaves no room for text beside the needles.
         """
         if self.num_tokens < length:
-            raise ProfileError(
+            raise DataError(
                 f"the haystack has {self.num_tokens} tokens, fewer than the longest length {length}: "
                 "give a longer haystack or smaller lengths"
             )

@@ -107,7 +107,8 @@ def verify_profile(
         that the profile has scores of.
     Raises:
         ConfigError: fewer heads to mask than one or more than the model has, or a length above the model's context.
-        ProfileError: the haystack is too short, or the profile holds ranks within layers alone.
+        DataError: the haystack is too short.
+        ProfileError: the profile holds ranks within layers alone.
     """
     settings = settings or VerifySettings()
     limit = context_length(model)

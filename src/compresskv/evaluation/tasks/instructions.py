@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from compresskv.calibration.haystack import Haystack, read_haystack
-from compresskv.errors import ConfigError, DataError, ProfileError
+from compresskv.errors import ConfigError
 from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.metrics import contains
@@ -47,16 +47,13 @@ class InstructionsTask(Task):
             ConfigError: an unknown subset, or a length too short.
         """
         subsets = self.chosen_subsets(settings)
-        try:
-            haystack = Haystack(settings.tokenizer, read_haystack(settings.haystack))
-            return [
-                _example(settings, haystack, subset, length, number)
-                for subset in subsets
-                for length in dict.fromkeys(settings.lengths)
-                for number in range(settings.limit or 1)
-            ]
-        except ProfileError as error:  # what a haystack raises, since profiles are made of it too
-            raise DataError(str(error)) from error
+        haystack = Haystack(settings.tokenizer, read_haystack(settings.haystack))
+        return [
+            _example(settings, haystack, subset, length, number)
+            for subset in subsets
+            for length in dict.fromkeys(settings.lengths)
+            for number in range(settings.limit or 1)
+        ]
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
         """How many of the rules are followed, or repeated."""

@@ -18,7 +18,7 @@ from typing import ClassVar
 from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.needles import Needle, read_needles
 from compresskv.calibration.recall import rouge_1_recall
-from compresskv.errors import ConfigError, DataError, ProfileError
+from compresskv.errors import ConfigError
 from compresskv.evaluation.tasks.base import Task, TaskSettings, check_depths
 from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.key_values import draw_pair, hide_pair
@@ -108,10 +108,7 @@ class NeedleTask(Task):
             ConfigError: an unknown subset, a depth that is no percentage, a length too short for what is hidden.
         """
         hider = _Hider(settings)
-        try:
-            return [hider.example(place) for place in _grid(settings, self.chosen_subsets(settings))]
-        except ProfileError as error:  # what a haystack raises, since profiles are made of it too
-            raise DataError(str(error)) from error
+        return [hider.example(place) for place in _grid(settings, self.chosen_subsets(settings))]
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
         """How many key answers were found; a value of 'uuid' counts only letter for letter."""

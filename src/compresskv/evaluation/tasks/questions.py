@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.recall import rouge_1_recall
-from compresskv.errors import ConfigError, DataError, ProfileError
+from compresskv.errors import ConfigError
 from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.metrics import contains
@@ -44,17 +44,14 @@ class QuestionsTask(Task):
             ConfigError: an unknown subset, or a length too short for what is hidden.
         """
         subsets = self.chosen_subsets(settings)
-        try:
-            haystack = Haystack(settings.tokenizer, read_haystack(settings.haystack))
-            return [
-                example
-                for subset in subsets
-                for length in dict.fromkeys(settings.lengths)
-                for number in range(settings.limit or 1)
-                for example in _examples(settings, haystack, subset, length, number)
-            ]
-        except ProfileError as error:  # what a haystack raises, since profiles are made of it too
-            raise DataError(str(error)) from error
+        haystack = Haystack(settings.tokenizer, read_haystack(settings.haystack))
+        return [
+            example
+            for subset in subsets
+            for length in dict.fromkeys(settings.lengths)
+            for number in range(settings.limit or 1)
+            for example in _examples(settings, haystack, subset, length, number)
+        ]
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
         """Whether the key answer was found."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from compresskv.calibration.haystack import read_haystack
-from compresskv.errors import ConfigError, DataError, ProfileError
+from compresskv.errors import ConfigError
 from compresskv.evaluation.ruler.chain import Chain
 from compresskv.evaluation.ruler.counting import CommonWords, FrequentWords
 from compresskv.evaluation.ruler.magic import Kind, Magic
@@ -53,10 +53,7 @@ class RulerTask(Task):
         """
         subsets = self.chosen_subsets(settings)
         essays = any(subset in _MAGIC and _MAGIC[subset].haystack == "essay" for subset in subsets)
-        try:
-            sentences = read_haystack(settings.haystack) if essays else []
-        except ProfileError as error:  # what a haystack raises, since profiles are made of it too
-            raise DataError(str(error)) from error
+        sentences = read_haystack(settings.haystack) if essays else []
         return [
             _example(settings, subset, length, number, sentences)
             for subset in subsets
