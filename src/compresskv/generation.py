@@ -16,7 +16,7 @@ from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing, prepare
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
-from compresskv.models.decoding import OnToken, decode
+from compresskv.models.decoding import OnToken, decode, end_tokens
 from compresskv.models.load import check_model
 from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
@@ -50,6 +50,8 @@ class GenerationStats:
     truncated_tokens: int
     """Document tokens cut out to make the prompt fit."""
     generated_tokens: int
+    cut_off: bool
+    """Whether `max_new_tokens` ended the answer, or whoever was told of its tokens, and not the model."""
     retained_per_layer: list[float]
     """Prompt tokens kept per KV head in each full-attention layer: a mean where KV heads differ."""
     kv_nbytes_full: int
@@ -225,11 +227,13 @@ class Answered:
     """Seconds until the first token."""
     decode_s: float
     """Seconds after it."""
+    cut_off: bool
 
     def cost(self, model: PreTrainedModel, cache: CompressedCache) -> dict[str, Any]:
         """The part of `GenerationStats` that every answer has."""
         return {
             "generated_tokens": len(self.token_ids),
+            "cut_off": self.cut_off,
             "time_to_first_token_s": self.first_s,
             "decode_s": self.decode_s - cache.compile_s,
             "compiled_tokens": cache.num_compiled_steps,
@@ -271,7 +275,8 @@ def speak(
     if spoken is not None:
         spoken.end()
     text = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    return Answered(text, token_ids, first_s, now(*devices) - start - first_s)
+    cut_off = token_ids[-1] not in end_tokens(model, tokenizer)
+    return Answered(text, token_ids, first_s, now(*devices) - start - first_s, cut_off)
 
 
 def _half(on_prefill: Callable[[int, int], None] | None, half: int) -> Callable[[int, int], None] | None:

@@ -532,3 +532,14 @@ def test_a_session_of_another_model_dtype_or_tokenizer_is_refused(tmp_path: Path
         compresskv.open_session(path, halved, tiny.tokenizer())
     with pytest.raises(SessionError, match="was read with another tokenizer"):
         compresskv.open_session(path, model, tiny.build_tokenizer(first=5))
+
+
+def test_an_answer_says_whether_it_was_cut_off() -> None:
+    model = tiny.build_model("llama")
+    session = read(model, "snapkv")
+    found = session.ask(QUESTIONS[0], max_new_tokens=4, compile="never")
+    assert (found.stats.generated_tokens, found.stats.cut_off) == (4, True)
+    model.generation_config.eos_token_id = end = found.token_ids[2]  # type: ignore[union-attr]
+    ended = session.ask(QUESTIONS[0], max_new_tokens=4, compile="never")
+    assert ended.token_ids == found.token_ids[: found.token_ids.index(end) + 1]
+    assert not ended.stats.cut_off

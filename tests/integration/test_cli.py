@@ -245,6 +245,7 @@ class TestAsk:
             "prompt_tokens",
             "truncated_tokens",
             "generated_tokens",
+            "cut_off",
             "retained_per_layer",
             "retained_fraction",
             "kv_nbytes_full",

@@ -183,6 +183,8 @@ def _report(generations: "list[Generation]", given: Request, compile: str) -> No
 def _cost(generation: "Generation", compile: str) -> str:
     stats = generation.stats
     remark = f"\n[not compiled: {stats.not_compiled}]" if stats.not_compiled and compile == "always" else ""
+    if stats.cut_off:
+        remark += f"\n[the answer ends at --max-new-tokens {stats.generated_tokens}]"
     kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
     speed = "" if stats.decode_tokens_per_s is None else f", then {stats.decode_tokens_per_s:.0f} tokens/s"
     if stats.compiled_tokens:

@@ -94,7 +94,7 @@ def _report_of_document(given: Request, evidence: list[str], max_new_tokens: int
     checked = given.checked(least_tokens=0)
     for one in checked.methods:
         if one.lookahead:
-            raise ConfigError(f"lookahead={one.lookahead} of {one.label!r}: nothing is evicted before the answer")
+            raise ConfigError(f"lookahead={one.lookahead} cannot be explained: nothing is evicted before the answer")
     _check_evidence(checked.context, evidence)
     return _report(checked, evidence, max_new_tokens)
 

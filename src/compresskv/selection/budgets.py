@@ -49,7 +49,7 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     elif isinstance(budget, float):
         if not 0 < budget <= 1:
             raise ConfigError(
-                "is a fraction of the prompt and must lie above 0 and at most at 1; "
+                "is a fraction of the prompt and must lie above 0 and at most at 1 (100 %); "
                 "give a whole number for a count of tokens",
                 option="budget",
                 value=budget,
