@@ -77,8 +77,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3"]
 ATTENTIONS = ["eager", "sdpa"]
 REPLAYING_METHODS = [name for name, method in registry.methods().items() if method.replays]
-METHODS = [name for name in registry.methods() if name not in (*REPLAYING_METHODS, "rkv_shared")]
-"""But one that scores as `rkv` and chooses as `vote`: it has tests of its own."""
+METHODS = [name for name in registry.methods() if name not in (*REPLAYING_METHODS, "rkv_shared", "rkv_ahead")]
+"""But those that score as `rkv`, and choose as `vote` or count `triattention`, too: they have tests of their own."""
 STORES = list(PRECISIONS)
 PACKED_STORES = [name for name, precision in PRECISIONS.items() if precision.is_packed]
 EVICTING_METHODS = [name for name in METHODS if name != "full"]

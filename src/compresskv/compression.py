@@ -20,7 +20,7 @@ from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
-from compresskv.errors import CacheStateError, ConfigError
+from compresskv.errors import CacheStateError, ConfigError, ProfileError
 from compresskv.methods.base import Method
 from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
@@ -130,7 +130,7 @@ def compressing(
     chunk_tokens: int = CHUNK_TOKENS,
     decode_budget: int | None = None,
     decode_interval: int = DECODE_INTERVAL,
-    decode_method: str | Method = defaults.DECODE_METHOD,
+    decode_method: str | Method | None = None,
     exact_prefill: bool | None = None,
     store: str = NATIVE,
     prefill_memory: PrefillMemory = AUTO,
@@ -171,7 +171,8 @@ def compressing(
             generated stays.
         decode_interval: see `decode_budget`; at least the window of `decode_method`.
         decode_method: chooses among what is held then. One that decides for all layers together needs a `method` that
-            keeps the same tokens in all of them, and `candidates` do not count then.
+            keeps the same tokens in all of them, and `candidates` do not count then. None: `rkv_ahead`, or `rkv` where
+            the model's profile lacks what that needs.
         exact_prefill: True reads prompts by the model's own attention function alone. Else, in bfloat16 on a CPU that
             multiplies it, whole prompts of 256 to 16,384 tokens are read two to three times as fast by matrix products
             that round logits and weights to bfloat16 (docs/speed.md). None: as the variable COMPRESSKV_EXACT_PREFILL
@@ -253,6 +254,23 @@ def prepare(
     cut: dict[str, Any] = {"chunks": chunks}
     if decoding is not None:
         cut["decode"], decode_method = decoding
-        cut["decode_method"] = prepare_method(model, decode_method, profile if decode_method.needs_profile else None)
+        cut["decode_method"] = _prepare_decoding(model, decode_method, cuts, chosen, profile)
     warn_of_slow_dtype(model)
     return chosen, budget, cut
+
+
+def _prepare_decoding(
+    model: PreTrainedModel,
+    method: Method,
+    cuts: CutOptions,
+    of_prompt: Method,
+    profile: Profile | str | Path | None,
+) -> Method:
+    """The method that cuts what is generated, ready for the model; where none is named, the better of the defaults."""
+    if cuts.decode_method is None:
+        known = getattr(of_prompt, "profile", None) if profile is None else profile
+        try:
+            return prepare_method(model, defaults.DECODE_METHODS[0], known)
+        except ProfileError:
+            return method
+    return prepare_method(model, method, profile if method.needs_profile else None)

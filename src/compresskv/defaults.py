@@ -3,8 +3,8 @@
 METHOD = "blend"
 SERVED_METHOD = "vote"
 """In vLLM, whose block table takes the same tokens in all layers."""
-DECODE_METHOD = "rkv"
-"""For what is generated."""
+DECODE_METHODS = ("rkv_ahead", "rkv")
+"""For what is generated: the second where the model's profile lacks what the first needs."""
 SERVED_DECODE_METHOD = "rkv_shared"
 BUDGET = 256
 MODEL = "smollm2-135m"

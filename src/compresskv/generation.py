@@ -128,7 +128,7 @@ def ask(
     chunk_tokens: int = CHUNK_TOKENS,
     decode_budget: int | None = None,
     decode_interval: int = DECODE_INTERVAL,
-    decode_method: str | Method = defaults.DECODE_METHOD,
+    decode_method: str | Method | None = None,
     prefill_memory: pieces.PrefillMemory = pieces.AUTO,
     candidates: int | None = CANDIDATES,
     compile: str = AUTO,

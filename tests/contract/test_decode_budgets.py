@@ -43,7 +43,7 @@ def seen(evicted: Evictions) -> int:
 
 
 @pytest.mark.parametrize("model", ["llama sdpa", "llama eager", "gemma3 sdpa", "gpt_oss eager"])
-@pytest.mark.parametrize("decode_method", ["rkv", "snapkv", "streaming_llm", "triattention"])
+@pytest.mark.parametrize("decode_method", ["rkv", "snapkv", "streaming_llm", "triattention", "rkv_ahead"])
 def test_logits_are_exact(model: str, decode_method: str) -> None:
     """Heads that hold different numbers after the prompt are cut each by itself, until all hold as many."""
     family, attention = model.split()

@@ -16,6 +16,8 @@ from compresskv.attention.routing import routing
 from compresskv.calibration.centres import find_centres
 from compresskv.errors import ProfileError
 from compresskv.methods.inputs import LayerInputs
+from compresskv.methods.rkv import RKV
+from compresskv.methods.rkv_ahead import RKVAhead
 from compresskv.methods.triattention import TriAttention
 from compresskv.models.rotary import Rotations, rotation_of
 from compresskv.models.shape import compressible_layers
@@ -227,6 +229,32 @@ def test_an_answer_is_cut_as_the_formula_says() -> None:
         scores = (scores - scores.mean(dim=1, keepdim=True)) / scores.std(dim=1, correction=0, keepdim=True)
         best = scores.view(2, 3, -1).amax(dim=1).topk(budget).indices.sort().values
         assert own[0].tolist() == best.tolist()
+
+
+def test_the_better_of_two_ranks_decides() -> None:
+    """Of R-KV's and TriAttention's; the other one where they are equal; padding counts for nothing."""
+    model, generator = tiny.tiny_model("llama"), torch.Generator().manual_seed(3)
+    query, keys = (torch.randn(2, heads, size, HEAD_DIM, generator=generator) for heads, size in ((6, 8), (2, 40)))
+    valid = torch.arange(40) >= torch.tensor([[0], [13]])
+    profile = tiny.random_profile(model)
+    layer = LayerInputs(0, query, keys, keys, 0.4, valid=valid)
+    found = RKVAhead(num_sinks=2, furthest=64, profile=profile).score(layer)
+    own = RKV(num_sinks=0).score(layer), TriAttention(num_sinks=0, furthest=64, profile=profile).score(layer)
+    for row, start in ((0, 0), (1, 13)):
+        for head in range(NUM_KV_HEADS):
+            first, second = (scores[row, head, start:].argsort().argsort().tolist() for scores in own)
+            ranked = sorted(range(2, 40 - start), key=lambda t: sorted((first[t], second[t]), reverse=True))
+            assert found[row, head, start + 2 :].argsort().add(2).tolist() == ranked
+        assert torch.isinf(found[row, :, start : start + 2]).all()
+
+
+def test_answers_are_cut_by_what_the_profile_allows() -> None:
+    model, profile = tiny.tiny_model("llama"), tiny.random_profile(tiny.tiny_model("llama"))
+    for given, expected in ((profile, "rkv_ahead"), (replace(profile, query_centres=None), "rkv")):
+        with compresskv.compressing(model, "adakv", 20, decode_budget=20, decode_interval=12) as cache:
+            assert cache.compressed_layers[0].generated.method.name == "rkv"
+        with compresskv.compressing(model, "blend", 20, profile=given, decode_budget=20, decode_interval=12) as cache:
+            assert cache.compressed_layers[0].generated.method.name == expected
 
 
 def test_a_profile_of_older_releases_is_read_and_refused_by_name(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from compresskv import defaults
 from compresskv.cache.generated import check_decoding
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
-from compresskv.methods.registry import parse_methods
+from compresskv.methods.registry import create, parse_methods
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, Chunks, DecodeBudget
 
 
@@ -18,7 +18,7 @@ class CutOptions:
     chunk_tokens: int = CHUNK_TOKENS
     decode_budget: int | None = None
     decode_interval: int = DECODE_INTERVAL
-    decode_method: str | Method = defaults.DECODE_METHOD
+    decode_method: str | Method | None = None
 
     @property
     def needs_profile(self) -> bool:
@@ -51,14 +51,16 @@ def find_cuts(
     return chunks, (decode, chosen)
 
 
-def find_decode_method(named: str | Method) -> Method:
-    """The method that cuts what is generated, without a profile yet.
+def find_decode_method(named: str | Method | None) -> Method:
+    """The method that cuts what is generated, without a profile yet; of the defaults, the one that needs none.
 
     Raises:
         ConfigError: no such method, or several.
     """
     if isinstance(named, Method):
         return named
+    if named is None:
+        return create(defaults.DECODE_METHODS[-1])
     if not isinstance(named, str):
         raise ConfigError("must be a method's name, or a Method", option="decode_method", value=named)
     found = list(parse_methods("decode_method", named).values())

@@ -40,14 +40,14 @@ class GeneratedEviction:
         self._rotations, self._observer = conditions.rotations, conditions.observer
         self._budget = decode.budget
         self.interval = decode.interval
-        self._method = method.with_window(method.window_at(decode.budget))
+        self.method = method.with_window(method.window_at(decode.budget))
         together = Conditions(conditions.num_layers, observer=conditions.observer)
         self._together = Eviction(method, decode.budget, together) if method.decides_together else None
 
     @property
     def window_size(self) -> int:
         """So many of the last queries are looked at."""
-        return self._method.num_observed()
+        return self.method.num_observed()
 
     def cut(self, layer: Generating, position: int, window: QueryWindow, valid: Tensor | None) -> None:
         """Cut one layer: now or, where the method decides for all layers together, when the last one has come.
@@ -73,7 +73,7 @@ class GeneratedEviction:
         self, layer: Generating, store: Store, window: QueryWindow, valid: Tensor | None
     ) -> list[tuple[LayerInputs, Tensor]]:
         groups = _groups(layer, store, window, valid)
-        if self._method.turns_ahead:
+        if self.method.turns_ahead:
             assert self._rotations is not None
             ahead = self._rotations.ahead(layer.layer_idx, layer.seen_tokens, window.queries, valid)
             groups = [(replace(inputs, ahead=ahead), positions) for inputs, positions in groups]
@@ -84,8 +84,8 @@ class GeneratedEviction:
         batch_size, num_tokens = len(positions), inputs.num_tokens
         lengths = [num_tokens - start for start in inputs.row_starts]
         with self._observer.scoring_tokens():
-            scores = self._method.score(inputs)
-        slots = Method.select(self._method, scores, [[self._budget]] * batch_size, lengths)
+            scores = self.method.score(inputs)
+        slots = Method.select(self.method, scores, [[self._budget]] * batch_size, lengths)
         return tokens_at(slots, positions)
 
 
@@ -103,7 +103,7 @@ def check_decoding(method: Method, prompt_method: Method, decode: DecodeBudget) 
     if method.decides_together and not (method.shares_positions and prompt_method.shares_positions):
         problem = (
             "decides for all layers together, which must hold the same tokens, but "
-            f"method {prompt_method.label!r} keeps others in each: use decode_method={defaults.DECODE_METHOD!r}"
+            f"method {prompt_method.label!r} keeps others in each: use decode_method={defaults.DECODE_METHODS[-1]!r}"
         )
         raise ConfigError(problem, option="decode_method", value=method.label)
     decode.check(method.window_size)

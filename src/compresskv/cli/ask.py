@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from compresskv import defaults
 from compresskv.cli.automatic import why
 from compresskv.cli.kept import check_unused, load_session, names_session
 from compresskv.cli.options import (
@@ -55,7 +54,7 @@ def ask(
     chunk_tokens: ChunkTokensOption = CHUNK_TOKENS,
     decode_budget: DecodeBudgetOption = None,
     decode_interval: DecodeIntervalOption = DECODE_INTERVAL,
-    decode_method: DecodeMethodOption = defaults.DECODE_METHOD,
+    decode_method: DecodeMethodOption = None,
 ) -> None:
     """Answer a question about a document, keeping a small part of its KV cache.
 

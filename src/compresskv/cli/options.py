@@ -116,7 +116,12 @@ DecodeBudgetOption = Annotated[
 ]
 DecodeIntervalOption = Annotated[int, typer.Option(help="New tokens between two such cuts.", metavar="TOKENS")]
 DecodeMethodOption = Annotated[
-    str, typer.Option(help="The method of these cuts; with options: rkv[window_size=16].", metavar="METHOD")
+    str | None,
+    typer.Option(
+        help="The method of these cuts; with options: rkv[window_size=16]. Default: "
+        f"{defaults.DECODE_METHODS[0]}, or {defaults.DECODE_METHODS[1]} where the profile lacks what that needs.",
+        metavar="METHOD",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 ProfileOption = Annotated[

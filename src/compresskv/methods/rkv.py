@@ -49,12 +49,15 @@ class RKV(Method):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
+        return set_first(self.wanted_now(inputs), self.num_sinks, torch.inf, inputs.valid)
+
+    def wanted_now(self, inputs: LayerInputs) -> Tensor:
+        """(B, H_kv, T): importance minus redundancy, of sinks as of all others."""
         by_head = sum_over_window(inputs.window_attention)
         largest = by_head.view(len(by_head), inputs.num_kv_heads, -1, by_head.shape[-1]).amax(dim=2)
         wanted = summing_to_one(without_padding(pool(largest, self.kernel_size), inputs.valid))
         alike = redundancy(inputs.keys, self.threshold, inputs.valid)
-        scores = self.importance * wanted - (1 - self.importance) * alike
-        return set_first(scores, self.num_sinks, torch.inf, inputs.valid)
+        return self.importance * wanted - (1 - self.importance) * alike
 
 
 @register
