@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from compresskv.calibration.haystack import read_haystack
-from compresskv.errors import ProfileError, PromptError
+from compresskv.errors import DataError, PromptError
 from compresskv.prompts import document
 from compresskv.prompts.document import read_document
 
@@ -121,7 +121,7 @@ class TestEncodings:
         path.write_bytes(TEXT.encode("utf-16"))
         assert " ".join(read_haystack([path])) == " ".join(TEXT.split())
         path.write_bytes(WESTERN.encode("latin-1"))
-        with pytest.raises(ProfileError, match="is not UTF-8 text: byte 2 cannot be read; if"):
+        with pytest.raises(DataError, match="is not UTF-8 text: byte 2 cannot be read; if"):
             read_haystack([path])
 
 
