@@ -26,7 +26,7 @@ from compresskv.models.decoding import decode_one_token
 from compresskv.models.load import load
 from compresskv.selection.cuts import DECODE_INTERVAL, DecodeBudget
 
-METHODS = "streaming_llm,snapkv,rkv,rkv[importance=0.1],triattention,triattention[furthest=128]"
+METHODS = "streaming_llm,snapkv,rkv,triattention,rkv_ahead"
 QUESTION = "Write a long and detailed story about a lighthouse keeper who finds a map. Give each of many people a name."
 TEXT_PROMPT = 200
 """Tokens of a text that count as its prompt."""
