@@ -183,7 +183,7 @@ def test_compiled_steps_write_behind_the_document_too(family: str, method: str) 
 
 def test_auto_counts_the_seconds_of_all_answers(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> None:
     session, facts = read(tiny.tiny_model("llama"), "snapkv"), SimpleNamespace(load_s=0.3)
-    monkeypatch.setattr(decoding, "built_facts", lambda *_: facts)
+    monkeypatch.setattr(decoding, "build_times", lambda *_: facts)
     loaded = []
     for _ in range(100):
         loaded.append(session.ask(QUESTIONS[0], max_new_tokens=4).stats.compiled_tokens)

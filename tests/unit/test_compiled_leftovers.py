@@ -30,7 +30,7 @@ def test_the_next_build_removes_them_but_not_what_is_being_built(
         seen.append([path for path in killed if path.exists()])
 
     monkeypatch.setattr(package, "_build", build)
-    monkeypatch.setattr(package, "built_facts", lambda *_: None)
+    monkeypatch.setattr(package, "build_times", lambda *_: None)
     monkeypatch.setattr(package, "Package", lambda *_: SimpleNamespace())
     model: Any = None
     with FileLock(parent / "qwen3-33.lock"):
