@@ -20,7 +20,7 @@ from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
-from compresskv.errors import CacheStateError, ConfigError, ProfileError
+from compresskv.errors import CacheStateError, ConfigError, ModelError, ProfileError
 from compresskv.methods.base import Method
 from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
@@ -271,6 +271,6 @@ def _prepare_decoding(
         known = getattr(of_prompt, "profile", None) if profile is None else profile
         try:
             return prepare_method(model, defaults.DECODE_METHODS[0], known)
-        except ProfileError:
+        except (ProfileError, ModelError):  # a model that cannot be named has no profile
             return method
     return prepare_method(model, method, profile if method.needs_profile else None)

@@ -14,7 +14,7 @@ import compresskv
 import tiny
 from compresskv.attention.routing import routing
 from compresskv.calibration.centres import find_centres
-from compresskv.errors import ProfileError
+from compresskv.errors import ModelError, ProfileError
 from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.rkv import RKV
 from compresskv.methods.rkv_ahead import RKVAhead
@@ -255,6 +255,17 @@ def test_answers_are_cut_by_what_the_profile_allows() -> None:
             assert cache.compressed_layers[0].generated.method.name == "rkv"
         with compresskv.compressing(model, "blend", 20, profile=given, decode_budget=20, decode_interval=12) as cache:
             assert cache.compressed_layers[0].generated.method.name == expected
+
+
+def test_a_model_that_no_profile_can_be_of_needs_none_for_its_answers() -> None:
+    model = tiny.build_model("llama")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(float("nan"))  # so that it has no fingerprint
+    with pytest.raises(ModelError, match="NaN"):
+        compresskv.compressing(model, "blend", 20)
+    with compresskv.compressing(model, "adakv", 20, decode_budget=20, decode_interval=12) as cache:
+        assert cache.compressed_layers[0].generated.method.name == "rkv"
 
 
 def test_a_profile_of_older_releases_is_read_and_refused_by_name(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class RKV(Method):
     than `threshold`. Both sum to 1 over tokens.
 
     Source: R-KV (arXiv 2505.24133), section 3. Differs: the `num_sinks` first tokens are always kept; pooling
-    averages; importance weighs 0.5 where the paper gives it 0.1, which lost more in two of three (docs/methods.md).
+    averages; importance weighs 0.5 where the paper gives it 0.1, which lost more (docs/methods.md).
     """
 
     name = "rkv"
