@@ -217,6 +217,7 @@ def compressing(
             f"method {chosen.name!r} reads the prompt twice and must know its tokens: give compressing a plan by "
             "compresskv.make_plan, or use compresskv.ask"
         )
+    warn_of_slow_dtype(model)
     if compile is None:
         compile = modes.AUTO if decoding.records_steps(model) else modes.NEVER
     given: dict[str, Any] = {"prompt_tokens": prompt_tokens, "exact_prefill": exact_prefill, **held, **cut}
@@ -255,7 +256,6 @@ def prepare(
     if decoding is not None:
         cut["decode"], decode_method = decoding
         cut["decode_method"] = _prepare_decoding(model, decode_method, cuts, chosen, profile)
-    warn_of_slow_dtype(model)
     return chosen, budget, cut
 
 

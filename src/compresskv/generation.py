@@ -17,6 +17,7 @@ from compresskv.compression import Compressing, prepare
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.models.decoding import OnToken, decode, end_tokens
+from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
@@ -165,6 +166,7 @@ def ask(
     held: dict[str, Any] = {"store": store, "prefill_memory": prefill_memory}
     more: dict[str, Any] = {"candidates": candidates, **held}
     chosen, budget, cut = prepare(model, method, budget, profile, cuts, options, reads_twice=two_pass, **more)
+    warn_of_slow_dtype(model)
     if two_pass and chosen.lookahead:
         raise ConfigError(f"two passes cannot look ahead: leave out lookahead={chosen.lookahead}")
     room = room_for_prompt(model, max_new_tokens)
