@@ -139,6 +139,15 @@ def test_a_file_that_is_named_as_a_folder(call: Callable[..., Result], words: li
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != "figure"])
+def test_a_file_of_another_kind_is_not_replaced(call: Callable[..., Result], name: str, tmp_path: Path) -> None:
+    place = tmp_path / ("notes.html" if name == "page" else "notes.txt")
+    place.write_text("Mine.", encoding="utf-8")
+    line = told(call(*(word.format(place.name) for word in FILES[name])))
+    assert f"'{place.name}' exists and is no {'HTML' if name == 'page' else 'JSON'}: name another file" in line
+    assert place.read_text(encoding="utf-8") == "Mine."
+
+
 @pytest.mark.parametrize("words", FOLDERS.values(), ids=FOLDERS)
 def test_a_folder_that_is_protected_against_writing(
     call: Callable[..., Result], words: list[str], tmp_path: Path

@@ -18,10 +18,9 @@ from compresskv.cli.options import (
     DecodeIntervalOption,
     DecodeMethodOption,
     PrefillMemoryOption,
-    check_writable,
     parse_prefill_memory,
 )
-from compresskv.cli.outputs import check_outputs
+from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.request import Checked, Request
 from compresskv.cli.spread import spread
 from compresskv.cli.terminal import Bar, Building, Steps, Stream, err, megabytes, new_table, out
@@ -66,7 +65,7 @@ def ask(
     check_outputs({"save_plan": save_plan}, given.inputs)
     if save_plan is not None and given.compare:
         raise ConfigError("takes one method: leave out --compare", option="save_plan", value=save_plan)
-    place = None if save_plan is None else check_writable("save_plan", save_plan, make_folder=False)
+    place = None if save_plan is None else check_writable("save_plan", save_plan, make_folder=False, kind="JSON")
     cuts: dict[str, Any] = {
         "chunk_budget": chunk_budget,
         "chunk_tokens": chunk_tokens,

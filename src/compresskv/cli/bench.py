@@ -15,11 +15,10 @@ from compresskv.cli.options import (
     ProfileOption,
     check_profile,
     check_timed,
-    check_writable,
     parse_numbers,
     split_names,
 )
-from compresskv.cli.outputs import check_outputs
+from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ConfigError
 from compresskv.selection.precision import NATIVE, PRECISIONS
@@ -198,9 +197,8 @@ def _check_choices(
 
 def _places(plot: str | None, output: str | None) -> tuple[Path | None, Path | None]:
     """The figure's file, and the result's."""
-    figure, place = (
-        None if name is None else check_writable(option, name) for option, name in (("plot", plot), ("output", output))
-    )
+    figure = None if plot is None else check_writable("plot", plot)
+    place = None if output is None else check_writable("output", output, kind="JSON")
     if figure is not None:
         from compresskv.bench.figure import check_drawable
 

@@ -8,8 +8,7 @@ import typer
 
 from compresskv.cli.automatic import why
 from compresskv.cli.kept import load_session, names_session
-from compresskv.cli.options import check_writable
-from compresskv.cli.outputs import check_outputs
+from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.request import Checked, Request
 from compresskv.cli.spread import spread
 from compresskv.cli.terminal import Bar, Steps, err, megabytes, out
@@ -57,7 +56,7 @@ def explain(
     page = Path(name)
     if not given.as_json:
         check_outputs({"html": page}, given.inputs)
-        check_writable("html", name, make_folder=False)
+        check_writable("html", name, make_folder=False, kind="HTML")
         if page.suffix.lower() not in ("", ".html", ".htm"):
             raise ConfigError(": a page is HTML; end its name with .html", option="html", value=name)
     if no_answer and is_typed("max_new_tokens"):

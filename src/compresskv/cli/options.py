@@ -1,6 +1,6 @@
 """Options that several commands take, and how their text becomes values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -12,7 +12,6 @@ from compresskv.methods.options import parse_settings
 from compresskv.selection.auto_budget import MAX_LOSS
 from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.sizes import find_nbytes
-from compresskv.system.paths import is_folder, why_unseen
 
 if TYPE_CHECKING:
     from compresskv.methods.base import Method
@@ -243,49 +242,3 @@ def parse_nbytes(option: str, text: str, problem: str = "must be a size such as 
 def split_names(text: str) -> tuple[str, ...]:
     """'a, b' as names."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def check_writable(option: str, name: str | Path, *, make_folder: bool = True) -> Path:
-    """Find out, before long work, whether a file can be written.
-
-    Args:
-        name: as it was typed: a `Path` no longer knows that it ended in a slash.
-        make_folder: whether a folder that is not there is made, or refused.
-    Returns: the file's path.
-    Raises:
-        ConfigError: it cannot.
-    """
-    from compresskv.system.files import names_folder, try_place
-
-    path = Path(name)
-    if is_folder(path) or names_folder(name):
-        problem = f"{'is' if is_folder(path) else 'names'} a folder: give a file"
-        raise ConfigError(problem, option=option, value=str(name))
-    if not make_folder and not is_folder(path.parent):
-        problem = f"cannot be written: {why_unseen(path) or f'there is no folder {str(path.parent)!r}'}"
-        raise ConfigError(problem, option=option, value=path)
-    try:
-        try_place(path)
-    except OSError as error:
-        raise ConfigError(f"cannot be written: {error.strerror}", option=option, value=path) from error
-    return path
-
-
-def check_folder(option: str, path: Path | None, names: Sequence[str] = ()) -> None:
-    """Find out, before long work, whether files can be written into a folder; it is made. None: nothing is asked.
-
-    Args:
-        names: of the files.
-    Raises:
-        ConfigError: they cannot.
-    """
-    if path is None:
-        return
-    from compresskv.system.files import make_folder
-
-    try:
-        make_folder(path)
-    except OSError as error:
-        raise ConfigError(f"cannot be a folder: {error.strerror}", option=option, value=path) from error
-    for name in names:
-        check_writable(option, path / name)

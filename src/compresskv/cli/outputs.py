@@ -1,4 +1,4 @@
-"""What a command writes must not be what it reads."""
+"""What a command writes must not be what it reads, and must be known to be writable before long work."""
 
 import os
 import stat
@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from compresskv.errors import ConfigError
-from compresskv.system.files import try_place
+from compresskv.system import files
+from compresskv.system.files import names_folder, try_place
 from compresskv.system.inputs import read_json
-from compresskv.system.paths import is_file, is_folder
+from compresskv.system.paths import is_file, is_folder, why_unseen
+
+_BEGINNINGS = {"JSON": b"{", "HTML": b"<"}
+"""How files of each kind begin that are written here."""
 
 Given: TypeAlias = "str | Path | Sequence[str | Path] | None"
 
@@ -47,6 +51,61 @@ def check_outputs(outputs: Mapping[str, Given], inputs: Mapping[str, Given]) -> 
             if written.setdefault(place, option) != option:
                 problem = f"is the file of {written[place]}={str(path)!r}, too: name another one"
                 raise ConfigError(problem, option=option, value=str(path))
+
+
+def check_writable(option: str, name: str | Path, *, make_folder: bool = True, kind: str | None = None) -> Path:
+    """Find out, before long work, whether a file can be written.
+
+    Args:
+        name: as it was typed: a `Path` no longer knows that it ended in a slash.
+        make_folder: whether a folder that is not there is made, or refused.
+        kind: 'JSON' or 'HTML': what is there and is none of that is not replaced.
+    Returns: the file's path.
+    Raises:
+        ConfigError: it cannot.
+    """
+    path = Path(name)
+    if is_folder(path) or names_folder(name):
+        problem = f"{'is' if is_folder(path) else 'names'} a folder: give a file"
+        raise ConfigError(problem, option=option, value=str(name))
+    if not make_folder and not is_folder(path.parent):
+        problem = f"cannot be written: {why_unseen(path) or f'there is no folder {str(path.parent)!r}'}"
+        raise ConfigError(problem, option=option, value=path)
+    try:
+        try_place(path)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", option=option, value=path) from error
+    if kind is not None and is_file(path) and not _begins_with(path, _BEGINNINGS[kind]):
+        raise ConfigError(f"exists and is no {kind}: name another file", option=option, value=path)
+    return path
+
+
+def _begins_with(path: Path, beginning: bytes) -> bool:
+    """Whether a file does, as an empty one does, and one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(4096).lstrip()
+    except OSError:
+        return True
+    return not data or data.startswith(beginning)
+
+
+def check_folder(option: str, path: Path | None, names: Sequence[str] = ()) -> None:
+    """Find out, before long work, whether files can be written into a folder; it is made. None: nothing is asked.
+
+    Args:
+        names: of the files.
+    Raises:
+        ConfigError: they cannot.
+    """
+    if path is None:
+        return
+    try:
+        files.make_folder(path)
+    except OSError as error:
+        raise ConfigError(f"cannot be a folder: {error.strerror}", option=option, value=path) from error
+    for name in names:
+        check_writable(option, path / name)
 
 
 def check_future_folder(option: str, folder: Path, names: Sequence[str] = ()) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compresskv.cli.kept import SUFFIX
-from compresskv.cli.options import check_folder, check_writable
+from compresskv.cli.outputs import check_folder, check_writable
 from compresskv.errors import ConfigError, SessionError
 from compresskv.sessions.header import facts_of, is_session, read_metadata
 from compresskv.system.paths import exists, is_file, is_folder

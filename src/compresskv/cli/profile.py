@@ -15,11 +15,9 @@ from compresskv.cli.options import (
     JsonOption,
     ModelArgument,
     OutputOption,
-    check_folder,
-    check_writable,
     parse_numbers,
 )
-from compresskv.cli.outputs import check_outputs
+from compresskv.cli.outputs import check_folder, check_outputs, check_writable
 from compresskv.cli.profile_calibrate import CALIBRATE_EPILOG, calibrate
 from compresskv.cli.profile_import import IMPORT_EPILOG, import_profile
 from compresskv.cli.profile_tables import answers, layer_table, print_heads
@@ -116,7 +114,7 @@ def find(
     }
     changes = {name: value for name, value in given.items() if value is not None}
     settings = CalibrationSettings.quick(**changes) if quick else CalibrationSettings(**changes)
-    place = None if output is None else check_writable("output", output)
+    place = None if output is None else check_writable("output", output, kind="JSON")
     from compresskv.calibration.find import find_profile
     from compresskv.calibration.measure import NothingRetrievedError
     from compresskv.calibration.runs import check_log_folder

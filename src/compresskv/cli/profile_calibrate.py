@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compresskv.cli.options import JsonOption, check_writable
-from compresskv.cli.outputs import check_outputs
+from compresskv.cli.options import JsonOption
+from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.terminal import counted, out
 from compresskv.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ def calibrate(
         raise ConfigError("must lie above 0 and at most at 1", option="level", value=level)
     records_of = {str(run): [run / name for name in ("run.json", "records.jsonl")] for run in runs}
     check_outputs({"output": output}, {f"run {name}": files for name, files in records_of.items()})
-    place = check_writable("output", output)
+    place = check_writable("output", output, kind="JSON")
     from compresskv.evaluation.loss_curves import fit, points_of, share_below
     from compresskv.evaluation.run_folder import read_run
     from compresskv.profiles.profile import read_profile

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from compresskv.cli.options import OutputOption, check_writable
-from compresskv.cli.outputs import check_outputs
+from compresskv.cli.options import OutputOption
+from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.terminal import err, out
 from compresskv.errors import ConfigError, ProfileError, told
 
@@ -49,7 +49,7 @@ def import_profile(
     files = {"heads": heads, "layers": layers, "head_scores": head_scores}
     _check_source(published, folder, files, model)
     check_outputs({"output": output}, {**files, "folder": folder, "model": model})
-    place = None if output is None else check_writable("output", output)
+    place = None if output is None else check_writable("output", output, kind="JSON")
     from compresskv.profiles import store
     from compresskv.profiles.authors import find_published, published_files
     from compresskv.profiles.published import import_published
