@@ -18,7 +18,7 @@ SOURCE = Path(compresskv.__file__).parent
 ENDLESS = Path("/dev/zero")
 
 ELSEWHERE = {
-    "evaluation/records.py": "a log that we write, of any length",
+    "evaluation/run_folder.py": "a log that we write, of any length",
     "system/jsonl_log.py": "a log that we write, of any length",
     "system/processor.py": "a file of the kernel's",
     "system/memory.py": "files of the kernel's",
