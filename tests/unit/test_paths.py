@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 
 import compresskv
 import compresskv.bench.subject
@@ -248,6 +249,12 @@ def test_a_file_error_that_nobody_explains(call: Callable[..., Result], monkeypa
 
     monkeypatch.setattr("compresskv.cli.catalogue.json.dumps", fail)
     assert told(call("methods", "--json")) == "compresskv: 'there': Permission denied"
+
+
+@pytest.mark.parametrize("fail", [lambda *_: torch.empty(1 << 48), lambda *_: bytes(1 << 60)], ids=["torch", "Python"])
+def test_no_memory(call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, fail: Callable[..., Any]) -> None:
+    monkeypatch.setattr("compresskv.cli.catalogue.json.dumps", fail)
+    assert told(call("methods", "--json")).startswith("compresskv: memory does not suffice: give a shorter text")
 
 
 def test_a_user_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

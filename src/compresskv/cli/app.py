@@ -151,7 +151,17 @@ def run() -> int:
             status = _without_output(error)
         else:  # most are explained where the file is used
             status = _refused(f"{str(error.filename)!r}: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        status = _refused("memory does not suffice: give a shorter text, a smaller model, or another dtype")
     return status if isinstance(status, int) else 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on a CPU or a GPU, has found no memory."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
 
 
 def _refused(message: str) -> int:
