@@ -179,7 +179,7 @@ def test_a_session_reads_twice_in_chunks_too() -> None:
         session = compresskv.read(model, tokenizer, " ".join(sentences), method="kvzip", budget=0.15, chunk=chunk)
         answer = session.ask("What of cedar?", max_new_tokens=12, compile="never")
         assert answer.answer == planted.needle("cedar")[:-1]
-        assert answer.stats.kv_nbytes < 0.16 * answer.stats.kv_nbytes_full
+        assert session.facts.kv_nbytes < 0.16 * session.facts.kv_nbytes_full
 
 
 def test_compressing_does_not_know_the_tokens_and_says_where_they_are_known() -> None:
