@@ -127,7 +127,7 @@ def find(
     with Bar() as bar:
         loaded, tokenizer = load(model, dtype=dtype, device=device, on_progress=bar)
         path = place or store.default_path(fingerprint(loaded), quick=quick)
-        store.check_place(path)
+        store.check_profile_place(path)
         if lengths is None:
             settings = settings.fitted(context_length(loaded))
         try:

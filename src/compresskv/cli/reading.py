@@ -75,7 +75,7 @@ class Reading:
         own = ("model", "dtype", "device")
         check_unused(**{field.name: getattr(self, field.name) for field in fields(self) if field.name not in own})
 
-    def checked(self, documents: Sequence[str]) -> "Checked":
+    def checked(self, documents: Sequence[str]) -> "CheckedDocuments":
         """The documents, the method and the budget.
 
         Raises:
@@ -89,7 +89,7 @@ class Reading:
         texts = [(document, read_document(document)) for document in documents]
         for _, text in texts:
             check_request(text, "?", "never")
-        return Checked(self, texts, method, budget, max_memory)
+        return CheckedDocuments(self, texts, method, budget, max_memory)
 
     def _method(self) -> "Method | None":
         """The one that is named, with its settings; None: the default."""
@@ -106,7 +106,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedDocuments:
     """Documents that a model can be loaded for."""
 
     reading: Reading

@@ -126,7 +126,7 @@ def stored_profiles() -> Iterator[Profile]:
             warnings.warn(f"{path} {error.problem}: skipped", stacklevel=2)
 
 
-def check_place(path: Path) -> None:
+def check_profile_place(path: Path) -> None:
     """Find out before long work whether `path` can be written.
 
     Raises:
