@@ -102,6 +102,7 @@ def test_with_eager_attention(family: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.stores(reason="each store would be compiled anew")
 @pytest.mark.usefixtures("stored_packages")
 @pytest.mark.parametrize(("family", "method"), COMPILED)
 def test_compiled(family: str, method: str) -> None:
