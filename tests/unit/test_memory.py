@@ -1,5 +1,6 @@
 """Peak memory of the process. The CUDA counters are PyTorch's own."""
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def _touch() -> None:
     assert int(buffer[-1]) == 1
 
 
+def _resident_nbytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+
 def _resettable() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -35,11 +40,12 @@ def test_the_peak_is_that_since_the_reset() -> None:
     reset_peak(CPU)
     before = peak_nbytes(CPU)
     assert peak_nbytes(CPU) - before < NBYTES // 10  # what was freed before the reset is forgotten
+    held = _resident_nbytes()  # the system may have taken idle pages since the reset
     _touch()
     after = peak_nbytes(CPU)
-    assert NBYTES * 0.985 < after - before < NBYTES * 1.5  # freed again, and yet seen
+    assert held + NBYTES * 0.985 < after < max(before, held) + NBYTES * 1.5  # freed again, and yet seen
     reset_peak(CPU)
-    assert peak_nbytes(CPU) < after - NBYTES * 0.8
+    assert peak_nbytes(CPU) < after - NBYTES * 0.8 or peak_nbytes(CPU) < before + NBYTES // 10
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not _resettable(), reason="this system cannot reset the peak")
