@@ -46,7 +46,7 @@ def raising(*_args: object, **_kwargs: object) -> None:
 
 @pytest.mark.parametrize(
     ("place", "name"),
-    [("compresskv.serving.compaction", "observe"), ("compresskv.serving.compaction", "choose")],
+    [("compresskv.serving.compaction", "observe"), ("compresskv.serving.compaction", "choose_tokens")],
 )
 def test_a_prompt_that_cannot_be_scored_is_cut_by_position(
     place: str, name: str, engine: Engine, grown: Callable[[], dict[str, float]], monkeypatch: pytest.MonkeyPatch
