@@ -1,5 +1,6 @@
 """Ctrl-C, pressed more than once."""
 
+import os
 import signal
 import sys
 import threading
@@ -150,3 +151,21 @@ def test_what_ends_an_answer_and_the_process_is_heard_once(ending: str) -> None:
     with pytest.raises(KeyboardInterrupt if ending == "SIGINT" else SystemExit):
         work()
     assert done
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_two_that_come_at_once_are_one(capfd: pytest.CaptureFixture[str]) -> None:
+    both = [signal.SIGINT, signal.SIGTERM]
+
+    def work() -> None:
+        with ended_once():
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            try:
+                for one in both:
+                    os.kill(os.getpid(), one)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        work()
+    assert "race condition" not in capfd.readouterr().err

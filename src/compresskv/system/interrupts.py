@@ -52,7 +52,7 @@ def _raised_once(signals: Sequence[signal.Signals], until_exit: bool = False) ->
 
     def once(number: int, _frame: FrameType | None) -> None:
         for one in signals:
-            signal.signal(one, signal.SIG_IGN)
+            signal.signal(one, _unheard)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def arm() -> None:
@@ -66,8 +66,14 @@ def _raised_once(signals: Sequence[signal.Signals], until_exit: bool = False) ->
         yield
     finally:
         _arming.remove(arm)
-        ended = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        ended = signal.getsignal(signal.SIGINT) in (_unheard, signal.SIG_IGN)
         for one, handler in before.items():
             # what was ended inside of another such `with` ends that one, too
             if not (ended and one == signal.SIGINT and (until_exit or _arming)):
                 signal.signal(one, handler)
+            elif until_exit:  # Python forgets functions on its way out
+                signal.signal(one, signal.SIG_IGN)
+
+
+def _unheard(_number: int, _frame: FrameType | None) -> None:
+    """Ignore it. Of a signal that came but was not handled yet, Python complains where it is to be ignored by then."""
