@@ -142,3 +142,17 @@ def test_what_the_full_cache_thinks_is_measured_without_the_last_presss_masks() 
     del attention.masked_key_indices
     torch.testing.assert_close(found, expected.log_probs)
     assert nearness(found, expected.log_probs).top1_agreement == 1
+
+
+def test_a_case_whose_full_cache_cannot_be_read_leaves_the_others(
+    ran: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(_: Any, case: PressCase) -> None:
+        if case.example == "1":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(press_runner, "full_log_probs", read)
+    cases = (CASE, replace(CASE, example="2"))
+    rows = list(press_runner.answer(PressRequest("m", cases, ("SnapKVPress",), (30,))))
+    assert [(row["example"], row.get("error")) for row in rows] == [("1", "out of memory"), ("2", None)]
+    assert ran == [("2", "SnapKVPress", 30, "aware")]

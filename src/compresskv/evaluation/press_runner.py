@@ -4,6 +4,7 @@ kvpress needs an older transformers than ours may be.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -97,14 +98,17 @@ def answer(request: PressRequest) -> Iterator[dict[str, Any]]:
     presses = {name: find_press(name) for name in request.presses}
     loaded = load(request.model, dtype=request.dtype, device=request.device)
     versions = {name: version(name) for name in ("compresskv", "kvpress", "torch", "transformers")}
-    for case in request.cases:
-        pending = request.pending(case)
-        full = full_log_probs(loaded[0], case) if pending else None
-        for setting, press, budget in pending:
+
+    @lru_cache(maxsize=1)
+    def full(number: int) -> Tensor | None:
+        return full_log_probs(loaded[0], request.cases[number])
+
+    for number, case in enumerate(request.cases):
+        for setting, press, budget in request.pending(case):
             row: dict[str, Any] = {"task": case.task, "example": case.example, "method": method_name(press)}
             row |= {"budget": budget, "setting": setting}
             try:
-                figures = run_press(loaded, presses[press], case, budget, setting, full)
+                figures = run_press(loaded, presses[press], case, budget, setting, full(number))
                 counted = figures["logical_tokens" if request.peer_budget == "tokens" else "held_tokens"]
                 yield row | {"retained_tokens": counted} | figures | {"versions": versions}
             except Exception as err:  # noqa: BLE001 - kvpress raises of all kinds, and other cases may still work
