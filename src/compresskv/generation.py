@@ -29,7 +29,7 @@ from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
 from compresskv.selection.auto_budget import AutoChoice
-from compresskv.selection.budgets import Budget, as_json
+from compresskv.selection.budgets import Budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE
 from compresskv.system import memory
@@ -44,7 +44,8 @@ class GenerationStats:
 
     method: str
     """Its name, with the options that differ from its defaults."""
-    budget: int | float | str | list[int]
+    budget: int | float | str | list[int] | None
+    """As it was asked for; None where the method evicts nothing, whatever is asked for."""
     store: str
     """In how many bits a number what is kept is held; see `compressing`."""
     prompt_tokens: int
@@ -189,11 +190,11 @@ def ask(
         answered = speak(model, tokenizer, cache, first, asked, start=start, prepare=compressed.prepare_decoding)
     stats = GenerationStats(
         method=chosen.label,
-        budget=as_json(budget),
+        budget=chosen.told_budget(budget),
         store=store,
         prompt_tokens=len(token_ids),
         truncated_tokens=prompt.num_truncated,
-        retained_per_layer=[layer.mean_retained for layer in cache.compressed_layers],
+        retained_per_layer=[float(layer.mean_retained) for layer in cache.compressed_layers],
         kv_nbytes_full=cache.full_nbytes,
         kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,

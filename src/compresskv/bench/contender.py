@@ -74,7 +74,7 @@ class Plain:
         first = int(logits.argmax())
         figures = Prefill(
             prompt_tokens=input_ids.shape[1],
-            held_tokens=input_ids.shape[1],
+            held_tokens=float(input_ids.shape[1]),
             prefill_s=read - start,
             scoring_s=0.0,
             eviction_s=0.0,

@@ -34,7 +34,7 @@ class StoredLayer(RoutedLayer):
     @property
     def num_retained(self) -> float:
         """Tokens stored per KV head, the generated ones included: a mean where KV heads differ."""
-        return 0 if self.store is None else sum(self.store.counts) / self.store.num_heads
+        return 0.0 if self.store is None else sum(self.store.counts) / self.store.num_heads
 
     @property
     def has_empty_slots(self) -> bool:

@@ -52,6 +52,7 @@ def show(
 
 def _lines(facts: Facts, nbytes: int) -> list[tuple[str, str]]:
     share = facts.mean_retained / facts.num_tokens
+    budget = "" if facts.budget is None else f", budget {facts.budget}"
     profile = f", profile {facts.profile}" if facts.profile else ""
     return [
         ("document", ", ".join(facts.names) or "-"),
@@ -59,7 +60,7 @@ def _lines(facts: Facts, nbytes: int) -> list[tuple[str, str]]:
         ("tokens", f"{facts.num_tokens:,}"),
         ("kept", f"{facts.mean_retained:,.0f} per layer and KV head ({share:.1%})"),
         ("bytes", f"{megabytes(nbytes)} MB; the full cache has {megabytes(facts.kv_nbytes_full)} MB"),
-        ("method", f"{facts.method}, budget {facts.budget}, store {facts.store}{profile}"),
+        ("method", f"{facts.method}{budget}, store {facts.store}{profile}"),
         ("read", f"{age(facts.created)}, in {facts.read_s:.1f} s"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
     ]

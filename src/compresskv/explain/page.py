@@ -47,8 +47,10 @@ def _packed(report: Report) -> dict[str, Any]:
     return data
 
 
-def _budget_text(budget: int | float | str | list[int]) -> str:
+def _budget_text(budget: int | float | str | list[int] | None) -> str:
     """As a reader would say it. Not the script's to do: to it, 1.0 (all of the prompt) and 1 (token) are the same."""
+    if budget is None:
+        return "all of the prompt"
     if isinstance(budget, str):
         return budget
     if isinstance(budget, list):

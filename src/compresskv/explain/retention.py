@@ -17,7 +17,7 @@ from compresskv.models.decoding import decode
 from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
 from compresskv.selection.auto_budget import AutoChoice
-from compresskv.selection.budgets import Budget, as_json, read_budget
+from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -108,7 +108,9 @@ class Explanation:
     """What one method kept of a prompt, and what it answered from that."""
 
     method: str
-    budget: int | float | str | list[int]
+    """Its name, with the options that differ from its defaults."""
+    budget: int | float | str | list[int] | None
+    """As it was asked for; None where the method evicts nothing, whatever is asked for."""
     retention: Retention
     kv_nbytes_full: int
     kv_nbytes: int
@@ -202,7 +204,8 @@ def explain(
         if max_new_tokens > 0:
             token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens, on_token)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    return Explanation(method.name, as_json(budget), retention, full_nbytes, kv_nbytes, answer, store, auto)
+    told = method.told_budget(budget)
+    return Explanation(method.label, told, retention, full_nbytes, kv_nbytes, answer, store, auto)
 
 
 def prompt_text(

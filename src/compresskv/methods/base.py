@@ -128,6 +128,10 @@ class Method:
         """The observation window at a mean budget of `budget` tokens, at most `window_size`."""
         return self.window_size
 
+    def told_budget(self, budget: budgets.Budget) -> int | float | str | list[int] | None:
+        """A budget in one of JSON's types; None where the method evicts nothing, whatever it is given."""
+        return budgets.as_json(budget) if self.evicts else None
+
     @property
     def cuts_again(self) -> bool:
         """Whether the method can choose among tokens of which others were evicted before."""

@@ -22,7 +22,7 @@ from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.turns import first_part
-from compresskv.selection.budgets import Budget, as_json, known_beforehand, read_budget
+from compresskv.selection.budgets import Budget, known_beforehand, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import Contents, read_session
@@ -83,7 +83,7 @@ def read(
         fingerprint=str(fingerprint(model)),
         names=() if name is None else (name,),
         method=chosen.label,
-        budget=as_json(budget),
+        budget=chosen.told_budget(budget),
         profile=None if own is None else own.digest,
         **held_by(cache, part.input_ids),
         read_s=now(*devices_of(model)) - start,

@@ -16,7 +16,8 @@ class Facts:
     """Of the documents, as far as they have any."""
     method: str
     """Name and the options that differ from its defaults."""
-    budget: int | float | str | list[int]
+    budget: int | float | str | list[int] | None
+    """As it was asked for; None where the method evicts nothing (older files: what was asked for all the same)."""
     profile: str | None
     """Digest of the method's profile."""
     num_tokens: int

@@ -210,7 +210,8 @@ class Session:
         check_length(self._model, len(token_ids))
         start = now(*devices_of(self._model))
         cache = document.cache.branch()  # what was read stays as it is where this is interrupted
-        read_on(self._model, cache, part.input_ids, method, document.facts.budget, chunk=chunk, on_read=on_read)
+        budget = 1.0 if document.facts.budget is None else document.facts.budget  # None: all is kept
+        read_on(self._model, cache, part.input_ids, method, budget, chunk=chunk, on_read=on_read)
         read_s = document.facts.read_s + now(*devices_of(self._model)) - start
         facts = replace(document.facts, **held_by(cache, token_ids), read_s=read_s)
         self._document, self._method = Document(cache, token_ids, part.ending, facts), method
