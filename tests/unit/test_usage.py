@@ -53,7 +53,8 @@ class TestParser:
         if not required:
             pytest.skip("it needs none")
         line = refused(call(*words))
-        name = required[0].opts[0] if required[0].param_type_name == "option" else required[0].name.upper()
+        first = required[0]
+        name = first.opts[0] if first.param_type_name == "option" else first.metavar or first.name.upper()
         assert line.startswith(f"{name} is missing: compresskv {' '.join(words)} ")
 
     def test_whole_numbers(self, call: Callable[..., Result], words: list[str], command: Any) -> None:
@@ -206,3 +207,31 @@ def test_ctrl_c_at_any_instant_and_once_more_leaves_no_traceback() -> None:
         ours = re.sub(rb"(?s).*(?=File .*compresskv/cli)", b"", err)  # Python's own start is not ours to watch
         assert b"compresskv/cli" not in ours
         assert process.returncode in (0, 1, 130, -signal.SIGINT)
+
+
+@pytest.mark.parametrize("words", [words for words, _ in COMMANDS], ids=NAMES)
+def test_help_says_what_a_value_is_by_a_noun_in_capitals(call: Callable[..., Result], words: list[str]) -> None:
+    shown = call(*words, "--help").out
+    assert not re.findall(r"<\w.*?>|\{\w.*?\}", shown)  # typer's own: <str>, {document}
+    usage, _, rest = shown.partition("\n\n")
+    assert re.fullmatch(r"\[OPTIONS\]( \[?[A-Z]+(\.\.\.)?\]?)*", " ".join(usage.split()[2 + len(words) :]))
+    (command,) = (command for own, command in COMMANDS if own == words)
+    for option in (one for one in command.params if one.param_type_name == "option" and not one.is_flag):
+        assert re.fullmatch("[A-Z]+|NAME=VALUE", option.metavar or ""), option.opts
+        assert re.search(rf"{max(option.opts, key=len)} {option.metavar}\s", rest)
+
+
+def test_the_same_option_takes_the_same_noun_in_every_command() -> None:
+    nouns: dict[str, set[str]] = {}
+    for _, command in COMMANDS:
+        for one in command.params:
+            if one.param_type_name == "option" and not one.is_flag:
+                nouns.setdefault(max(one.opts, key=len), set()).add(one.metavar)
+    several = {option: sorted(found) for option, found in nouns.items() if len(found) > 1}
+    assert several == {
+        "--budget": ["BUDGET", "TOKENS"],  # of `profile show`: a count alone
+        "--layers": ["FILE", "N"],  # of `profile import`: the errors of layers
+        "--output": ["FILE", "FOLDER", "PATH", "RUN"],
+        "--peers": ["LIBRARIES", "PRESSES"],
+        "--plot": ["FILE", "FOLDER"],
+    }

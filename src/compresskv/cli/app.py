@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from compresskv.cli.bench import bench
 from compresskv.cli.catalogue import methods, models
 from compresskv.cli.chat import EPILOG as CHAT_EPILOG
 from compresskv.cli.chat import chat
+from compresskv.cli.command import Command
 from compresskv.cli.compile import EPILOG as COMPILE_EPILOG
 from compresskv.cli.compile import compile_step
 from compresskv.cli.encoding import escape_unwritable
@@ -107,17 +109,18 @@ Examples:
   compresskv models --json
 """
 
-app.command(epilog=ASK_EPILOG, short_help="Answer a question about a document.")(ask)
-app.command(epilog=READ_EPILOG, short_help="Read documents once, to be asked later.")(read)
-app.command(epilog=CHAT_EPILOG, short_help="Talk about a document.")(chat)
-app.command(epilog=METHODS_EPILOG)(methods)
-app.command(epilog=MODELS_EPILOG, short_help="List models that need no hub.")(models)
-app.command("eval", epilog=EVAL_EPILOG, short_help="Measure on benchmarks what methods lose.")(evaluate)
-app.command(epilog=REPORT_EPILOG, short_help="Turn benchmark runs into tables and figures.")(report)
-app.command(epilog=EXPLAIN_EPILOG, short_help="Show on a page which tokens are kept.")(explain)
-app.command(epilog=BENCH_EPILOG, short_help="Measure speed and memory.")(bench)
-app.command("compile", epilog=COMPILE_EPILOG, short_help="Build a model's compiled step once.")(compile_step)
-app.command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT, short_help="Serve a model by vLLM.")(serve)
+_command = partial(app.command, cls=Command)
+_command(epilog=ASK_EPILOG, short_help="Answer a question about a document.")(ask)
+_command(epilog=READ_EPILOG, short_help="Read documents once, to be asked later.")(read)
+_command(epilog=CHAT_EPILOG, short_help="Talk about a document.")(chat)
+_command(epilog=METHODS_EPILOG)(methods)
+_command(epilog=MODELS_EPILOG, short_help="List models that need no hub.")(models)
+_command("eval", epilog=EVAL_EPILOG, short_help="Measure on benchmarks what methods lose.")(evaluate)
+_command(epilog=REPORT_EPILOG, short_help="Turn benchmark runs into tables and figures.")(report)
+_command(epilog=EXPLAIN_EPILOG, short_help="Show on a page which tokens are kept.")(explain)
+_command(epilog=BENCH_EPILOG, short_help="Measure speed and memory.")(bench)
+_command("compile", epilog=COMPILE_EPILOG, short_help="Build a model's compiled step once.")(compile_step)
+_command(epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT, short_help="Serve a model by vLLM.")(serve)
 app.add_typer(session_app, name="session", short_help="Show what a session holds.")
 app.add_typer(profile_app, name="profile", short_help="Make, show, verify or import a profile.")
 

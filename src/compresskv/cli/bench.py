@@ -56,10 +56,16 @@ def bench(
         ),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths in tokens. Default: those of 1024,4096,8192 that fit the model.")
+        str | None,
+        typer.Option(
+            help="Prompt lengths in tokens. Default: those of 1024,4096,8192 that fit the model.", metavar="LENGTHS"
+        ),
     ] = None,
     budgets: Annotated[
-        str, typer.Option(help="Tokens kept per layer (128), shares of the prompt (3%), or 'full' for all.")
+        str,
+        typer.Option(
+            help="Tokens kept per layer (128), shares of the prompt (3%), or 'full' for all.", metavar="BUDGETS"
+        ),
     ] = "128,256,full",
     methods: Annotated[
         str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHODS")
@@ -73,7 +79,8 @@ def bench(
         ),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="Layers of the --random model. Default: its own, or what memory holds.")
+        int | None,
+        typer.Option(help="Layers of the --random model. Default: its own, or what memory holds.", metavar="N"),
     ] = None,
     decode: Annotated[
         str,
@@ -83,23 +90,24 @@ def bench(
         ),
     ] = "eager",
     stores: Annotated[
-        str, typer.Option(help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)}.")
+        str,
+        typer.Option(
+            help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)}.", metavar="STORES"
+        ),
     ] = NATIVE,
     repeats: Annotated[int, typer.Option(help="Rounds in which all take turns.", metavar="N")] = 3,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", metavar="N")] = 33,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", metavar="TOKENS")] = 33,
     peers: Annotated[
-        str, typer.Option(help="Other libraries to measure: kvpress, vllm, llama.cpp.", metavar="NAMES")
+        str, typer.Option(help="Other libraries to measure: kvpress, vllm, llama.cpp.", metavar="LIBRARIES")
     ] = "",
-    plot: Annotated[
-        str | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE.png")
-    ] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw latency and memory against length.", metavar="FILE")] = None,
     output: Annotated[
         str | None,
         typer.Option(
             "--output",
             "-o",
             help="Write the JSON to a file, too, as it is measured; a run that was ended early goes on from there.",
-            metavar="RUN.json",
+            metavar="FILE",
         ),
     ] = None,
     profile: ProfileOption = None,

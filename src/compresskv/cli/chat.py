@@ -47,10 +47,10 @@ Ctrl-C ends an answer. What begins with // is said with one stroke."""
 
 @spread(Reading)
 def chat(
-    document: Annotated[str, typer.Argument(help="A text file, or a file of 'compresskv read'.", metavar="FILE")],
+    document: Annotated[str, typer.Argument(help="A text file, or a file of 'compresskv read'.")],
     *,
     given: Reading,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="TOKENS")] = 256,
     compile: CompileOption = "auto",
 ) -> None:
     """Talk about a document: what was said before is seen, and the document is read only once.

@@ -90,15 +90,23 @@ def evaluate(
     ] = None,
     of: OfOption = TOKENS,
     stores: Annotated[
-        str, typer.Option(help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)}.")
+        str,
+        typer.Option(
+            help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)}.", metavar="STORES"
+        ),
     ] = NATIVE,
     model: ModelOption = defaults.MODEL,
-    data: Annotated[Path | None, typer.Option(help="Folder with benchmark files.", metavar="DIR")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with benchmark files.", metavar="FOLDER")] = None,
     haystack: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file or folder to hide needles in; may be repeated. Default: Python's help topics."),
+        typer.Option(
+            help="Text file or folder to hide needles in; may be repeated. Default: Python's help topics.",
+            metavar="PATH",
+        ),
     ] = None,
-    subsets: Annotated[str, typer.Option(help="Only these subsets of the tasks: hotpotqa,qa1-1k.")] = "",
+    subsets: Annotated[
+        str, typer.Option(help="Only these subsets of the tasks: hotpotqa,qa1-1k.", metavar="SUBSETS")
+    ] = "",
     lengths: Annotated[
         str | None,
         typer.Option(help="Lengths of prompts that are made here. Default: 1024,2048,4096.", metavar="LENGTHS"),
@@ -109,7 +117,8 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Cases of each subset and length; for needles, of each depth, too; for questions, documents."
+            help="Cases of each subset and length; for needles, of each depth, too; for questions, documents.",
+            metavar="N",
         ),
     ] = None,
     rows: Annotated[
@@ -125,24 +134,29 @@ def evaluate(
     ] = None,
     too_long: Annotated[
         str | None,
-        typer.Option(
-            help="Prompts above the limit: 'cut' their middle, or 'skip' them. Default: cut.", metavar="cut|skip"
-        ),
+        typer.Option(help="Prompts above the limit: 'cut' their middle, or 'skip' them. Default: cut.", metavar="WAY"),
     ] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="A limit below the model's context.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Shorten the benchmark's answer lengths.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="A limit below the model's context.", metavar="TOKENS")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Shorten the benchmark's answer lengths.", metavar="TOKENS")
+    ] = None,
     answers: Annotated[
         bool, typer.Option(help="Decode an answer with each cache; without, recall and fidelity only.")
     ] = True,
-    peers: Annotated[str, typer.Option(help="kvpress presses to run too: KnormPress,ChunkKVPress(SnapKVPress).")] = "",
+    peers: Annotated[
+        str, typer.Option(help="kvpress presses to run too: KnormPress,ChunkKVPress(SnapKVPress).", metavar="PRESSES")
+    ] = "",
     peer_budget: Annotated[
         str,
         typer.Option(
             help="What a press that masks without freeing is charged with: the 'tokens' it leaves unmasked or, "
-            "with 'bytes', all tokens it holds. What is run stays the same."
+            "with 'bytes', all tokens it holds. What is run stays the same.",
+            metavar="UNIT",
         ),
     ] = "tokens",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.", metavar="SEED")] = 0,
     exact_prefill: Annotated[
         bool | None,
         typer.Option(help="Read prompts by PyTorch's attention alone. Default: what COMPRESSKV_EXACT_PREFILL says."),

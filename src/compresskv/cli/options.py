@@ -21,7 +21,9 @@ N = TypeVar("N", int, float)
 _MODEL_HELP = f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}."
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP, metavar="MODEL")]
-MethodOption = Annotated[str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].")]
+MethodOption = Annotated[
+    str, typer.Option(help="See 'compresskv methods'; with options: snapkv[window_size=32].", metavar="METHOD")
+]
 SessionMethodOption = Annotated[
     str | None,
     typer.Option(
@@ -34,7 +36,8 @@ SessionMethodOption = Annotated[
 BudgetOption = Annotated[
     str,
     typer.Option(
-        help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), or bytes in all (3MB)."
+        help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), or bytes in all (3MB).",
+        metavar="BUDGET",
     ),
 ]
 AutoBudgetOption = Annotated[
@@ -42,6 +45,7 @@ AutoBudgetOption = Annotated[
     typer.Option(
         help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), bytes in all (3MB), or "
         "'auto': as much of each prompt as --max-loss asks for.",
+        metavar="BUDGET",
     ),
 ]
 MaxLossOption = Annotated[
@@ -56,7 +60,10 @@ MaxBudgetOption = Annotated[
     typer.Option(help="With --budget auto: what is kept at most, whatever is lost (1024, 25%, 3MB).", metavar="BUDGET"),
 ]
 OfOption = Annotated[
-    str, typer.Option("--of", help="What a share is of: the prompt's 'tokens', or the full cache's 'bytes'.")
+    str,
+    typer.Option(
+        "--of", help="What a share is of: the prompt's 'tokens', or the full cache's 'bytes'.", metavar="UNIT"
+    ),
 ]
 StoreOption = Annotated[
     str,
@@ -66,7 +73,8 @@ StoreOption = Annotated[
     ),
 ]
 TruncateOption = Annotated[
-    str, typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.")
+    str,
+    typer.Option(help="'never' refuses a document above the model's context, 'middle' cuts its middle.", metavar="WAY"),
 ]
 SettingsOption = Annotated[
     list[str] | None,
@@ -80,14 +88,16 @@ DtypeOption = Annotated[
         metavar="DTYPE",
     ),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if there is one.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if there is one.", metavar="DEVICE")
+]
 CompileOption = Annotated[
     str,
     typer.Option(
         "--compile",
         help="'always' decodes by a compiled step, built if need be (a minute); 'auto' uses one that was built before, "
         "if the answer is long enough to pay for loading it; 'never' does not.",
-        metavar="WHEN",
+        metavar="WAY",
     ),
 ]
 PrefillMemoryOption = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv import defaults
+from compresskv.cli.command import Command
 from compresskv.cli.group import CommandGroup
 from compresskv.cli.options import (
     DeviceOption,
@@ -67,9 +68,13 @@ profile_app = typer.Typer(
 FileArgument = Annotated[str, typer.Argument(help="A profile file, or a model's name to show its own profile.")]
 HaystackOption = Annotated[
     list[Path] | None,
-    typer.Option("--haystack", help="Text file or folder of .txt; repeatable. Default: Python's help topics."),
+    typer.Option(
+        "--haystack", help="Text file or folder of .txt; repeatable. Default: Python's help topics.", metavar="PATH"
+    ),
 ]
-NeedlesOption = Annotated[Path | None, typer.Option(help="JSON file of needles. Default: those of this package.")]
+NeedlesOption = Annotated[
+    Path | None, typer.Option(help="JSON file of needles. Default: those of this package.", metavar="FILE")
+]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write figures into this folder.", metavar="FOLDER")]
 
 _SHOW_EPILOG = f"""\b
@@ -85,15 +90,20 @@ Examples:
 """
 
 
-@profile_app.command(DEFAULT_COMMAND, epilog=_FIND_EPILOG)
+@profile_app.command(DEFAULT_COMMAND, cls=Command, epilog=_FIND_EPILOG)
 def find(
     model: ModelArgument,
     haystack: HaystackOption = None,
     needles: NeedlesOption = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths in tokens. Default: those of 1024,2048,4096 that fit the model.")
+        str | None,
+        typer.Option(
+            help="Prompt lengths in tokens. Default: those of 1024,2048,4096 that fit the model.", metavar="LENGTHS"
+        ),
     ] = None,
-    depths: Annotated[str | None, typer.Option(help="Needle depths in percent, such as 10,50,90.")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Needle depths in percent, such as 10,50,90.", metavar="DEPTHS")
+    ] = None,
     output: OutputOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="A first, rougher result in minutes.")] = False,
     dtype: DtypeOption = None,
@@ -146,10 +156,12 @@ def find(
     print_heads(outcome.profile)
 
 
-@profile_app.command(epilog=_SHOW_EPILOG)
+@profile_app.command(cls=Command, epilog=_SHOW_EPILOG)
 def show(
     profile: FileArgument,
-    budget: Annotated[int, typer.Option(help="Mean tokens per layer for the layer budgets.")] = defaults.BUDGET,
+    budget: Annotated[
+        int, typer.Option(help="Mean tokens per layer for the layer budgets.", metavar="TOKENS")
+    ] = defaults.BUDGET,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -178,20 +190,20 @@ def show(
         err.print(f"figures: {plot / 'head_scores.png'}, {plot / 'layer_budgets.png'}")
 
 
-profile_app.command("import", epilog=IMPORT_EPILOG)(import_profile)
-profile_app.command("calibrate", epilog=CALIBRATE_EPILOG)(calibrate)
+profile_app.command("import", cls=Command, epilog=IMPORT_EPILOG)(import_profile)
+profile_app.command("calibrate", cls=Command, epilog=CALIBRATE_EPILOG)(calibrate)
 
 
-@profile_app.command(epilog=_VERIFY_EPILOG)
+@profile_app.command(cls=Command, epilog=_VERIFY_EPILOG)
 def verify(
     model: ModelArgument,
     profile: Annotated[Path | None, typer.Argument(help="Default: the model's own profile.")] = None,
-    counts: Annotated[str, typer.Option(help="How many heads to mask.")] = "5,10,20,30",
-    length: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 1024,
-    documents: Annotated[int, typer.Option(help="Documents to ask about, four needles each.")] = 6,
+    counts: Annotated[str, typer.Option(help="How many heads to mask.", metavar="COUNTS")] = "5,10,20,30",
+    length: Annotated[int, typer.Option(help="Prompt length in tokens.", metavar="TOKENS")] = 1024,
+    documents: Annotated[int, typer.Option(help="Documents to ask about, four needles each.", metavar="N")] = 6,
     haystack: HaystackOption = None,
     needles: NeedlesOption = None,
-    seed: Annotated[int, typer.Option(help="Of the random heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random heads.", metavar="SEED")] = 0,
     plot: PlotOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,

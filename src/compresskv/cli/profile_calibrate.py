@@ -27,11 +27,15 @@ _LEAST_PROMPTS = 20
 
 def calibrate(
     profile: Annotated[Path, typer.Argument(help="A profile file.")],
-    runs: Annotated[list[Path], typer.Argument(help="Folders of 'compresskv eval' with automatic budgets.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of 'compresskv eval' with automatic budgets.", metavar="RUN")
+    ],
     output: Annotated[
         str, typer.Option("--output", "-o", help="The profile to write; may be the same file.", metavar="FILE")
     ],
-    level: Annotated[float, typer.Option(help="The share of measured losses that shall lie below a curve.")] = 0.97,
+    level: Annotated[
+        float, typer.Option(help="The share of measured losses that shall lie below a curve.", metavar="SHARE")
+    ] = 0.97,
     as_json: JsonOption = False,
 ) -> None:
     """Fit what --budget auto predicts to measured losses.

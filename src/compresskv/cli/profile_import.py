@@ -24,23 +24,31 @@ def import_profile(
         typer.Option(
             help="A model of which files were published: Llama-3.1-8B-Instruct, Mistral-7B-Instruct-v0.3 or "
             "Qwen2.5-7B-Instruct. They are fetched.",
-            metavar="NAME",
+            metavar="MODEL",
         ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="With --published: where its files lie, so that nothing is fetched.")
+        Path | None,
+        typer.Option(help="With --published: where its files lie, so that nothing is fetched.", metavar="FOLDER"),
     ] = None,
-    heads: Annotated[Path | None, typer.Option(help="JSON: for each layer, query heads, best first.")] = None,
-    layers: Annotated[Path | None, typer.Option(help="JSON: for each data set, an error for each layer.")] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="JSON: for each layer, query heads, best first.", metavar="FILE")
+    ] = None,
+    layers: Annotated[
+        Path | None, typer.Option(help="JSON: for each data set, an error for each layer.", metavar="FILE")
+    ] = None,
     head_scores: Annotated[
         Path | None,
-        typer.Option(help="JSON: raw traditional scores, for methods that compare heads of different layers."),
+        typer.Option(
+            help="JSON: raw traditional scores, for methods that compare heads of different layers.", metavar="FILE"
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             help="The id that the model is loaded by, such as org/Llama-3.1-8B-Instruct. Default with --published: "
             "its id on the hub.",
+            metavar="MODEL",
         ),
     ] = None,
     output: OutputOption = None,

@@ -30,14 +30,14 @@ Examples:
 
 @spread(Reading)
 def read(
-    documents: Annotated[list[str], typer.Argument(help="Text files, or - for standard input.", metavar="FILE...")],
+    documents: Annotated[list[str], typer.Argument(help="Text files, or - for standard input.", metavar="DOCUMENT")],
     output: Annotated[
         str | None,
         typer.Option(
             "--output",
             "-o",
-            help="File to write, or folder; a new folder ends in a slash. Default: FILE.kvc in this folder.",
-            metavar="OUT",
+            help="File to write, or folder; a new folder ends in a slash. Default: DOCUMENT.kvc in this folder.",
+            metavar="PATH",
         ),
     ] = None,
     *,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ChunkOption = Annotated[
     int | None,
-    typer.Option(help="Tokens to read at a time, for less memory. Default: all at once.", metavar="N"),
+    typer.Option(help="Tokens to read at a time, for less memory. Default: all at once.", metavar="TOKENS"),
 ]
 MaxMemoryOption = Annotated[
     str | None,

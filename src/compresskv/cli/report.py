@@ -28,17 +28,22 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of runs, or of a suite. Of a case in several, the last run's counts.", metavar="RUN..."
+            help="Folders of runs, or of a suite. Of a case in several, the last run's counts.", metavar="RUN"
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for report.md and figures. Default: RUN; of several, ./report."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for report.md and figures. Default: RUN; of several, ./report.",
+            metavar="FOLDER",
+        ),
     ] = None,
     own: Annotated[
         str | None,
         typer.Option(
-            help="Methods to compare with the best of the others. Default: this project's.", metavar="NAME,NAME"
+            help="Methods to compare with the best of the others. Default: this project's.", metavar="METHODS"
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -53,7 +53,7 @@ class Request:
     of: OfOption = TOKENS
     store: StoreOption = NATIVE
     compare: Annotated[str, typer.Option(help="More methods beside it, separated by commas.", metavar="METHODS")] = ""
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="N")] = 128
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", metavar="TOKENS")] = 128
     truncate: TruncateOption = "never"
     profile: ProfileOption = None
     settings: SettingsOption = None

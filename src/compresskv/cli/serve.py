@@ -49,12 +49,11 @@ _MEMORY_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--kv-
 
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help=f"Hub id, folder, or the embedded {defaults.MODEL}.", metavar="[MODEL]")
-    ] = defaults.MODEL,
+    model: Annotated[str, typer.Argument(help=f"Hub id, folder, or the embedded {defaults.MODEL}.")] = defaults.MODEL,
     budget: BudgetOption = str(defaults.BUDGET),
     method: Annotated[
-        str, typer.Option(help="A method that keeps the same tokens in all layers: vote, streaming_llm.")
+        str,
+        typer.Option(help="A method that keeps the same tokens in all layers: vote, streaming_llm.", metavar="METHOD"),
     ] = defaults.SERVED_METHOD,
     settings: SettingsOption = None,
     profile: ProfileOption = None,

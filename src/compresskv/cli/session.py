@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compresskv.cli.command import Command
 from compresskv.cli.group import CommandGroup
 from compresskv.cli.options import JsonOption
 from compresskv.cli.terminal import megabytes, new_table, out
@@ -33,9 +34,9 @@ def _group() -> None:
     pass
 
 
-@session_app.command(epilog=SHOW_EPILOG)
+@session_app.command(cls=Command, epilog=SHOW_EPILOG)
 def show(
-    session: Annotated[Path, typer.Argument(help="A file of 'compresskv read'.", metavar="FILE")],
+    session: Annotated[Path, typer.Argument(help="A file of 'compresskv read'.")],
     as_json: JsonOption = False,
 ) -> None:
     """Print a session's model, tokens, bytes, method and age. Neither the model nor what is kept is loaded."""

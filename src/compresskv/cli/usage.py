@@ -42,8 +42,9 @@ def explained(error: Any) -> str:
 
 
 def named(parameter: Any) -> str:
-    """An option as it is typed, an argument as the usage line shows it."""
-    return str(max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.name.upper())
+    """An option as it is typed, an argument as the usage line shows it: by the noun for one of them."""
+    is_option = parameter.param_type_name == "option"
+    return str(max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper())
 
 
 def _typed_value(parameter: Any) -> str:
