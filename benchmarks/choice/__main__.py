@@ -9,11 +9,11 @@ from typing import Any
 from benchmarks.choice.regret import Losses, choose, leave_one_out, losses, worst
 from compresskv import defaults
 from compresskv.errors import CompressKVError
-from compresskv.evaluation.config import EvaluationConfig, parse_rows
 from compresskv.evaluation.configurations import configurations, parse_budgets
+from compresskv.evaluation.evaluation import Evaluation
 from compresskv.evaluation.records import Record
-from compresskv.evaluation.run import Evaluation
 from compresskv.evaluation.run_folder import read_run
+from compresskv.evaluation.run_options import RunOptions, parse_rows
 from compresskv.methods.registry import parse_methods
 from compresskv.models.load import load
 
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _plans(options: argparse.Namespace) -> Iterator[tuple[str, EvaluationConfig]]:
+def _plans(options: argparse.Namespace) -> Iterator[tuple[str, RunOptions]]:
     """What is run with each model, by the name of its folder."""
     shared = {"answers": options.answers, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
     made: dict[str, Any] = {
@@ -96,17 +96,17 @@ def _plans(options: argparse.Namespace) -> Iterator[tuple[str, EvaluationConfig]
     }
     yield (
         "needle",
-        EvaluationConfig(tasks=("needle",), subsets=("single", "paraphrase", "multi", "uuid"), **made, **shared),
+        RunOptions(tasks=("needle",), subsets=("single", "paraphrase", "multi", "uuid"), **made, **shared),
     )
-    yield "ruler", EvaluationConfig(tasks=("ruler",), subsets=("variable_tracking",), limit=2, **made, **shared)
+    yield "ruler", RunOptions(tasks=("ruler",), subsets=("variable_tracking",), limit=2, **made, **shared)
     if options.data is not None:
         read: dict[str, Any] = {
             "data": options.data,
             "rows": parse_rows(options.rows),
             "max_prompt_tokens": options.max_prompt_tokens,
         }
-        yield "longbench", EvaluationConfig(tasks=("longbench",), subsets=tuple(LONGBENCH.split(",")), **read, **shared)
-        yield "babilong", EvaluationConfig(tasks=("babilong",), subsets=tuple(BABILONG.split(",")), **read, **shared)
+        yield "longbench", RunOptions(tasks=("longbench",), subsets=tuple(LONGBENCH.split(",")), **read, **shared)
+        yield "babilong", RunOptions(tasks=("babilong",), subsets=tuple(BABILONG.split(",")), **read, **shared)
 
 
 def _known(records: list[Record], candidates: set[str]) -> list[Record]:

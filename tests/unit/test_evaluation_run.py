@@ -18,12 +18,12 @@ from compresskv.attention import prefill as attention_prefill
 from compresskv.attention import routing
 from compresskv.errors import CompressKVError, ConfigError, DataError, PromptError
 from compresskv.evaluation import press_records
-from compresskv.evaluation.config import EvaluationConfig, parse_rows
 from compresskv.evaluation.configurations import Configuration, configurations, parse_budgets
+from compresskv.evaluation.evaluation import Counts, Evaluation
 from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.records import Record
-from compresskv.evaluation.run import Counts, Evaluation
 from compresskv.evaluation.run_folder import read_run
+from compresskv.evaluation.run_options import RunOptions, parse_rows
 from compresskv.evaluation.tasks import registry
 from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
@@ -69,11 +69,11 @@ def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def toy(**options: Any) -> EvaluationConfig:
-    return EvaluationConfig(**{"tasks": ("toy",), **options})
+def toy(**options: Any) -> RunOptions:
+    return RunOptions(**{"tasks": ("toy",), **options})
 
 
-def opened(config: EvaluationConfig | None = None, folder: str = FOLDER) -> Evaluation:
+def opened(config: RunOptions | None = None, folder: str = FOLDER) -> Evaluation:
     return Evaluation(planted.model(), planted.tokenizer(), config or toy(), Path(folder))
 
 
@@ -82,7 +82,7 @@ def silent(_: str, __: float) -> None:
 
 
 def run(
-    config: EvaluationConfig | None = None,
+    config: RunOptions | None = None,
     methods: str = METHODS,
     budgets: str = BUDGETS,
     settings: Sequence[str] = ("aware",),
@@ -172,9 +172,9 @@ class TestRun:
         }
 
     def test_questions_on_one_document_are_one_prefill(self) -> None:
-        counts = run(EvaluationConfig(tasks=("questions",), subsets=("facts",), lengths=(1200,)), "snapkv")
+        counts = run(RunOptions(tasks=("questions",), subsets=("facts",), lengths=(1200,)), "snapkv")
         assert (counts.examples, counts.prefills, counts.records) == (5, 1, 15)
-        assert run(EvaluationConfig(tasks=("questions",), subsets=("facts",), lengths=(1200,)), "snapkv").prefills == 0
+        assert run(RunOptions(tasks=("questions",), subsets=("facts",), lengths=(1200,)), "snapkv").prefills == 0
 
     def test_shorter_answers_and_none(self) -> None:
         config = toy(max_new_tokens=3, answers=False)
@@ -436,7 +436,7 @@ class TestPlan:
     )
     def test_what_cannot_work_is_refused_before_a_model_is_loaded(self, options: dict[str, Any], told: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(told)) as caught:
-            EvaluationConfig(**{"tasks": ("toy",), **options})
+            RunOptions(**{"tasks": ("toy",), **options})
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("text", ["x", "1:x", "1.5:", "::0", "1:2:3:4", "1,2"])
@@ -446,7 +446,7 @@ class TestPlan:
         assert "\n" not in str(caught.value)
 
     def test_subsets_go_to_the_tasks_that_have_them(self) -> None:
-        config = EvaluationConfig(tasks=("toy", "needle", "babilong"), subsets=("uuid", "short"))
+        config = RunOptions(tasks=("toy", "needle", "babilong"), subsets=("uuid", "short"))
         assert [(one.name, subsets) for one, subsets in config.chosen_tasks()] == [
             ("toy", ("short",)),
             ("needle", ("uuid",)),

@@ -6,7 +6,7 @@ import pytest
 
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation.configurations import parse_budgets
-from compresskv.evaluation.suite import BUDGETS, METHODS, SUITES, runs_of, suite_configs
+from compresskv.evaluation.suite import BUDGETS, METHODS, SUITES, runs_of, suite_runs
 from compresskv.methods.registry import parse_methods
 
 MADE = ["needle", "ruler", "instructions", "questions"]
@@ -19,16 +19,16 @@ def folder_with(place: Path, *names: str) -> Path:
 
 
 def test_tasks_that_need_data_are_left_out_without_it(tmp_path: Path) -> None:
-    configs, left_out = suite_configs("standard", seed=3)
+    configs, left_out = suite_runs("standard", seed=3)
     assert (list(configs), left_out) == (MADE, ["longbench", "babilong"])
     assert {config.seed for config in configs.values()} == {3}
-    configs, left_out = suite_configs("standard", data=folder_with(tmp_path, "babilong"))
+    configs, left_out = suite_runs("standard", data=folder_with(tmp_path, "babilong"))
     assert (list(configs), left_out) == ([*MADE, "babilong"], ["longbench"])
     assert configs["babilong"].subsets == ("qa1-1k", "qa2-1k", "qa3-1k")
 
 
 def test_a_suite_runs_every_task_that_there_is(tmp_path: Path) -> None:
-    configs, left_out = suite_configs("standard", data=folder_with(tmp_path, "babilong", "longbench"))
+    configs, left_out = suite_runs("standard", data=folder_with(tmp_path, "babilong", "longbench"))
     assert list(configs) == list(SUITES["standard"])
     assert not left_out
     assert all(config.tasks == (task,) for task, config in configs.items())
@@ -39,9 +39,9 @@ def test_a_suite_runs_every_task_that_there_is(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no folder longbench and no babilong"):
-        suite_configs("standard", data=tmp_path)
+        suite_runs("standard", data=tmp_path)
     with pytest.raises(DataError, match="no such folder"):
-        suite_configs("standard", data=tmp_path / "nowhere")
+        suite_runs("standard", data=tmp_path / "nowhere")
 
 
 def test_the_runs_of_a_suite_lie_in_its_folder(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ from compresskv.system.paths import exists
 from compresskv.system.progress import Progress
 
 if TYPE_CHECKING:
-    from compresskv.evaluation.config import EvaluationConfig
+    from compresskv.evaluation.evaluation import Evaluation
     from compresskv.evaluation.press_request import PressRequest
-    from compresskv.evaluation.run import Evaluation
+    from compresskv.evaluation.run_options import RunOptions
     from compresskv.methods.base import Method
 
 EPILOG = """\b
@@ -170,10 +170,10 @@ def evaluate(
 
     Each prompt is read once, and every method and budget cuts its own cache from that.
     """
-    from compresskv.evaluation.config import parse_rows
     from compresskv.evaluation.configurations import check_settings, parse_budgets, parse_names
     from compresskv.evaluation.press_request import PressRequest
     from compresskv.evaluation.records import SETTINGS
+    from compresskv.evaluation.run_options import parse_rows
     from compresskv.evaluation.suite import BUDGETS, METHODS
     from compresskv.evaluation.tasks.registry import tasks as known_tasks
     from compresskv.methods.registry import methods as registered
@@ -217,22 +217,22 @@ def evaluate(
 
 def _configs(
     suite: str | None, own: dict[str, Any], shared: dict[str, Any]
-) -> "tuple[dict[str, EvaluationConfig], list[str]]":
+) -> "tuple[dict[str, RunOptions], list[str]]":
     """The runs by their folder's name, '' for the output itself, and the tasks of a suite that are left out."""
-    from compresskv.evaluation.config import EvaluationConfig
-    from compresskv.evaluation.suite import SUITES, suite_configs
+    from compresskv.evaluation.run_options import RunOptions
+    from compresskv.evaluation.suite import SUITES, suite_runs
 
     if suite is None:
-        return {"": EvaluationConfig(**{"tasks": ("needle",), **own, **shared})}, []
+        return {"": RunOptions(**{"tasks": ("needle",), **own, **shared})}, []
     check_known("suite", suite, SUITES)
     for option, value in own.items():
         given = ",".join(map(str, value)) if isinstance(value, tuple) else value
         raise ConfigError("is settled by the suite: leave it out", option=option, value=given)
-    return suite_configs(suite, **shared)
+    return suite_runs(suite, **shared)
 
 
 def _run(
-    configs: "dict[str, EvaluationConfig]",
+    configs: "dict[str, RunOptions]",
     methods: "dict[str, Method]",
     stores: tuple[str, ...],
     request: "PressRequest",
@@ -244,7 +244,7 @@ def _run(
 ) -> None:
     """Run our methods as the presses of `request` are: on its model, at its budgets, in its settings."""
     from compresskv.evaluation.configurations import configurations
-    from compresskv.evaluation.run import Evaluation
+    from compresskv.evaluation.evaluation import Evaluation
     from compresskv.models.load import load
     from compresskv.peers.process import peers_python
     from compresskv.profiles.profile import read_profile
@@ -291,7 +291,7 @@ def _shares(bar: Progress, opened: "Sequence[Evaluation]") -> "Iterator[tuple[Pr
 def _finish(
     output: Path, opened: "Sequence[Evaluation]", num_configurations: int, *, in_groups: bool, as_json: bool
 ) -> None:
-    from compresskv.evaluation.run import Counts
+    from compresskv.evaluation.evaluation import Counts
     from compresskv.evaluation.summary import report_data
 
     parts = [vars(evaluation.counts) for evaluation in opened]

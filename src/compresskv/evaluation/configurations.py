@@ -1,4 +1,4 @@
-"""Which methods, at which budgets, a run compares."""
+"""What a run compares: methods at budgets, in settings and stores. More may be added to it later."""
 
 import re
 from collections.abc import Sequence

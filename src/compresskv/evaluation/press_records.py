@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from compresskv.evaluation.method_runner import Case
 from compresskv.evaluation.press_request import PressCase, PressRequest
 from compresskv.evaluation.records import Record, config_name
 from compresskv.evaluation.run_folder import RecordLog
-from compresskv.evaluation.runner import Case
 from compresskv.peers.process import run_peers
 
 _ANSWERS = "compresskv.evaluation.press_runner"

@@ -15,7 +15,7 @@ from compresskv.system.inputs import read_bytes
 from compresskv.system.jsonl_log import JsonlLog, parse_line, split_lines
 from compresskv.system.paths import exists, why_unseen
 
-_CONFIGURATION = "run.json"
+_BEGUN_WITH = "run.json"
 _RECORDS = "records.jsonl"
 
 
@@ -25,18 +25,18 @@ class RecordLog:
     The folder is this process's alone until `close`, or until the end of a `with`.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, begun_with: dict[str, Any]) -> None:
         """Open a run, or make it. A record that a kill cut short is left out, and so is a damaged one.
 
         The file that holds damaged records is kept under another name, with a warning, before `add` writes to it.
 
         Args:
-            folder: Holds run.json and records.jsonl.
-            configuration: What must not change within a run, JSON values only.
+            folder: holds run.json and records.jsonl.
+            begun_with: what must not change within a run, JSON values only.
 
         Raises:
-            DataError: the folder belongs to a run with another configuration or to another process at this moment,
-                or cannot be read or written.
+            DataError: the folder belongs to a run that was begun with something else, or to another process at this
+                moment, or cannot be read or written.
         """
         self._folder = folder
         self._lock = FileLock(folder / "run.lock")
@@ -49,7 +49,7 @@ class RecordLog:
         except OSError as error:
             raise self._error(error) from error
         try:
-            self._claim(configuration)
+            self._claim(begun_with)
             self._log = JsonlLog(folder / _RECORDS, Record.from_dict)
         except OSError as error:
             self.close()
@@ -111,10 +111,10 @@ class RecordLog:
         """All records, in the order in which they were added."""
         return list(self._records.values())
 
-    def _claim(self, configuration: dict[str, Any]) -> None:
+    def _claim(self, begun_with: dict[str, Any]) -> None:
         """Compare with run.json, or write it."""
-        if not _compare(self._folder, configuration, is_whole=True):
-            write_text(self._folder / _CONFIGURATION, json.dumps(configuration, indent=1, allow_nan=False) + "\n")
+        if not _compare(self._folder, begun_with, is_whole=True):
+            write_text(self._folder / _BEGUN_WITH, json.dumps(begun_with, indent=1, allow_nan=False) + "\n")
 
     def _error(self, error: OSError) -> DataError:
         return _unusable(self._folder, error)
@@ -124,7 +124,7 @@ def check_run(folder: Path, known: dict[str, Any]) -> None:
     """Refuse a folder that belongs to another run. Nothing is made or locked.
 
     Args:
-        known: what is known so far of the configuration to come, JSON values only.
+        known: what is known so far of what the run is begun with, JSON values only.
     Raises:
         DataError: as `RecordLog` does.
     """
@@ -134,17 +134,17 @@ def check_run(folder: Path, known: dict[str, Any]) -> None:
         raise _unusable(folder, error) from error
 
 
-def _compare(folder: Path, configuration: dict[str, Any], *, is_whole: bool) -> bool:
-    """Whether the folder holds a run, of the same configuration; what that one lacks counts if it `is_whole`."""
-    path, records = folder / _CONFIGURATION, folder / _RECORDS
+def _compare(folder: Path, begun_with: dict[str, Any], *, is_whole: bool) -> bool:
+    """Whether the folder holds a run, begun with the same; what that one lacks counts if it `is_whole`."""
+    path, records = folder / _BEGUN_WITH, folder / _RECORDS
     if (why := why_unseen(path)) is not None:
         raise DataError(f"cannot keep records: {why}", option="output", value=str(folder))
     if not exists(path):
         if exists(records) and records.stat().st_size:
-            problem = f"has {_RECORDS} but no {_CONFIGURATION}: give another folder"
+            problem = f"has {_RECORDS} but no {_BEGUN_WITH}: give another folder"
             raise DataError(problem, option="output", value=str(folder))
         return False
-    old, new = _read_configuration(path), json.loads(json.dumps(configuration, allow_nan=False))
+    old, new = _read_begun_with(path), json.loads(json.dumps(begun_with, allow_nan=False))
     difference = _difference(old, new if is_whole else {**old, **new})
     if difference is not None:
         option, before, after = difference
@@ -158,14 +158,14 @@ def _unusable(folder: Path, error: OSError) -> DataError:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """A run's configuration and its records; a last line that a kill cut short is left out, with a warning.
+    """What a run was begun with, and its records; a last line that a kill cut short is left out, with a warning.
 
     Raises:
         DataError: the folder holds no run, or a malformed one; the message names file and line.
     """
     path = folder / _RECORDS
     try:
-        configuration = _read_configuration(folder / _CONFIGURATION)
+        begun_with = _read_begun_with(folder / _BEGUN_WITH)
         lines, torn = split_lines(path.read_bytes() if exists(path) else b"")  # nothing was measured yet
     except OSError as error:
         raise DataError(f"{str(folder)!r} holds no run: cannot read {error.filename!r}: {error.strerror}") from error
@@ -178,17 +178,17 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
                 records.append(Record.from_dict(parse_line(line)))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
-    return configuration, records
+    return begun_with, records
 
 
-def _read_configuration(path: Path) -> dict[str, Any]:
+def _read_begun_with(path: Path) -> dict[str, Any]:
     try:
-        configuration = parse_line(read_bytes(path))
+        begun_with = parse_line(read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
-    if not isinstance(configuration, dict):
+    if not isinstance(begun_with, dict):
         raise DataError(f"{path}: not an object")
-    return configuration
+    return begun_with
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:

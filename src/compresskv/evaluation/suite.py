@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.errors import ConfigError
-from compresskv.evaluation.config import EvaluationConfig
+from compresskv.evaluation.run_options import RunOptions
 from compresskv.evaluation.tasks.registry import create_task
 from compresskv.system.paths import exists, is_folder
 
@@ -30,17 +30,17 @@ SUITES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "babilong": {**_DATA, "subsets": ("qa1-1k", "qa2-1k", "qa3-1k"), "limit": 5},
     }
 }
-"""Suite -> task -> options of `EvaluationConfig`. The folder of a suite holds a run for each task."""
+"""Suite -> task -> options of `RunOptions`. The folder of a suite holds a run for each task."""
 
 
-def suite_configs(suite: str, **given: Any) -> tuple[dict[str, EvaluationConfig], list[str]]:
+def suite_runs(suite: str, **given: Any) -> tuple[dict[str, RunOptions], list[str]]:
     """What a suite runs, by task.
 
     Args:
-        given: options of `EvaluationConfig` that a suite leaves open: data, haystack, seed and how prompts are read.
+        given: options of `RunOptions` that a suite leaves open: data, haystack, seed and how prompts are read.
     Returns: (the runs, tasks that are left out, since no data is given for them).
     Raises:
-        ConfigError, DataError: `data` holds none of the tasks' data, or as for `EvaluationConfig`.
+        ConfigError, DataError: `data` holds none of the tasks' data, or as for `RunOptions`.
     """
     data: Path | None = given.get("data")
     needing = [task for task in SUITES[suite] if create_task(task).needs]
@@ -48,12 +48,12 @@ def suite_configs(suite: str, **given: Any) -> tuple[dict[str, EvaluationConfig]
     if data is not None and is_folder(data) and missing == needing:
         raise ConfigError(f"holds no folder {' and no '.join(needing)}", option="data", value=str(data))
     shared = {"max_new_tokens": _MAX_NEW_TOKENS, **given}
-    configs = {
-        task: EvaluationConfig(**{**shared, **options, "tasks": (task,)})
+    runs = {
+        task: RunOptions(**{**shared, **options, "tasks": (task,)})
         for task, options in SUITES[suite].items()
         if task not in missing or (data is not None and not is_folder(data))  # a mistyped folder is told by the first
     }
-    return configs, [task for task in missing if task not in configs]
+    return runs, [task for task in missing if task not in runs]
 
 
 def runs_of(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a run of evaluations is: tasks, cases, limits."""
+"""What a run is begun with, and keeps to: tasks, cases, limits."""
 
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +21,7 @@ TOO_LONG = ("cut", "skip")
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class RunOptions:
     """What to run. All of it is fixed once a run has begun; only methods, budgets and peers can be added later."""
 
     tasks: tuple[str, ...]

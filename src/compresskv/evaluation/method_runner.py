@@ -1,4 +1,7 @@
-"""Run configurations over examples: each prompt is read once, and every configuration cuts its own cache from that."""
+"""Run our methods on cases, as `press_runner` runs kvpress's presses.
+
+Each prompt is read once, and every configuration cuts its own cache from that.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.attention.prefill import reads_exactly
 from compresskv.errors import DataError, PromptError
-from compresskv.evaluation.config import EvaluationConfig
 from compresskv.evaluation.configurations import FULL, Configuration
 from compresskv.evaluation.encode import encode
+from compresskv.evaluation.method_runner import Case, Runner
 from compresskv.evaluation.press_records import add_presses
 from compresskv.evaluation.press_request import PressRequest
 from compresskv.evaluation.run_folder import RecordLog
-from compresskv.evaluation.runner import Case, Runner
+from compresskv.evaluation.run_options import RunOptions
 from compresskv.evaluation.tasks.base import Task
 from compresskv.evaluation.tasks.example import Example
 from compresskv.models.fingerprint import fingerprint
@@ -47,21 +47,21 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        config: EvaluationConfig,
+        options: RunOptions,
         folder: Path,
     ) -> None:
         """Open or resume a run.
 
         Raises:
-            DataError: the folder holds a run of another config or model, or cannot be used.
+            DataError: the folder holds a run of other options or another model, or cannot be used.
             DataError, ConfigError: as the tasks raise them. The folder is not touched then.
             PromptError: a prompt cannot be cut to the limit.
         """
-        self._model, self._tokenizer, self._config = model, tokenizer, config
-        named, exact = _named(model), reads_exactly(model.device, model.dtype, config.exact_prefill)
+        self._model, self._tokenizer, self._options = model, tokenizer, options
+        named, exact = _named(model), reads_exactly(model.device, model.dtype, options.exact_prefill)
         self._versions = {**named, "prefill": "exact" if exact else "fast"}
-        configuration = {
-            **config.to_dict(),
+        begun_with = {
+            **options.to_dict(),
             **named,
             "exact_prefill": exact,
             "device": model.device.type,
@@ -70,7 +70,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
         self.counts = Counts()
         self.cases = self._encoded()
         """The prompts of all tasks."""
-        self.log = RecordLog(folder, configuration)
+        self.log = RecordLog(folder, begun_with)
 
     def __exit__(self, *_: object) -> None:
         self.log.close()
@@ -78,9 +78,9 @@ class Evaluation(AbstractContextManager["Evaluation"]):
     def _encoded(self) -> list[Case]:
         """Prompts that are too long are cut or left out, and counted."""
         cases = []
-        for task, subsets in self._config.chosen_tasks():
-            examples = task.examples(self._config.task_settings(self._tokenizer, subsets))
-            for example in _sliced(examples, slice(*self._config.rows)):
+        for task, subsets in self._options.chosen_tasks():
+            examples = task.examples(self._options.task_settings(self._tokenizer, subsets))
+            for example in _sliced(examples, slice(*self._options.rows)):
                 case = self._case(task, example)
                 if case is None:
                     self.counts.skipped += 1
@@ -88,16 +88,16 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     self.counts.truncated += case.prompt.num_truncated > 0
                     cases.append(case)
         if not cases and not self.counts.skipped:
-            given = ":".join("" if part is None else str(part) for part in self._config.rows)
+            given = ":".join("" if part is None else str(part) for part in self._options.rows)
             raise DataError("leaves no case: no subset has so many", option="rows", value=given)
         self.counts.examples = len(cases)
         return cases
 
     def _case(self, task: Task, example: Example) -> Case | None:
         """None where the prompt is to be left out."""
-        skips = self._config.too_long == "skip"
-        wanted = min(example.max_new_tokens, self._config.max_new_tokens or example.max_new_tokens)
-        limits = [room_for_prompt(self._model, wanted), self._config.max_prompt_tokens]
+        skips = self._options.too_long == "skip"
+        wanted = min(example.max_new_tokens, self._options.max_new_tokens or example.max_new_tokens)
+        limits = [room_for_prompt(self._model, wanted), self._options.max_prompt_tokens]
         max_tokens = min((limit for limit in limits if limit is not None), default=None)
         example = replace(example, max_new_tokens=wanted)
         try:
@@ -117,8 +117,10 @@ class Evaluation(AbstractContextManager["Evaluation"]):
             DataError: the run holds records of other prompts or of another profile.
         """
         self._check_profiles(configurations)
-        config = self._config
-        runner = Runner(self._model, self._tokenizer, config.seed, config.answers, self._versions, config.exact_prefill)
+        options = self._options
+        runner = Runner(
+            self._model, self._tokenizer, options.seed, options.answers, self._versions, options.exact_prefill
+        )
         number = 0
         for cases in _by_document(self.cases):
             progress("evaluating", number / len(self.cases))
@@ -153,7 +155,7 @@ class Evaluation(AbstractContextManager["Evaluation"]):
 
     def run_peers(self, python: Path, request: PressRequest, progress: Progress, *, own_settings: bool = False) -> None:
         """Run kvpress presses on the same cases; those that fail are counted by name. `own_settings`: as for `run`."""
-        shared = {"seed": self._config.seed, "versions": {**self._versions, "prefill": "exact"}}
+        shared = {"seed": self._options.seed, "versions": {**self._versions, "prefill": "exact"}}
         for fraction, failure in add_presses(
             python, request, self.cases, self.log, self._tokenizer, shared, own_settings
         ):

@@ -17,8 +17,8 @@ import planted
 import tiny
 from compresskv.evaluation.configurations import Configuration, configurations
 from compresskv.evaluation.encode import EncodedPrompt
+from compresskv.evaluation.method_runner import Case, Runner
 from compresskv.evaluation.records import SETTINGS, Record
-from compresskv.evaluation.runner import Case, Runner
 from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.methods.inputs import LayerInputs
@@ -242,7 +242,7 @@ class TestAware:
     ) -> None:
         model, chosen = tiny.tiny_model("llama"), all_of(tiny.tiny_model("llama"), budgets=(0.4,))
         at_once = [record.token_ids for record in Runner(model, tokenizer).run(case(), chosen)]
-        monkeypatch.setattr("compresskv.evaluation.runner._LITTLE", 0)
+        monkeypatch.setattr("compresskv.evaluation.method_runner._LITTLE", 0)
         with passes(model) as seen:
             bounded = [record.token_ids for record in Runner(model, tokenizer).run(case(), chosen)]
         assert bounded == at_once
