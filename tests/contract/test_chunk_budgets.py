@@ -14,6 +14,8 @@ from compresskv.compression import Compressing
 from compresskv.methods import registry
 from compresskv.methods.blend import Blend
 from compresskv.methods.inputs import LayerInputs
+from compresskv.methods.snapkv import SnapKV
+from compresskv.selection.cuts import END_TOKENS
 from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT, CHUNK, KEPT, BUDGET = 140, 32, 40, 24
@@ -39,13 +41,15 @@ def noted(cache: CompressedCache) -> Iterator[list[Evictions]]:
 
     @contextmanager
     def noting(num_after: int) -> Iterator[None]:
+        if cache.compressed_layers[0].seen_tokens:
+            found.append(evictions(cache))
         with reading(num_after):
             yield
-        found.append(evictions(cache))
         assert all(layer.num_retained <= KEPT + CHUNK for layer in cache.compressed_layers)
 
     cache.reading_chunk = noting  # type: ignore[method-assign]
     yield found
+    found.append(evictions(cache))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -89,16 +93,38 @@ def test_a_method_is_told_where_the_tokens_are_that_it_chooses_among(monkeypatch
 
 
 @pytest.mark.parametrize("store", ["native", "int8"])
-def test_whatever_a_prompt_is_read_in_it_is_cut_alike(store: str) -> None:
+def test_prompts_are_cut_alike_whatever_they_are_read_in(store: str) -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)
     with chunked(model, "snapkv", 0.2, store=store) as cache:
         expected = tiny.generate(model, prompt, cache)
-    steps = [23] * 6 + [2]
-    with chunked(model, "snapkv", 0.2, store=store, prompt_tokens=NUM_PROMPT) as other:
-        logits = tiny.read(model, other, prompt, steps)
-        assert int(logits[0, -1].argmax()) == expected[0, 0]
-    for own, theirs in zip(cache.compressed_layers, other.compressed_layers, strict=True):
-        assert torch.equal(own.positions, theirs.positions)
+    others = []
+    for steps in ([40, 100], [41, 99], [23] * 6 + [2], [22] * 6 + [8]):
+        with chunked(model, "snapkv", 0.2, store=store, prompt_tokens=NUM_PROMPT) as other:
+            logits = tiny.read(model, other, prompt, steps)
+        others.append([int(logits[0, -1].argmax()), *(layer.positions.tolist() for layer in other.compressed_layers)])
+    alone = [int(expected[0, 0]), *(layer.positions.tolist() for layer in cache.compressed_layers)]
+    assert others[0] == others[1] == alone  # no cut comes before the pass that holds the prompt's end
+    assert others[2] == others[3] != alone  # the end is not known yet
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_cut_is_made_for_what_the_prompt_ends_with(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queries are those of the end read right behind what was read so far."""
+    family, attention = model.split()
+    own, prompt, told = tiny.tiny_model(family, attention), tiny.random_tokens(NUM_PROMPT), list[LayerInputs]()
+    score = SnapKV.score
+    monkeypatch.setattr(SnapKV, "score", lambda self, inputs: told.append(inputs) or score(self, inputs))
+    with chunked(own, "snapkv") as cache:
+        tiny.read(own, cache, prompt, [NUM_PROMPT])
+    num_layers = len(cache.compressed_layers)
+    first, ends = told[:num_layers], prompt[:, -END_TOKENS:]
+    told.clear()
+    with compresskv.compressing(own, "snapkv", BUDGET) as cache:
+        tiny.read(own, cache, torch.cat([prompt[:, : 2 * CHUNK], ends], dim=1), [2 * CHUNK + END_TOKENS])
+    for cut, whole in zip(first, told, strict=True):
+        assert cut.num_tokens == 2 * CHUNK
+        torch.testing.assert_close(cut.query_window, whole.query_window, atol=1e-4, rtol=0)
+        torch.testing.assert_close(cut.keys, whole.keys[:, :, : 2 * CHUNK], atol=1e-4, rtol=0)
 
 
 def test_a_prompt_of_a_chunk_is_cut_at_its_end_alone() -> None:

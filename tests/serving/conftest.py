@@ -118,7 +118,7 @@ def small_caching(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]
 
 @pytest.fixture(scope="session")
 def small_chunks(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Engine]":
-    """As `small`, with a pool of 288 tokens for longer prompts, which are cut while they are read."""
+    """As `small`, with a pool of 320 tokens for longer prompts, which are cut while they are read."""
     from engine import start
     from random_model import chunked_engine_options
 

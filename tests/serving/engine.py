@@ -69,9 +69,9 @@ class Engine:
             chosen, spec = evict(prompt, targets), prompt.spec
             is_first = spec.num_held == spec.num_read
             num_read, kept = (0, []) if is_first else self.kept[prompt.request_id]
-            held = [*kept, *range(num_read, spec.num_read)]
+            held = [*kept, *range(num_read, num_read + spec.num_candidates - len(kept))]
             self.positions.append([held[place] for place in chosen.tolist()])
-            self.kept[prompt.request_id] = spec.num_read, self.positions[-1]
+            self.kept[prompt.request_id] = num_read + spec.num_candidates - len(kept), self.positions[-1]
             return chosen
 
         compaction.evict = noting  # type: ignore[method-assign]

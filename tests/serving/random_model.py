@@ -16,6 +16,8 @@ from compresskv.profiles.store import write_profile
 VOCAB_SIZE = 500
 LONGEST = 600
 """Tokens of a prompt for which the pool of `small_engine_options` has no room beside a copy."""
+LONGEST_IN_CHUNKS = 1000
+"""Tokens that such a prompt has room for with its end in front of each cut, and an answer."""
 NUM_LAYERS, NUM_HEADS = 3, 4
 
 
@@ -78,7 +80,7 @@ DECODING = {"decode_budget": 48, "decode_interval": 16}
 
 
 def chunked_engine_options(folder: Path) -> dict[str, Any]:
-    """Of such an engine whose prompts are cut while they are read: a pool of 9 blocks, half of the longest prompt."""
+    """Of such an engine whose prompts are cut while they are read: a pool of 10 blocks, half of the longest prompt."""
     options = small_engine_options(folder)
     options["compresskv"] |= CHUNKS
-    return options | {"num_gpu_blocks_override": 10}
+    return options | {"num_gpu_blocks_override": 11, "max_model_len": LONGEST_IN_CHUNKS}

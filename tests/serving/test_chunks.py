@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from engine import Engine
-from random_model import CHUNKS, LONGEST, VOCAB_SIZE
+from random_model import CHUNKS, LONGEST_IN_CHUNKS, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
 import compresskv
 from compresskv.models.decoding import decode_one_token, prefill
+from compresskv.selection.cuts import END_TOKENS
 
 PROMPTS = [random.Random(1).choices(range(VOCAB_SIZE), k=length) for length in (600, 250, 130, 64, 401)]
 
@@ -51,13 +52,48 @@ def test_no_more_is_held_than_a_chunk_and_what_stays(engine: Engine) -> None:
         engine.step()
         held.append(engine.num_free - engine.pool.get_num_free_blocks())
     engine.check_clean()
-    assert max(held) <= -(-(64 + 96 + 31) // 32) + (2 if engine.scheduler._manager.enable_caching else 0)
+    assert max(held) <= -(-(64 + 96 + 64) // 32) + (2 if engine.scheduler._manager.enable_caching else 0)
 
 
 def test_what_the_pool_cannot_hold_is_cut_as_all_others(engine: Engine) -> None:
     """And an answer ends where the pool is full."""
     engine.scheduler._reasons.clear()
     whole, cut = engine.answers([PROMPTS[1], PROMPTS[0]], max_tokens=500, budget="off")
-    assert len(whole.tokens) == 288 - 250
-    assert len(cut.tokens) == LONGEST + 100 - 600 == 100
+    assert len(whole.tokens) == 320 - 250
+    assert len(cut.tokens) == 320 - 40
     assert list(engine.scheduler._reasons.elements()) == ["no room for what it asked for, cut as all others"]
+
+
+@pytest.mark.parametrize("sampling", [{"prompt_logprobs": 1}, {"max_tokens": 20}])
+def test_what_is_put_into_a_prompt_is_seen_by_nobody(engine: Engine, sampling: dict[str, int]) -> None:
+    """Its tokens are told as they were given; who asks for their probabilities gets those, and cuts that see less."""
+    engine.add(PROMPTS[4], request_id="0", **{"max_tokens": 20, **sampling})
+    (request,) = engine.scheduler.requests.values()
+    num_cuts = len(request.compresskv_specs) - 1
+    num_put = 0 if "prompt_logprobs" in sampling else num_cuts * END_TOKENS
+    assert request.num_prompt_tokens == len(PROMPTS[4]) + num_put
+    finished = []
+    while engine.llm.llm_engine.has_unfinished_requests():
+        finished += [output for output in engine.step() if output.finished]
+    engine.check_clean()
+    assert num_cuts == 3
+    assert finished[0].prompt_token_ids == PROMPTS[4]
+    if "prompt_logprobs" in sampling:
+        assert len(finished[0].prompt_logprobs) == len(PROMPTS[4])
+
+
+@pytest.mark.parametrize(("num_prompt", "max_tokens", "num_tokens"), [(600, 81, 81), (600, 80, 80), (250, 600, 280)])
+def test_an_answer_is_as_long_as_was_asked_for(
+    engine: Engine, num_prompt: int, max_tokens: int, num_tokens: int
+) -> None:
+    """Where that leaves no room for the prompt's end, cuts are made without; the third is as long as the pool."""
+    prompt = random.Random(2).choices(range(VOCAB_SIZE), k=num_prompt)
+    engine.add(prompt, max_tokens, "0")
+    (request,) = engine.scheduler.requests.values()
+    has_room = num_prompt + 5 * END_TOKENS + max_tokens <= LONGEST_IN_CHUNKS or num_prompt < 600
+    assert (request.num_prompt_tokens > num_prompt) == has_room
+    finished = []
+    while engine.llm.llm_engine.has_unfinished_requests():
+        finished += [output for output in engine.step() if output.finished]
+    engine.check_clean()
+    assert len(finished[0].outputs[0].token_ids) == num_tokens

@@ -85,8 +85,8 @@ def test_other_methods_and_options(label: str, options: dict[str, float]) -> Non
     engines = start({"budget": 100, "method": label}, max_model_len=2048, max_num_batched_tokens=500)
     engine = next(engines)
     if label.startswith("vote"):
-        layers = {layer for layer, _ in engine.runner.compaction._method.profile.best_heads[: Vote.num_heads]}
-        assert set(engine.runner.compaction._read) == layers  # nothing is copied from the others
+        layers = {layer for layer, _ in engine.runner.compaction._methods[False].profile.best_heads[: Vote.num_heads]}
+        assert set(engine.runner.compaction._read[False]) == layers  # nothing is copied from the others
     engine.answers(PROMPTS[:2], max_tokens=4)
     assert engine.positions == [
         own_positions(prompt, label.split("[", maxsplit=1)[0], 100, **options) for prompt in PROMPTS[:2]

@@ -46,11 +46,11 @@ def watching(observe: Observe) -> Iterator[None]:
         observe: is given the `Routed` after its attention, the queries (B, H_q, T_new, D) of the newest tokens, and
             what the attention module gave to its attention function.
     """
-    _watched.observe = observe
+    before, _watched.observe = getattr(_watched, "observe", None), observe
     try:
         yield
     finally:
-        _watched.observe = None
+        _watched.observe = before
 
 
 _updated = threading.local()  # .layer: the Routed that this thread updated last and that awaits its attention

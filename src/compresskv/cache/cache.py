@@ -1,8 +1,7 @@
 """The KV cache that keeps only what a method chose."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from compresskv.attention.masks import without_masks
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.routing import base_implementation
 from compresskv.cache.adopt import adopted, check_adoptable
+from compresskv.cache.chunkwise import ChunkwiseCache
 from compresskv.cache.conditions import Conditions, EvictionObserver, Unobserved
 from compresskv.cache.crop import NO_ASSISTANT, check_other_crop
 from compresskv.cache.eviction import Eviction
@@ -21,11 +20,11 @@ from compresskv.cache.full import branch
 from compresskv.cache.generated import GeneratedEviction
 from compresskv.cache.group import CANDIDATES, check_candidates
 from compresskv.cache.layer import CompressedLayer
-from compresskv.cache.routed import RoutedCache, routed_layers
+from compresskv.cache.routed import routed_layers
 from compresskv.cache.stored import layers_nbytes
 from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.methods.base import Method
-from compresskv.models.chunks import GivenPrompt, chunked_prompt_length, is_generating, lacks_what_was_read
+from compresskv.models.chunks import GivenPrompt, is_generating, lacks_what_was_read
 from compresskv.models.shape import decoder_config, shares_keys
 from compresskv.selection import budgets
 from compresskv.selection.auto_budget import AutoChoice
@@ -33,7 +32,7 @@ from compresskv.selection.cuts import Chunks, DecodeBudget
 from compresskv.selection.precision import NATIVE, find_precision
 
 
-class CompressedCache(RoutedCache):
+class CompressedCache(ChunkwiseCache):
     """The cache to pass as `past_key_values` inside `compressing`. One prompt at a time; `reset()` for the next.
 
     Full-attention layers are compressed. Sliding-window and linear-attention layers keep transformers' own layers:
@@ -85,14 +84,14 @@ class CompressedCache(RoutedCache):
         given: dict[str, Any] = {"prompt_tokens": prompt_tokens, "on_layer": on_layer, "chunks": chunks}
         given |= {"candidates": candidates, "observer": observer or Unobserved()}
         conditions = Conditions.of(model, budget, precision, **given)
-        self._eviction = eviction = Eviction(method, budget, conditions)
+        eviction = Eviction(method, budget, conditions)
         if (chunks is not None or decode is not None) and shares_keys(decoder_config(model)):
             raise ModelError("layers of this model attend to keys of others: leave out chunk_budget=N, decode_budget=N")
         generated = None
         if decode is not None:
             generated = GeneratedEviction(decode_method or method, decode, conditions)
         make = functools.partial(self.layer_type, model=model, eviction=eviction, generated=generated)
-        super().__init__(layers=routed_layers(model, make))
+        super().__init__(routed_layers(model, make), eviction)
         # Without a mask, attention of later chunks is faster. A sliding window, and 'eager', need theirs.
         self._reads_maskless = conditions.num_layers == len(self.layers) and base_implementation(model) == "sdpa"
         if exact_prefill is not None:
@@ -143,29 +142,6 @@ class CompressedCache(RoutedCache):
     def auto_choices(self) -> list[AutoChoice]:
         """For each row of the prompt, how much of it was kept and why, where the budget is 'auto'; empty before."""
         return self._eviction.choices
-
-    @property
-    def reads_in_chunks(self) -> bool:
-        """Whether a prompt is read that is cut before its end."""
-        return self._eviction.conditions.chunks is not None and self.compressed_layers[0].in_prefill
-
-    def chunk_ends(self, num_new: int) -> list[int]:
-        """Where the model is to stop while it reads so many new tokens, since the cache is cut there; and their end."""
-        layer = self.compressed_layers[0]
-        num_seen = layer.seen_tokens
-        num_prompt = max(num_seen + num_new, layer.num_prompt_tokens or chunked_prompt_length() or 0)
-        ends = [end - num_seen for end in self._eviction.cuts(num_prompt) if num_seen < end < num_seen + num_new]
-        return [*ends, num_new]
-
-    @contextmanager
-    def reading_chunk(self, num_after: int) -> Iterator[None]:
-        """While the model reads a chunk of the prompt, before so many tokens more."""
-        self._eviction.num_later = num_after
-        try:
-            with without_masks() if self._reads_maskless else nullcontext():
-                yield
-        finally:
-            self._eviction.num_later = 0
 
     @torch.no_grad()
     def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:
@@ -276,11 +252,6 @@ class CompressedCache(RoutedCache):
             if isinstance(layer, DynamicLayer):  # older transformers leave zeros that count as tokens
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-
-    @property
-    def compressed_layers(self) -> list[CompressedLayer]:
-        """The full-attention layers, in order."""
-        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     @property
     def nbytes(self) -> int:

@@ -45,6 +45,8 @@ class Eviction:
         self._cuts: dict[int, dict[int, Cut]] = {}
         self.num_later = 0
         """Tokens of the prompt behind the chunk that is read now."""
+        self.awaits_end = False
+        """Whether layers wait with the cut behind it: the prompt's end is to be read before."""
         self.choices: list[AutoChoice] = []
         """What was chosen for each row of the prompt, where each prompt decides its budget."""
         self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}

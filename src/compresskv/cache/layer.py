@@ -25,7 +25,6 @@ from compresskv.methods.inputs import FUTURE_POSITIONS, LayerInputs
 from compresskv.models.chunks import chunked_prompt_length
 from compresskv.models.shape import decoder_config
 from compresskv.selection.budgets import is_share
-from compresskv.selection.cuts import Cut
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -126,8 +125,8 @@ class CompressedLayer(StoredLayer):
             valid = None
         if self.seen_tokens >= self.num_prompt_tokens + lookahead:
             self.end_prefill(self._window, valid, num_ahead)
-        elif self.seen_tokens in cuts:
-            self._cut_chunk(cuts[self.seen_tokens], self._window)
+        elif self.seen_tokens in cuts and not eviction.awaits_end:
+            self.cut_chunk(self._window)
         if num_ahead == 0 and not eviction.method.replays:  # who reads twice tells
             self._tell(cuts)
 
@@ -138,9 +137,9 @@ class CompressedLayer(StoredLayer):
             num_before = sum(passed) * conditions.num_layers
             conditions.on_layer(num_before + self._position + 1, (len(passed) + 1) * conditions.num_layers)
 
-    def _cut_chunk(self, cut: Cut, window: QueryWindow) -> None:
-        """Cut what is held, before the prompt's end."""
-        self._cut_at = cut.num_read
+    def cut_chunk(self, window: QueryWindow) -> None:
+        """Cut what is held, before the prompt's end, by what these queries attend to."""
+        self._cut_at, cut = self.seen_tokens, self._eviction.cuts(self.num_prompt_tokens)[self.seen_tokens]
         self._eviction.end_of_prompt(HeldOf(self), self._position, self._inputs(window, None), cut=cut)
 
     def observes_next(self) -> bool:
@@ -163,6 +162,10 @@ class CompressedLayer(StoredLayer):
             assert observed is not None
             self._cut_at = self.seen_tokens
             generated.cut(self, self._position, observed, valid_keys(mask))
+
+    def pass_by(self) -> None:
+        """Attend to what is held and what comes, and evict nothing: for a branch that is thrown away."""
+        self._decided_at, self.generated = self.seen_tokens, None
 
     def end_prefill(self, window: QueryWindow, valid: Tensor | None, num_ahead: int) -> None:
         """Let the method choose what stays of all that is stored, now or when it can."""

@@ -174,6 +174,10 @@ class StoredLayer(RoutedLayer):
             lent._show_states()
         return lent
 
+    def let_go(self) -> None:
+        """Free what is held; the tokens go on being counted."""
+        self.store = self.keys = self.values = None
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()

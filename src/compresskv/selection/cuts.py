@@ -8,6 +8,8 @@ from compresskv.system.check import check_count
 
 CHUNK_TOKENS = 1024
 """Tokens of a prompt between two cuts, where nothing is said."""
+END_TOKENS = 64
+"""Tokens of a prompt's end that are read beforehand at each cut in front of it: what the choice is for."""
 DECODE_INTERVAL = 128
 """Tokens of an answer between two cuts, where nothing is said."""
 
@@ -89,6 +91,11 @@ def least_end(window_size: int) -> int:
     And never one alone, which engines read as they read a token that was generated.
     """
     return max(2, window_size)
+
+
+def num_of_end(num_left: int) -> int:
+    """How many tokens of a prompt's end are read beforehand, when it is cut in front of so many."""
+    return min(END_TOKENS, num_left)
 
 
 def prompt_cuts(num_prompt: int, num_kept: int, window_size: int, chunks: Chunks | None = None) -> list[Cut]:

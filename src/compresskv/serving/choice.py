@@ -37,12 +37,12 @@ def choose_tokens(method: Method, observations: list[Observation], spec: Evictio
         method: with its profile and with the spec's window; one that `shares_positions`.
     """
     scores = method.score_layers(observations)[0]  # (1, 1, T), the same for all layers
-    indices = method.select(scores, [[spec.num_kept]], [spec.num_held])
+    indices = method.select(scores, [[spec.num_kept]], [spec.num_candidates])
     return indices[0, 0]
 
 
 def by_position(spec: EvictionSpec, device: torch.device) -> Tensor:
     """The first tokens and the last, (num_kept,) int64, ascending: where nothing tells which others matter."""
     num_sinks = min(_NUM_SINKS, spec.num_kept)
-    recent = torch.arange(spec.num_held - spec.num_kept + num_sinks, spec.num_held, device=device)
+    recent = torch.arange(spec.num_candidates - spec.num_kept + num_sinks, spec.num_candidates, device=device)
     return torch.cat([torch.arange(num_sinks, device=device), recent])

@@ -84,7 +84,7 @@ class Compaction:
             prompt.failure = RuntimeError("the window's queries were not seen in all layers")
         positions = by_position(spec, device)
         if self._ranks.all_succeeded(prompt.failure is None, device):
-            nothing = torch.zeros(1, 1, spec.num_held, device=device)
+            nothing = torch.zeros(1, 1, spec.num_candidates, device=device)
             observed = self._ranks.together([prompt.observations[layer_idx] for layer_idx in read], nothing)
             try:
                 positions = choose_tokens(method, observed, spec)
@@ -117,7 +117,7 @@ class Compaction:
 
     def _inputs(self, prompt: EndingPrompt, layer_idx: int, queries: Tensor) -> Iterator[LayerInputs]:
         """The layer, as many KV heads at once as there is room for."""
-        impl, shape, num_tokens = self._layers[layer_idx].impl, self._shape, prompt.spec.num_held
+        impl, shape, num_tokens = self._layers[layer_idx].impl, self._shape, prompt.spec.num_candidates
         num_heads, piece = shape.scored_at_once(num_tokens, prompt.spec.window_size)
         by_head = queries.transpose(0, 1)[None]  # (1, H_q, W, D)
         for start in range(0, shape.num_kv_heads, num_heads):

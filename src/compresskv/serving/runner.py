@@ -183,7 +183,7 @@ class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in
         targets = async_tensor_h2d(planned.targets, device=self.device, dtype=torch.long)
         compaction.evict(prompt, targets)
         self.replace_blocks(prompt.request_id, planned.targets, targets)
-        self.evicted.note(prompt.request_id, planned.spec.num_lost)
+        self.evicted.note(prompt.request_id, planned.spec.num_lost, planned.spec.num_end)
 
 
 def _compressed(name: str, spec: Any) -> CompressedAttentionSpec:

@@ -43,7 +43,7 @@ class CompressedRunnerV1(CompressedRunner, GPUModelRunner):
     def _prepare_inputs(
         self, scheduler_output: Any, num_scheduled_tokens: np.ndarray, *args: Any, **kwargs: Any
     ) -> Any:
-        """Inputs of a step, in which cut requests are as long as what they hold; positions stay the true ones."""
+        """Inputs of a step, in which cut requests are as long as what they hold; positions are the true ones."""
         if self.compaction is None:
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
         if self.looks_at_step:
@@ -55,6 +55,9 @@ class CompressedRunnerV1(CompressedRunner, GPUModelRunner):
             prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
         self.seq_lens[: len(lost.on_device)] -= lost.on_device
         self.optimistic_seq_lens_cpu[: len(lost.on_host)] -= lost.on_host
+        if lost.put is not None:
+            put = lost.put.by_token(num_scheduled_tokens)
+            self.positions[: len(put)] -= put
         return prepared
 
     @contextmanager

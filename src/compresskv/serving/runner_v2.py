@@ -58,6 +58,8 @@ class CompressedRunnerV2(CompressedRunner, GPUModelRunner):
         held = copy.copy(input_batch)
         by_token = lost.by_token(input_batch.num_scheduled_tokens)
         held.positions = input_batch.positions[: len(by_token)] - by_token
+        if lost.put is not None:  # the model is called with them after this
+            input_batch.positions[: len(by_token)] -= lost.put.by_token(input_batch.num_scheduled_tokens)
         return super().prepare_attn(held)
 
     def _prepare_metadata_of_what_is_held(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from compresskv.errors import ConfigError, ServingError
 from compresskv.selection.cuts import most_held
 from compresskv.serving.blocks import CompressedAttentionManager
 from compresskv.serving.counters import counters
+from compresskv.serving.ends import num_put, put_ends, with_ends
 from compresskv.serving.room import max_observed_tokens
 from compresskv.serving.settings import EvictionSpec, PlannedEviction, find_settings, requested_budget
 from compresskv.serving.versions import check_hooks
@@ -54,7 +55,9 @@ class CompressedScheduler(Scheduler):
     def add_request(self, request: Any) -> None:
         """Queue a request, and decide how it is cut."""
         if request.request_id not in self.requests:  # else it adds to a streaming session
-            request.compresskv_specs = self._decide(request)
+            request.compresskv_specs = specs = self._decide(request)
+            if num_put(specs):
+                put_ends(request, specs, self.max_model_len)
             request.compresskv_decodes = self._decide_decoding(request)
             request.compresskv_next = None
             request.compresskv_quiet = (0, 0)  # running, it has nothing to wait for between so many tokens
@@ -71,14 +74,15 @@ class CompressedScheduler(Scheduler):
         if specs and request.resumable:
             self._keep_whole("streaming session")
             return ()
-        if self._fits(specs, num_prompt):
+        specs = with_ends(request, specs, self.max_model_len)
+        if self._fits(specs, num_prompt + num_put(specs)):
             return specs
         if self._fits((), num_prompt):
             self._keep_whole("no room for a copy in the pool")
             return ()
         self._has_news = True
         self._reasons["no room for what it asked for, cut as all others"] += 1
-        return self._settings.eviction_specs(num_prompt, None)
+        return with_ends(request, self._settings.eviction_specs(num_prompt, None), self.max_model_len)
 
     def _fits(self, specs: Sequence[EvictionSpec], num_prompt: int) -> bool:
         """Whether the whole pool has room for the prompt: else it would wait for ever."""
@@ -245,7 +249,7 @@ class CompressedScheduler(Scheduler):
             counts.add("cut_answers", 1)
         elif spec.num_read == request.num_prompt_tokens:
             counts.add("evicted_prompts", 1)
-        counts.add("evicted_tokens", spec.num_held - spec.num_kept)
+        counts.add("evicted_tokens", spec.num_candidates - spec.num_kept)
         counts.add("freed_blocks", num_freed)
 
     def _keep_whole(self, reason: str) -> None:

@@ -14,6 +14,7 @@ from compresskv.selection.budgets import in_tokens, known_beforehand, read_budge
 from compresskv.selection.cuts import (
     CHUNK_TOKENS,
     DECODE_INTERVAL,
+    END_TOKENS,
     Chunks,
     Cut,
     DecodeBudget,
@@ -34,6 +35,13 @@ class EvictionSpec(Cut):
     """The observation window: so many of the last tokens before the cut, of a prompt in one step."""
     generated: bool = False
     """Whether it cuts what was generated, whose queries come one by one."""
+    num_end: int = 0
+    """Tokens of the prompt's end that were read in front of it, the last of those held: none of them is kept."""
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that it chooses among."""
+        return self.num_held - self.num_end
 
     @property
     def last_chunk(self) -> int:
@@ -143,7 +151,8 @@ class Settings:
         if self.chunks is None:
             return longest, kept
         kept = max(kept, self.chunks.budget)
-        return min(longest, kept + self.chunks.tokens + least_end(method.window_size) - 1), kept
+        behind = max(END_TOKENS, least_end(method.window_size) - 1)
+        return min(longest, kept + self.chunks.tokens + behind), kept
 
     def to_dict(self) -> dict[str, Any]:
         """For vLLM's `additional_config`."""

@@ -29,6 +29,7 @@ HOOKS = {
     "FullAttentionManager.cache_blocks": ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
     "FullAttentionManager.pop_blocks_for_free": ("self", "request_id"),
     "FullAttentionSpec.max_memory_usage_bytes": ("self", "vllm_config"),
+    "Request.update_block_hashes": ("self",),
     "Scheduler.schedule": ("self",),
     "Scheduler.add_request": ("self", "request"),
     "Scheduler._get_local_prefix_cache_hit": ("self", "request"),

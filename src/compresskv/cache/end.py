@@ -1,0 +1,42 @@
+"""A prompt's end, read before it comes: what a choice in the middle of the prompt is for."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compresskv.attention.routing import watching
+from compresskv.cache.window import QueryWindow
+
+
+class Passing(Protocol):
+    """A cache layer that is read through and thrown away."""
+
+    def pass_by(self) -> None:
+        """Attend to what is held and what comes, and evict nothing."""
+
+    def let_go(self) -> None:
+        """Free what is held: nothing attends to it any more."""
+
+
+@torch.no_grad()
+def queries_of_end(layers: list[Any], read: Callable[[], object]) -> list[QueryWindow]:
+    """The queries that a prompt's end has in each layer while `read` reads it.
+
+    Args:
+        layers: `Passing`, of a branch of the cache. Each is let go once its attention was computed, so that no more
+            than one of them is ever held beside the cache.
+    """
+    found: dict[int, QueryWindow] = {}
+    for layer in layers:
+        layer.pass_by()
+
+    def note(layer: Any, query: Tensor, **given: Any) -> None:
+        if any(layer is own for own in layers):
+            found[layer.layer_idx] = QueryWindow.given(query, **given)
+            layer.let_go()
+
+    with watching(note):
+        read()
+    return [found[layer.layer_idx] for layer in layers]
