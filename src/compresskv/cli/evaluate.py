@@ -1,15 +1,12 @@
 """`compresskv eval`: what each method loses, measured on benchmarks."""
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from compresskv import defaults
+from compresskv.cli.evaluation_runs import find_runs
 from compresskv.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -20,21 +17,9 @@ from compresskv.cli.options import (
     parse_numbers,
     split_names,
 )
-from compresskv.cli.outputs import check_future_folder, check_outputs
-from compresskv.cli.report import group_tables, in_short
-from compresskv.cli.terminal import Bar, counted, err, out
-from compresskv.errors import ConfigError, DataError
+from compresskv.cli.outputs import check_outputs
 from compresskv.selection.budgets import TOKENS
 from compresskv.selection.precision import NATIVE, PRECISIONS
-from compresskv.system.check import check_known
-from compresskv.system.paths import exists
-from compresskv.system.progress import Progress
-
-if TYPE_CHECKING:
-    from compresskv.evaluation.evaluation import Evaluation
-    from compresskv.evaluation.press_request import PressRequest
-    from compresskv.evaluation.run_options import RunOptions
-    from compresskv.methods.base import Method
 
 EPILOG = """\b
 Examples:
@@ -200,118 +185,12 @@ def evaluate(
         "answers": answers,
         "exact_prefill": exact_prefill,
     }
-    configs, left_out = _configs(suite, chosen, shared)
+    runs = find_runs(output, suite, chosen, shared)
     usual = (",".join(registered()), "64,128,256") if suite is None else (METHODS, BUDGETS)
     named = parse_methods("methods", usual[0] if methods is None else methods)
     counts = parse_budgets(usual[1] if budgets is None else budgets, of)
     held = parse_names("stores", stores, tuple(PRECISIONS))
-    presses = split_names(peers)
-    own_settings = tuple(dict.fromkeys(setting for config in configs.values() for setting in config.own_settings))
-    in_settings = own_settings if settings is None else parse_names("settings", settings, SETTINGS)
+    in_settings = runs.own_settings if settings is None else parse_names("settings", settings, SETTINGS)
     check_settings(named, counts, in_settings)
-    request = PressRequest(model, (), presses, counts, in_settings, dtype, device, peer_budget)
-    if left_out:
-        err.print(f"without --data: {', '.join(left_out)} left out")
-    _run(configs, named, held, request, output, profile, own_settings=settings is None, as_json=as_json)
-
-
-def _configs(
-    suite: str | None, own: dict[str, Any], shared: dict[str, Any]
-) -> "tuple[dict[str, RunOptions], list[str]]":
-    """The runs by their folder's name, '' for the output itself, and the tasks of a suite that are left out."""
-    from compresskv.evaluation.run_options import RunOptions
-    from compresskv.evaluation.suite import SUITES, suite_runs
-
-    if suite is None:
-        return {"": RunOptions(**{"tasks": ("needle",), **own, **shared})}, []
-    check_known("suite", suite, SUITES)
-    for option, value in own.items():
-        given = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        raise ConfigError("is settled by the suite: leave it out", option=option, value=given)
-    return suite_runs(suite, **shared)
-
-
-def _run(
-    configs: "dict[str, RunOptions]",
-    methods: "dict[str, Method]",
-    stores: tuple[str, ...],
-    request: "PressRequest",
-    output: Path,
-    profile: Path | None,
-    *,
-    own_settings: bool,
-    as_json: bool,
-) -> None:
-    """Run our methods as the presses of `request` are: on its model, at its budgets, in its settings."""
-    from compresskv.evaluation.configurations import configurations
-    from compresskv.evaluation.evaluation import Evaluation
-    from compresskv.models.load import load
-    from compresskv.peers.process import peers_python
-    from compresskv.profiles.profile import read_profile
-
-    if profile is not None:
-        read_profile(profile)
-    python = peers_python() if request.presses else None  # looked for before anything is computed
-    if "" not in configs and exists(output / "run.json"):
-        problem = "holds a run that is no suite: give another folder"
-        raise DataError(problem, option="output", value=str(output))
-    for name, config in configs.items():
-        check_future_folder("output", output / name, ("records.jsonl", "run.lock"))
-        config.check_folder(output / name, request.model)
-    with Bar() as bar, ExitStack() as stack:
-        loaded, tokenizer = load(request.model, dtype=request.dtype, device=request.device, on_progress=bar)
-        prepared = configurations(loaded, methods, request.budgets, request.settings, profile, stores)
-        opened = [
-            stack.enter_context(Evaluation(loaded, tokenizer, config, output / name))
-            for name, config in configs.items()
-        ]
-        try:
-            for progress, evaluation in _shares(bar, opened):
-                evaluation.run(prepared, progress, own_settings=own_settings)
-                if python is not None:
-                    evaluation.run_peers(python, request, progress, own_settings=own_settings)
-        finally:  # on Ctrl-C, what was done is said too
-            bar.stop()
-            _finish(output, opened, len(prepared), in_groups="" not in configs, as_json=as_json)
-
-
-def _shares(bar: Progress, opened: "Sequence[Evaluation]") -> "Iterator[tuple[Progress, Evaluation]]":
-    """Each run, and what tells its progress as a part of all."""
-    total, before = sum(len(evaluation.cases) for evaluation in opened) or 1, 0
-    for evaluation in opened:
-        begun, share = before, len(evaluation.cases)
-
-        def progress(message: str, fraction: float | None, begun: int = begun, share: int = share) -> None:
-            bar(message, None if fraction is None else (begun + share * fraction) / total)
-
-        yield progress, evaluation
-        before += share
-
-
-def _finish(
-    output: Path, opened: "Sequence[Evaluation]", num_configurations: int, *, in_groups: bool, as_json: bool
-) -> None:
-    from compresskv.evaluation.evaluation import Counts
-    from compresskv.evaluation.summary import report_data
-
-    parts = [vars(evaluation.counts) for evaluation in opened]
-    counts = Counts(**{name: sum((part[name] for part in parts), type(value)()) for name, value in parts[0].items()})
-    data = None
-    if in_groups and any(evaluation.log.records() for evaluation in opened):
-        data = report_data([evaluation.log.folder for evaluation in opened])
-    if as_json:
-        told = {"run": str(output), "configurations": num_configurations, **asdict(counts)}
-        out.print_json(json.dumps(told | ({} if data is None else {"models": list(map(in_short, data["models"]))})))
-        return
-    for failure in counts.peer_failures:
-        err.print(f"peer failed: {failure}")
-    for section in [] if data is None else data["models"]:
-        for table in group_tables(section):
-            out.print(table, soft_wrap=False)
-    out.print(
-        f"{counted(counts.examples, 'example')} ({counts.truncated} cut, {counts.skipped} skipped), "
-        f"{counted(num_configurations, 'configuration')}: {counted(counts.records, 'new record')} from "
-        f"{counted(counts.prefills, 'prefill')}."
-    )
-    records = output / ("*/records.jsonl" if in_groups else "records.jsonl")
-    out.print(f"records: {records}; tables and figures: compresskv report {output}")
+    request = PressRequest(model, (), split_names(peers), counts, in_settings, dtype, device, peer_budget)
+    runs.evaluate(named, held, request, profile, own_settings=settings is None, as_json=as_json)
