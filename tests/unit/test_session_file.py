@@ -1,9 +1,11 @@
 """A session's file tells what it is, keeps what it was given, and a damaged one is refused in one line."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ from safetensors import safe_open
 import compresskv
 import tiny
 from compresskv import Session, SessionError
+from compresskv.cache.state import cache_state
 from compresskv.sessions import file
 from compresskv.sessions.file import Contents, Said, read_session, write_session
 from compresskv.sessions.header import is_cut, is_session, read_facts
 from compresskv.sessions.integers import pack, unpack
+from compresskv.sessions.repeated import NEW, join, part
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +99,8 @@ def test_any_damage_is_refused_in_one_line(saved: Path) -> None:
 def test_a_newer_format_is_refused(saved: Path) -> None:
     data = saved.read_bytes()
     assert data.count(b'"version":"1"') == 1
-    saved.write_bytes(data.replace(b'"version":"1"', b'"version":"2"'))
-    with pytest.raises(SessionError, match="is of format 2, this release reads 1: read the document again"):
+    saved.write_bytes(data.replace(b'"version":"1"', b'"version":"3"'))
+    with pytest.raises(SessionError, match="is of format 3, this release reads 2: read the document again"):
         compresskv.open_session(saved, tiny.tiny_model("gemma3"), tiny.tokenizer())
 
 
@@ -125,6 +129,84 @@ def test_a_conversation_may_lie_in_its_documents_tensors(session: Session, tmp_p
     assert found.said is not None
     assert torch.equal(found.said.state[0]["0.keys"], said.state[0]["0.keys"])
     assert torch.equal(found.state[0]["0.keys"], tensors["0.keys"])
+
+
+@pytest.mark.parametrize(("method", "store"), [("full", "native"), ("adakv", "native"), ("snapkv", "int8")])
+def test_a_conversation_is_held_beside_its_document_not_with_it(method: str, store: str, tmp_path: Path) -> None:
+    model, words = tiny.tiny_model("gemma3"), tiny.random_words(240)
+    session = compresskv.read(model, tiny.tokenizer(), words, method=method, store=store, budget=0.8)
+    session.save(tmp_path / "before.kvc")
+    session.say(tiny.random_words(8), max_new_tokens=4, compile="never")
+    session.save(tmp_path / "saved.kvc")
+    before, after = ((tmp_path / name).stat().st_size for name in ("before.kvc", "saved.kvc"))
+    assert 1.02 * before < after < 1.5 * before  # new tokens of a packed store are not packed yet
+    assert session._conversation is not None
+    found, (expected, _) = read_session(tmp_path / "saved.kvc").said, cache_state(session._conversation.cache)
+    assert found is not None
+    assert set(found.state[0]) == set(expected)
+    assert all(torch.equal(found.state[0][name], tensor) for name, tensor in expected.items())
+
+
+def test_a_file_of_the_first_format_is_read(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a conversation is whole."""
+    session.say("What?", max_new_tokens=4, compile="never")
+    session.save(tmp_path / "new.kvc")
+    first = SimpleNamespace(dumps=lambda told: json.dumps({**told, "said": told["said"][:3]}))
+    for name, value in {"VERSION": 1, "part": lambda *_: None, "json": first}.items():
+        monkeypatch.setattr(file, name, value)
+    session.save(tmp_path / "old.kvc")
+    session.forget()
+    monkeypatch.undo()
+    assert b'"version":"1"' in (tmp_path / "old.kvc").read_bytes()
+    assert b'"version":"2"' in (tmp_path / "new.kvc").read_bytes()
+    old, new = (read_session(tmp_path / name).said for name in ("old.kvc", "new.kvc"))
+    assert old is not None
+    assert new is not None
+    assert (old.starts, old.answer, old.state[1]) == (new.starts, new.answer, new.state[1])
+    assert all(torch.equal(old.state[0][name], tensor) for name, tensor in new.state[0].items())
+
+
+class TestRepeated:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+    @pytest.mark.parametrize("width", [4, 5, 64])
+    def test_rows_are_found_wherever_they_lie(self, dtype: torch.dtype, width: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        other = torch.randint(0, 200, (1, 2, 50, width), generator=generator).to(dtype)
+        new = torch.randint(200, 250, (1, 2, 7, width), generator=generator).to(dtype)
+        other[:, :, 3] = other[:, :, 4]  # alike
+        own = torch.cat([other[:, :, 10:], new, other[:, :, :4]], dim=2)
+        parted = part(own, other)
+        assert parted is not None
+        sources, rest = parted
+        assert rest.equal(new.reshape(-1, width))
+        assert (sources == NEW).sum() == 14
+        assert join(sources, rest, other, list(own.shape)).equal(own)
+
+    def test_bytes_count_not_numbers(self) -> None:
+        other = torch.tensor([[0.0, 1.0], [math.nan, 2.0]])
+        parted = part(torch.tensor([[-0.0, 1.0], [math.nan, 2.0]]), other)
+        assert parted is not None
+        assert parted[0].tolist() == [NEW, 1]
+
+    @pytest.mark.parametrize(
+        ("own", "other"),
+        [
+            (torch.ones(2, 4), torch.ones(2, 5)),
+            (torch.ones(2, 4), torch.ones(2, 4, dtype=torch.float64)),
+            (torch.ones(4), torch.ones(4)),
+            (torch.ones(2, 0), torch.ones(2, 0)),
+            (torch.ones(0, 4), torch.ones(2, 4)),
+            (torch.ones(2, 4), torch.ones(0, 4)),
+            (torch.ones(2, 3, dtype=torch.uint8), torch.ones(2, 3, dtype=torch.uint8)),
+        ],
+    )
+    def test_what_has_no_rows_alike_in_kind(self, own: torch.Tensor, other: torch.Tensor) -> None:
+        assert part(own, other) is None
+
+    @pytest.mark.parametrize(("sources", "num_new"), [([0, 9], 0), ([-2, 0], 0), ([NEW, 0], 0), ([1, 0], 1), ([1], 0)])
+    def test_what_does_not_fit_is_refused(self, sources: list[int], num_new: int) -> None:
+        with pytest.raises(ValueError, match="is not there"):
+            join(torch.tensor(sources), torch.ones(num_new, 2), torch.ones(3, 2), [2, 2])
 
 
 def test_a_failed_save_leaves_what_was_there(saved: Path, session: Session, tmp_path: Path) -> None:

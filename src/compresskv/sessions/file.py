@@ -15,11 +15,12 @@ from compresskv.cache.state import State
 from compresskv.errors import SessionError
 from compresskv.prompts.turns import Ending
 from compresskv.sessions.facts import Facts
-from compresskv.sessions.header import FORMAT, VERSION, facts_of, read_metadata
+from compresskv.sessions.header import DOCUMENT_VERSION, FORMAT, VERSION, facts_of, read_metadata
 from compresskv.sessions.integers import pack, unpack
+from compresskv.sessions.repeated import join, part
 from compresskv.system.files import replacing
 
-_INTEGERS, _TOKENS, _SAID = "integers", "tokens", "said."
+_INTEGERS, _TOKENS, _SAID, _ROWS = "integers", "tokens", "said.", ".rows"
 _PACKED = (torch.int64, torch.bool)
 
 
@@ -51,8 +52,10 @@ def write_session(path: str | Path, contents: Contents) -> None:
     """
     tensors, layers = contents.state
     said = contents.said
+    shapes_said: dict[str, list[int]] = {}
     if said is not None:
-        tensors = tensors | {_SAID + name: tensor for name, tensor in said.state[0].items()}
+        later, shapes_said = _without_repeated(said.state[0], tensors)
+        tensors = tensors | {_SAID + name: tensor for name, tensor in later.items()}
     packed = {name: tensor for name, tensor in tensors.items() if tensor.dtype in _PACKED}
     kept = _apart({name: tensor.cpu() for name, tensor in tensors.items() if name not in packed})
     kept[_INTEGERS], shapes = pack(list(packed.values()))
@@ -63,10 +66,11 @@ def write_session(path: str | Path, contents: Contents) -> None:
         "layers": layers,
         "integers": list(zip(packed, shapes, strict=True)),
         "tokens": token_shapes,
-        "said": None if said is None else [said.state[1], said.starts, said.answer],
+        "said": None if said is None else [said.state[1], said.starts, said.answer, shapes_said],
     }
     text = json.dumps(told)
-    metadata = {"format": FORMAT, "version": str(VERSION), "session": text, "sha256": _digest(text, kept)}
+    version = DOCUMENT_VERSION if said is None else VERSION
+    metadata = {"format": FORMAT, "version": str(version), "session": text, "sha256": _digest(text, kept)}
     try:
         with replacing(path) as place:
             save_file(kept, place, metadata)
@@ -76,7 +80,8 @@ def write_session(path: str | Path, contents: Contents) -> None:
 
 
 def read_session(path: str | Path) -> Contents:
-    """Load and check a session. Keys and values lie in the file, mapped into memory, until they are first used.
+    """Load and check a session. The document's keys and values lie in the file, mapped into memory, until they are
+    first used; a conversation's are put together.
 
     Raises:
         SessionError: as for `read_metadata`; or the file is cut short or was altered.
@@ -98,11 +103,41 @@ def read_session(path: str | Path) -> Contents:
         later = {name.removeprefix(_SAID): tensors.pop(name) for name in [*tensors] if name.startswith(_SAID)}
         said = None
         if metadata["said"] is not None:
-            layers, starts, answer = metadata["said"]
-            said = Said((later, layers), starts, answer)
+            layers, starts, answer, *shapes = metadata["said"]  # without shapes in format 1
+            said = Said((_with_repeated(later, tensors, *shapes), layers), starts, answer)
         return Contents(facts, token_ids.tolist(), ending, (tensors, metadata["layers"]), said)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"session {str(path)!r} is damaged: it was cut short, or altered ({error})") from error
+
+
+def _without_repeated(
+    later: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """A conversation's tensors without what they repeat of the document's, and the shapes of those that do."""
+    kept, shapes = {}, {}
+    for name, tensor in later.items():
+        parted = None
+        if name in tensors and tensor.dtype not in _PACKED:
+            parted = part(tensor.cpu(), tensors[name].cpu())
+        if parted is None:
+            kept[name] = tensor
+        else:
+            kept[name + _ROWS], kept[name] = parted
+            shapes[name] = list(tensor.shape)
+    return kept, shapes
+
+
+def _with_repeated(
+    later: dict[str, Tensor], tensors: dict[str, Tensor], shapes: Mapping[str, list[int]] | None = None
+) -> dict[str, Tensor]:
+    """The reverse.
+
+    Raises:
+        KeyError, ValueError: it does not fit the document's.
+    """
+    for name, shape in (shapes or {}).items():
+        later[name] = join(later.pop(name + _ROWS), later[name], tensors[name], shape)
+    return later
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from compresskv.system.convert import convert
 from compresskv.system.paths import is_file, is_folder
 
 FORMAT = "compresskv-session"
-VERSION = 1
+VERSION = 2
+DOCUMENT_VERSION = 1
+"""Of files without a conversation, which earlier releases read as well."""
 _LENGTH = 8
 _MOST_NBYTES = 100_000_000  # what safetensors reads
 _START = b'{"__metadata__":{'
@@ -77,7 +79,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         metadata = json.loads(head)["__metadata__"]
         version = int(metadata["version"])
-        if version != VERSION:
+        if not DOCUMENT_VERSION <= version <= VERSION:
             raise SessionError(
                 f"session {str(path)!r} is of format {version}, this release reads {VERSION}: "
                 "read the document again, or use the release that wrote it"
