@@ -28,6 +28,7 @@ from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.load import check_model
 from compresskv.plans.plan import Plan
 from compresskv.profiles.profile import Profile
+from compresskv.profiles.stores import warn_of_lossy_store
 from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE, find_precision
@@ -252,6 +253,7 @@ def prepare(
     find_precision(store)
     budget = read_budget(budget)
     chosen = prepare_method(model, method, profile, is_shared=cuts.needs_profile, **options)
+    warn_of_lossy_store(getattr(chosen, "profile", None), store)
     chunks, decoding = find_cuts(chosen, cuts, reads_twice=reads_twice)
     cut: dict[str, Any] = {"chunks": chunks}
     if decoding is not None:

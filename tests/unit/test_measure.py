@@ -34,6 +34,7 @@ from compresskv.models.decoding import decode, prefill
 from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.profiles.profile import Rows
 from compresskv.prompts.template import apply_chat_template
+from compresskv.selection.precision import PRECISIONS
 
 Planted = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -131,6 +132,7 @@ class TestPlantedHeads:
             "layer errors",
             "what a second reading attends to",
             "where queries lie",
+            "stores in fewer bits",
         ]
         for fractions in seen.values():
             assert fractions == sorted(fractions)
@@ -426,6 +428,13 @@ class TestLayerErrors:
         assert len(measurement.log) == 2
 
 
+class TestStores:
+    def test_every_packed_store_is_measured(self, outcome: Outcome) -> None:
+        losses = outcome.profile.store_losses
+        assert list(losses) == [name for name, one in PRECISIONS.items() if one.is_packed]
+        assert 0 <= losses["int8"] <= losses["int4"] < math.inf
+
+
 # Memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -502,7 +511,7 @@ class Killed(BaseException):
 class TestGoingOn:
     @pytest.fixture
     def answered(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """One entry for each answer that was decoded, of both measurements."""
+        """One entry for each answer that was decoded, of all measurements."""
         answers: list[int] = []
         real = Measurement._answer
 
@@ -530,10 +539,11 @@ class TestGoingOn:
 
         assert again.profile == outcome.profile
         assert again.runs == outcome.runs
-        assert len(answered) == 12 + 3  # the 12 runs, and layer errors with both questions and the summary
+        # the 12 runs; layer errors with both questions and the summary; stores with both questions
+        assert len(answered) == 12 + 3 + 2
         (log,) = tmp_path.glob("*.jsonl")
         keys = [tuple(json.loads(line)["key"]) for line in log.read_text(encoding="utf-8").splitlines()]
-        assert len(keys) == len(set(keys)) == 12 + 1
+        assert len(keys) == len(set(keys)) == 12 + 2
 
     def test_a_finished_calibration_measures_nothing(
         self, settings: CalibrationSettings, outcome: Outcome, tmp_path: Path, answered: list[int]
@@ -552,7 +562,7 @@ class TestGoingOn:
         log.write_bytes(b"".join(lines[:7]) + lines[7][:40])
         answered.clear()
         assert self.find(settings, tmp_path).profile == outcome.profile
-        assert len(answered) == 5 + 3
+        assert len(answered) == 5 + 3 + 2
 
     @pytest.mark.parametrize(
         "change",

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from compresskv.methods.vote import Vote
 from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.profile import Profile, combined, l1_normalised, read_profile
 from compresskv.profiles.store import write_profile
+from compresskv.profiles.stores import warn_of_lossy_store
 
 SHAPE = Fingerprint("llama", 6, 3, 1, 8, 32, "0123456789abcdef")
 PROFILE = Profile(
@@ -31,6 +33,7 @@ PROFILE = Profile(
     layer_errors_by_set={"essays": (0.5, 0.25, 0.25), "code": (0.1, 0.2, 0.7)},
     layer_errors=(0.3, 0.225, 0.475),
     loss_curves={"blend": (20.0, 2.5)},
+    store_losses={"int8": 0.001, "int4": 0.25},
     provenance={"torch": "2.13.0", "seed": 7, "lengths": [1024, 2048], "text": "naïve\nlines"},
 )
 IMPORTED = replace(PROFILE, fingerprint=structs.replace(SHAPE, weights=None), traditional_scores=None, num_runs=0)
@@ -66,8 +69,9 @@ def test_round_trip_of_any_numbers(data: st.DataObject) -> None:
 
 
 DROP = "(dropped)"
+ADDED = ("replay_weights", "loss_curves", "store_losses")
 KEYS = [
-    *((key,) for key in PROFILE.to_dict() if key not in ("replay_weights", "loss_curves")),  # older files have none
+    *((key,) for key in PROFILE.to_dict() if key not in ADDED),  # older files have none
     ("model", "id"),
     ("model", "fingerprint"),
     *(("model", "fingerprint", key) for key in SHAPE.__struct_fields__ if key != "weights"),
@@ -109,6 +113,7 @@ DAMAGE: list[tuple[tuple[str | int, ...], Any]] = [
         for value in (None, [], {"blend": [1.0]}, {"blend": [1.0, "2"]}, {"blend": [1.0, 0.0]})
     ),
     *((("loss_curves", "blend"), value) for value in ([math.nan, 1.0], [math.inf, 1.0], [-1.0, 1.0])),
+    *((("store_losses",), value) for value in (None, [], {"int8": "0"}, {"int8": -0.1}, {"int8": math.inf})),
     *((("replay_weights",), value) for value in ("AAAA", ["AAAAAA=="] * 2, ["AAAAAA=="] * 2 + ["?"], [0.5] * 3)),
 ]
 
@@ -157,10 +162,26 @@ def test_a_file_that_is_no_profile(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_profile_without_curves_is_what_it_was_before_there_were_any() -> None:
-    bare = replace(PROFILE, loss_curves={})
-    assert "loss_curves" not in bare.to_dict()
+    bare = replace(PROFILE, loss_curves={}, store_losses={})
+    assert not {"loss_curves", "store_losses"} & set(bare.to_dict())
     assert Profile.from_dict(bare.to_dict()) == bare
     assert bare.digest != PROFILE.digest
+
+
+def test_what_stores_lose_changes_no_choice() -> None:
+    """So sessions and runs of a profile without it go on with one that has it."""
+    assert replace(PROFILE, store_losses={}).digest == PROFILE.digest
+
+
+def test_a_store_that_the_model_bears_badly_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"org/model bears the store 'int4' badly: .* 0.25 .*; 'int8' loses 0.001"):
+        warn_of_lossy_store(PROFILE, "int4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for profile, store in ((PROFILE, "int8"), (PROFILE, "native"), (None, "int4"), (IMPORTED, "int4k8")):
+            warn_of_lossy_store(profile, store)
+    with pytest.warns(UserWarning, match="'native' loses 0.000"):
+        warn_of_lossy_store(replace(PROFILE, store_losses={"int4": 0.25}), "int4")
 
 
 def test_no_file_or_a_folder(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def find_profile(
         errors = profiler.measure_errors(semantic)
         replay_weights = fit_replays(model, profiler.replay_prompts(), report)
         query_centres = find_centres(model, profiler.replay_prompts(), report)
+        losses = profiler.measure_stores()
     profile = Profile(
         model_id=model_id,
         fingerprint=profiler.fingerprint,
@@ -79,6 +80,7 @@ def find_profile(
         provenance=_provenance(model, profiler, runs),
         replay_weights=replay_weights,
         query_centres=query_centres,
+        store_losses=losses,
     )
     return Outcome(profile, runs)
 

@@ -1,4 +1,4 @@
-"""The two measurements of a calibration: retrieval scores of every head, the eviction error of every layer."""
+"""The measurements of a calibration: retrieval scores of heads, eviction errors of layers, what stores lose."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.cache.full import FullCache
+from compresskv.cache.routed import RoutedLayer
 from compresskv.calibration.haystack import Haystack, read_haystack
 from compresskv.calibration.needles import (
     SUMMARY,
@@ -26,6 +27,7 @@ from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import CutLayer, SpanLayer
 from compresskv.calibration.runs import RunLog
 from compresskv.calibration.settings import CalibrationSettings
+from compresskv.calibration.stores import store_losses
 from compresskv.errors import ModelError, ProfileError
 from compresskv.methods.compresskv import CompressKV
 from compresskv.models.decoding import decode, prefill
@@ -51,7 +53,7 @@ class NothingRetrievedError(ProfileError):
 
 
 class Measurement:
-    """The two measurements, over one plan of documents."""
+    """The measurements, over one plan of documents."""
 
     def __init__(
         self,
@@ -154,6 +156,18 @@ class Measurement:
             self._on_progress("layer errors", done / len(plan))
         return {name: l1_normalised(total.tolist()) for name, total in sums.items()}
 
+    def measure_stores(self) -> dict[str, float]:
+        """What packed stores lose, in nats per token of answers: a mean over questions. See `store_losses`."""
+        plan = [document for i, (_, document) in enumerate(self.documents()) if i % self._num_rotations == 0]
+        found: list[dict[str, float]] = []
+        for done, document in enumerate(plan, start=1):
+            key = ("stores", document.name)
+            if key not in self.log:
+                self.log.add(key, self._store_runs(document))
+            found += self.log[key]
+            self._on_progress("stores in fewer bits", done / len(plan))
+        return {name: round(sum(one[name] for one in found) / len(found), 6) for name in found[0]}
+
     def replay_prompts(self) -> list[list[int]]:
         """Token ids of the documents that are read twice, each with what precedes it in the chat template."""
         per_length = self.settings.replay_documents
@@ -181,6 +195,16 @@ class Measurement:
             self._answer(question.suffix, branch)
             results.append([sum(layer.errors) for layer in branch.routed])
         return results
+
+    def _store_runs(self, document: NeedleDocument) -> list[dict[str, float]]:
+        prefix, encoded = encode_questions(self.tokenizer, document, document.questions)
+        config = decoder_config(self.model)
+        cache = FullCache(self.model, lambda layer_idx, _: RoutedLayer(layer_idx, config))
+        self._read(prefix, cache)
+        return [
+            store_losses(self.model, cache, question.suffix, self._answer(question.suffix, cache.branch()))
+            for question in encoded
+        ]
 
     def _heads_only(self, semantic: Rows) -> Profile:
         """A profile to select with before the layer errors are known."""

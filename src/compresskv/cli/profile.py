@@ -21,7 +21,7 @@ from compresskv.cli.options import (
 from compresskv.cli.outputs import check_folder, check_outputs, check_writable
 from compresskv.cli.profile_calibrate import CALIBRATE_EPILOG, calibrate
 from compresskv.cli.profile_import import IMPORT_EPILOG, import_profile
-from compresskv.cli.profile_tables import answers, layer_table, print_heads
+from compresskv.cli.profile_tables import answers, layer_table, print_heads, print_stores
 from compresskv.cli.terminal import Bar, counted, err, new_table, out
 from compresskv.errors import ProfileError
 from compresskv.selection.budgets import check_budget
@@ -154,6 +154,7 @@ def find(
     runs = f"{counted(outcome.profile.num_runs, 'run')} counted, {made['runs_failed']} failed to answer and left out"
     out.print(f"{path}\n{runs}; computed in {made['dtype']}.")
     print_heads(outcome.profile)
+    print_stores(outcome.profile)
 
 
 @profile_app.command(cls=Command, epilog=_SHOW_EPILOG)
@@ -180,6 +181,7 @@ def show(
         out.print_json(json.dumps({**loaded.to_dict(), "layer_budgets": budgets}))
     else:
         print_heads(loaded)
+        print_stores(loaded)
         out.print(f"\nlayer budgets at a mean of {counted(budget, 'token')}")
         out.print(layer_table(loaded, tokens), soft_wrap=False)
     if plot is not None:

@@ -28,6 +28,13 @@ def print_heads(profile: "Profile") -> None:
     out.print(table, soft_wrap=False)
 
 
+def print_stores(profile: "Profile") -> None:
+    """What packed stores lose, where that was measured."""
+    if profile.store_losses:
+        losses = ", ".join(f"{name} {loss:.3g}" for name, loss in profile.store_losses.items())
+        out.print(f"\nstores, nats per token lost where all tokens are kept: {losses}")
+
+
 def layer_table(profile: "Profile", tokens: list[int]) -> Table:
     """A row a layer: its best heads, its share of the errors, and its tokens."""
     table = new_table("layer", "best 4 heads", "error", "tokens", numbers=("layer", "error", "tokens"))

@@ -76,6 +76,9 @@ class Profile:
     (H_q, 2, D) float16 as above; None in profiles of older releases and imported ones."""
     loss_curves: dict[str, tuple[float, float]] = field(default_factory=dict)
     """For a method's name, (scale, power) of the model's own `LossCurve`, where that was measured."""
+    store_losses: dict[str, float] = field(default_factory=dict)
+    """For a packed store's name, what it loses in nats per token where all tokens are kept; empty in profiles of older
+    releases and imported ones."""
 
     def __post_init__(self) -> None:
         """Check that every number is there and can be used.
@@ -110,6 +113,8 @@ class Profile:
         for name, curve in self.loss_curves.items():
             problem = "is not two finite numbers above 0"
             _check(all(0 < number < math.inf for number in curve), f"loss_curves.{name}", problem)
+        for name, loss in self.store_losses.items():
+            _check(0 <= loss < math.inf, f"store_losses.{name}", "is no finite number of at least 0")
         for name in _NUM_BITS:
             rows = getattr(self, name)
             if rows is not None:
@@ -221,13 +226,14 @@ class Profile:
 
     @cached_property
     def digest(self) -> str:
-        """12 hex digits that stand for the whole profile."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        """12 hex digits that stand for all of the profile that methods look into."""
+        own = {name: value for name, value in self.to_dict().items() if name != "store_losses"}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
         own = json.loads(json.dumps(asdict(self), default=structs.asdict))
-        for name in ("loss_curves", "query_centres"):
+        for name in ("loss_curves", "query_centres", "store_losses"):
             if not own[name]:  # so that files and digests of older releases stay as they are
                 del own[name]
         return {

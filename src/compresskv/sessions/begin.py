@@ -21,6 +21,7 @@ from compresskv.models.load import check_model
 from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.profiles.profile import Profile
+from compresskv.profiles.stores import warn_of_lossy_store
 from compresskv.prompts.turns import first_part
 from compresskv.selection.budgets import Budget, known_beforehand, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
@@ -71,13 +72,14 @@ def read(
     chosen = find_method(model, method, profile, **options)
     budget = known_beforehand(read_budget(budget))
     find_precision(store)
+    own = getattr(chosen, "profile", None)
+    warn_of_lossy_store(own, store)
     warn_of_slow_dtype(model)
     check_length(model, len(part.input_ids))
     start = now(*devices_of(model))
     cache = read_and_cut(
         model, part.input_ids, chosen, budget, store=store, chunk=chunk, max_memory=max_memory, on_read=on_read
     )
-    own = getattr(chosen, "profile", None)
     facts = Facts(
         model=str(model.config._name_or_path),
         fingerprint=str(fingerprint(model)),
