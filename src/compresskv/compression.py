@@ -16,7 +16,7 @@ from compresskv.attention.pieces import AUTO, PrefillMemory, check_prefill_memor
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.cuts import CutOptions, find_cuts
-from compresskv.cache.group import CANDIDATES, check_candidates
+from compresskv.cache.group import check_candidates
 from compresskv.compiled import decoding, modes
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER, check_mode
@@ -135,7 +135,7 @@ def compressing(
     exact_prefill: bool | None = None,
     store: str = NATIVE,
     prefill_memory: PrefillMemory = AUTO,
-    candidates: int | None = CANDIDATES,
+    candidates: int | None = defaults.CANDIDATES,
     compile: str | None = None,
     on_compile: Progress | None = None,
     **options: Any,

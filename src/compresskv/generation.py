@@ -11,7 +11,6 @@ from compresskv import defaults
 from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.cuts import CutOptions
-from compresskv.cache.group import CANDIDATES
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing, prepare
 from compresskv.errors import ConfigError
@@ -132,7 +131,7 @@ def ask(
     decode_interval: int = DECODE_INTERVAL,
     decode_method: str | Method | None = None,
     prefill_memory: pieces.PrefillMemory = pieces.AUTO,
-    candidates: int | None = CANDIDATES,
+    candidates: int | None = defaults.CANDIDATES,
     compile: str = AUTO,
     on_text: Callable[[str], None] | None = None,
     on_token: OnToken | None = None,

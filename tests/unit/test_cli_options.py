@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from compresskv.cli import main, terminal
-from compresskv.cli.options import parse_nbytes, parse_numbers, parse_prefill_memory
+from compresskv.cli.options import parse_candidates, parse_nbytes, parse_numbers, parse_prefill_memory
 from compresskv.cli.terminal import Bar, megabytes
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
@@ -199,3 +199,10 @@ class TestTables:
         assert Counter(shown.replace("─", "").replace("\n", "")) - Counter(" " * len(shown)) == characters - Counter(
             " " * len(shown)
         )
+
+
+def test_candidates() -> None:
+    assert [parse_candidates(text) for text in ("1", "16", "all")] == [1, 16, None]
+    for text in ("0", "-1", "4.0", "none", ""):
+        with pytest.raises(ConfigError, match="candidates"):
+            parse_candidates(text)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from compresskv import defaults
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.routing import base_implementation
 from compresskv.cache.adopt import adopted, check_adoptable
@@ -18,7 +19,7 @@ from compresskv.cache.crop import NO_ASSISTANT, check_other_crop
 from compresskv.cache.eviction import Eviction
 from compresskv.cache.full import branch
 from compresskv.cache.generated import GeneratedEviction
-from compresskv.cache.group import CANDIDATES, check_candidates
+from compresskv.cache.group import check_candidates
 from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.routed import routed_layers
 from compresskv.cache.stored import layers_nbytes
@@ -59,7 +60,7 @@ class CompressedCache(ChunkwiseCache):
         chunks: Chunks | None = None,
         decode: DecodeBudget | None = None,
         decode_method: Method | None = None,
-        candidates: int | None = CANDIDATES,
+        candidates: int | None = defaults.CANDIDATES,
     ) -> None:
         """Build an empty cache.
 

@@ -10,8 +10,6 @@ from compresskv.selection.select import EMPTY_SLOT, select_rows, tokens_at
 from compresskv.selection.sharing import proportional
 from compresskv.system.check import check_count
 
-CANDIDATES = 4
-"""Times its budget that a layer goes on holding while it waits for later ones, unless that is said."""
 LEAST_CANDIDATES = 512
 """Tokens that it holds at least: little beside any prompt that is worth it."""
 MUCH_LONGER = 2

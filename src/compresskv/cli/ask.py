@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from compresskv import defaults
 from compresskv.cli.automatic import why
 from compresskv.cli.kept import check_unused, load_session, names_session
 from compresskv.cli.options import (
+    CandidatesOption,
     ChunkBudgetOption,
     ChunkTokensOption,
     CompileOption,
@@ -18,6 +20,7 @@ from compresskv.cli.options import (
     DecodeIntervalOption,
     DecodeMethodOption,
     PrefillMemoryOption,
+    parse_candidates,
     parse_prefill_memory,
 )
 from compresskv.cli.outputs import check_outputs, check_writable
@@ -49,6 +52,7 @@ def ask(
     ] = None,
     compile: CompileOption = "auto",
     prefill_memory: PrefillMemoryOption = "auto",
+    candidates: CandidatesOption = str(defaults.CANDIDATES),
     chunk_budget: ChunkBudgetOption = None,
     chunk_tokens: ChunkTokensOption = CHUNK_TOKENS,
     decode_budget: DecodeBudgetOption = None,
@@ -61,7 +65,7 @@ def ask(
     cost to standard error.
     """
     check_mode(compile)
-    memory = parse_prefill_memory(prefill_memory)
+    memory, held = parse_prefill_memory(prefill_memory), parse_candidates(candidates)
     check_outputs({"save_plan": save_plan}, given.inputs)
     if save_plan is not None and given.compare:
         raise ConfigError("takes one method: leave out --compare", option="save_plan", value=save_plan)
@@ -74,7 +78,8 @@ def ask(
         "decode_method": decode_method,
     }
     if names_session(given.document):
-        check_unused(two_pass=two_pass, save_plan=save_plan, prefill_memory=prefill_memory, **cuts)
+        reading = {"two_pass": two_pass, "save_plan": save_plan, "prefill_memory": prefill_memory}
+        check_unused(**reading, candidates=candidates, **cuts)
         _ask_session(given, compile)
         return
     checked = given.checked()
@@ -91,7 +96,7 @@ def ask(
     generations: list[Generation] = []
     try:
         for one in methods:
-            options = {"two_pass": two_pass, "compile": compile, "prefill_memory": memory, **cuts}
+            options = {"two_pass": two_pass, "compile": compile, "prefill_memory": memory, "candidates": held, **cuts}
             options["profile"] = given.profile if takes_profile else None
             answer = _answer(loaded, tokenizer, checked, one, **options)
             generations.append(_with_command(answer, given, one))

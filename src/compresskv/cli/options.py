@@ -108,6 +108,14 @@ PrefillMemoryOption = Annotated[
         metavar="SIZE",
     ),
 ]
+CandidatesOption = Annotated[
+    str,
+    typer.Option(
+        help="Methods that decide when all layers were read hold, until then, so many times their budget of each; "
+        "'all': the whole prompt, for the exact choice.",
+        metavar="NUMBER",
+    ),
+]
 ChunkBudgetOption = Annotated[
     int | None,
     typer.Option(
@@ -235,6 +243,19 @@ def parse_prefill_memory(text: str) -> int | str | None:
     if text in ("auto", "whole"):
         return text if text == "auto" else None
     return parse_nbytes("prefill_memory", text, "must be 'auto', 'whole' or a size such as 500MB or 2GB")
+
+
+def parse_candidates(text: str) -> int | None:
+    """A number of at least 1; None for 'all'.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    if text == "all":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise ConfigError("must be a number of at least 1, or 'all'", option="candidates", value=text)
+    return int(text)
 
 
 def parse_nbytes(option: str, text: str, problem: str = "must be a size such as 500MB or 2GB") -> int:
