@@ -81,8 +81,14 @@ def naive_expected(layer: LayerInputs, row: int, start: int, head: int, num_sink
     return np.concatenate([np.zeros(num_sinks), weights / weights.sum()])
 
 
+def defended(largest: np.ndarray) -> np.ndarray:
+    """No less than the mean."""
+    return np.maximum(largest, largest.mean())
+
+
+@pytest.mark.parametrize("defensive", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_expected_attention_equals_its_formula_in_padded_rows_too(rotated: bool) -> None:
+def test_expected_attention_equals_its_formula_in_padded_rows_too(rotated: bool, defensive: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     query, keys, values = (
         torch.randn(2, heads, NUM_TOKENS, 8, generator=generator) * scale
@@ -92,25 +98,28 @@ def test_expected_attention_equals_its_formula_in_padded_rows_too(rotated: bool)
     valid = torch.arange(NUM_TOKENS) >= torch.tensor(starts)[:, None]
     rotation = some_rotation(NUM_TOKENS + 30, 8) if rotated else None
     layer = LayerInputs(0, query, keys, values, 8**-0.5, valid=valid, rotation=rotation)
-    scores = ExpectedAttention(num_future=30, num_sinks=3).score(layer)
+    method = ExpectedAttention(num_future=30, num_sinks=3, defensive=defensive)
+    scores = method.score(layer)
     for row, start in enumerate(starts):
         assert torch.isinf(scores[row, :, start : start + 3]).all()
         for kv_head in range(2):
             heads = [naive_expected(layer, row, start, head, 3, 30) for head in (2 * kv_head, 2 * kv_head + 1)]
-            expected = sum(heads) / 2 * values[row, kv_head, start:].norm(dim=-1).double().numpy()
-            np.testing.assert_allclose(scores[row, kv_head, start + 3 :].numpy(), expected[3:], rtol=1e-4, atol=1e-6)
+            of_group = np.mean(heads, axis=0)[3:] if not defensive else defended(np.max(heads, axis=0)[3:])
+            expected = of_group * values[row, kv_head, start + 3 :].norm(dim=-1).double().numpy()
+            np.testing.assert_allclose(scores[row, kv_head, start + 3 :].numpy(), expected, rtol=1e-4, atol=1e-6)
     alone = replace(layer, query_window=query[1:, :, 9:], keys=keys[1:, :, 9:], values=values[1:, :, 9:], valid=None)
-    torch.testing.assert_close(ExpectedAttention(num_future=30, num_sinks=3).score(alone)[0], scores[1, :, 9:])
+    torch.testing.assert_close(method.score(alone)[0], scores[1, :, 9:])
     assert math.isfinite(float(scores[0, :, 3:].sum()))
 
 
-def test_a_prompt_of_sinks_alone_has_scores() -> None:
+@pytest.mark.parametrize("defensive", [False, True])
+def test_a_prompt_of_sinks_alone_has_scores(defensive: bool) -> None:
     states: Tensor = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
-    scores = ExpectedAttention().score(LayerInputs(0, states, states, states, 1.0))
+    scores = ExpectedAttention(defensive=defensive).score(LayerInputs(0, states, states, states, 1.0))
     assert torch.isinf(scores).all()
 
 
-def naive_compactor(layer: LayerInputs, row: int, start: int, chunk_size: int, blending: float) -> np.ndarray:
+def naive_compactor(layer: LayerInputs, row: int, start: int, chunk_size: int, defensive: bool) -> np.ndarray:
     """(H_kv, length), with exact leverage: the sketch of as many dimensions as keys have only turns them."""
     num_kv_heads, groups = layer.num_kv_heads, layer.query_window.shape[1] // layer.num_kv_heads
     keys, values = (states[row, :, start:].double().numpy() for states in (layer.keys, layer.values))
@@ -126,23 +135,27 @@ def naive_compactor(layer: LayerInputs, row: int, start: int, chunk_size: int, b
             for first in range(0, length, chunk_size):
                 logits = query[first : first + chunk_size] @ keys[head, first : first + chunk_size].T * layer.scaling
                 weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-                attention[head, 1 + first : 1 + first + weights.shape[1]] += weights.sum(axis=0) / groups
+                own = attention[head, 1 + first : 1 + first + weights.shape[1]]
+                own[:] = np.maximum(own, weights.max(axis=0)) if defensive else own + weights.sum(axis=0) / groups
+        if defensive:
+            attention[head, 1:-1] = defended(attention[head, 1:-1])
         attention[head, 1:-1] *= np.linalg.norm(values[head], axis=1)
     attention = (attention[:, :-2] + attention[:, 1:-1] + attention[:, 2:]) / 3
-    return blending * (leverage - leverage.mean()) / leverage.std() + (attention - attention.mean()) / attention.std()
+    return 0.35 * (leverage - leverage.mean()) / leverage.std() + (attention - attention.mean()) / attention.std()
 
 
+@pytest.mark.parametrize("defensive", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_compactor_equals_its_formula_in_padded_rows_too(rotated: bool) -> None:
+def test_compactor_equals_its_formula_in_padded_rows_too(rotated: bool, defensive: bool) -> None:
     generator = torch.Generator().manual_seed(4)
     query, keys, values = (torch.randn(2, heads, NUM_TOKENS, 8, generator=generator) for heads in (4, 2, 2))
     starts = [0, 9]
     valid = torch.arange(NUM_TOKENS) >= torch.tensor(starts)[:, None]
     rotation = some_rotation(NUM_TOKENS, 8) if rotated else None
     layer = LayerInputs(0, query, 30 * keys, values, 0.02, valid=valid, rotation=rotation)
-    scores = Compactor(num_sinks=2, chunk_size=16, sketch_size=8).score(layer)
+    scores = Compactor(num_sinks=2, chunk_size=16, sketch_size=8, defensive=defensive).score(layer)
     for row, start in enumerate(starts):
-        expected = naive_compactor(layer, row, start, 16, 0.35)
+        expected = naive_compactor(layer, row, start, 16, defensive)
         np.testing.assert_allclose(scores[row, :, start + 2 :].numpy(), expected[:, 2:], rtol=1e-2, atol=1e-2)
 
 

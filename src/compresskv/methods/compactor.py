@@ -9,7 +9,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.selection.scores import pool, set_first, window_products
+from compresskv.selection.scores import largest_of_group, mean_over_groups, pool, set_first, window_products
 from compresskv.system.later import torch
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Compactor(Method):
     positions, less their mean, projected to `sketch_size` random dimensions. Attention is what a token gets from all
     queries of its chunk, times the norm of its value, averaged over the query heads that read a KV head and over three
     tokens. Both are counted in standard deviations over the layer's KV heads, leverage `blending` times. The first
-    `num_sinks` tokens and the last `window_size` are always kept.
+    `num_sinks` tokens and the last `window_size` are always kept. With `defensive`, attention is the largest that a
+    token gets from any query of its chunk and any query head, as `largest_of_group` has it.
 
     Source: Compactor (arXiv 2507.08143), sections 3 and 4. Differs: the random projection is the same in every layer
     and run; logits are scaled as the model scales them, which kvpress's press leaves out.
@@ -46,6 +47,7 @@ class Compactor(Method):
     chunk_size: int = 256
     sketch_size: int = 48
     blending: float = 0.35
+    defensive: bool = False
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
@@ -75,8 +77,10 @@ class Compactor(Method):
         for first in range(0, keys.shape[2], self.chunk_size):
             chunk = slice(first, first + self.chunk_size)
             logits = window_products(queries[:, :, chunk], keys[:, :, chunk]).mul_(inputs.scaling)
-            received.append(logits.softmax(dim=-1).sum(dim=2))
-        attention = torch.cat(received, dim=-1).view(keys.shape[1], -1, keys.shape[2]).mean(dim=1)
+            attention = logits.softmax(dim=-1)
+            received.append(attention.amax(dim=2) if self.defensive else attention.sum(dim=2))
+        of_group = largest_of_group if self.defensive else mean_over_groups
+        attention = of_group(torch.cat(received, dim=-1), keys.shape[1])[0]
         norms = torch.linalg.vector_norm(inputs.values[0, :, start:], dim=-1, dtype=torch.float32)
         return pool((attention * norms)[None], 3)[0]
 

@@ -9,7 +9,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.inputs import FUTURE_POSITIONS, LayerInputs
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
-from compresskv.selection.scores import set_first
+from compresskv.selection.scores import largest_of_group, mean_over_groups, set_first
 from compresskv.selection.select import select_across_heads
 from compresskv.system.later import torch
 
@@ -26,7 +26,8 @@ class ExpectedAttention(Method):
     their positions; they are turned by the mean of the turns to the next `num_future` positions. The logarithm of the
     expected exponential of a logit is the mean logit and half of its variance; the softmax over tokens is averaged over
     the query heads that read a KV head. The `num_sinks` first tokens are always kept. KV heads of a layer share by
-    AdaKV's rule; `guaranteed=1` gives equal numbers to all of them.
+    AdaKV's rule; `guaranteed=1` gives equal numbers to all of them. With `defensive`, the largest over the query heads
+    takes the place of their mean, as `largest_of_group` has it.
 
     Source: Expected Attention (arXiv 2510.00636), sections 3.1 to 3.3. A model without rotary position embeddings has
     nothing to turn back.
@@ -42,6 +43,7 @@ class ExpectedAttention(Method):
     num_future: int = 512
     num_sinks: int = 4
     guaranteed: float = 0.2
+    defensive: bool = False
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """(B, H_kv, T)."""
@@ -66,7 +68,8 @@ class ExpectedAttention(Method):
         covariance = covariance.view(num_kv_heads, -1, head_dim, head_dim)
         logits = (mean * keys[:, None]).sum(dim=-1) * inputs.scaling  # (H_kv, G, length)
         logits += ((keys[:, None] @ covariance) * keys[:, None]).sum(dim=-1) * (inputs.scaling**2 / 2)
-        attention = logits[..., self.num_sinks :].softmax(dim=-1).mean(dim=1)
+        each = logits[..., self.num_sinks :].softmax(dim=-1).flatten(0, 1)[None]  # of query heads
+        attention = (largest_of_group if self.defensive else mean_over_groups)(each, num_kv_heads)[0]
         attention = torch.nn.functional.pad(attention, (length - attention.shape[-1], 0))
         norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         return attention * norms

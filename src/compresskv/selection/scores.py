@@ -212,7 +212,23 @@ def moments_over_window(attention: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_over_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
     """(B, H_q, T) to (B, H_kv, T): the mean over the query heads that read each KV head."""
-    return scores.view(scores.shape[0], num_kv_heads, -1, scores.shape[-1]).mean(dim=2)
+    mean: Tensor = scores.unflatten(1, (num_kv_heads, -1)).mean(dim=2)
+    return mean
+
+
+def largest_of_group(scores: Tensor, num_kv_heads: int, valid: Tensor | None = None) -> Tensor:
+    """(B, H_q, T) to (B, H_kv, T): the largest over the query heads that read each KV head, no less than the mean of
+    that over the head's tokens: what is below it is not known to be worth less.
+
+    Args:
+        valid: (B, T) bool, False at padding, which counts in no mean; None where nothing is padded.
+    Source: DefensiveKV (arXiv 2510.13334), its defensive aggregation, of which the largest over queries is a part, too.
+    """
+    largest: Tensor = scores.unflatten(1, (num_kv_heads, -1)).amax(dim=2)
+    if valid is None:
+        return largest.clamp(min=largest.mean(dim=-1, keepdim=True))
+    counts = valid.sum(dim=-1).clamp(min=1)[:, None, None]
+    return largest.clamp(min=(largest * valid[:, None]).sum(dim=-1, keepdim=True) / counts)
 
 
 def pool(scores: Tensor, kernel_size: int) -> Tensor:
