@@ -97,3 +97,10 @@ def test_an_answer_is_as_long_as_was_asked_for(
         finished += [output for output in engine.step() if output.finished]
     engine.check_clean()
     assert len(finished[0].outputs[0].token_ids) == num_tokens
+
+
+def test_the_least_answer_is_counted_from_the_prompts_end(engine: Engine) -> None:
+    """A token that ends the answer, and is the likeliest all the time, comes when it may."""
+    (answer,) = engine.answers([PROMPTS[4]], 20, min_tokens=5, stop_token_ids=[7], logit_bias={7: 100.0})
+    assert answer.tokens.index(7) == 5
+    assert len(answer.tokens) == 6

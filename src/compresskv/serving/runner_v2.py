@@ -18,6 +18,9 @@ check_hooks(ModelState)
 class CompressedRunnerV2(CompressedRunner, GPUModelRunner):
     """vLLM's second runner, for prompts that are cut."""
 
+    _shifted: tuple[Tensor, Tensor] | None = None
+    """The step's positions while the model is called, and by how much less than vLLM's they are."""
+
     def kernel_block_size(self) -> int:
         """See `CompressedRunner`."""
         return int(self.kernel_block_sizes[0])
@@ -59,8 +62,19 @@ class CompressedRunnerV2(CompressedRunner, GPUModelRunner):
         by_token = lost.by_token(input_batch.num_scheduled_tokens)
         held.positions = input_batch.positions[: len(by_token)] - by_token
         if lost.put is not None:  # the model is called with them after this
-            input_batch.positions[: len(by_token)] -= lost.put.by_token(input_batch.num_scheduled_tokens)
+            put = lost.put.by_token(input_batch.num_scheduled_tokens)
+            self._shifted = input_batch.positions[: len(put)], put
+            input_batch.positions[: len(put)] -= put
         return super().prepare_attn(held)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """See `CompressedRunner`. The sampler counts by vLLM's positions again, from the prompt as vLLM knows it."""
+        self._shifted = None
+        output = super().execute_model(*args, **kwargs)
+        if self._shifted is not None:
+            positions, put = self._shifted
+            positions += put
+        return output
 
     def _prepare_metadata_of_what_is_held(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's own, with other lengths.
