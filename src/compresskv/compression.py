@@ -165,8 +165,9 @@ def compressing(
         chunk_budget: cut long prompts while they are read, too, so that no more than a part of one is ever held: at
             each multiple of `chunk_tokens` tokens, but where the prompt ends within an observation window, so many stay
             in every KV head (or `budget`, where that is more). They are chosen for what the prompt ends with: its last
-            64 tokens are read beforehand at each cut, where the pass under way holds them. Attention to the prompt gets
-            cheaper. None: prompts are cut at their end. Not for padded batches.
+            64 tokens (as many as the window has, where these are more) are read beforehand at each cut, where the pass
+            under way holds them. Attention to the prompt gets cheaper. None: prompts are cut at their end. Not for
+            padded batches.
         chunk_tokens: see `chunk_budget`; at least the method's window.
         decode_budget: cut what is generated, too, so that the cache does not grow with the answer: after each
             `decode_interval` new tokens, KV heads that hold more keep so many, the prompt's among them. None: what is

@@ -127,6 +127,22 @@ def test_a_cut_is_made_for_what_the_prompt_ends_with(model: str, monkeypatch: py
         torch.testing.assert_close(cut.keys, whole.keys[:, :, : 2 * CHUNK], atol=1e-4, rtol=0)
 
 
+def test_a_window_longer_than_the_end_has_all_its_queries_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever pieces layers read in."""
+    model, prompt, told = tiny.tiny_model("llama"), tiny.random_tokens(300), list[LayerInputs]()
+    score, size, cut = SnapKV.score, END_TOKENS + 8, 128
+    monkeypatch.setattr(SnapKV, "score", lambda self, inputs: told.append(inputs) or score(self, inputs))
+    options = {"chunk_budget": 100, "chunk_tokens": cut, "window_size": size, "prefill_memory": 1}
+    with compresskv.compressing(model, "snapkv", 100, **options) as cache:
+        tiny.read(model, cache, prompt, [300])
+    first = told[0]
+    told.clear()
+    with compresskv.compressing(model, "snapkv", 100, window_size=size) as cache:
+        tiny.read(model, cache, torch.cat([prompt[:, :cut], prompt[:, -size:]], dim=1), [cut + size])
+    assert first.num_tokens == cut
+    torch.testing.assert_close(first.query_window, told[0].query_window, atol=1e-4, rtol=0)
+
+
 def test_a_prompt_of_a_chunk_is_cut_at_its_end_alone() -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(CHUNK + 7)  # its end lies within the window
     found = []

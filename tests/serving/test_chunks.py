@@ -2,11 +2,12 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from engine import Engine
-from random_model import CHUNKS, LONGEST_IN_CHUNKS, VOCAB_SIZE
+from engine import Engine, start
+from random_model import CHUNKS, LONGEST_IN_CHUNKS, VOCAB_SIZE, chunked_engine_options
 from transformers import AutoModelForCausalLM
 
 import compresskv
@@ -23,11 +24,14 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return found
 
 
-def expected(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[list[int], list[int]]:
+def expected(
+    engine: Engine, prompt: list[int], num_tokens: int, method: str = "vote", budget: int = 40, **given: Any
+) -> tuple[list[int], list[int]]:
     """What `compressing` says with the same cuts, and keeps of the prompt."""
     folder = Path(engine.llm.llm_engine.model_config.model)
+    options = {"profile": folder / "profile.json"} if method == "vote" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with compresskv.compressing(model, "vote", 40, profile=folder / "profile.json", **CHUNKS) as cache:
+    with compresskv.compressing(model, method, budget, **{**options, **CHUNKS, **given}) as cache:
         tokens = [int(prefill(model, torch.tensor([prompt]), cache).argmax())]
         while len(tokens) < num_tokens:
             tokens.append(int(decode_one_token(model, tokens[-1], cache).argmax()))
@@ -43,6 +47,16 @@ def test_as_compressing(engine: Engine) -> None:
         assert answer.tokens == tokens
         (kept,) = [kept for name, (_, kept) in engine.kept.items() if name.split("-")[0] == str(number)]
         assert kept == positions
+
+
+def test_a_long_window_is_all_of_the_prompts_end(tmp_path: Path) -> None:
+    options, chunks = chunked_engine_options(tmp_path), {"chunk_budget": 90, "chunk_tokens": 96}
+    options["compresskv"] = {"budget": 90, "method": "rkv_shared[window_size=80]", **chunks}
+    (engine,) = start(**options)
+    (answer,) = engine.answers([PROMPTS[4]], max_tokens=10)
+    tokens, positions = expected(engine, PROMPTS[4], 10, "rkv_shared", 90, window_size=80, **chunks)
+    assert engine.positions[-1] == positions
+    assert answer.tokens == tokens
 
 
 def test_no_more_is_held_than_a_chunk_and_what_stays(engine: Engine) -> None:

@@ -65,8 +65,7 @@ class ChunkwiseCache(RoutedCache):
 
         None where the method looks at no queries, or the end does not come in this pass.
         """
-        looks = self._eviction.method.num_observed() > 0 and self._sees_end
-        return num_of_end(num_after) if looks else 0
+        return num_of_end(num_after, self._eviction.method.window_size) if self._sees_end else 0
 
     @torch.no_grad()
     def cut_chunk(self, read_end: Callable[["ChunkwiseCache"], object]) -> None:
@@ -77,6 +76,7 @@ class ChunkwiseCache(RoutedCache):
         """
         with self._eviction.conditions.observer.evicting(), self._without_masks():
             other = branch(self)
+            other.piece_tokens = None  # each layer's queries come at once
             windows = queries_of_end(other.compressed_layers, lambda: read_end(other))
         for layer, window in zip(self.compressed_layers, windows, strict=True):
             layer.cut_chunk(window.last(self._eviction.method.num_observed()))

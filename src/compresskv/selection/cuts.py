@@ -9,7 +9,8 @@ from compresskv.system.check import check_count
 CHUNK_TOKENS = 1024
 """Tokens of a prompt between two cuts, where nothing is said."""
 END_TOKENS = 64
-"""Tokens of a prompt's end that are read beforehand at each cut in front of it: what the choice is for."""
+"""Tokens of a prompt's end that are read beforehand at each cut in front of it: what the choice is for. As many as the
+observation window has, where these are more."""
 DECODE_INTERVAL = 128
 """Tokens of an answer between two cuts, where nothing is said."""
 
@@ -93,9 +94,13 @@ def least_end(window_size: int) -> int:
     return max(2, window_size)
 
 
-def num_of_end(num_left: int) -> int:
-    """How many tokens of a prompt's end are read beforehand, when it is cut in front of so many."""
-    return min(END_TOKENS, num_left)
+def num_of_end(num_left: int, window_size: int) -> int:
+    """How many tokens of a prompt's end are read beforehand, when it is cut in front of so many.
+
+    Args:
+        window_size: the most tokens that observe a cut; none read the end where none do.
+    """
+    return min(max(END_TOKENS, window_size), num_left) if window_size else 0
 
 
 def prompt_cuts(num_prompt: int, num_kept: int, window_size: int, chunks: Chunks | None = None) -> list[Cut]:

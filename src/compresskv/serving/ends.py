@@ -11,21 +11,23 @@ from typing import Any
 from vllm.v1.request import Request
 
 from compresskv.selection.cuts import num_of_end
-from compresskv.serving.settings import EvictionSpec
+from compresskv.serving.settings import EvictionSpec, Settings
 from compresskv.serving.versions import check_hooks
 
 check_hooks(Request)
 
 
-def with_ends(request: Any, specs: tuple[EvictionSpec, ...], longest: int) -> tuple[EvictionSpec, ...]:
+def with_ends(
+    request: Any, specs: tuple[EvictionSpec, ...], settings: Settings, longest: int
+) -> tuple[EvictionSpec, ...]:
     """The cuts of a request's prompt, those before its end with the prompt's end in front of them if that can be.
 
     Args:
         longest: vLLM's --max-model-len.
     """
-    found, num_added = list[EvictionSpec](), 0
+    found, num_added, window_size = list[EvictionSpec](), 0, settings.bare_method().window_size
     for spec in specs:
-        num_end = num_of_end(request.num_prompt_tokens - spec.num_read) if spec.window_size else 0
+        num_end = num_of_end(request.num_prompt_tokens - spec.num_read, window_size)
         num_added += num_end
         num_read, num_held = spec.num_read + num_added, spec.num_held + num_end
         found.append(replace(spec, num_read=num_read, num_held=num_held, num_end=num_end))

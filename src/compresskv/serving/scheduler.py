@@ -74,7 +74,7 @@ class CompressedScheduler(Scheduler):
         if specs and request.resumable:
             self._keep_whole("streaming session")
             return ()
-        specs = with_ends(request, specs, self.max_model_len)
+        specs = with_ends(request, specs, self._settings, self.max_model_len)
         if self._fits(specs, num_prompt + num_put(specs)):
             return specs
         if self._fits((), num_prompt):
@@ -82,7 +82,7 @@ class CompressedScheduler(Scheduler):
             return ()
         self._has_news = True
         self._reasons["no room for what it asked for, cut as all others"] += 1
-        return with_ends(request, self._settings.eviction_specs(num_prompt, None), self.max_model_len)
+        return with_ends(request, self._settings.eviction_specs(num_prompt, None), self._settings, self.max_model_len)
 
     def _fits(self, specs: Sequence[EvictionSpec], num_prompt: int) -> bool:
         """Whether the whole pool has room for the prompt: else it would wait for ever."""

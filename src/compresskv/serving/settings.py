@@ -151,7 +151,7 @@ class Settings:
         if self.chunks is None:
             return longest, kept
         kept = max(kept, self.chunks.budget)
-        behind = max(END_TOKENS, least_end(method.window_size) - 1)
+        behind = max(END_TOKENS, method.window_size)
         return min(longest, kept + self.chunks.tokens + behind), kept
 
     def to_dict(self) -> dict[str, Any]:
