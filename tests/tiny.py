@@ -23,7 +23,8 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.methods import registry
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
-from compresskv.profiles.profile import Profile, l1_normalised
+from compresskv.profiles.layer_errors import l1_normalised
+from compresskv.profiles.profile import Profile
 from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.select import EMPTY_SLOT
 

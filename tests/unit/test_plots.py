@@ -11,7 +11,8 @@ from compresskv.calibration import plots
 from compresskv.calibration.verify import Ablation
 from compresskv.errors import ConfigError
 from compresskv.models.fingerprint import Fingerprint
-from compresskv.profiles.profile import Profile, l1_normalised
+from compresskv.profiles.layer_errors import l1_normalised
+from compresskv.profiles.profile import Profile
 from compresskv.selection.sharing import error_aware
 
 ABLATIONS = [

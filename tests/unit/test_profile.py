@@ -18,7 +18,8 @@ from compresskv.errors import ProfileError
 from compresskv.methods.compresskv import CompressKV
 from compresskv.methods.vote import Vote
 from compresskv.models.fingerprint import Fingerprint
-from compresskv.profiles.profile import Profile, combined, l1_normalised, read_profile
+from compresskv.profiles.layer_errors import combined, l1_normalised
+from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import write_profile
 from compresskv.profiles.stores import warn_of_lossy_store
 

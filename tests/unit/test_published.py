@@ -21,7 +21,8 @@ from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import load
 from compresskv.profiles import authors, store
 from compresskv.profiles.authors import published_files
-from compresskv.profiles.profile import Profile, combined, l1_normalised, read_profile
+from compresskv.profiles.layer_errors import combined, l1_normalised
+from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.published import import_published
 from compresskv.profiles.store import default_path, resolve_profile, user_folder, write_profile
 from compresskv.selection.sharing import error_aware

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from compresskv.errors import ConfigError, ModelError, first_line
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
+from compresskv.profiles.layer_errors import l1_normalised
 from compresskv.profiles.packing import packed
-from compresskv.profiles.profile import Profile, l1_normalised
+from compresskv.profiles.profile import Profile
 from compresskv.selection.forecast import NUM_MORE
 from compresskv.system import memory
 from compresskv.system.check import check_known, check_least

@@ -21,7 +21,8 @@ from compresskv.errors import ConfigError, ModelError
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
-from compresskv.profiles.profile import Profile, combined
+from compresskv.profiles.layer_errors import combined
+from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import context_length
 from compresskv.system.libraries import versions
 from compresskv.system.progress import Progress, silent

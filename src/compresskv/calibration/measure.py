@@ -34,7 +34,8 @@ from compresskv.models.decoding import decode, prefill
 from compresskv.models.fingerprint import Fingerprint, fingerprint
 from compresskv.models.place import input_device
 from compresskv.models.shape import compressible_layers, decoder_config
-from compresskv.profiles.profile import Profile, Rows, l1_normalised
+from compresskv.profiles.layer_errors import l1_normalised
+from compresskv.profiles.profile import Profile, Rows
 from compresskv.system.progress import Progress
 from compresskv.version import __version__
 

@@ -11,7 +11,7 @@ from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.ranges import Range, ranges
 from compresskv.methods.registry import register
 from compresskv.methods.voting import VotingMethod, count_votes
-from compresskv.profiles.profile import l1_normalised
+from compresskv.profiles.layer_errors import l1_normalised
 from compresskv.selection.auto_budget import LossCurve
 from compresskv.selection.scores import mean_over_groups, pool, set_first, without_padding
 from compresskv.selection.select import select_across_heads

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from compresskv.errors import ModelError, ProfileError, first_line
 from compresskv.models.fingerprint import Fingerprint, of_shape
 from compresskv.profiles.authors import PUBLISHED
-from compresskv.profiles.profile import Profile, Rows, combined, l1_normalised
+from compresskv.profiles.layer_errors import combined, l1_normalised
+from compresskv.profiles.profile import Profile, Rows
 from compresskv.system.inputs import read_json
 from compresskv.system.quiet import quiet
 
