@@ -41,7 +41,9 @@ def check(
     results = Results(output, common_settings(model, "of each part", True) | common)
     load = {"kind": "load", "num_requests": requests, "length": length, "new_tokens": new_tokens}
     keys: list[dict[str, Any]] = [{"kind": "starts"}]
-    keys += [{"kind": "tokens", "dtype": dtype} for dtype in ("float32", "bfloat16")]
+    whole, in_chunks = 0, 512
+    ways = [("float32", whole), ("float32", in_chunks), ("bfloat16", whole)]
+    keys += [{"kind": "tokens", "dtype": dtype, "chunk_budget": kept} for dtype, kept in ways]
     keys += [load | {"pool": int(pool), "compressed": ours} for pool in pools.split(",") for ours in (False, True)]
     for key in keys:
         if results.has(key | {"failed": None}):

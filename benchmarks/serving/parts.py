@@ -89,7 +89,13 @@ def _folder(task: dict[str, Any]) -> str:
 
 def _settings(task: dict[str, Any]) -> dict[str, Any]:
     own = {"budget": task["budget"], "method": task["method"]}
+    own |= _chunks(task)
     return own | ({"profile": task["profile"]} if task["profile"] else {})
+
+
+def _chunks(task: dict[str, Any]) -> dict[str, int]:
+    """How prompts are cut while they are read; empty where they are not."""
+    return {"chunk_budget": task["chunk_budget"]} if task.get("chunk_budget") else {}
 
 
 def _engine(
@@ -171,15 +177,20 @@ def _counted() -> dict[str, float]:
 
 
 def _noted_positions(engine: Engine) -> list[list[int]]:
-    """Filled with what is kept of each prompt."""
+    """Filled with what is kept of each prompt, in the end: true positions. For one prompt at a time."""
     noted: list[list[int]] = []
     compaction = _runner(engine).compaction
-    evict = compaction.evict
+    evict, num_read = compaction.evict, 0
 
-    def noting(*arguments: Any) -> Any:
-        positions = evict(*arguments)
-        noted.append(positions.tolist())
-        return positions
+    def noting(prompt: Any, targets: Any) -> Any:
+        nonlocal num_read
+        places, spec = evict(prompt, targets), prompt.spec
+        is_first = spec.num_held == spec.num_read
+        begun, kept = (0, []) if is_first else (num_read, noted.pop())
+        num_read = begun + spec.num_candidates - len(kept)
+        held = [*kept, *range(begun, num_read)]
+        noted.append([held[place] for place in places.tolist()])
+        return places
 
     compaction.evict = noting
     return noted
@@ -194,7 +205,7 @@ def _own(model: Any, task: dict[str, Any], prompt: list[int]) -> tuple[list[int]
     from compresskv.models.place import input_device
 
     (method,) = parse_methods("method", task["method"]).values()
-    exact: dict[str, Any] = {"candidates": None, "profile": task["profile"]}
+    exact: dict[str, Any] = {"candidates": None, "profile": task["profile"], **_chunks(task)}
     with compresskv.compressing(model, method, task["budget"], **exact) as cache:
         logits = prefill(model, torch.tensor([prompt], device=input_device(model)), cache)
         answer = [int(logits.argmax())]
