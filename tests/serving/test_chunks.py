@@ -49,6 +49,20 @@ def test_as_compressing(engine: Engine) -> None:
         assert kept == positions
 
 
+def test_preempted_prompts_are_cut_alike(engine: Engine) -> None:
+    """Between their cuts, and when they are answered: each time they are read from the beginning."""
+    prompts, finished, num_steps = (PROMPTS[4], PROMPTS[1]), dict[str, list[int]](), 0
+    for number, prompt in enumerate(prompts):
+        engine.add(prompt, 20, str(number))
+    while engine.llm.llm_engine.has_unfinished_requests():
+        outputs, num_steps = engine.step(), num_steps + 1
+        finished |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs if output.finished}
+        if num_steps in (4, 16):
+            engine.preempt(engine.scheduler.running[-1])
+    engine.check_clean()
+    assert finished == {str(number): expected(engine, prompt, 20)[0] for number, prompt in enumerate(prompts)}
+
+
 def test_a_long_window_is_all_of_the_prompts_end(tmp_path: Path) -> None:
     options, chunks = chunked_engine_options(tmp_path), {"chunk_budget": 90, "chunk_tokens": 96}
     options["compresskv"] = {"budget": 90, "method": "rkv_shared[window_size=80]", **chunks}

@@ -26,7 +26,7 @@ class LayerInputs:
     """The layer's number in the model."""
     query_window: Tensor
     """(B, H_q, W, D), post-RoPE: the queries of the last W tokens, those looked ahead at included; all T if the method
-    `observes_all`."""
+    `observes_all`. At a cut in the middle of a prompt, those of its end, read behind the T tokens."""
     keys: Tensor
     """(B, H_kv, T, D), post-RoPE."""
     values: Tensor
