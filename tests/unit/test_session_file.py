@@ -139,6 +139,8 @@ def test_a_conversation_is_held_beside_its_document_not_with_it(method: str, sto
     session.say(tiny.random_words(8), max_new_tokens=4, compile="never")
     session.save(tmp_path / "saved.kvc")
     before, after = ((tmp_path / name).stat().st_size for name in ("before.kvc", "saved.kvc"))
+    version = b'"version":"2"' if method == "full" else b'"version":"1"'  # where every file has a budget
+    assert version in (tmp_path / "before.kvc").read_bytes()
     assert 1.02 * before < after < 1.5 * before  # new tokens of a packed store are not packed yet
     assert session._conversation is not None
     found, (expected, _) = read_session(tmp_path / "saved.kvc").said, cache_state(session._conversation.cache)

@@ -69,7 +69,7 @@ def write_session(path: str | Path, contents: Contents) -> None:
         "said": None if said is None else [said.state[1], said.starts, said.answer, shapes_said],
     }
     text = json.dumps(told)
-    version = DOCUMENT_VERSION if said is None else VERSION
+    version = DOCUMENT_VERSION if said is None and contents.facts.budget is not None else VERSION
     metadata = {"format": FORMAT, "version": str(version), "session": text, "sha256": _digest(text, kept)}
     try:
         with replacing(path) as place:

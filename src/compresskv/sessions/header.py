@@ -12,7 +12,7 @@ from compresskv.system.paths import is_file, is_folder
 FORMAT = "compresskv-session"
 VERSION = 2
 DOCUMENT_VERSION = 1
-"""Of files without a conversation, which earlier releases read as well."""
+"""Of files with a budget and without a conversation, which earlier releases read as well."""
 _LENGTH = 8
 _MOST_NBYTES = 100_000_000  # what safetensors reads
 _START = b'{"__metadata__":{'
