@@ -143,6 +143,29 @@ def test_a_window_longer_than_the_end_has_all_its_queries_from_there(monkeypatch
     torch.testing.assert_close(first.query_window, told[0].query_window, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pass_", [1, 2, 5, 6])
+def test_an_interrupted_pass_is_noticed(pass_: int) -> None:
+    """Of a chunk, or of the prompt's end, which is read behind every chunk but the last."""
+    model, prompt, passes = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT), []
+
+    def interrupt(*_: object) -> None:
+        passes.append(None)
+        if len(passes) == pass_:
+            raise KeyboardInterrupt
+
+    with chunked(model, "snapkv") as cache:
+        expected = tiny.read(model, cache, prompt, [NUM_PROMPT])
+        cache.reset()
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.read(model, cache, prompt, [NUM_PROMPT])
+        handle.remove()
+        with pytest.raises(CacheStateError, match=r"interrupted: reset\(\)"):
+            tiny.read(model, cache, prompt, [NUM_PROMPT - cache.get_seq_length()])
+        cache.reset()
+        assert torch.equal(tiny.read(model, cache, prompt, [NUM_PROMPT]), expected)
+
+
 def test_a_prompt_of_a_chunk_is_cut_at_its_end_alone() -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(CHUNK + 7)  # its end lies within the window
     found = []

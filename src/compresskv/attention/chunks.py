@@ -78,16 +78,17 @@ def check_unpadded(valid: Tensor | None) -> None:
 
 
 def check_ends(ends: Iterable[int], cut_at: int, num_read: int) -> None:
-    """Refuse to cut at one end of a chunk what was read beyond another.
+    """Refuse to go on where what was read is beyond a cut that was not made.
 
     Args:
         cut_at, num_read: tokens that were read at the last cut, and now.
     Raises:
-        CacheStateError: the model does not read in chunks.
+        CacheStateError: the model does not read in chunks, or was interrupted in front of the cut.
     """
     if any(cut_at < end < num_read for end in ends):
         raise CacheStateError(
-            f"{num_read} tokens were read at once, beyond a cut: this model cannot read prompts in chunks"
+            f"{num_read} tokens were read, beyond a cut that was not made: this model cannot read prompts in chunks, "
+            "or a forward pass was interrupted: reset() the cache and read the prompt again"
         )
 
 
