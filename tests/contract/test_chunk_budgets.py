@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import compresskv
+import shrunk
 import tiny
 from compresskv import CacheStateError, CompressedCache, ConfigError, ModelError, PromptError
 from compresskv.compression import Compressing
@@ -141,6 +142,22 @@ def test_a_window_longer_than_the_end_has_all_its_queries_from_there(monkeypatch
         tiny.read(model, cache, torch.cat([prompt[:, :cut], prompt[:, -size:]], dim=1), [cut + size])
     assert first.num_tokens == cut
     torch.testing.assert_close(first.query_window, told[0].query_window, atol=1e-4, rtol=0)
+
+
+def test_images_that_reach_several_layers_are_refused() -> None:
+    """Which of their features belong to a chunk is not known."""
+    if "qwen3_vl" not in shrunk.types():
+        pytest.skip("these transformers do not know it")
+    model, prompt = shrunk.build("qwen3_vl", vision_config={"deepstack_visual_indexes": [1, 2]}), tiny.random_tokens(90)
+    vision, prompt = model.config.vision_config, prompt.clamp(max=tiny.VOCAB_SIZE - shrunk.NUM_SPECIAL - 1)
+    prompt[:, 60 : 60 + (4 // vision.spatial_merge_size) ** 2] = model.config.image_token_id
+    image = {
+        "pixel_values": torch.rand(16, 3 * vision.temporal_patch_size * vision.patch_size**2),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (prompt == model.config.image_token_id).int(),
+    }
+    with chunked(model, "snapkv") as cache, pytest.raises(ModelError, match="deepstack_visual_embeds cannot be told"):
+        model(prompt, past_key_values=cache, **image)
 
 
 @pytest.mark.parametrize("pass_", [1, 2, 5, 6])

@@ -104,7 +104,12 @@ def _cut(
         elif is_tensor and name != "attention_mask" and value.ndim > dim and value.shape[dim] == num_tokens:
             begin = start if first is None or dim == -1 else first
             yield name, value.narrow(dim, begin, end - start)
-        elif is_tensor or isinstance(value, dict):
+        elif is_tensor or isinstance(value, dict) or _holds_tensors(value):
             raise ModelError(f"this model's {name} cannot be told of a chunk: leave out chunk_budget=N")
         else:
             yield name, value
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether it is several of them, such as what images bring to several layers."""
+    return isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value)
