@@ -13,7 +13,7 @@ from compresskv import defaults
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.routing import base_implementation
 from compresskv.cache.adopt import adopted, check_adoptable
-from compresskv.cache.chunkwise import ChunkwiseCache
+from compresskv.cache.chunked import ChunkedCache
 from compresskv.cache.conditions import Conditions, EvictionObserver, Unobserved
 from compresskv.cache.crop import NO_ASSISTANT, check_other_crop
 from compresskv.cache.eviction import Eviction
@@ -33,7 +33,7 @@ from compresskv.selection.cuts import Chunks, DecodeBudget
 from compresskv.selection.precision import NATIVE, find_precision
 
 
-class CompressedCache(ChunkwiseCache):
+class CompressedCache(ChunkedCache):
     """The cache to pass as `past_key_values` inside `compressing`. One prompt at a time; `reset()` for the next.
 
     Full-attention layers are compressed. Sliding-window and linear-attention layers keep transformers' own layers:

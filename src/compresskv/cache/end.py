@@ -21,8 +21,8 @@ class Passing(Protocol):
 
 
 @torch.no_grad()
-def queries_of_end(layers: list[Any], read: Callable[[], object]) -> list[QueryWindow]:
-    """The queries that a prompt's end has in each layer while `read` reads it.
+def queries_of_end(layers: list[Any], size: int, read: Callable[[], object]) -> list[QueryWindow]:
+    """The last queries, at most `size`, that a prompt's end has in each layer while `read` reads it.
 
     Args:
         layers: `Passing`, of a branch of the cache. Each is let go once its attention was computed, so that no more
@@ -34,7 +34,7 @@ def queries_of_end(layers: list[Any], read: Callable[[], object]) -> list[QueryW
 
     def note(layer: Any, query: Tensor, **given: Any) -> None:
         if any(layer is own for own in layers):
-            found[layer.layer_idx] = QueryWindow.given(query, **given)
+            found[layer.layer_idx] = QueryWindow.given(query, **given).last(size)
             layer.let_go()
 
     with watching(note):

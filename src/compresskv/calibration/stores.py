@@ -32,7 +32,7 @@ def store_losses(model: PreTrainedModel, read: FullCache, suffix: list[int], ans
             packed.adopt(read)
             found = _log_probs(model, packed, later, count)
             loss = torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True) / count
-            losses[name] = round(max(0.0, float(loss)), 6)
+            losses[name] = round(float(loss.clamp(min=0)), 6)  # NaN stays, and is refused
     return losses
 
 

@@ -74,9 +74,9 @@ class CompressedScheduler(Scheduler):
         if specs and request.resumable:
             self._keep_whole("streaming session")
             return ()
-        specs = with_ends(request, specs, self._settings, self.max_model_len)
-        if self._fits(specs, num_prompt + num_put(specs)):
-            return specs
+        for own in (with_ends(request, specs, self._settings, self.max_model_len), specs):
+            if self._fits(own, num_prompt + num_put(own)):
+                return own
         if self._fits((), num_prompt):
             self._keep_whole("no room for a copy in the pool")
             return ()

@@ -16,7 +16,7 @@ from compresskv.models.chunks import chunked_prompt_length
 from compresskv.selection.cuts import num_of_end
 
 
-class ChunkwiseCache(RoutedCache):
+class ChunkedCache(RoutedCache):
     """Its layers are cut where its eviction says, by what the prompt's end attends to."""
 
     def __init__(self, layers: list[Any], eviction: Eviction) -> None:
@@ -68,7 +68,7 @@ class ChunkwiseCache(RoutedCache):
         return num_of_end(num_after, self._eviction.method.window_size) if self._sees_end else 0
 
     @torch.no_grad()
-    def cut_chunk(self, read_end: Callable[["ChunkwiseCache"], object]) -> None:
+    def cut_chunk(self, read_end: Callable[["ChunkedCache"], object]) -> None:
         """Cut all layers by what the prompt's end attends to, behind what was read.
 
         Args:
@@ -77,6 +77,7 @@ class ChunkwiseCache(RoutedCache):
         with self._eviction.conditions.observer.evicting(), self._without_masks():
             other = branch(self)
             other.piece_tokens = None  # each layer's queries come at once
-            windows = queries_of_end(other.compressed_layers, lambda: read_end(other))
+            size = self._eviction.method.num_observed()
+            windows = queries_of_end(other.compressed_layers, size, lambda: read_end(other))
         for layer, window in zip(self.compressed_layers, windows, strict=True):
-            layer.cut_chunk(window.last(self._eviction.method.num_observed()))
+            layer.cut_chunk(window)
