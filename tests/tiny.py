@@ -21,6 +21,7 @@ from compresskv import CompressedCache
 from compresskv.bench.geometry import random_centres, random_weights
 from compresskv.cache.layer import CompressedLayer
 from compresskv.methods import registry
+from compresskv.models.arguments import CACHE
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.shape import compressible_layers
 from compresskv.profiles.layer_errors import l1_normalised
@@ -222,7 +223,7 @@ def read(
                 "attention_mask": attention_mask[:, :end],
                 "position_ids": position_ids(attention_mask)[:, start:end],
             }
-        output = model(input_ids=sequence[:, start:end], past_key_values=cache, use_cache=True, **masks)
+        output = model(input_ids=sequence[:, start:end], use_cache=True, **masks, **{CACHE: cache})
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

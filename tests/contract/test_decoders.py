@@ -62,5 +62,8 @@ def test_it_equals_the_masked_reference(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_it_is_refused_before_anything_is_evicted(model_type: str) -> None:
     outcome = decoders.examine(known(model_type))
+    if model_type == "gptj" and Version(transformers.__version__) >= Version("5.24"):
+        assert outcome == decoders.Outcome("works")
+        return
     assert outcome.word == "refused"
     assert re.search(REFUSED[model_type], outcome.reason)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compresskv.errors import CacheStateError, ModelError, PromptError
+from compresskv.models.arguments import with_cache
 
 
 class ChunkwiseCache(Protocol):
@@ -35,7 +36,7 @@ class ChunkwiseCache(Protocol):
         """
 
 
-def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: list[int], **given: Any) -> Any:
+def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: list[int], /, **given: Any) -> Any:
     """What a decoder's `forward` would return, called for one chunk after another.
 
     Args:
@@ -62,7 +63,7 @@ def forward_in_chunks(forward: Callable[..., Any], cache: ChunkwiseCache, ends: 
 
 
 def _read_into(forward: Callable[..., Any], own: dict[str, Any], cache: ChunkwiseCache) -> None:
-    forward(**{**own, "past_key_values": cache})
+    forward(**with_cache(own, cache))
 
 
 def check_unpadded(valid: Tensor | None) -> None:

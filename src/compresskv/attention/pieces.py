@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from compresskv.attention.chunks import forward_in_chunks
 from compresskv.attention.support import attention_modules
 from compresskv.errors import ConfigError, ModelError
+from compresskv.models.arguments import given_cache
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of, shares_keys
 from compresskv.system.check import is_int
 
@@ -148,7 +149,7 @@ def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         ModelError: it was given one of ours, and read without it.
     """
-    cache: Any = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     if not hasattr(cache, "piece_tokens"):  # none of ours, and nothing of one of ours may be read
         return _telling(None, forward, *args, **kwargs)
     given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs} if args else kwargs
@@ -165,7 +166,7 @@ def _decoder(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return output
 
 
-def _telling(cache: PiecewiseCache | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _telling(cache: PiecewiseCache | None, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call `forward`; what it calls in this thread is told of the cache."""
     before, _reading.cache = _cache(), cache
     try:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.full import FullCache
 from compresskv.methods.full import Full
+from compresskv.models.arguments import cache_argument
 from compresskv.models.place import input_device
 from compresskv.selection.precision import PRECISIONS
 
@@ -39,5 +40,5 @@ def store_losses(model: PreTrainedModel, read: FullCache, suffix: list[int], ans
 def _log_probs(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int], count: int) -> Tensor:
     """(count, vocab) float32: after each of the last `count` tokens."""
     inputs = torch.tensor([list(token_ids)], device=input_device(model))
-    logits: Tensor = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(input_ids=inputs, use_cache=True, **{cache_argument(model): cache}).logits
     return logits[0, -count:].float().log_softmax(dim=-1)

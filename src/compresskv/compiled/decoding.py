@@ -22,13 +22,14 @@ from compresskv.compiled.inputs import Places, gather_inputs, kinds_of, store_ne
 from compresskv.compiled.modes import ALWAYS, AUTO, check_mode
 from compresskv.compiled.package import Package, build_times, load_package
 from compresskv.compiled.step import StepInputs
+from compresskv.models.arguments import CACHE, CACHE_NAMES, given_cache
 from compresskv.models.place import input_device
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
 _STEP_ARGUMENTS = {
-    "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep",
-    "return_dict",
+    "input_ids", "position_ids", "attention_mask", "use_cache", "cache_position", "logits_to_keep",
+    "return_dict", *CACHE_NAMES,
 }  # fmt: skip
 
 _RECORDING_S = 0.2
@@ -273,11 +274,11 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         self.cache.compile_s += program.record_s - recorded_s
         store_new_token(self.cache, sliding)
         self.cache.num_compiled_steps += 1
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self.cache)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: self.cache})
 
 
 def _dispatch(contexts: list[CompiledDecoding], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model's `forward` while contexts are open on it."""
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     own = None if args or cache is None else next((one for one in contexts if one.cache is cache), None)
     return eager(*args, **kwargs) if own is None else own.forward(eager, **kwargs)

@@ -14,6 +14,7 @@ from compresskv.cache.stores.base import EVEN, RAGGED
 from compresskv.cache.stores.packed_vectors import rotation
 from compresskv.compiled.packed import PackedLayer
 from compresskv.compiled.step_layer import EvenLayer, RaggedLayer, StepLayer
+from compresskv.models.arguments import cache_argument
 from compresskv.models.shape import decoder_config, heads_of
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 
@@ -98,7 +99,7 @@ class Step(nn.Module):
                 layers.append((EvenLayer if kind == EVEN else RaggedLayer)(*given))
         widened = {name: getattr(self, own).float() for own, name in self._narrow.items()}
         cache = Cache(layers=layers)
-        inputs = {"input_ids": token, "position_ids": position, "past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": token, "position_ids": position, cache_argument(self.model): cache, "use_cache": True}
         with without_masks():
             output = functional_call(self.model, widened, kwargs=inputs) if widened else self.model(**inputs)
         sliding = [layer for layer in layers if not isinstance(layer, StepLayer)]

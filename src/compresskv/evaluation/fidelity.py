@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.full import branch
+from compresskv.models.arguments import cache_argument
 from compresskv.models.decoding import decode
 from compresskv.models.place import devices_of, input_device
 from compresskv.system.clock import now
@@ -62,7 +63,7 @@ def teacher_forced(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int
 def _read_again(model: PreTrainedModel, cache: Cache, token_ids: Sequence[int], num_rows: int) -> Tensor:
     """(B, n - 1, vocab): every row of the cache reads the same tokens."""
     inputs = torch.tensor([list(token_ids[:-1])] * num_rows, device=input_device(model))
-    logits: Tensor = model(input_ids=inputs, past_key_values=branch(cache), use_cache=True).logits
+    logits: Tensor = model(input_ids=inputs, use_cache=True, **{cache_argument(model): branch(cache)}).logits
     return logits.float().log_softmax(dim=-1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv.errors import ModelError
+from compresskv.models.arguments import cache_argument
 from compresskv.models.place import input_device
 
 OnToken = Callable[[int], object]
@@ -34,7 +35,8 @@ def last_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tens
     """Read tokens (B, T) and return the last position's logits (B, vocab): of no other are they computed."""
     last_only = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}  # type: ignore[arg-type]
     with _reading(model) if input_ids.shape[1] > 1 else nullcontext():  # one token's hidden state is dense
-        logits: Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
+        given = {**last_only, cache_argument(model): cache}
+        logits: Tensor = model(input_ids=input_ids, use_cache=True, **given).logits[:, -1]
     return logits
 
 
