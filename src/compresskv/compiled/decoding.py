@@ -274,7 +274,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         self.cache.compile_s += program.record_s - recorded_s
         store_new_token(self.cache, sliding)
         self.cache.num_compiled_steps += 1
-        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: self.cache})
+        named: dict[str, Any] = {CACHE: self.cache}
+        return CausalLMOutputWithPast(logits=logits[:, None], **named)
 
 
 def _dispatch(contexts: list[CompiledDecoding], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

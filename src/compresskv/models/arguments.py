@@ -17,7 +17,7 @@ CACHE = _NEW if tuple(map(int, transformers.__version__.split(".")[:2])) >= _REN
 
 def cache_argument(model: nn.Module) -> str:
     """The name of a model's argument; models from elsewhere may have kept the old one."""
-    return _cache_argument(type(model))
+    return _cache_argument(type(model))  # type: ignore[arg-type]
 
 
 @functools.cache
