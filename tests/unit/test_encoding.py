@@ -33,9 +33,8 @@ class TestEncodings:
     def test_all_ways_to_write(self, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
         written = streams(monkeypatch, encoding)
         escape_unwritable()
-        stream = Stream(Bar())
-        stream(NAME)
-        stream.finish()
+        with Stream(Bar()) as stream:
+            stream(NAME)
         out.print(NAME)
         err.print(NAME)
         table = new_table(NAME)

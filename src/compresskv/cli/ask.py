@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,10 +114,10 @@ def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **op
 
     given = checked.request
     reset_peak(model.device)  # each answer's own
-    with Bar() as bar:
+    streams = not given.as_json and not given.compare
+    with Bar() as bar, Stream(bar) if streams else nullcontext() as stream:
         steps = Steps(bar, method.name, given.max_new_tokens)
-        stream = Stream(bar) if not given.as_json and not given.compare else None
-        generation = answer(
+        return answer(
             model,
             tokenizer,
             checked.context,
@@ -132,18 +133,14 @@ def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **op
             on_compile=Building(bar),
             **options,
         )
-    if stream is not None:
-        stream.finish()
-    return generation
 
 
 def _ask_session(given: Request, compile: str) -> None:
     """The answer from what was kept of a document that was read before."""
     given.check_session()
     session = load_session(given.document, given.model, given.dtype, given.device)
-    with Bar() as bar:
+    with Bar() as bar, nullcontext() if given.as_json else Stream(bar) as stream:
         steps = Steps(bar, "session", given.max_new_tokens)
-        stream = None if given.as_json else Stream(bar)
         generation = session.ask(
             given.question,
             max_new_tokens=given.max_new_tokens,
@@ -152,8 +149,6 @@ def _ask_session(given: Request, compile: str) -> None:
             on_token=None if stream is not None else steps.answering,
             on_compile=Building(bar),
         )
-    if stream is not None:
-        stream.finish()
     _report([generation], replace(given, model=session.facts.model), compile)
 
 

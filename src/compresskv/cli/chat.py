@@ -118,9 +118,8 @@ class _Chat:
         self._commands[name](rest)
 
     def _say(self, text: str) -> None:
-        with Bar() as bar, _interruptible() as is_stopped:
+        with Bar() as bar, _interruptible() as is_stopped, Stream(bar) as stream:
             bar("reading", None)
-            stream = Stream(bar)
             self._last = self._session.say(
                 text,
                 max_new_tokens=self._max_new_tokens,
@@ -129,7 +128,6 @@ class _Chat:
                 on_token=lambda _: is_stopped(),
                 on_compile=Building(bar),
             )
-        stream.finish()
 
     def _save(self, given: str) -> None:
         place = self._saving.find_place(given)

@@ -254,7 +254,7 @@ def parse_candidates(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or not int(text):
-        raise ConfigError("must be a number of at least 1, or 'all'", option="candidates", value=text)
+        raise ConfigError("must be a whole number of at least 1, or 'all'", option="candidates", value=text)
     return int(text)
 
 

@@ -12,7 +12,6 @@ import typer
 
 from compresskv import defaults
 from compresskv.cli.options import (
-    BudgetOption,
     ChunkBudgetOption,
     DecodeBudgetOption,
     ProfileOption,
@@ -50,7 +49,10 @@ _MEMORY_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--kv-
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"Hub id, folder, or the embedded {defaults.MODEL}.")] = defaults.MODEL,
-    budget: BudgetOption = str(defaults.BUDGET),
+    budget: Annotated[
+        str,
+        typer.Option(help=f"Tokens kept ({defaults.BUDGET}), or share of the prompt (0.03, 3%).", metavar="BUDGET"),
+    ] = str(defaults.BUDGET),
     method: Annotated[
         str,
         typer.Option(help="A method that keeps the same tokens in all layers: vote, streaming_llm.", metavar="METHOD"),

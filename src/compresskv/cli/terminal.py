@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -168,8 +168,8 @@ class Steps:
         self._bar(f"{self._name}: answering", self._num_tokens / self._most)
 
 
-class Stream:
-    """Writes an answer as it comes; the progress bar makes way first."""
+class Stream(AbstractContextManager["Stream"]):
+    """Writes an answer as it comes; the progress bar makes way first. Its line ends, however the answer does."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
@@ -182,8 +182,7 @@ class Stream:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def finish(self) -> None:
-        """It has ended."""
+    def __exit__(self, *_: object) -> None:
         if self._started:
             sys.stdout.write("\n")
             sys.stdout.flush()

@@ -232,7 +232,9 @@ def check_servable(method: Method) -> None:
 def _budget(given: Any) -> int | float:
     budget = known_beforehand(read_budget(given))
     if not isinstance(budget, (int, float)):
-        raise ConfigError(f"budget={given!r}: vLLM has one block table for all layers, so give one number of tokens")
+        raise ConfigError(
+            f"budget={given!r}: vLLM has one block table for all layers, so give one number of tokens, or a share"
+        )
     if budget > _LARGEST:
         raise ConfigError(f"budget={budget} is more than vLLM can pass on: give at most {_LARGEST}, or 'off'")
     return budget

@@ -1,0 +1,18 @@
+"""An answer's line ends, however the answer does."""
+
+import pytest
+
+from compresskv.cli.terminal import Bar, Stream
+
+
+def test_an_interrupted_answer_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), Bar() as bar, Stream(bar) as stream:
+        stream("The crew")
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == "The crew\n"
+
+
+def test_nothing_said_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar() as bar, Stream(bar):
+        pass
+    assert not capsys.readouterr().out
