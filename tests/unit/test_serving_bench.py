@@ -196,7 +196,7 @@ def test_a_part_that_fails_leaves_a_row(tmp_path: Path, monkeypatch: pytest.Monk
     found = CliRunner().invoke(gpu.app, ["check", "-o", str(tmp_path / "rows.jsonl"), "--pools", "0", "--limit", "0"])
     assert found.exit_code == 1
     rows = Results(tmp_path / "rows.jsonl", None).rows
-    assert [row["kind"] for row in rows] == ["starts", "tokens", "tokens", "load", "load"]
+    assert [row["kind"] for row in rows] == ["starts", "tokens", "tokens", "tokens", "load", "load"]
     assert {row["failed"] for row in rows} == {"no answer in 0 s"}
     failed = run_part("benchmarks.serving.gpu", {"kind": "nothing"}, 60)
     assert failed["failed"] == "exit code 1"
