@@ -5,10 +5,15 @@ import pytest
 from compresskv.cli.terminal import Bar, Stream
 
 
-def test_an_interrupted_answer_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyboardInterrupt), Bar() as bar, Stream(bar) as stream:
-        stream("The crew")
+def interrupted(text: str) -> None:
+    with Bar() as bar, Stream(bar) as stream:
+        stream(text)
         raise KeyboardInterrupt
+
+
+def test_an_interrupted_answer_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted("The crew")
     assert capsys.readouterr().out == "The crew\n"
 
 
