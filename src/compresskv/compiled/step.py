@@ -125,5 +125,6 @@ def _sliding_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
     """Attends to all that it holds and to the new token; the caller drops what has left the window."""
     layer = DynamicLayer()
     layer.keys, layer.values, layer.is_initialized = keys, values, True
-    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.device = keys.device
+    layer.dtype = keys.dtype  # type: ignore[attr-defined, unused-ignore]  # transformers before 5.24 ask for it
     return layer
