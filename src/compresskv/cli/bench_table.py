@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from compresskv.cli.terminal import megabytes, new_table, out
+from compresskv.cli.terminal import counted, megabytes, new_table, out
 
 Cell = Callable[[dict[str, Any]], str]
 
@@ -90,7 +90,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         f"x least: to the limit of {limits['read_bytes_per_s'] / 1e9:.1f} GB/s (weights and KV cache read once a "
         f"token) and {limits['matmul_flop_per_s'] / 1e9:,.0f} GFLOP/s (the prompt's matrix products)",
         f"{model['name']}, {model['dtype']}, {model['weights_nbytes'] / 1e6:,.0f} MB of weights; "
-        f"{machine['processor']}, {machine['threads']} threads; torch {result['versions']['torch']}, "
+        f"{machine['processor']}, {counted(machine['threads'], 'thread')}; torch {result['versions']['torch']}, "
         f"transformers {result['versions']['transformers']}",
         *result["notes"],
     ]

@@ -97,7 +97,8 @@ class Runs:
         from compresskv.evaluation.summary import report_data
 
         counts, data = _sum(opened), None
-        if self.is_suite and any(evaluation.log.records() for evaluation in opened):
+        has_records = any(evaluation.log.records() for evaluation in opened)
+        if self.is_suite and has_records:
             data = report_data([evaluation.log.folder for evaluation in opened])
         if as_json:
             told = {"run": str(self.output), "configurations": num_configurations, **asdict(counts)}
@@ -113,8 +114,9 @@ class Runs:
             f"{counted(num_configurations, 'configuration')}: {counted(counts.records, 'new record')} from "
             f"{counted(counts.prefills, 'prefill')}."
         )
-        records = self.output / ("*/records.jsonl" if self.is_suite else "records.jsonl")
-        out.print(f"records: {records}; tables and figures: compresskv report {self.output}")
+        if has_records:
+            records = self.output / ("*/records.jsonl" if self.is_suite else "records.jsonl")
+            out.print(f"records: {records}; tables and figures: compresskv report {self.output}")
 
 
 def find_runs(output: Path, suite: str | None, own: dict[str, Any], shared: dict[str, Any]) -> Runs:

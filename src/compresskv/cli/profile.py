@@ -182,7 +182,7 @@ def show(
     else:
         print_heads(loaded)
         print_stores(loaded)
-        out.print(f"\nlayer budgets at a mean of {counted(budget, 'token')}")
+        out.print(f"\nlayer budgets of method compresskv at a mean of {counted(budget, 'token')}")
         out.print(layer_table(loaded, tokens), soft_wrap=False)
     if plot is not None:
         from compresskv.calibration import plots
