@@ -1,32 +1,23 @@
 """A prompt's end, read before it comes: what a choice in the middle of the prompt is for."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compresskv.attention.routing import watching
+from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.window import QueryWindow
 
 
-class Passing(Protocol):
-    """A cache layer that is read through and thrown away."""
-
-    def pass_by(self) -> None:
-        """Attend to what is held and what comes, and evict nothing."""
-
-    def let_go(self) -> None:
-        """Free what is held: nothing attends to it any more."""
-
-
 @torch.no_grad()
-def queries_of_end(layers: list[Any], size: int, read: Callable[[], object]) -> list[QueryWindow]:
+def queries_of_end(layers: list[CompressedLayer], size: int, read: Callable[[], object]) -> list[QueryWindow]:
     """The last queries, at most `size`, that a prompt's end has in each layer while `read` reads it.
 
     Args:
-        layers: `Passing`, of a branch of the cache. Each is let go once its attention was computed, so that no more
-            than one of them is ever held beside the cache.
+        layers: of a branch of the cache, which is thrown away. Each is let go once its attention was computed, so that
+            no more than one of them is ever held beside the cache.
     """
     found: dict[int, QueryWindow] = {}
     for layer in layers:

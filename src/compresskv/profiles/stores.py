@@ -9,21 +9,16 @@ LOSSY = 0.05
 """Nats per token that a store may lose before anything is evicted: about what eviction to a quarter loses."""
 
 
-def safe_stores(profile: Profile) -> dict[str, float]:
-    """The packed stores that lose at most `LOSSY`, and what they lose; empty where that was not measured."""
-    return {name: loss for name, loss in profile.store_losses.items() if loss <= LOSSY}
-
-
 def warn_of_lossy_store(profile: Profile | None, store: str) -> None:
     """Say that the model bears a store badly, and which it bears better."""
-    loss = 0.0 if profile is None else profile.store_losses.get(store, 0.0)
-    if profile is None or loss <= LOSSY:
+    if profile is None or profile.store_losses.get(store, 0.0) <= LOSSY:
         return
-    safe = safe_stores(profile)
-    other = min(safe, key=safe.__getitem__) if safe else NATIVE
+    losses = {NATIVE: 0.0, **profile.store_losses}
+    packed = [name for name, loss in profile.store_losses.items() if loss <= LOSSY]
+    other = min(packed or [NATIVE], key=losses.__getitem__)
     warnings.warn(
-        f"{profile.model_id} bears the store {store!r} badly: it loses {loss:.2f} nats per token before anything is "
-        f"evicted; {other!r} loses {safe.get(other, 0.0):.3f}",
+        f"{profile.model_id} bears the store {store!r} badly: it loses {losses[store]:.2f} nats per token before "
+        f"anything is evicted; {other!r} loses {losses[other]:.3f}",
         category=UserWarning,
         stacklevel=3,
     )
