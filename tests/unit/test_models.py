@@ -618,8 +618,17 @@ def test_an_environment_without_pip_uses_the_one_that_comes_with_python(tiny, in
     assert leftovers(cache) == [Path(done.stdout.strip()).name]
 
 
+def test_looking_for_pip_leaves_setuptools_as_it_is() -> None:
+    program = (
+        "from compresskv.models.download import pip_command\nassert pip_command()\n"
+        "import setuptools, distutils.core\nassert '_distutils' in distutils.core.__file__"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "SETUPTOOLS_USE_DISTUTILS"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
 def test_a_python_without_any_pip_is_told(tiny, cache, monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("compresskv.models.download._found", lambda package: None)
     monkeypatch.setattr("sysconfig.get_config_var", lambda name: None)
 
     assert "needs pip" in fetch_error()

@@ -76,10 +76,10 @@ def _constants(exported: dict[str, Any]) -> dict[str, Tensor]:
     return own | {f"_tensor_constant{number}": value for number, value in enumerate(made)}
 
 
-def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs:
+def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...], seed: int = 0) -> StepInputs:
     """Small random inputs of different lengths, so that no two are taken to be equal."""
     config, device = decoder_config(model), model.device
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     held: tuple[list[Tensor], list[Tensor]] = [], []
     packed: list[list[Tensor]] = []
     for layer_idx, kind in enumerate(kinds):
@@ -95,7 +95,10 @@ def example_inputs(model: PreTrainedModel, kinds: tuple[str, ...]) -> StepInputs
             )
         precision = precision_of(kind)
         packed.append(
-            [one.to(device) for one in example_packed(precision, heads, num_tokens + 1, ragged=is_ragged(kind))]
+            [
+                one.to(device)
+                for one in example_packed(precision, heads, num_tokens + 1, generator, ragged=is_ragged(kind))
+            ]
             if precision.is_packed
             else []
         )

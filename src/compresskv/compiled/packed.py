@@ -93,10 +93,11 @@ class PackedLayer(EvenLayer):
         return output.to(tails[0].dtype)
 
 
-def example_packed(precision: Precision, heads: Heads, num_each: int, *, ragged: bool) -> list[Tensor]:
+def example_packed(
+    precision: Precision, heads: Heads, num_each: int, generator: torch.Generator, *, ragged: bool
+) -> list[Tensor]:
     """Like `Slots.packed` of KV heads that hold `num_each` tokens: all numbers lie between -0.1 and 0.1."""
     packed: list[Tensor] = []
-    generator = torch.Generator().manual_seed(num_each)
     num_heads, dim = heads.num_kv_heads, heads.head_dim
     for bits in (precision.key_bits, precision.value_bits):
         assert bits is not None

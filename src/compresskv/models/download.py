@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,14 +99,21 @@ def pip_command() -> list[str] | None:
     That copy is run from its wheel and installed nowhere. Either knows the user's settings of the package index, which
     no downloader of plain addresses does. None where there is neither.
     """
-    if importlib.util.find_spec("pip") is not None:
+    if _found("pip") is not None:
         return [sys.executable, "-m", "pip"]
-    bundled = importlib.util.find_spec("ensurepip")
+    bundled = _found("ensurepip")
     folders = [sysconfig.get_config_var("WHEEL_PKG_DIR")]  # where Linux distributions put it
     if bundled is not None and bundled.origin is not None:
         folders.append(str(Path(bundled.origin).parent / "_bundled"))
     wheels = [wheel for folder in folders if folder for wheel in sorted(Path(folder).glob("pip-*.whl"))]
     return [sys.executable, str(wheels[-1] / "pip")] if wheels else None
+
+
+def _found(package: str) -> ModuleSpec | None:
+    """Where a package lies. `importlib.util` would ask setuptools too, which takes every question about pip for one of
+    pip itself and no longer replaces distutils: before Python 3.12 it then cannot be imported, as compilers need.
+    """
+    return PathFinder.find_spec(package)
 
 
 def _run(command: list[str], environment: dict[str, str], on_poll: Callable[[], None]) -> tuple[str, int]:
