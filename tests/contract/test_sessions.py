@@ -258,10 +258,16 @@ def test_a_long_conversation_forgets_its_oldest_turns(family: str, method: str) 
             later = [*range(first, talk.cache.get_seq_length())]
             assert [[token for token in head if token >= 0] for head in stored] == [head + later for head in own[0]]
         assert answers(session) == expected
+        numbers = [turn.number for turn in session.turns]
+        assert numbers == [*range(numbers[0], number + 2)]
+        assert [turn.question for turn in session.turns] == [tiny.random_words(6, seed=own - 1) for own in numbers]
+        assert sum(turn.num_tokens or 0 for turn in session.turns) == session.num_said
+    assert numbers[0] > 1
     assert any(after < earlier for earlier, after in pairwise(held))
     assert digest(session) == before
     session.say(tiny.random_words(60), max_new_tokens=4, compile="never")
     assert talk.num_kept == 40
+    assert [(turn.number, turn.num_tokens) for turn in session.turns] == [(7, 40)]
 
 
 @pytest.mark.stores(reason="a file names the stores that users have")
@@ -278,6 +284,7 @@ def test_a_saved_conversation_goes_on_as_before(family: str, method: str, store:
     session.save(tmp_path / "saved.kvc")
     opened = compresskv.open_session(tmp_path / "saved.kvc", model, tiny.tokenizer())
     opened.turns_budget = 20
+    assert session.turns == opened.turns != ()
     for number in range(3):
         turn = tiny.random_words(6, seed=10 + number)
         found, wanted = (one.say(turn, max_new_tokens=4, compile="never") for one in (opened, session))

@@ -71,7 +71,7 @@ def test_show_tells_what_a_file_holds(kept: Path, call: Callable[..., Result]) -
     for word in ("doc.txt", "model (llama-", "float32", "full", "just now", "(100.0%)"):
         assert word in shown.out
     told = json.loads(call("session", "show", "doc.kvc", "--json").out)
-    assert told["names"] == ["doc.txt"]
+    assert (told["names"], told["turns"]) == (["doc.txt"], [])
     assert told["file_nbytes"] == kept.stat().st_size
     assert told["kv_nbytes"] < told["file_nbytes"] < 1.05 * told["kv_nbytes"]
 
@@ -262,7 +262,14 @@ def test_a_conversation_comes_from_standard_input(
     assert [word for word in words if word not in result.err] == []
     (said,) = re.findall(r" [1-9]\d* tokens of the conversation", result.err)
     monkeypatch.setattr(sys, "stdin", io.StringIO("/stats\n"))
-    assert said in call("chat", "talk.kvc").err
+    again = call("chat", "talk.kvc").err
+    assert said in again
+    assert f"; goes on behind 1 turn, the last: '{QUESTION}'; /help" in again
+    (turn,) = json.loads(call("session", "show", "talk.kvc", "--json").out)["turns"]
+    assert (turn["number"], turn["question"], turn["answer"]) == (1, QUESTION, ANSWER)
+    assert said.split()[0] == str(turn["num_tokens"])
+    shown = call("session", "show", "talk.kvc").out
+    assert re.search(rf"(?m)^ +1 +{turn['num_tokens']} +{re.escape(QUESTION)} +{ANSWER} *$", shown)
 
 
 def test_a_text_is_read_for_a_conversation(

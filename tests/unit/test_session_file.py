@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,10 @@ from compresskv import Session, SessionError
 from compresskv.cache.state import cache_state
 from compresskv.sessions import file
 from compresskv.sessions.file import Contents, Said, read_session, write_session
-from compresskv.sessions.header import is_cut, is_session, read_facts
+from compresskv.sessions.header import is_cut, is_session, read_facts, read_metadata, turns_of
 from compresskv.sessions.integers import pack, unpack
 from compresskv.sessions.repeated import NEW, join, part
+from compresskv.sessions.turn import Turn
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_it_is_plain_safetensors_that_holds_the_text(saved: Path, session: Sessi
 
 def test_a_conversation_may_lie_in_its_documents_tensors(session: Session, tmp_path: Path) -> None:
     tensors = {"0.keys": torch.arange(12.0).reshape(1, 1, 4, 3)[:, :, :2]}
-    said = Said(({"0.keys": torch.as_strided(tensors["0.keys"], (1, 1, 4, 3), (12, 12, 3, 1))}, []), [2], [5])
+    said = Said(({"0.keys": torch.as_strided(tensors["0.keys"], (1, 1, 4, 3), (12, 12, 3, 1))}, []), (Turn(1, 2),), [5])
     contents = Contents(session.facts, session.token_ids, session._document.ending, (tensors, []), said)
     write_session(tmp_path / "saved.kvc", contents)
     found = read_session(tmp_path / "saved.kvc")
@@ -150,10 +152,11 @@ def test_a_conversation_is_held_beside_its_document_not_with_it(method: str, sto
 
 
 def test_a_file_of_the_first_format_is_read(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There a conversation is whole."""
-    session.say("What?", max_new_tokens=4, compile="never")
+    """There a conversation is whole, and what was said in it is not told."""
+    for question in ("What?", "Who?"):
+        session.say(question, max_new_tokens=4, compile="never")
     session.save(tmp_path / "new.kvc")
-    first = SimpleNamespace(dumps=lambda told: json.dumps({**told, "said": told["said"][:3]}))
+    first = SimpleNamespace(dumps=lambda told: json.dumps(_without_turns(told)))
     for name, value in {"VERSION": 1, "part": lambda *_: None, "json": first}.items():
         monkeypatch.setattr(file, name, value)
     session.save(tmp_path / "old.kvc")
@@ -164,8 +167,36 @@ def test_a_file_of_the_first_format_is_read(session: Session, tmp_path: Path, mo
     old, new = (read_session(tmp_path / name).said for name in ("old.kvc", "new.kvc"))
     assert old is not None
     assert new is not None
-    assert (old.starts, old.answer, old.state[1]) == (new.starts, new.answer, new.state[1])
+    assert (old.answer, old.state[1]) == (new.answer, new.state[1])
+    first_turn, last_turn = new.turns
+    assert old.turns == (
+        replace(first_turn, question=None, answer=None),
+        replace(last_turn, question=None, answer=None, num_tokens=None),
+    )
+    opened = compresskv.open_session(tmp_path / "old.kvc", tiny.tiny_model("gemma3"), tiny.tokenizer())
+    assert [turn.num_tokens for turn in opened.turns] == [turn.num_tokens for turn in new.turns]
     assert all(torch.equal(old.state[0][name], tensor) for name, tensor in new.state[0].items())
+
+
+def _without_turns(told: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in told.items() if name != "turns"}
+    return {**kept, "said": told["said"][:3]}
+
+
+def test_turns_that_are_none_are_refused_in_one_line(session: Session, tmp_path: Path) -> None:
+    session.say("What?", max_new_tokens=4, compile="never")
+    session.save(tmp_path / "talk.kvc")
+    session.forget()
+    metadata = read_metadata(tmp_path / "talk.kvc")
+    assert [turn.question for turn in turns_of("talk.kvc", metadata)] == ["What?"]
+    untold = {name: value for name, value in metadata.items() if name != "turns"}
+    for damaged in (
+        {**metadata, "turns": [{"number": 1}]},
+        {**untold, "said": []},
+        {**untold, "said": [[], ["x"], []]},
+    ):
+        with pytest.raises(SessionError, match=r"^session 'talk.kvc' is damaged: in its head, of its turns, .*$"):
+            turns_of("talk.kvc", damaged)
 
 
 class TestRepeated:

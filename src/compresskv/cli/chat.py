@@ -17,7 +17,7 @@ from compresskv.cli.outputs import check_outputs
 from compresskv.cli.places import check_place, choose_places, free_place
 from compresskv.cli.reading import Reading
 from compresskv.cli.spread import spread
-from compresskv.cli.terminal import Bar, Building, Stream, err, megabytes
+from compresskv.cli.terminal import Bar, Building, Stream, beginning, counted, err, megabytes
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import CompressKVError, ConfigError, PromptError, SessionError, told
 from compresskv.sessions.header import is_session
@@ -37,7 +37,7 @@ Examples:
 """
 
 _HELP = """\
-/save [FILE]  write the document and this conversation to a file
+/save [FILE]  write the document and this conversation to a file, which `compresskv session show` shows
 /forget       begin a new conversation about the same document
 /stats        what is kept, and what the last answer cost
 /help         this list
@@ -94,7 +94,7 @@ class _Chat:
         facts = self._session.facts
         err.print(
             f"[{', '.join(facts.names) or 'document'}: {facts.num_tokens:,} tokens, "
-            f"{facts.mean_retained / facts.num_tokens:.0%} kept; /help lists commands]"
+            f"{facts.mean_retained / facts.num_tokens:.0%} kept{self._said()}; /help lists commands]"
         )
         for line in lines:
             name, _, rest = line.strip().partition(" ")
@@ -110,6 +110,14 @@ class _Chat:
                     self._say(line.strip().removeprefix("/") if name.startswith("//") else line)
             except CompressKVError as error:
                 err.print(f"compresskv: {' '.join(str(error).split())}")
+
+    def _said(self) -> str:
+        """What an opened conversation goes on from."""
+        turns = self._session.turns
+        if not turns:
+            return ""
+        last = "" if turns[-1].question is None else f", the last: {beginning(turns[-1].question)!r}"
+        return f"; goes on behind {counted(len(turns), 'turn')}{last}"
 
     def _command(self, name: str, rest: str) -> None:
         if name not in self._commands:

@@ -1,18 +1,21 @@
 """`compresskv session`: what a session's file holds."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from compresskv.cli.command import Command
 from compresskv.cli.group import CommandGroup
 from compresskv.cli.options import JsonOption
-from compresskv.cli.terminal import megabytes, new_table, out
+from compresskv.cli.terminal import beginning, megabytes, new_table, out
 from compresskv.sessions.facts import Facts
-from compresskv.sessions.header import read_facts
+from compresskv.sessions.header import facts_of, read_metadata, turns_of
+from compresskv.sessions.turn import Turn
 
 SHOW_EPILOG = """\b
 Examples:
@@ -22,7 +25,7 @@ Examples:
 
 session_app = typer.Typer(
     cls=CommandGroup,
-    help="Show what a file of `compresskv read` holds.",
+    help="Show what a file of `compresskv read` or `chat` holds.",
     epilog=SHOW_EPILOG,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -39,16 +42,40 @@ def show(
     session: Annotated[Path, typer.Argument(help="A file of 'compresskv read'.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Print a session's model, tokens, bytes, method and age. Neither the model nor what is kept is loaded."""
-    facts, nbytes = read_facts(session), session.stat().st_size
+    """Print a session's model, tokens, bytes, method and age, and what was said in its conversation.
+
+    Neither the model nor what is kept is loaded. With --json, questions and answers are printed whole.
+    """
+    metadata = read_metadata(session)
+    facts, turns, nbytes = facts_of(session, metadata), turns_of(session, metadata), session.stat().st_size
     if as_json:
-        out.print_json(json.dumps({**facts.to_dict(), "file_nbytes": nbytes}))
+        said = [turn.to_dict() for turn in turns]
+        out.print_json(json.dumps({**facts.to_dict(), "turns": said, "file_nbytes": nbytes}))
         return
     table = new_table("", "")
     table.show_header = False
     for name, value in _lines(facts, nbytes):
         table.add_row(name, value)
     out.print(table, soft_wrap=False)
+    if turns:
+        out.print(_conversation(turns), soft_wrap=False)
+
+
+def _conversation(turns: Sequence[Turn]) -> Table:
+    """The turns that are held: how each begins."""
+    numbers = ("turn", "tokens")
+    table = new_table(*numbers, "question", "answer", numbers=numbers, title="conversation")
+    for turn in turns:
+        tokens = "?" if turn.num_tokens is None else f"{turn.num_tokens:,}"
+        table.add_row(str(turn.number), tokens, *(_shown(one) for one in (turn.question, turn.answer)))
+    if turns[0].number > 1:
+        table.caption, table.caption_justify = "earlier turns were forgotten", "left"
+    return table
+
+
+def _shown(text: str | None) -> str:
+    """How it begins; '?' where a file does not say."""
+    return "?" if text is None else beginning(text)
 
 
 def _lines(facts: Facts, nbytes: int) -> list[tuple[str, str]]:

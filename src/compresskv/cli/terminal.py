@@ -21,6 +21,8 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=
 """Progress and remarks: never part of a result."""
 
 
+BEGINNING = 60
+"""Characters that are shown of a text that may be long."""
 SILENCE_S = 20.0
 """The longest time without a word where standard error is no terminal."""
 
@@ -83,6 +85,12 @@ def new_table(*columns: str, numbers: Collection[str] = (), title: str | None = 
         right = column in numbers
         table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
     return table
+
+
+def beginning(text: str) -> str:
+    """Its first characters, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= BEGINNING else f"{line[: BEGINNING - 3].rstrip()}..."
 
 
 def counted(number: int, noun: str) -> str:

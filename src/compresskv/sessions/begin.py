@@ -152,7 +152,7 @@ def opened(path: str | Path, contents: Contents, model: PreTrainedModel, tokeniz
         session = Session(model, tokenizer, cache, contents.token_ids, contents.ending, contents.facts)
         if contents.said is not None:
             talk = _restored(model, contents.said.state, contents.facts.store)
-            session.resume(talk, contents.said.starts, contents.said.answer)
+            session.resume(talk, contents.said.turns, contents.said.answer)
     except (CacheStateError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"session {str(path)!r} does not fit this model: {error}") from error
     return session

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import torch
 
 from compresskv.cache.cache import CompressedCache
+from compresskv.generation import Generation
 from compresskv.selection.select import EMPTY_SLOT
 from compresskv.sessions.facts import Facts
+from compresskv.sessions.turn import Turn
 
 TURNS_BUDGET = 1024
 """Tokens of turns that are kept beside the document's."""
@@ -20,8 +22,8 @@ class Conversation:
     cache: CompressedCache
     facts: Facts
     """Of the document, whose tokens are never forgotten."""
-    starts: list[int] = field(default_factory=list)
-    """Where each turn that is kept begins, in tokens seen."""
+    turns: list[Turn] = field(default_factory=list)
+    """Those that are kept."""
     answer: list[int] = field(default_factory=list)
     """The last answer's tokens, of which all but the last were read."""
     lease: ExitStack = field(default_factory=ExitStack)
@@ -30,7 +32,14 @@ class Conversation:
     @property
     def num_kept(self) -> int:
         """Tokens of turns that are held."""
-        return self.cache.get_seq_length() - self.starts[0] if self.starts else 0
+        return self.cache.get_seq_length() - self.turns[0].start if self.turns else 0
+
+    def note(self, start: int, question: str, answer: Generation) -> None:
+        """A turn was said, whose tokens begin at `start`."""
+        number = self.turns[-1].number + 1 if self.turns else 1
+        turn = Turn(number, start, question=question.strip(), answer=answer.answer)
+        self.turns.append(turn.ending_at(self.cache.get_seq_length()))
+        self.answer = answer.token_ids
 
     def forget_oldest(self, budget: int) -> None:
         """Where turns hold more than `budget` tokens, forget the oldest until half of that is left.
@@ -40,9 +49,9 @@ class Conversation:
         if self.num_kept <= budget:
             return
         seen = self.cache.get_seq_length()
-        later = [start for start in self.starts[1:] if seen - start <= budget // 2] or self.starts[-1:]
-        first = max(later[0], seen - budget)
-        self.starts = [first, *later[1:]]
+        later = [turn for turn in self.turns[1:] if seen - turn.start <= budget // 2] or self.turns[-1:]
+        first = max(later[0].start, seen - budget)
+        self.turns = [later[0].beginning_at(first), *later[1:]]
         for layer in self.cache.compressed_layers:
             assert layer.store is not None
             held = layer.store.positions

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from compresskv.cache.state import State
 from compresskv.errors import SessionError
 from compresskv.prompts.turns import Ending
 from compresskv.sessions.facts import Facts
-from compresskv.sessions.header import DOCUMENT_VERSION, FORMAT, VERSION, facts_of, read_metadata
+from compresskv.sessions.header import DOCUMENT_VERSION, FORMAT, VERSION, facts_of, read_metadata, turns_of
 from compresskv.sessions.integers import pack, unpack
 from compresskv.sessions.repeated import join, part
+from compresskv.sessions.turn import Turn
 from compresskv.system.files import replacing
 
 _INTEGERS, _TOKENS, _SAID, _ROWS = "integers", "tokens", "said.", ".rows"
@@ -40,7 +41,7 @@ class Said:
     """A conversation; see `Conversation`."""
 
     state: State
-    starts: list[int]
+    turns: tuple[Turn, ...]
     answer: list[int]
 
 
@@ -66,7 +67,10 @@ def write_session(path: str | Path, contents: Contents) -> None:
         "layers": layers,
         "integers": list(zip(packed, shapes, strict=True)),
         "tokens": token_shapes,
-        "said": None if said is None else [said.state[1], said.starts, said.answer, shapes_said],
+        "said": None
+        if said is None
+        else [said.state[1], [turn.start for turn in said.turns], said.answer, shapes_said],
+        "turns": [] if said is None else [asdict(turn) for turn in said.turns],
     }
     text = json.dumps(told)
     version = DOCUMENT_VERSION if said is None and contents.facts.budget is not None else VERSION
@@ -103,8 +107,8 @@ def read_session(path: str | Path) -> Contents:
         later = {name.removeprefix(_SAID): tensors.pop(name) for name in [*tensors] if name.startswith(_SAID)}
         said = None
         if metadata["said"] is not None:
-            layers, starts, answer, *shapes = metadata["said"]  # without shapes in format 1
-            said = Said((_with_repeated(later, tensors, *shapes), layers), starts, answer)
+            layers, _, answer, *shapes = metadata["said"]  # without shapes in format 1
+            said = Said((_with_repeated(later, tensors, *shapes), layers), turns_of(path, metadata), answer)
         return Contents(facts, token_ids.tolist(), ending, (tensors, metadata["layers"]), said)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"session {str(path)!r} is damaged: it was cut short, or altered ({error})") from error

@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 
 from compresskv.errors import SessionError, told
 from compresskv.sessions.facts import Facts
+from compresskv.sessions.turn import Turn, untold_turns
 from compresskv.system.convert import convert
 from compresskv.system.paths import is_file, is_folder
 
@@ -58,6 +59,20 @@ def facts_of(path: str | Path, metadata: dict[str, Any]) -> Facts:
         return convert(metadata.get("facts"), Facts)
     except ValueError as error:
         raise SessionError(f"session {str(path)!r} is damaged: in its head, {error}") from error
+
+
+def turns_of(path: str | Path, metadata: dict[str, Any]) -> tuple[Turn, ...]:
+    """The turns of the conversation among a file's metadata; files of earlier releases tell where they begin alone.
+
+    Raises:
+        SessionError: they are not what they should be.
+    """
+    try:
+        if metadata.get("said") is None or "turns" in metadata:
+            return convert(metadata.get("turns", []), tuple[Turn, ...])
+        return untold_turns(convert(metadata["said"][1], list[int]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise SessionError(f"session {str(path)!r} is damaged: in its head, of its turns, {error}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A document that was read once, and is asked often."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import Contents, Said, write_session
 from compresskv.sessions.progress import OnRead
 from compresskv.sessions.reading import check_length, held_by, read_on
+from compresskv.sessions.turn import Turn
 from compresskv.system.check import check_callbacks, check_path
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
@@ -81,6 +82,11 @@ class Session:
     def num_said(self) -> int:
         """Tokens of the conversation that are held beside the document."""
         return 0 if self._conversation is None else self._conversation.num_kept
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Those of the conversation that are held beside the document."""
+        return () if self._conversation is None else tuple(self._conversation.turns)
 
     def tokens_of(self, question: str) -> list[int]:
         """What a question adds to the document, up to where its answer begins.
@@ -144,14 +150,14 @@ class Session:
             ends = end_tokens(self._model, self.tokenizer)
             token_ids = turn_tokens(self.tokenizer, talk.answer, ends, text)
             self._check_fits(talk.cache.get_seq_length() + len(token_ids), max_new_tokens)
-        talk.starts.append(talk.cache.get_seq_length())
+        before = talk.cache.get_seq_length()
         try:
             found = self._answering.answer(talk.facts, talk.cache, token_ids, asked, start)
         except BaseException:  # half a turn was read
             talk.lease.close()
             self._conversation = None
             raise
-        talk.answer = found.token_ids
+        talk.note(before, text, found)
         talk.forget_oldest(self.turns_budget)
         self._conversation = talk
         if talk.facts is not self.facts:  # the document grew meanwhile
@@ -268,11 +274,12 @@ class Session:
         talk, document = self._conversation, self._document
         try:
             state = cache_state(document.cache)
-            said = None if talk is None else Said(cache_state(talk.cache), talk.starts, talk.answer)
+            said = None if talk is None else Said(cache_state(talk.cache), tuple(talk.turns), talk.answer)
         except CacheStateError as error:
             raise SessionError(f"this session cannot be saved: {error}") from error
         write_session(path, Contents(document.facts, document.token_ids, document.ending, state, said))
 
-    def resume(self, cache: CompressedCache, starts: list[int], answer: list[int]) -> None:
+    def resume(self, cache: CompressedCache, turns: Sequence[Turn], answer: list[int]) -> None:
         """Go on with a conversation that was saved; see `Conversation`."""
-        self._conversation = Conversation(cache, self.facts, starts, answer)
+        last = [turn.ending_at(cache.get_seq_length()) for turn in turns[-1:]]
+        self._conversation = Conversation(cache, self.facts, [*turns[:-1], *last], answer)
