@@ -109,7 +109,7 @@ class Engine:
         while self.llm.llm_engine.has_unfinished_requests():
             finished |= {output.request_id: output for output in self.step() if output.finished}
         self.check_clean()
-        return [_answer(finished[str(number)]) for number in range(len(prompts))]
+        return [answer_of(finished[str(number)]) for number in range(len(prompts))]
 
     def worker_blocks(self, number: int) -> list[int]:
         """Blocks that the worker has for the request that was added with this id."""
@@ -134,7 +134,8 @@ class Engine:
             assert not getattr(manager, name, None)
 
 
-def _answer(output: RequestOutput) -> Answer:
+def answer_of(output: RequestOutput) -> Answer:
+    """A finished request's."""
     only = output.outputs[0]
     tokens = list(only.token_ids)
     return Answer(tokens, [step[token].logprob for step, token in zip(only.logprobs, tokens, strict=True)])

@@ -33,7 +33,7 @@ def configured(settings: dict[str, Any] | None, **options: Any) -> Any:
         ({"kv_offloading_size": 1.0}, "offloading"),
         ({"kv_events_config": {"enable_kv_cache_events": True}}, "KV cache events"),
         ({"enable_lora": True}, "--enable-lora"),
-        ({"kv_cache_dtype": "fp8_e5m2", "dtype": "bfloat16"}, "--kv-cache-dtype fp8_e5m2"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype int8_per_token_head is not supported"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size 2"),
         ({"nnodes": 3, "distributed_executor_backend": "mp", "tensor_parallel_size": 3}, "--nnodes"),
         ({"max_num_batched_tokens": 40, "max_num_seqs": 16}, "--max-num-batched-tokens 40 must be at least"),

@@ -229,7 +229,7 @@ def test_the_layout_covers_a_block(cramped: Engine) -> None:
 def test_keys_are_read_alike_with_and_without_strides(cramped: Engine) -> None:
     """On processors with AMX, keys of neighbouring tokens are interleaved, and no strides tell where they are."""
     by_strides = cramped.runner.compaction._pages[2]
-    cache = by_strides._layer.kv_cache
+    cache = by_strides._keys._cache
     assert by_strides._keys._view is not None
     one_by_one = copy.copy(by_strides)
     one_by_one._keys = copy.copy(by_strides._keys)

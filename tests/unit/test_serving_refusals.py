@@ -7,14 +7,16 @@ configurations pass through all of it.
 import copy
 import re
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from compresskv.errors import ServingError
 from compresskv.serving.plugin import _end_with_one_line
-from compresskv.serving.refusals import check_configuration
+from compresskv.serving.refusals import check_cache_dtype, check_configuration
 from compresskv.serving.settings import Settings
 
 PARALLEL = SimpleNamespace(
@@ -28,6 +30,7 @@ PARALLEL = SimpleNamespace(
 )
 MODEL = SimpleNamespace(
     model="org/name",
+    dtype=torch.bfloat16,
     runner_type="generate",
     is_encoder_decoder=False,
     is_multimodal_model=False,
@@ -44,7 +47,10 @@ SCHEDULER = SimpleNamespace(
     max_num_batched_tokens=2048, max_num_scheduled_tokens=None, max_num_seqs=64, long_prefill_token_threshold=0
 )
 CONFIG = SimpleNamespace(
-    cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto", kv_sharing_fast_prefill=False),
+    cache_config=SimpleNamespace(
+        kv_offloading_size=None, cache_dtype="auto", kv_cache_dtype_skip_layers=[], kv_sharing_fast_prefill=False
+    ),
+    device_config=SimpleNamespace(device_type="cuda"),
     kv_events_config=SimpleNamespace(enable_kv_cache_events=False),
     speculative_config=None,
     kv_transfer_config=None,
@@ -80,7 +86,8 @@ def test_what_was_proved_passes(mode: Any) -> None:
         ("ec_transfer_config", object(), "encoder cache connectors"),
         ("kv_events_config.enable_kv_cache_events", True, "KV cache events"),
         ("lora_config", object(), "--enable-lora"),
-        ("cache_config.cache_dtype", "fp8", "--kv-cache-dtype fp8"),
+        ("cache_config.cache_dtype", "fp8", "--kv-cache-dtype fp8 is supported on CPUs only"),
+        ("cache_config.cache_dtype", "int8_per_token_head", "--kv-cache-dtype int8_per_token_head is not supported"),
         ("cache_config.kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
         ("parallel_config.pipeline_parallel_size", 2, "--pipeline-parallel-size 2"),
         ("parallel_config.decode_context_parallel_size", 2, "--decode-context-parallel-size 2"),
@@ -142,3 +149,38 @@ def test_graphs_of_whole_decode_steps_hide_what_a_decode_budget_needs() -> None:
     check_configuration(config, Settings(100))
     with pytest.raises(ServingError, match="decode budget needs: set cudagraph_mode to PIECEWISE"):
         check_configuration(config, Settings(100, decode_budget=200))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_caches_in_fp8_are_for_cpus_that_have_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = copy.deepcopy(CONFIG)
+    config.cache_config.cache_dtype, config.device_config.device_type = name, "cpu"
+    processor = {"has_fp8_caches": True, "uses_amx": False}
+
+    def check(message: str | None = None) -> None:
+        for function, has in processor.items():
+            monkeypatch.setattr(f"compresskv.serving.refusals.{function}", lambda has=has: has)
+        refused = pytest.raises(ServingError, match=message)
+        with refused if message else nullcontext():
+            check_configuration(config, Settings(100))
+        with refused if message else nullcontext():
+            check_cache_dtype(name, config.model_config.dtype, on_cpu=True)
+
+    check()
+    processor["uses_amx"] = True
+    check(f"--kv-cache-dtype {name} was never run with AMX")
+    config.model_config.dtype = torch.float32
+    check()
+    processor["has_fp8_caches"] = False
+    check(f"--kv-cache-dtype {name} needs a processor with AVX-512 or AMX")
+
+
+def test_layers_that_keep_their_caches_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = copy.deepcopy(CONFIG)
+    config.cache_config.kv_cache_dtype_skip_layers = ["0", "3"]
+    check_configuration(config, Settings(100))  # they are all alike
+    config.cache_config.cache_dtype, config.device_config.device_type = "fp8", "cpu"
+    for function, has in {"has_fp8_caches": True, "uses_amx": False}.items():
+        monkeypatch.setattr(f"compresskv.serving.refusals.{function}", lambda has=has: has)
+    with pytest.raises(ServingError, match="--kv-cache-dtype-skip-layers 0 3 is not supported"):
+        check_configuration(config, Settings(100))

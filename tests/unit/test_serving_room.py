@@ -18,6 +18,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.serving import room
 from compresskv.serving.choice import by_position, observe
 from compresskv.serving.inputs import PagedInputs
+from compresskv.serving.numbers import FP8
 from compresskv.serving.pages import Pages, find_layout
 from compresskv.serving.room import SCRATCH_NBYTES, WORK_NBYTES, LayerShape, max_observed_tokens, scratch_nbytes
 from compresskv.serving.settings import EvictionSpec
@@ -60,11 +61,15 @@ class Live(TorchDispatchMode):
             self._now -= nbytes
 
 
-def make_layer(num_tokens: int) -> Any:
+def make_layer(num_tokens: int, fp8: str | None = None) -> Any:
     """A layer of a request that has all blocks, in FlashAttention's order."""
     torch.manual_seed(0)
     cache = torch.randn(-(-num_tokens // BLOCK_SIZE), BLOCK_SIZE, HEADS, 2 * DIM).transpose(1, 2)
-    return SimpleNamespace(impl=Side(), kv_cache=cache, num_kv_heads=HEADS, head_size=DIM)
+    layer = SimpleNamespace(impl=Side(), kv_cache=cache, kv_cache_dtype="auto", num_kv_heads=HEADS, head_size=DIM)
+    if fp8 is not None:
+        layer.kv_cache, layer.kv_cache_dtype = cache.to(FP8[fp8]).view(torch.uint8), fp8
+        layer.dtype, layer._k_scale_float, layer._v_scale_float = torch.float32, 0.5, 0.5
+    return layer
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +82,8 @@ def make_inputs(layer: Any, num_tokens: int) -> Iterator[PagedInputs]:
     pages = Pages(layer, find_layout(layer, BLOCK_SIZE))
     torch.manual_seed(7)
     queries = 3 * torch.randn(1, HEADS * GROUPS, WINDOW, DIM)
-    num_heads, piece = LayerShape(HEADS, GROUPS, DIM, 4).scored_at_once(num_tokens, WINDOW)
+    itemsizes = (1, 4) if layer.kv_cache_dtype in FP8 else (4,)
+    num_heads, piece = LayerShape(HEADS, GROUPS, DIM, *itemsizes).scored_at_once(num_tokens, WINDOW)
     for start in range(0, HEADS, num_heads):
         yield PagedInputs(
             pages,
@@ -110,14 +116,18 @@ def vote(**options: Any) -> Vote:
     return Vote(window_size=WINDOW, **options).with_profile(profile)  # type: ignore[return-value]
 
 
+def _named(value: Any) -> str:
+    return getattr(value, "label", str(value))
+
+
 METHODS = [vote(), vote(local_weight=0, num_heads=9), StreamingLLM()]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
-def test_scoring_stays_within_its_share(method: Any) -> None:
+@pytest.mark.parametrize(("method", "fp8"), [*zip(METHODS, [None] * 3, strict=True), (METHODS[0], "fp8")], ids=_named)
+def test_scoring_stays_within_its_share(method: Any, fp8: str | None) -> None:
     """As the whole prompt's logits do not: these are 67 MB and more."""
     num_tokens = 33_000
-    layer = make_layer(num_tokens)
+    layer = make_layer(num_tokens, fp8)
     with Live() as live:
         found = observe(method, make_inputs(layer, num_tokens))
     assert found.scores is not None or found.vote is not None

@@ -12,6 +12,7 @@ from compresskv.methods.inputs import LayerInputs
 from compresskv.serving.choice import by_position, choose_tokens, observe
 from compresskv.serving.counters import counters
 from compresskv.serving.inputs import PagedInputs
+from compresskv.serving.numbers import Numbers
 from compresskv.serving.pages import Pages, find_layout
 from compresskv.serving.ranks import Ranks
 from compresskv.serving.room import LayerShape
@@ -47,13 +48,14 @@ class Compaction:
             for generated, one in self._methods.items()
         }
         first = next(iter(self._layers.values()))
-        layout = find_layout(first, block_size)
+        layout, numbers = find_layout(first, block_size), Numbers.of(first)
         self._pages = {layer_idx: Pages(layer, layout) for layer_idx, layer in self._layers.items()}
         self._shape = LayerShape(
             first.num_kv_heads,
             first.impl.num_heads // first.num_kv_heads,
             first.head_size,
             first.kv_cache.element_size(),
+            0 if numbers.fp8 is None else numbers.dtype.itemsize,
         )
         self.tap = QueryTap(self._layers, sorted({*self._read[False], *self._read[True]}), self._look)
         self.clock = Clock(first.kv_cache.device, self._note_seconds)

@@ -2,7 +2,7 @@
 
 vLLM gives each layer a logical cache, (blocks, heads, slots, channels), with strides of several layouts behind it, and
 backends transpose keys within, or interleave those of neighbouring tokens. Where an element lies is found once, by
-letting the backend write numbered elements; what it wrote where tells how to read. Writing is left to the backend.
+letting the backend write numbered elements; what it wrote where tells how to read, and where to move what was read.
 """
 
 import math
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from compresskv.errors import ServingError
-
-_BASE = 256  # the largest run of whole numbers that bfloat16 holds exactly
+from compresskv.serving.numbers import Numbers
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def find_layout(layer: Any, block_size: int) -> Layout:
     Raises:
         ServingError: the backend writes its cache within attention, or does not write every element as it is.
     """
-    backend, cache = type(layer.impl).__name__, layer.kv_cache
+    backend, cache, numbers = type(layer.impl).__name__, layer.kv_cache, Numbers.of(layer)
     if not hasattr(layer.impl, "do_kv_cache_update"):
         raise ServingError(f"compresskv inside vLLM: attention backend {backend} is not supported")
     shape = (2, block_size, layer.num_kv_heads, layer.head_size)
@@ -48,10 +47,11 @@ def find_layout(layer: Any, block_size: int) -> Layout:
     digits = torch.arange(1, num_elements + 1, device=cache.device).view(shape)
     scratch, slots = torch.zeros_like(cache[:1]), torch.arange(block_size, device=cache.device)
     found = torch.zeros(scratch[0].numel(), dtype=torch.long, device=cache.device)
-    for place in range(math.ceil(math.log(num_elements + 1, _BASE))):
-        keys, values = (digits // _BASE**place % _BASE).to(cache.dtype)
+    base = numbers.base
+    for place in range(math.ceil(math.log(num_elements + 1, base))):
+        keys, values = numbers.to_write(digits // base**place % base)
         layer.impl.do_kv_cache_update(layer, keys, values, scratch, slots)
-        found += scratch.flatten().long() * _BASE**place
+        found += numbers.written(scratch.flatten()) * base**place
     order = found.argsort()[len(found) - num_elements :]  # what is not written stays 0
     if not torch.equal(found[order], digits.flatten()):
         raise ServingError(
@@ -65,30 +65,34 @@ class Pages:
     """A layer's cache."""
 
     def __init__(self, layer: Any, layout: Layout) -> None:
-        self._layer = layer
+        self._numbers = Numbers.of(layer)
         self._block_size = layout.block_size
         self._keys, self._values = (_Elements(layer.kv_cache, places) for places in (layout.keys, layout.values))
 
     def keys(self, block_ids: Tensor, start: int, end: int, heads: slice = slice(None)) -> Tensor:
-        """(1, h, end - start, D): keys of the tokens from `start` to `end` in `block_ids` (n,), of some KV heads."""
+        """(1, h, end - start, D): keys of the tokens from `start` to `end` in `block_ids` (n,), of some KV heads.
+
+        In the dtype that the model computes in.
+        """
         first = start // self._block_size
         blocks = block_ids[first : -(-end // self._block_size)]
         offset = first * self._block_size
-        return self._keys.of_blocks(blocks, heads)[None, :, start - offset : end - offset]
+        return self._numbers.keys(self._keys.of_blocks(blocks, heads)[None, :, start - offset : end - offset])
 
     def move(self, block_ids: Tensor, positions: Tensor, targets: Tensor, num_at_once: int) -> None:
         """Put the tokens at `positions` (ascending) of `block_ids` into the blocks `targets`, in their order.
 
+        What lies in the cache moves as it is: nothing is rounded again.
         The targets are the first of `block_ids`, or others. Pieces of `num_at_once` tokens are read before they are
         written; a token never moves back, so none is written where a later piece reads.
         """
         for start in range(0, len(positions), num_at_once):
             places = torch.arange(start, min(start + num_at_once, len(positions)), device=positions.device)
             moved = positions[places]
-            blocks, within = block_ids[moved // self._block_size], moved % self._block_size
-            keys, values = self._keys.of_tokens(blocks, within), self._values.of_tokens(blocks, within)
-            slots = targets[places // self._block_size] * self._block_size + places % self._block_size
-            self._layer.impl.do_kv_cache_update(self._layer, keys, values, self._layer.kv_cache, slots)
+            old = block_ids[moved // self._block_size], moved % self._block_size
+            new = targets[places // self._block_size], places % self._block_size
+            for elements in (self._keys, self._values):
+                elements.put(*new, elements.of_tokens(*old))
 
 
 class _Elements:
@@ -119,19 +123,26 @@ class _Elements:
             found = self._view.permute(2, 0, 1, 3)[heads][:, blocks]
         else:
             offsets = self._offsets.transpose(0, 1)[heads]  # (h, block_size, D)
-            found = self._at(blocks, offsets[:, None])
+            found = self._flat()[self._places(blocks, offsets[:, None])]
         return found.reshape(found.shape[0], -1, found.shape[-1])
 
     def of_tokens(self, blocks: Tensor, within: Tensor) -> Tensor:
         """(n, H_kv, D): one token of each of `blocks` (n,)."""
         if self._view is not None:
             return self._view[blocks, within]
-        return self._at(blocks, self._offsets[within])
+        return self._flat()[self._places(blocks, self._offsets[within])]
 
-    def _at(self, blocks: Tensor, offsets: Tensor) -> Tensor:
-        """Elements at `offsets` (..., n or 1, x, y) from the beginnings of `blocks` (n,)."""
+    def put(self, blocks: Tensor, within: Tensor, elements: Tensor) -> None:
+        """Write what `of_tokens` reads."""
+        if self._view is not None:
+            self._view[blocks, within] = elements
+        else:
+            self._flat()[self._places(blocks, self._offsets[within])] = elements
+
+    def _places(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """In memory, of the elements at `offsets` (..., n or 1, x, y) from the beginnings of `blocks` (n,)."""
         beginnings: Tensor = blocks * int(self._cache.stride(0)) + int(self._cache.storage_offset())
-        return self._flat()[beginnings[..., None, None] + offsets]
+        return beginnings[..., None, None] + offsets
 
     def _flat(self) -> Tensor:
         """The memory behind the cache, element by element."""

@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from compresskv.errors import ServingError
+from compresskv.serving.numbers import FP8, UNQUANTISED
 from compresskv.serving.settings import Settings
 
 
@@ -38,11 +41,57 @@ def _of_features(config: Any) -> Iterator[tuple[bool, str]]:
     yield config.ec_transfer_config is not None, "encoder cache connectors are not supported"
     yield events is not None and events.enable_kv_cache_events, "KV cache events are not supported"
     yield config.lora_config is not None, "LoRA is not supported: leave out --enable-lora"
+    device, model = config.device_config.device_type, config.model_config
+    yield from _of_cache_dtype(cache.cache_dtype, model.dtype, on_cpu=device == "cpu")
     yield (
-        cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
-        f"--kv-cache-dtype {cache.cache_dtype} is not supported: quantised keys cannot be moved between blocks",
+        cache.cache_dtype in FP8 and bool(cache.kv_cache_dtype_skip_layers),
+        f"--kv-cache-dtype-skip-layers {' '.join(cache.kv_cache_dtype_skip_layers)} is not supported: all layers must "
+        "keep their caches alike",
     )
     yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is not supported"
+
+
+def check_cache_dtype(name: str, computed_in: torch.dtype, *, on_cpu: bool) -> None:
+    """Refuse a KV cache of numbers that this was not proved with.
+
+    Args:
+        name: vLLM's, of the cache or of one layer's: what a checkpoint asks for is known only when it is loaded.
+    Raises:
+        ServingError: with the option.
+    """
+    for refused, line in _of_cache_dtype(name, computed_in, on_cpu=on_cpu):
+        if refused:
+            raise ServingError(f"compresskv inside vLLM: {line}")
+
+
+def _of_cache_dtype(name: str, computed_in: torch.dtype, *, on_cpu: bool) -> Iterator[tuple[bool, str]]:
+    yield (
+        name not in UNQUANTISED and name not in FP8,
+        f"--kv-cache-dtype {name} is not supported: of quantised KV caches only {', '.join(FP8)} are, on CPUs",
+    )
+    yield (
+        name in FP8 and not on_cpu,
+        f"--kv-cache-dtype {name} is supported on CPUs only: on GPUs compresskv was never run with it",
+    )
+    yield (
+        name in FP8 and not has_fp8_caches(),
+        f"--kv-cache-dtype {name} needs a processor with AVX-512 or AMX: vLLM has no such KV cache on others",
+    )
+    yield (
+        name in FP8 and computed_in == torch.bfloat16 and uses_amx(),
+        f"--kv-cache-dtype {name} was never run with AMX, which vLLM uses for bfloat16 on this processor: give --dtype "
+        "float32 or float16, or leave it out",
+    )
+
+
+def has_fp8_caches() -> bool:
+    """Whether vLLM's CPU build can keep its cache in fp8 on this processor: it looks at the same."""
+    return bool(torch.cpu._is_avx512_supported() or uses_amx())
+
+
+def uses_amx() -> bool:
+    """Whether vLLM's CPU build attends with AMX in bfloat16, for which it keeps its cache in another layout."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _of_parallelism(parallel: Any) -> Iterator[tuple[bool, str]]:

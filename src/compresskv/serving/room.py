@@ -39,6 +39,8 @@ class LayerShape:
     head_size: int
     itemsize: int
     """Bytes of an element of the cache."""
+    converted_itemsize: int = 0
+    """And of what it is made for attention; 0: it is that already."""
 
     def moved_at_once(self) -> int:
         """Tokens that are moved in one piece."""
@@ -63,6 +65,6 @@ class LayerShape:
         """Bytes that scoring some KV heads takes for the whole prompt, and for each token of a piece."""
         num_queries = num_heads * self.num_groups
         whole = num_tokens * 4 * (4 * num_queries + 8)  # mean, variance and what they are made of, and the layer's own
-        keys = 2 * num_heads * self.head_size * self.itemsize  # as gathered, and by heads
+        keys = num_heads * self.head_size * (2 * self.itemsize + self.converted_itemsize)  # as gathered, and by heads
         logits = 3 * 4 * num_queries * max(1, window_size)  # in float32, what they came from, and their softmax
         return whole, keys + logits

@@ -24,6 +24,7 @@ from compresskv.serving.compaction import Compaction
 from compresskv.serving.evicted import EvictedTokens
 from compresskv.serving.profiles import with_profile
 from compresskv.serving.ranks import Ranks
+from compresskv.serving.refusals import check_cache_dtype
 from compresskv.serving.room import scratch_nbytes
 from compresskv.serving.settings import PlannedEviction, find_settings
 from compresskv.serving.tap import EndingPrompt, Noted
@@ -75,6 +76,7 @@ class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in
         layers = self._layers()
         for layer_idx, layer in layers.items():
             _check_layer(layer_idx, layer)
+            check_cache_dtype(layer.kv_cache_dtype, layer.dtype, on_cpu=self.device.type == "cpu")
         self._check_shapes(list(layers.values()))
         method, *others = with_profile(settings, self.model_config, self.load_config.download_dir)
         self.compaction = Compaction(method, layers, self.cache_config.block_size, Ranks(get_tp_group()), *others)
@@ -95,8 +97,8 @@ class CompressedRunner(LoRAModelRunnerMixin):  # what vLLM's two runners have in
         Raises:
             ServingError: layers of different shapes, or blocks that the attention backend divides.
         """
-        shapes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers}
-        if len(shapes) > 1 or any(keys != values for _, keys, values in shapes):
+        shapes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v, layer.kv_cache_dtype) for layer in layers}
+        if len(shapes) > 1 or any(keys != values for _, keys, values, _ in shapes):
             raise ServingError(
                 "compresskv inside vLLM: layers or keys and values of different shapes are not supported"
             )
