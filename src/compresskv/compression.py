@@ -164,10 +164,11 @@ def compressing(
             eviction waits until that many tokens were read.
         chunk_budget: cut long prompts while they are read, too, so that no more than a part of one is ever held: at
             each multiple of `chunk_tokens` tokens, but where the prompt ends within an observation window, so many stay
-            in every KV head (or `budget`, where that is more). They are chosen for what the prompt ends with: its last
-            64 tokens (as many as the window has, where these are more) are read beforehand at each cut, where the pass
-            under way holds them. Attention to the prompt gets cheaper. None: prompts are cut at their end. Not for
-            padded batches.
+            in every KV head (or what the fullest keeps in the end, where that is more; a count below `budget` is
+            refused). They are chosen for what the prompt ends with: its last 64 tokens (as many as the window has,
+            where these are more) are read beforehand at each cut, where the pass under way holds them. Attention to the
+            prompt gets cheaper. None: prompts are cut at their end. Not for padded batches. The cache's `chunk_stats`
+            tell what was done.
         chunk_tokens: see `chunk_budget`; at least the method's window.
         decode_budget: cut what is generated, too, so that the cache does not grow with the answer: after each
             `decode_interval` new tokens, KV heads that hold more keep so many, the prompt's among them. None: what is
@@ -189,7 +190,8 @@ def compressing(
             in pieces of at most that; None reads all at once.
         candidates: methods that decide when all layers were read hold, until then, of each layer no more than its
             likeliest tokens: so many times its budget, and at least 512, where the prompt has twice as many or more.
-            What they keep is chosen among these (docs/speed.md tells what that loses). None holds the whole prompt
+            What they keep is chosen among these (docs/speed.md tells what that loses), and the cache's
+            `candidate_stats` tell how many they were. None holds the whole prompt
             until the end, for the exact choice; a plan (`make_plan`) is exact, too, and holds less, but reads twice.
         compile: 'always' decodes by a compiled step, which is built once for a model (about a minute) and kept on disk;
             'auto' uses one that is there, when decoding has lasted long enough to pay for loading it; 'never' does not.
@@ -200,7 +202,7 @@ def compressing(
         options: the method's own options, such as window_size.
     Raises:
         ConfigError: an unknown method, option or mode, a value out of range, a method that replays the prompt, or one
-            that must see all of it beside `chunk_budget`.
+            that must see or keeps all of it beside `chunk_budget`.
         ProfileError: no profile of this model, or one of another model.
         PlanError: a plan of another model.
         ModelError: a model that cannot be used; where no profile is needed, on entering.
@@ -255,7 +257,7 @@ def prepare(
     budget = read_budget(budget)
     chosen = prepare_method(model, method, profile, is_shared=cuts.needs_profile, **options)
     warn_of_lossy_store(getattr(chosen, "profile", None), store)
-    chunks, decoding = find_cuts(chosen, cuts, reads_twice=reads_twice)
+    chunks, decoding = find_cuts(chosen, budget, cuts, reads_twice=reads_twice)
     cut: dict[str, Any] = {"chunks": chunks}
     if decoding is not None:
         cut["decode"], decode_method = decoding

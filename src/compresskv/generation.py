@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv import defaults
 from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.candidates import CandidateStats
 from compresskv.cache.cuts import CutOptions
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing, prepare
@@ -29,7 +30,7 @@ from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
 from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budgets import Budget
-from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, ChunkStats, DecodeStats
 from compresskv.selection.precision import NATIVE
 from compresskv.system import memory
 from compresskv.system.check import check_callbacks, check_flag
@@ -76,6 +77,19 @@ class GenerationStats:
     """Of the weights: 'bfloat16', 'float16', 'float32' or 'int8'; 'float32 (torchao)' where others quantised them."""
     auto: AutoChoice | None = None
     """How much was kept and why, where the budget is 'auto'."""
+    chunks: ChunkStats | None = None
+    """How the prompt was cut while it was read, where that was asked for."""
+    decode: DecodeStats | None = None
+    """How the answer was cut, where that was asked for."""
+    candidates: CandidateStats | None = None
+    """How much layers held that waited for later ones, where that was not all, or was not to be."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was asked for and made no difference, or was not done as it was asked for."""
+        return [
+            one.note for one in (self.chunks, self.decode, self.candidates) if one is not None and one.note is not None
+        ]
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -198,6 +212,9 @@ def ask(
         kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,
         auto=next(iter(cache.auto_choices), None) if plan is None else plan.auto,
+        chunks=cache.chunk_stats,
+        decode=cache.decode_stats,
+        candidates=cache.candidate_stats,
         **answered.cost(model, cache),
     )
     return Generation(answered.text, answered.token_ids, stats, plan)

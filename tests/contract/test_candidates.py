@@ -14,6 +14,7 @@ from compresskv import CompressedCache, ConfigError
 from compresskv.attention import pieces
 from compresskv.attention.routing import routing
 from compresskv.cache import group
+from compresskv.cache.candidates import CandidateStats
 from compresskv.cache.group import Group
 from compresskv.cache.layer import CompressedLayer
 from compresskv.methods.prepare import prepare_method
@@ -93,6 +94,8 @@ def test_what_is_kept_are_candidates_in_exact_numbers_and_decoded_with_alone(
     logits, cache = read(model, method, FEW, padding)
     layers = cache.compressed_layers
     assert sorted(held) == [layer.layer_idx for layer in layers[:-1]]
+    told = cache.candidate_stats
+    assert told == CandidateStats(FEW, len(held), max(tokens.shape[2] for tokens in held.values()), None)
     for layer, kept in zip(layers[:-1], chosen(cache), strict=False):
         rows = held[layer.layer_idx].expand(2, len(kept[0]), -1).tolist()
         for own, among in zip(kept, rows, strict=True):
@@ -219,6 +222,24 @@ def test_a_layers_prompt_is_garbage_before_the_next_layer_is_reached(method: str
             watch(layer)
         tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
     assert alive == [0] * len(cache.compressed_layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "why"),
+    [
+        ("snapkv", {}, "method 'snapkv' decides layer by layer"),
+        ("cake", {"chunk_budget": 40, "chunk_tokens": 32}, "prompts that are cut in chunks hold no more than these"),
+        ("cake", {}, "the prompt of 96 tokens is not long enough for it"),
+    ],
+)
+def test_candidates_that_made_no_difference_are_told_of(
+    method: str, options: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    _, cache = read("llama sdpa", method, 9, **options)
+    assert cache.candidate_stats == CandidateStats(9, 0, None, f"candidates=9 had no effect: {why}")
+    for usual in (None, compresskv.defaults.CANDIDATES):
+        assert read("llama sdpa", method, usual, **options)[1].candidate_stats is None
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.5, "4"])

@@ -11,6 +11,8 @@ import compresskv
 import shrunk
 import tiny
 from compresskv import CacheStateError, CompressedCache, ConfigError, ModelError, PromptError
+from compresskv.cache.layer import CompressedLayer
+from compresskv.cache.window import QueryWindow
 from compresskv.compression import Compressing
 from compresskv.methods import registry
 from compresskv.methods.blend import Blend
@@ -21,7 +23,7 @@ from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT, CHUNK, KEPT, BUDGET = 140, 32, 40, 24
 STEPS = [NUM_PROMPT, 1, 1, 5, 1]
-CUTTING = [name for name, kind in registry.methods().items() if kind().cuts_again]
+CUTTING = [name for name, kind in registry.methods().items() if kind().cuts_again and kind.evicts]
 MODELS = ["llama sdpa", "llama eager", "gemma3 sdpa", "gpt2 sdpa", "gemma2 eager", "gpt_oss eager"]
 
 
@@ -193,6 +195,42 @@ def test_a_prompt_of_a_chunk_is_cut_at_its_end_alone() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.stores(reason="the numbers are those of the plan")
+@pytest.mark.parametrize("budget", [BUDGET, 0.35])
+@pytest.mark.parametrize("method", ["snapkv", "pyramidkv", "adakv"])
+def test_the_cache_tells_how_it_was_cut(method: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, cuts, cut_chunk = list[int](), list[int](), CompressedLayer.cut_chunk
+
+    def noting(layer: CompressedLayer, window: QueryWindow) -> None:
+        held.append(layer.num_retained)
+        cut_chunk(layer, window)
+        cuts.append(layer.num_retained)
+
+    monkeypatch.setattr(CompressedLayer, "cut_chunk", noting)
+    model = tiny.tiny_model("llama")
+    with chunked(model, method, budget) as cache:
+        assert cache.chunk_stats is None
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+    told = cache.chunk_stats
+    assert told is not None
+    assert (told.budget, told.tokens, told.num_cuts * 4) == (KEPT, CHUNK, len(cuts))
+    in_the_end = cuts[-1] + NUM_PROMPT - (NUM_PROMPT - NUM_PROMPT % CHUNK)
+    assert (told.num_kept, told.most_held) == (max(cuts), max(*held, in_the_end))
+    assert (told.note is None) == (told.num_kept == KEPT) == (budget == BUDGET)
+
+
+def test_a_cut_that_is_never_made_is_told_of() -> None:
+    model = tiny.tiny_model("llama")
+    with chunked(model, "snapkv", chunk_budget=NUM_PROMPT) as cache:
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+    assert cache.chunk_stats is not None
+    assert cache.chunk_stats.num_cuts == 0
+    assert str(cache.chunk_stats.note).startswith(f"chunk_budget={NUM_PROMPT} had no effect: ")
+    with compresskv.compressing(model, "snapkv", BUDGET) as cache:
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+    assert cache.chunk_stats is None
+
+
 def test_sinks_and_the_latest_tokens_outlast_all_cuts() -> None:
     model = tiny.tiny_model("llama")
     with chunked(model, "streaming_llm", 10) as cache:
@@ -205,11 +243,16 @@ def test_sinks_and_the_latest_tokens_outlast_all_cuts() -> None:
 
 def test_what_cannot_be_cut_in_chunks_is_refused_by_name() -> None:
     model = tiny.tiny_model("llama")
-    for method in set(registry.methods()) - set(CUTTING) - set(tiny.REPLAYING_METHODS):
+    for method in set(registry.methods()) - set(CUTTING) - {*tiny.REPLAYING_METHODS, "full"}:
         with pytest.raises(ConfigError, match=f"chunk_budget=.*'{method}' must see all"):
             chunked(model, method)
     with pytest.raises(ConfigError, match="chunk_tokens=4 must be at least 8"):
         chunked(model, "snapkv", chunk_tokens=4)
+    for budget in (KEPT + 1, [1, 1, KEPT + 1, 1]):
+        with pytest.raises(ConfigError, match=f"chunk_budget={KEPT} is below budget={KEPT + 1}: "):
+            chunked(model, "snapkv", budget)
+    with pytest.raises(ConfigError, match=r"chunk_budget=40 .* 'full' keeps all of it"):
+        chunked(model, "full")
     with pytest.raises(ConfigError, match="chunk_budget=0"):
         chunked(model, "snapkv", chunk_budget=0)
     rows, mask = tiny.left_padded([tiny.random_tokens(NUM_PROMPT), tiny.random_tokens(80)])

@@ -11,7 +11,7 @@ from compresskv.cache.timing import EvictionTimer
 from compresskv.compression import Compressing
 from compresskv.methods import registry
 from compresskv.methods.base import Method
-from compresskv.selection.cuts import DecodeBudget
+from compresskv.selection.cuts import DecodeBudget, DecodeStats
 from oracle import Evictions, evictions, oracle_logits
 
 NUM_PROMPT, NUM_NEW, BUDGET, INTERVAL = 60, 40, 24, 12
@@ -90,6 +90,7 @@ def test_generate_with_every_store(store: str, compile: str, uncompiled: None) -
         assert tokens.shape[1] == NUM_NEW
         assert (cache.num_compiled_steps > NUM_NEW / 6) == (compile == "always")
         assert all(layer.store.counts == [BUDGET + 3] * 2 for layer in cache.compressed_layers)
+        assert cache.decode_stats == DecodeStats(BUDGET, INTERVAL, "rkv", NUM_NEW // INTERVAL, None)
     if compile == "always":
         with cutting(model, "rkv", "snapkv", 20, store=store) as cache:
             assert torch.equal(tokens, tiny.generate(model, prompt, cache, max_new_tokens=NUM_NEW))
@@ -100,6 +101,11 @@ def test_padded_rows_and_prompts_that_are_kept_whole() -> None:
     rows, mask = tiny.left_padded([tiny.random_tokens(20), tiny.random_tokens(9, seed=1)])
     with cutting(model, "rkv", "snapkv", 1.0) as cache:
         together = tiny.generate(model, rows, cache, attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert cache.decode_stats is not None
+        assert cache.decode_stats.num_cuts == 3
+        cache.reset()
+        assert cache.decode_stats.num_cuts == 0
+        assert str(cache.decode_stats.note).startswith(f"decode_budget={BUDGET} had no effect: ")
     for row, length in ((0, 20), (1, 9)):
         with cutting(model, "rkv", "snapkv", 1.0) as cache:
             alone = tiny.generate(model, rows[row : row + 1, 20 - length :], cache, max_new_tokens=NUM_NEW)

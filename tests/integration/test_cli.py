@@ -260,8 +260,11 @@ class TestAsk:
             "peak_memory_nbytes",
             "dtype",
             "auto",
+            "chunks",
+            "decode",
+            "candidates",
         }
-        assert stats["auto"] is None
+        assert [stats[name] for name in ("auto", "chunks", "decode", "candidates")] == [None] * 4
         assert stats["compiled_tokens"] == 0
         num_tokens, retained = stats["prompt_tokens"], stats["retained_per_layer"]
         asked = None if method == "full" else 100
@@ -319,6 +322,33 @@ class TestAsk:
         assert (stats["budget"], stats["store"]) == ("10% of bytes", store)
         assert 0.08 * stats["kv_nbytes_full"] < stats["kv_nbytes"] <= 0.1 * stats["kv_nbytes_full"]
         assert (stats["retained_fraction"] > 0.15) == (store != "native")
+
+    @pytest.mark.parametrize(
+        ("asked", "word", "field", "done"),
+        [
+            (
+                ["--chunk-budget", "100", "--chunk-tokens", "64"],
+                "cut 9 times while it was read, at most 164 held",
+                "chunks",
+                9,
+            ),
+            (["--chunk-budget", "1000"], "[--chunk-budget 1000 had no effect: where the prompt of ", "chunks", 0),
+            (["--decode-budget", "96", "--decode-interval", "32"], "[--decode-budget 96 had no effect: ", "decode", 0),
+            (["--candidates", "8"], "[--candidates 8 had no effect: method 'snapkv' decides layer by", "candidates", 0),
+            (["--candidates", "8", "--two-pass"], "[--candidates 8 had no effect: what stays was ", "candidates", 0),
+        ],
+    )
+    def test_what_is_held_meanwhile_is_told_of(
+        self, call: Callable[..., Result], asked: list[str], word: str, field: str, done: int
+    ) -> None:
+        command = [*ASK, "--method", "snapkv", "--budget", "96", *asked]
+        assert word in call(*command).err
+        told = json.loads(call(*command, "--json").out)["stats"][field]
+        assert told["num_layers" if field == "candidates" else "num_cuts"] == done
+        assert (told["note"] is None) == (done > 0)
+        compared = call(*command, "--compare", "full")
+        assert compared.code == 0, "a method that keeps all is read as it is"
+        assert (f"[snapkv: {word.lstrip('[')}" in compared.err) == (done == 0)
 
     def test_options_of_the_method(self, call: Callable[..., Result]) -> None:
         result = call(*ASK, "--method", "snapkv", "--set", "window_size=16", "--set", "kernel-size=1")

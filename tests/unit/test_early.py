@@ -77,6 +77,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         ),
         ([*CUT, "--decode-budget", "20", "--decode-method", "kvzip"], "--decode-method 'kvzip' must see all tokens"),
         ([*CUT, "--decode-budget", "20", "--decode-interval", "1"], "--decode-interval 1 must be at least"),
+        ([*CUT, "--chunk-budget", "255"], "--chunk-budget 255 is below --budget 256: what is to stay in the end must"),
+        (
+            [*ASK, "--method", "full", "--chunk-budget", "300"],
+            "--chunk-budget 300 cuts a prompt while it is read, but method 'full' keeps all of it: use another method",
+        ),
         ([*CUT, "--two-pass", "--chunk-budget", "300"], "--chunk-budget 300 cuts a prompt while it is read, and this"),
         ([*ASK, "--method", "kvzip", "--chunk-budget", "30"], "--chunk-budget 30 cuts a prompt while it is read"),
         (

@@ -13,6 +13,7 @@ from compresskv import defaults
 from compresskv.attention.pieces import AUTO, PrefillMemory, piece_tokens
 from compresskv.attention.routing import base_implementation
 from compresskv.cache.adopt import adopted, check_adoptable
+from compresskv.cache.candidates import CandidateStats, candidate_stats
 from compresskv.cache.chunked import ChunkedCache
 from compresskv.cache.conditions import Conditions, EvictionObserver, Unobserved
 from compresskv.cache.crop import NO_ASSISTANT, check_other_crop
@@ -29,7 +30,7 @@ from compresskv.models.chunks import GivenPrompt, is_generating, lacks_what_was_
 from compresskv.models.shape import decoder_config, shares_keys
 from compresskv.selection import budgets
 from compresskv.selection.auto_budget import AutoChoice
-from compresskv.selection.cuts import Chunks, DecodeBudget
+from compresskv.selection.cuts import Chunks, DecodeBudget, DecodeStats
 from compresskv.selection.precision import NATIVE, find_precision
 
 
@@ -80,8 +81,9 @@ class CompressedCache(ChunkedCache):
         budget = budgets.read_budget(budget)
         precision = find_precision(store)
         check_candidates(candidates)
+        self._candidates, self._decides_later, self._decode = candidates, False, decode
         if decode is not None and (decode_method or method).decides_together:
-            candidates = None  # the method goes on with the same tokens in all layers
+            candidates, self._decides_later = None, True  # it goes on with the same tokens in all layers
         given: dict[str, Any] = {"prompt_tokens": prompt_tokens, "on_layer": on_layer, "chunks": chunks}
         given |= {"candidates": candidates, "observer": observer or Unobserved()}
         conditions = Conditions.of(model, budget, precision, **given)
@@ -143,6 +145,23 @@ class CompressedCache(ChunkedCache):
     def auto_choices(self) -> list[AutoChoice]:
         """For each row of the prompt, how much of it was kept and why, where the budget is 'auto'; empty before."""
         return self._eviction.choices
+
+    @property
+    def candidate_stats(self) -> CandidateStats | None:
+        """How much layers held that waited for later ones; None where that was all, and nothing else was asked for."""
+        layer = self.compressed_layers[0]
+        if layer.in_prefill:
+            return None
+        num_prompt = layer.num_prompt_tokens
+        return candidate_stats(self._eviction, self._candidates, num_prompt, decides_later=self._decides_later)
+
+    @property
+    def decode_stats(self) -> DecodeStats | None:
+        """How what was generated was cut so far; None where that was not asked for."""
+        generated = self.compressed_layers[0].generated
+        if self._decode is None or generated is None:
+            return None
+        return self._decode.stats(generated.label, max(layer.num_answer_cuts for layer in self.compressed_layers))
 
     @torch.no_grad()
     def adopt(self, full: Cache, num_prompt_tokens: int | None = None) -> None:

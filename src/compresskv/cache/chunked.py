@@ -13,7 +13,7 @@ from compresskv.cache.full import branch
 from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.routed import RoutedCache
 from compresskv.models.chunks import chunked_prompt_length
-from compresskv.selection.cuts import num_of_end
+from compresskv.selection.cuts import ChunkStats, num_of_end
 
 
 class ChunkedCache(RoutedCache):
@@ -46,6 +46,12 @@ class ChunkedCache(RoutedCache):
         self._sees_end = num_known == num_prompt
         ends = [end - num_seen for end in self._eviction.cuts(num_prompt) if num_seen < end < num_seen + num_new]
         return [*ends, num_new]
+
+    @property
+    def chunk_stats(self) -> ChunkStats | None:
+        """How the prompt was cut while it was read; None where that was not asked for, or before its end."""
+        layer = self.compressed_layers[0]
+        return None if layer.in_prefill else self._eviction.chunk_stats(layer.num_prompt_tokens)
 
     @contextmanager
     def reading_chunk(self, num_after: int) -> Iterator[None]:

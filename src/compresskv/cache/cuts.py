@@ -7,6 +7,7 @@ from compresskv.cache.generated import check_decoding
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, parse_methods
+from compresskv.selection.budgets import Budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, Chunks, DecodeBudget
 
 
@@ -27,12 +28,12 @@ class CutOptions:
 
 
 def find_cuts(
-    method: Method, asked: CutOptions, *, reads_twice: bool = False
+    method: Method, budget: Budget, asked: CutOptions, *, reads_twice: bool = False
 ) -> tuple[Chunks | None, tuple[DecodeBudget, Method] | None]:
     """What is cut and by which method, as far as that can be told without the model.
 
     Args:
-        method: the one that cuts at the prompt's end.
+        method, budget: those of the cut at the prompt's end.
         reads_twice: the prompt is read once to plan, once to keep.
     Raises:
         ConfigError: numbers that cannot work, methods that cannot cut, or an option without the budget that it needs.
@@ -42,7 +43,7 @@ def find_cuts(
     elif reads_twice:
         problem = "cuts a prompt while it is read, and this one is read twice: leave it out"
         raise ConfigError(problem, option="chunk_budget", value=asked.chunk_budget)
-    chunks = _find_chunks(method, asked.chunk_budget, asked.chunk_tokens)
+    chunks = _find_chunks(method, budget, asked.chunk_budget, asked.chunk_tokens)
     if asked.decode_budget is None:
         _check_default("decode_budget", asked, "decode_interval", "decode_method")
         return chunks, None
@@ -69,19 +70,20 @@ def find_decode_method(named: str | Method | None) -> Method:
     return found[0]
 
 
-def _find_chunks(method: Method, budget: int | None, tokens: int) -> Chunks | None:
+def _find_chunks(method: Method, budget: Budget, between: int | None, tokens: int) -> Chunks | None:
     """How prompts are cut while they are read; None: at their end alone.
 
     Raises:
-        ConfigError: numbers that cannot work, or a method that must see all of a prompt at once.
+        ConfigError: numbers that cannot work, or a method that keeps all of a prompt, or must see it at once.
     """
-    if budget is None:
+    if between is None:
         return None
-    if not method.cuts_again:
-        problem = f"cuts a prompt while it is read, but method {method.label!r} must see all of it: use another method"
-        raise ConfigError(problem, option="chunk_budget", value=budget)
-    chunks = Chunks(budget, tokens)
-    chunks.check(method.window_size)
+    if not (method.cuts_again and method.evicts):
+        does = "must see all of it" if method.evicts else "keeps all of it"
+        problem = f"cuts a prompt while it is read, but method {method.label!r} {does}: use another method"
+        raise ConfigError(problem, option="chunk_budget", value=between)
+    chunks = Chunks(between, tokens)
+    chunks.check(method.window_size, budget)
     return chunks
 
 

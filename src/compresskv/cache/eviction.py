@@ -15,7 +15,7 @@ from compresskv.methods.inputs import LayerInputs
 from compresskv.selection.auto_budget import LEAST_TOKENS, AutoChoice
 from compresskv.selection.budgets import Budget, SharedBudget, check_budget, is_shared, resolve
 from compresskv.selection.byte_budget import find_byte_budget
-from compresskv.selection.cuts import Cut, prompt_cuts
+from compresskv.selection.cuts import ChunkStats, Cut, chunk_stats, prompt_cuts
 from compresskv.selection.select import EMPTY_SLOT
 
 
@@ -47,6 +47,8 @@ class Eviction:
         """Tokens of the prompt behind the chunk that is read now."""
         self.awaits_end = False
         """Whether layers wait with the cut behind it: the prompt's end is to be read before."""
+        self.num_candidates: list[int] = []
+        """Tokens that each layer held which freed the rest of the prompt while it waited for later ones."""
         self.choices: list[AutoChoice] = []
         """What was chosen for each row of the prompt, where each prompt decides its budget."""
         self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}
@@ -57,7 +59,7 @@ class Eviction:
         self._row_lengths: list[int] | None = None
         self._groups: list[Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
-        self.choices = []
+        self.choices, self.num_candidates = [], []
 
     def cuts(self, num_prompt: int) -> dict[int, Cut]:
         """The cuts before a prompt's end, by the tokens that were read then."""
@@ -65,10 +67,20 @@ class Eviction:
         if chunks is None:
             return {}
         if num_prompt not in self._cuts:
-            num_kept = max(max(counts) for counts in self._budgets(num_prompt, num_prompt))
-            cuts = prompt_cuts(num_prompt, num_kept, self.method.window_size, chunks)
+            cuts = prompt_cuts(num_prompt, self._num_kept(num_prompt), self.method.window_size, chunks)
             self._cuts[num_prompt] = {cut.num_read: cut for cut in cuts if cut.num_read < num_prompt}
         return self._cuts[num_prompt]
+
+    def chunk_stats(self, num_prompt: int) -> ChunkStats | None:
+        """What these cuts do to a prompt; None where none are asked for."""
+        chunks = self.conditions.chunks
+        if chunks is None:
+            return None
+        return chunk_stats(num_prompt, self._num_kept(num_prompt), [*self.cuts(num_prompt).values()], chunks)
+
+    def _num_kept(self, num_prompt: int) -> int:
+        """Tokens of the fullest KV head in the end."""
+        return max(max(counts) for counts in self._budgets(num_prompt, num_prompt))
 
     def end_of_prompt(
         self, layer: Retaining, position: int, inputs: LayerInputs, *, num_evicted: int = 0, cut: Cut | None = None
@@ -140,7 +152,9 @@ class Eviction:
             chosen = [group.nominated(candidates) for group in self._groups]
         known = [own for own in chosen if own is not None]
         if len(known) == len(chosen):
-            layer.hold(one_batch(known, [group.rows for group in self._groups]).to(inputs.keys.device))
+            tokens = one_batch(known, [group.rows for group in self._groups])
+            self.num_candidates.append(tokens.shape[2])
+            layer.hold(tokens.to(inputs.keys.device))
 
     def _decide(self) -> None:
         """Cut all layers that wait."""

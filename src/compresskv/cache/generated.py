@@ -38,7 +38,7 @@ class GeneratedEviction:
             conditions: of the prompt; who watches its cut is told of those to come.
         """
         self._rotations, self._observer = conditions.rotations, conditions.observer
-        self._budget = decode.budget
+        self.label, self._budget = method.label, decode.budget
         self.interval = decode.interval
         self.method = method.with_window(method.window_at(decode.budget))
         together = Conditions(conditions.num_layers, observer=conditions.observer)
@@ -49,25 +49,27 @@ class GeneratedEviction:
         """So many of the last queries are looked at."""
         return self.method.num_observed()
 
-    def cut(self, layer: Generating, position: int, window: QueryWindow, valid: Tensor | None) -> None:
+    def cut(self, layer: Generating, position: int, window: QueryWindow, valid: Tensor | None) -> bool:
         """Cut one layer: now or, where the method decides for all layers together, when the last one has come.
 
         Args:
             position: the layer's number among the full-attention layers.
             valid: (B, seen) bool, False at padding; None where nothing is padded.
+        Returns: whether it holds too much.
         """
         store = layer.store
         assert store is not None
         if max(store.counts) <= self._budget:
-            return
+            return False
         if self._together is None:
             with self._observer.evicting():
                 groups = self._inputs(layer, store, window, valid)
                 layer.retain(_side_by_side([self._chosen(inputs, positions) for inputs, positions in groups]))
-            return
+            return True
         ((inputs, _),) = self._inputs(layer, store, window, valid)  # the method keeps the same tokens in all heads
         cut = Cut(layer.seen_tokens, inputs.num_tokens, self._budget)
         self._together.end_of_prompt(HeldOf(layer), position, inputs, cut=cut)
+        return True
 
     def _inputs(
         self, layer: Generating, store: Store, window: QueryWindow, valid: Tensor | None

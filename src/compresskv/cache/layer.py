@@ -56,8 +56,8 @@ class CompressedLayer(StoredLayer):
         """Bytes of the prompt's keys and values before eviction."""
         self._retained_nbytes = 0
         self._part: Part | None = None
-        self._cut_at = 0
-        """The last cut, by the tokens that were read then."""
+        self._cut_at, self.num_answer_cuts = 0, 0
+        """The last cut, by the tokens that were read then; and how many cuts of what was generated found too much."""
         self.strengths: Tensor | None = None
         self._window: QueryWindow | None = None
 
@@ -161,7 +161,7 @@ class CompressedLayer(StoredLayer):
             observed, self._window = self._window, None
             assert observed is not None
             self._cut_at = self.seen_tokens
-            generated.cut(self, self._position, observed, valid_keys(mask))
+            self.num_answer_cuts += generated.cut(self, self._position, observed, valid_keys(mask))
 
     def pass_by(self) -> None:
         """Attend to what is held and what comes, and evict nothing: for a branch that is thrown away."""

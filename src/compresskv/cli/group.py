@@ -1,16 +1,14 @@
 """Groups of commands whose errors name options as they are typed."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import typer.core
 
+from compresskv.cli.typed import as_typed, parameters_of, typed_name
 from compresskv.cli.usage import named
 from compresskv.errors import CompressKVError, ConfigError, shown, told
 from compresskv.system.check import suggestion
-
-_SETTING = re.compile(r"(?<!['/.-])\b([a-z_]+)=('[^']*'|[^\s,:;()]+)")
 
 
 class CommandGroup(typer.core.TyperGroup):
@@ -43,7 +41,7 @@ class CommandGroup(typer.core.TyperGroup):
             command = self.commands.get(str(ctx.invoked_subcommand))
             if command is None or hasattr(command, "commands"):  # a group below has said it already
                 raise
-            message = _as_typed(error, {parameter.name: parameter for parameter in command.params})
+            message = _as_typed(error, parameters_of(command))
             if message == str(error):
                 raise
             raise type(error)(message) from error
@@ -73,26 +71,13 @@ def _refuse_empty_paths(command: Any, args: list[str]) -> None:
 
 def _as_typed(error: CompressKVError, parameters: Mapping[str, Any]) -> str:
     """The error in the command's own words; in Python's where the command has no such parameter."""
-
-    def retyped(match: re.Match[str]) -> str:
-        name = _typed(parameters, match[1])
-        return match[0] if name is None else f"{name} {match[2]}"
-
-    problem = _SETTING.sub(retyped, error.problem)
+    problem = as_typed(error.problem, parameters)
     if error.option is None:
         return problem
-    name = _typed(parameters, error.option) or error.option
+    name = typed_name(parameters, error.option) or error.option
     if name == error.option and name not in parameters:
         return str(error)
     return told(name if error.value is None else f"{name} {_shown(error.value)}", problem)
-
-
-def _typed(parameters: Mapping[str, Any], name: str) -> str | None:
-    """A parameter of Python as the command's user types it; None where the command has none."""
-    for parameter in (parameters.get(name), parameters.get(f"{name}s")):  # --budgets takes several of what is one each
-        if parameter is not None:
-            return max(parameter.opts, key=len) if parameter.param_type_name == "option" else name
-    return None
 
 
 def _shown(value: object) -> str:

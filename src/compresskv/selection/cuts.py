@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compresskv.errors import ConfigError
+from compresskv.selection.budgets import Budget
 from compresskv.system.check import check_count
 
 CHUNK_TOKENS = 1024
@@ -40,13 +41,68 @@ class Chunks:
     tokens: int = CHUNK_TOKENS
     """New tokens between two cuts, which are made at multiples of it."""
 
-    def check(self, window_size: int) -> None:
-        """Refuse what is no number of tokens, or leaves an observation window no room.
+    def check(self, window_size: int, budget: Budget) -> None:
+        """Refuse what is no number of tokens, leaves an observation window no room, or is less than what is to stay.
 
+        Args:
+            budget: what stays in the end.
         Raises:
             ConfigError: naming it.
         """
         _check_counts(least_end(window_size), chunk_budget=self.budget, chunk_tokens=self.tokens)
+        in_the_end = 0 if isinstance(budget, (float, str)) else budget if isinstance(budget, int) else max(budget)
+        if self.budget < in_the_end:
+            problem = f"is below budget={in_the_end}: what is to stay in the end must stay before, too"
+            raise ConfigError(problem, option="chunk_budget", value=self.budget)
+
+
+@dataclass(frozen=True)
+class ChunkStats:
+    """How a prompt was cut while it was read."""
+
+    budget: int
+    tokens: int
+    """Of a chunk."""
+    num_cuts: int
+    """Before the prompt's end."""
+    num_kept: int
+    """Tokens that stayed at each of them in every KV head: the budget, or what the fullest head keeps in the end."""
+    most_held: int
+    """Tokens that a KV head held at once, without those of the prompt's end that were read beforehand."""
+    note: str | None
+    """What became of the budget, where it was not followed."""
+
+
+def chunk_stats(num_prompt: int, num_kept: int, cuts: Sequence[Cut], chunks: Chunks) -> ChunkStats:
+    """What is to be told of a prompt's cuts before its end.
+
+    Args:
+        num_kept: in the fullest KV head, in the end.
+    """
+    between, note = max(chunks.budget, num_kept), None
+    if not cuts:
+        note = (
+            f"chunk_budget={chunks.budget} had no effect: where the prompt of {num_prompt:,} tokens could be cut, at "
+            f"multiples of chunk_tokens={chunks.tokens} before its end, no more was held than is to stay"
+        )
+    elif between > chunks.budget:
+        note = f"chunk_budget={chunks.budget} was raised to {between:,}, which the fullest KV head keeps in the end"
+    return ChunkStats(chunks.budget, chunks.tokens, len(cuts), between, most_held(num_prompt, cuts), note)
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """How an answer was cut while it was generated."""
+
+    budget: int
+    interval: int
+    """New tokens between two cuts."""
+    method: str
+    """Its name, with the options that differ from its defaults."""
+    num_cuts: int
+    """That found too many tokens in a layer."""
+    note: str | None
+    """What became of the budget, where it was not followed."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +121,14 @@ class DecodeBudget:
             ConfigError: naming it.
         """
         _check_counts(max(1, window_size), decode_budget=self.budget, decode_interval=self.interval)
+
+    def stats(self, method: str, num_cuts: int) -> DecodeStats:
+        """What is to be told of the cuts that a method made."""
+        note = None
+        if not num_cuts:
+            due = f"is one whenever decode_interval={self.interval} new tokens have come and more is held"
+            note = f"decode_budget={self.budget} had no effect: no cut was due, as {due}"
+        return DecodeStats(self.budget, self.interval, method, num_cuts, note)
 
     def next_cut(self, num_prompt: int, num_held: int, num_read: int) -> Cut:
         """The first cut behind `num_read` tokens.

@@ -93,7 +93,7 @@ class Settings:
         in_tokens(self.budget)
         check_servable(_method(self.method))
         if self.chunks is not None:
-            self.chunks.check(self.bare_method().window_size)
+            self.chunks.check(self.bare_method().window_size, self.budget)
         if self.decode is not None:
             method = _method(self.decode_method, "decode_method")
             check_servable(method)
