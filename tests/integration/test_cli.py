@@ -349,6 +349,13 @@ class TestAsk:
         compared = call(*command, "--compare", "full")
         assert compared.code == 0, "a method that keeps all is read as it is"
         assert (f"[snapkv: {word.lstrip('[')}" in compared.err) == (done == 0)
+        if field != "decode" and "--two-pass" not in asked:
+            page = call("explain", *command[1:], "--compare", "full", "--json")
+            (explained, whole), answered = json.loads(page.out)["methods"], json.loads(call(*command, "--json").out)
+            assert (explained[field], whole[field]) == (told, None)
+            assert explained["answer"] == answered["answer"]
+            assert sum(explained["layers"][0]["retained"]) == planted.NUM_KV_HEADS * 96
+            assert word.lstrip("[") in page.err
 
     def test_options_of_the_method(self, call: Callable[..., Result]) -> None:
         result = call(*ASK, "--method", "snapkv", "--set", "window_size=16", "--set", "kernel-size=1")

@@ -103,6 +103,7 @@ def test_explain_shows_what_was_kept_of_a_document(place: Path, call: Callable[.
     silent = call("explain", "quarter.kvc", QUESTION, "--json", "--no-answer")
     assert json.loads(silent.out)["methods"][0]["attended"] is None
     refused(call("explain", "quarter.kvc", QUESTION, "--method", "snapkv"), "--method 'snapkv' has no place here")
+    refused(call("explain", "quarter.kvc", QUESTION, "--chunk-budget", "9"), "--chunk-budget 9 has no place here")
 
 
 def test_several_documents_are_one_file_each(place: Path, call: Callable[..., Result]) -> None:

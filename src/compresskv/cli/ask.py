@@ -12,6 +12,7 @@ from rich.table import Table
 from compresskv import defaults
 from compresskv.cli.automatic import why
 from compresskv.cli.kept import check_unused, load_session, names_session
+from compresskv.cli.meanwhile import held_by, told_held, told_notes
 from compresskv.cli.options import (
     CandidatesOption,
     ChunkBudgetOption,
@@ -28,14 +29,13 @@ from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.request import Checked, Request
 from compresskv.cli.spread import spread
 from compresskv.cli.terminal import Bar, Building, Steps, Stream, counted, err, megabytes, new_table, out
-from compresskv.cli.typed import as_typed
 from compresskv.compiled.modes import check_mode
 from compresskv.errors import ConfigError
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE
 
 if TYPE_CHECKING:
-    from compresskv.generation import Generation, GenerationStats
+    from compresskv.generation import Generation
     from compresskv.methods.base import Method
 
 
@@ -92,14 +92,14 @@ def ask(
 
     takes_profile = False
     for one in checked.methods:
-        _, decoding = find_cuts(one, checked.budget, CutOptions(**_cuts_of(one, checked, cuts)), reads_twice=two_pass)
+        _, decoding = find_cuts(one, checked.budget, CutOptions(**held_by(one, checked, cuts)), reads_twice=two_pass)
         takes_profile = decoding is not None and decoding[1].needs_profile
     loaded, tokenizer, methods = checked.load()
     generations: list[Generation] = []
     try:
         for one in methods:
-            options = {"two_pass": two_pass, "compile": compile, "prefill_memory": memory, "candidates": held}
-            options |= _cuts_of(one, checked, cuts)
+            options = {"two_pass": two_pass, "compile": compile, "prefill_memory": memory}
+            options |= held_by(one, checked, {"candidates": held, **cuts})
             options["profile"] = given.profile if takes_profile else None
             answer = _answer(loaded, tokenizer, checked, one, **options)
             generations.append(_with_command(answer, given, one))
@@ -108,13 +108,6 @@ def ask(
     if place is not None and generations[0].plan is not None:
         generations[0].plan.write(place)
         err.print(f"plan: {place}")
-
-
-def _cuts_of(method: "Method", checked: Checked, cuts: dict[str, Any]) -> dict[str, Any]:
-    """The cuts of one method: what others are compared with, and keeps all, is read as it is."""
-    if method.evicts or method is checked.methods[0]:
-        return cuts
-    return {**cuts, "chunk_budget": None, "chunk_tokens": CHUNK_TOKENS}
 
 
 def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **options: Any) -> "Generation":
@@ -186,8 +179,8 @@ def _report(generations: "list[Generation]", given: Request, compile: str) -> No
     else:
         out.print(_table(generations), soft_wrap=False)
         for generation in generations:
-            for note in generation.stats.notes:
-                err.print(f"[{generation.stats.method}: {as_typed(note)}]")
+            for line in told_notes(generation.stats.notes, generation.stats.method):
+                err.print(line)
 
 
 def _cost(generation: "Generation", compile: str) -> str:
@@ -195,7 +188,7 @@ def _cost(generation: "Generation", compile: str) -> str:
     remark = f"\n[not compiled: {stats.not_compiled}]" if stats.not_compiled and compile == "always" else ""
     if stats.cut_off:
         remark += f"\n[the answer ends at --max-new-tokens {stats.generated_tokens}]"
-    remark += "".join(f"\n[{as_typed(note)}]" for note in stats.notes)
+    remark += "".join(f"\n{line}" for line in told_notes(stats.notes))
     kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
     speed = "" if stats.decode_tokens_per_s is None else f", then {stats.decode_tokens_per_s:.0f} tokens/s"
     if stats.compiled_tokens:
@@ -207,22 +200,11 @@ def _cost(generation: "Generation", compile: str) -> str:
     sizes = f"{megabytes(stats.kv_nbytes_full)} -> {megabytes(stats.kv_nbytes)} MB"
     return (
         f"[{stats.method}: {stats.prompt_tokens:,} prompt tokens{cut}, {kept:,.0f} kept per layer "
-        f"({stats.retained_fraction:.1%}){bits}{why(stats.auto)}{_held(stats)}; KV cache {sizes}; "
+        f"({stats.retained_fraction:.1%}){bits}{why(stats.auto)}"
+        f"{told_held(stats.chunks, stats.candidates)}; KV cache {sizes}; "
         f"first token after {stats.time_to_first_token_s:.1f} s{speed}; "
         f"peak memory {megabytes(stats.peak_memory_nbytes)} MB; {stats.dtype}]{remark}"
     )
-
-
-def _held(stats: "GenerationStats") -> str:
-    """What was held while the prompt was read, where that was not all of it."""
-    told, chunks, candidates = "", stats.chunks, stats.candidates
-    is_default = candidates is None or candidates.factor == defaults.CANDIDATES
-    if chunks is not None and chunks.num_cuts:
-        told += f"; cut {counted(chunks.num_cuts, 'time')} while it was read, at most {chunks.most_held:,} held at once"
-    if candidates is not None and candidates.most_held is not None and not is_default:
-        layers = counted(candidates.num_layers, "layer")
-        told += f"; {layers} held at most {candidates.most_held:,} candidates until all were read"
-    return told
 
 
 def _table(generations: "list[Generation]") -> Table:

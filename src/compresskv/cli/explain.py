@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compresskv import defaults
 from compresskv.cli.automatic import why
-from compresskv.cli.kept import load_session, names_session
+from compresskv.cli.kept import check_unused, load_session, names_session
+from compresskv.cli.meanwhile import held_by, told_held, told_notes
+from compresskv.cli.options import CandidatesOption, ChunkBudgetOption, ChunkTokensOption, parse_candidates
 from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.request import Checked, Request
 from compresskv.cli.spread import spread
 from compresskv.cli.terminal import Bar, Steps, err, megabytes, out
 from compresskv.cli.typed import is_typed
 from compresskv.errors import ConfigError, PromptError
+from compresskv.selection.cuts import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from compresskv.explain.retention import Explanation, Report
@@ -45,6 +49,9 @@ def explain(
         typer.Option(help="Text of the document to mark, such as where the answer stands; repeatable.", metavar="TEXT"),
     ] = None,
     no_answer: Annotated[bool, typer.Option("--no-answer", help="Show what is kept only: do not decode.")] = False,
+    candidates: CandidatesOption = str(defaults.CANDIDATES),
+    chunk_budget: ChunkBudgetOption = None,
+    chunk_tokens: ChunkTokensOption = CHUNK_TOKENS,
 ) -> None:
     """Show which tokens of a document the KV cache keeps, in one HTML page that works offline.
 
@@ -63,10 +70,12 @@ def explain(
         problem = "is of no use with --no-answer: leave one of them out"
         raise ConfigError(problem, option="max_new_tokens", value=given.max_new_tokens)
     max_new_tokens = 0 if no_answer else given.max_new_tokens
+    meanwhile = {"candidates": parse_candidates(candidates), "chunk_budget": chunk_budget, "chunk_tokens": chunk_tokens}
     if names_session(given.document):
+        check_unused(**meanwhile)
         report = _report_of_session(given, evidence or [], max_new_tokens)
     else:
-        report = _report_of_document(given, evidence or [], max_new_tokens)
+        report = _report_of_document(given, evidence or [], max_new_tokens, meanwhile)
     if given.as_json:
         out.print_json(json.dumps(report.to_dict()), indent=None)
     else:
@@ -89,16 +98,31 @@ def _report_of_session(given: Request, evidence: list[str], max_new_tokens: int)
     return report
 
 
-def _report_of_document(given: Request, evidence: list[str], max_new_tokens: int) -> "Report":
+def _report_of_document(
+    given: Request, evidence: list[str], max_new_tokens: int, meanwhile: dict[str, Any]
+) -> "Report":
     checked = given.checked(least_tokens=0)
+    held = _find_held(checked, meanwhile)
     for one in checked.methods:
         if one.lookahead:
             raise ConfigError(f"lookahead={one.lookahead} cannot be explained: nothing is evicted before the answer")
     _check_evidence(checked.context, evidence)
-    return _report(checked, evidence, max_new_tokens)
+    return _report(checked, evidence, max_new_tokens, held)
 
 
-def _report(checked: Checked, evidence: list[str], max_new_tokens: int) -> "Report":
+def _find_held(checked: Checked, meanwhile: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each method what may be held while it reads the prompt, as `retention.explain` takes it."""
+    from compresskv.cache.cuts import CutOptions, find_cuts
+
+    found = []
+    for one in checked.methods:
+        own = held_by(one, checked, meanwhile)
+        candidates = own.pop("candidates")
+        found.append({"chunks": find_cuts(one, checked.budget, CutOptions(**own))[0], "candidates": candidates})
+    return found
+
+
+def _report(checked: Checked, evidence: list[str], max_new_tokens: int, held: list[dict[str, Any]]) -> "Report":
     from compresskv.explain.retention import Report, prompt_text
     from compresskv.models.quantize import weights_dtype
     from compresskv.prompts.prompt import build_prompt, room_for_prompt
@@ -111,14 +135,21 @@ def _report(checked: Checked, evidence: list[str], max_new_tokens: int) -> "Repo
     if evidence and not text.evidence:
         err.print("compresskv: none of the evidence is left in the prompt: it was cut out of the document's middle")
     explanations = tuple(
-        _explanation(loaded, tokenizer, prompt.input_ids, one, checked, max_new_tokens) for one in methods
+        _explanation(loaded, tokenizer, prompt.input_ids, one, checked, max_new_tokens, own)
+        for one, own in zip(methods, held, strict=True)
     )
     name = _shown_name(given.document)
     return Report(given.model, name, given.question, prompt.num_truncated, text, explanations, weights_dtype(loaded))
 
 
 def _explanation(
-    loaded: Any, tokenizer: Any, input_ids: Any, method: "Method", checked: Checked, max_new_tokens: int
+    loaded: Any,
+    tokenizer: Any,
+    input_ids: Any,
+    method: "Method",
+    checked: Checked,
+    max_new_tokens: int,
+    held: dict[str, Any],
 ) -> "Explanation":
     from compresskv.explain.retention import explain as read
     from compresskv.models.quantize import weights_dtype
@@ -135,6 +166,7 @@ def _explanation(
             max_new_tokens=max_new_tokens,
             on_prefill=steps.reading,
             on_token=steps.answering,
+            **held,
         )
     _tell(explanation, weights_dtype(loaded))
     return explanation
@@ -144,7 +176,11 @@ def _tell(explanation: "Explanation", dtype: str) -> None:
     sizes = f"{megabytes(explanation.kv_nbytes_full)} -> {megabytes(explanation.kv_nbytes)} MB"
     retention = explanation.retention
     kept = f"{retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept{why(explanation.auto)}"
+    kept += told_held(explanation.chunks, explanation.candidates)
     err.print(f"[{explanation.method}: {kept}; KV {sizes}; {dtype}]")
+    told = (explanation.chunks, explanation.candidates)
+    for line in told_notes([one.note for one in told if one is not None and one.note], explanation.method):
+        err.print(line)
 
 
 def _shown_name(document: str) -> str:

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresskv import defaults
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.candidates import CandidateStats
 from compresskv.cache.layer import CompressedLayer
 from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
@@ -18,6 +20,7 @@ from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
 from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budgets import Budget, read_budget
+from compresskv.selection.cuts import Chunks, ChunkStats
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -120,6 +123,9 @@ class Explanation:
     """In how many bits a number it is held; see `compressing`."""
     auto: AutoChoice | None = None
     """How much was kept and why, where the budget is 'auto'."""
+    chunks: ChunkStats | None = None
+    candidates: CandidateStats | None = None
+    """What was held meanwhile, as in `GenerationStats`."""
     attended: tuple[float, ...] | None = None
     """Of each prompt token, its mean share in the attention of the answer's tokens; None where that was not noted."""
 
@@ -134,6 +140,8 @@ class Explanation:
             "budget": self.budget,
             "store": self.store,
             "auto": None if self.auto is None else self.auto.to_dict(),
+            "chunks": None if self.chunks is None else asdict(self.chunks),
+            "candidates": None if self.candidates is None else asdict(self.candidates),
             "retained_fraction": self.retention.fraction,
             "kv_nbytes_full": self.kv_nbytes_full,
             "kv_nbytes": self.kv_nbytes,
@@ -180,6 +188,8 @@ def explain(
     budget: Budget,
     *,
     store: str = NATIVE,
+    chunks: Chunks | None = None,
+    candidates: int | None = defaults.CANDIDATES,
     max_new_tokens: int = 0,
     on_prefill: Callable[[int, int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
@@ -187,7 +197,8 @@ def explain(
     """Read a prompt (1, T), note what each layer keeps, and answer where `max_new_tokens` is above 0.
 
     Args:
-        store: as for `compressing`.
+        store, candidates: as for `compressing`.
+        chunks: how the prompt is cut while it is read; None: at its end alone.
         on_prefill: called with (layers done, layers) while the prompt is read.
         on_token: called with each token of the answer as it comes.
     Raises:
@@ -196,7 +207,8 @@ def explain(
     budget = read_budget(budget)
     if method.lookahead:
         raise ConfigError(f"lookahead={method.lookahead} cannot be explained: nothing is evicted before the answer")
-    with Compressing(model, method, budget, on_layer=on_prefill, store=store) as cache:
+    held: dict[str, Any] = {"store": store, "chunks": chunks, "candidates": candidates}
+    with Compressing(model, method, budget, on_layer=on_prefill, **held) as cache:
         logits = read_prompt(model, input_ids[0].tolist(), cache)
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes
         auto = next(iter(cache.auto_choices), None)
@@ -204,8 +216,8 @@ def explain(
         if max_new_tokens > 0:
             token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens, on_token)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    told = method.told_budget(budget)
-    return Explanation(method.label, told, retention, full_nbytes, kv_nbytes, answer, store, auto)
+    told, meanwhile = method.told_budget(budget), (cache.chunk_stats, cache.candidate_stats)
+    return Explanation(method.label, told, retention, full_nbytes, kv_nbytes, answer, store, auto, *meanwhile)
 
 
 def prompt_text(
