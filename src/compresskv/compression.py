@@ -152,9 +152,10 @@ def compressing(
         model: a decoder-only transformers model with any attention implementation: where nothing of a prompt is padded
             it is read by that, all else by sdpa.
         method: a name (see `compresskv methods`), a `Method`, or a `Plan` of this very prompt, which brings its budget.
-        budget: tokens retained per KV head per layer, window included: a count, a fraction of the prompt as a float,
-            one count for each full-attention layer, or text for bytes in all of these layers together: '3MB', or
-            '5% of bytes', a share of the full cache's. Other text is read as on the command line: '256', '15%'.
+        budget: tokens retained per KV head per layer, window included: a count (1 is one token), a share of the prompt
+            as a float (1.0 is all), one count for each full-attention layer, or text for bytes in all of these layers
+            together: '3MB', or '5% of bytes', a share of the full cache's. Other text is read as on the command line:
+            '256', '15%'.
             'auto' keeps of each prompt as much as its predicted loss asks for: 'auto[max_loss=0.05,at_most=25%]' allows
             that loss, in nats per token, and no more tokens than that, whatever is lost (docs/auto.md).
             A budget of at least the prompt's length changes nothing; one at or below the method's window keeps the most

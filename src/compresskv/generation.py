@@ -29,6 +29,7 @@ from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
 from compresskv.selection.auto_budget import AutoChoice
+from compresskv.selection.budget_words import note_of
 from compresskv.selection.budgets import Budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, ChunkStats, DecodeStats
 from compresskv.selection.precision import NATIVE
@@ -86,10 +87,9 @@ class GenerationStats:
 
     @property
     def notes(self) -> list[str]:
-        """What was asked for and made no difference, or was not done as it was asked for."""
-        return [
-            one.note for one in (self.chunks, self.decode, self.candidates) if one is not None and one.note is not None
-        ]
+        """What was asked for and made no difference, was not done as it was asked for, or may not be what was meant."""
+        told = [one.note for one in (self.chunks, self.decode, self.candidates) if one is not None]
+        return [note for note in (note_of(self.budget), *told) if note is not None]
 
     @property
     def decode_tokens_per_s(self) -> float | None:

@@ -487,7 +487,7 @@ class TestBadInput:
             (["--budget", "auto", "--method", "snapkv"], ["--budget 'auto'", "not 'snapkv'"]),
             (["--budget", "auto", "--compare", "vote"], ["--budget 'auto'", "not 'vote'"]),
             (["--budget", "auto", "--max-loss", "0"], ["--max-loss 0.0 must be a number above 0"]),
-            (["--budget", "auto", "--max-budget", "many"], ["--max-budget 'many' is not a number"]),
+            (["--budget", "auto", "--max-budget", "many"], ["--max-budget 'many' is no budget: give tokens"]),
             (["--max-loss", "0.1"], ["--max-loss 0.1 is for --budget 'auto', not for '256'"]),
             (["--budget", "5%", "--max-budget", "9%"], ["--max-budget '9%' is for --budget 'auto'"]),
             (["--method", "full", "--truncate", "end"], ["--truncate 'end'", "middle"]),

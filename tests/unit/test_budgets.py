@@ -315,12 +315,12 @@ class TestParseBudget:
         ("text", "named"),
         [
             *(
-                (text, f"budget={text!r} is not a number")
+                (text, f"budget={text!r} is no budget: give tokens")
                 for text in ["", "%", "abc", "²", "--5", "3%%", "64,128", "True", "None", "0x10"]
             ),
             *((text, f"budget={text!r} must be at least 1 token") for text in ["0", "-5"]),
             *(
-                (text, f"budget={text!r} is a fraction")
+                (text, f"budget={text!r} is no share of the prompt")
                 for text in ["0.0", "-0.1", "1.5", "256.0", "nan", "inf", "-inf", "1e3", "0%", "-3%", "150%", "nan%"]
             ),
             (" ", "budget='' "),

@@ -42,7 +42,7 @@ def test_additional_config_goes_before_the_environment() -> None:
     ("given", "line"),
     [
         ({"budget": 0}, "budget=0 must be at least 1"),
-        ({"budget": "lots"}, "'lots' is not a number"),
+        ({"budget": "lots"}, "'lots' is no budget"),
         ({"budget": [64, 128]}, "one block table"),
         ({"method": "vote"}, "has no budget"),
         (256, "compresskv=256 is not an object"),

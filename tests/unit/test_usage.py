@@ -15,6 +15,7 @@ import pytest
 from commands import Result, commands, runner
 from compresskv import cli as commands_folder
 from compresskv.cli.terminal import counted
+from compresskv.selection.budget_words import BYTES_KIND, SHARE_KIND, TOKENS_KIND, in_words, note_of
 
 COMMANDS = list(commands())
 NUMBERS = (
@@ -235,3 +236,28 @@ def test_the_same_option_takes_the_same_noun_in_every_command() -> None:
         "--peers": ["LIBRARIES", "PRESSES"],
         "--plot": ["FILE", "FOLDER"],
     }
+
+
+BUDGETS = [(words, one) for words, command in COMMANDS for one in command.params if one.name in ("budget", "budgets")]
+"""Of all commands but `profile show`, whose budget is a mean for a table."""
+
+
+@pytest.mark.parametrize(("words", "option"), BUDGETS, ids=[words[0] for words, _ in BUDGETS])
+def test_every_command_says_alike_what_a_budget_is(words: list[str], option: Any) -> None:
+    """One token and all of the prompt, 1 and 1.0, are told apart."""
+    if words == ["profile", "show"]:
+        assert option.metavar == "TOKENS"
+        return
+    assert option.help.startswith(f"What is kept of a prompt, per layer and KV head: {TOKENS_KIND}, ")
+    assert SHARE_KIND in option.help
+    assert (BYTES_KIND in option.help) == (words[0] not in ("bench", "serve"))
+    assert option.metavar == option.name.upper()
+
+
+def test_one_token_and_all_of_a_prompt_are_told_in_other_words() -> None:
+    told = {in_words(budget) for budget in (1, 1.0, 0.01, 256, 0.5, "3MB", [3, 5])}
+    assert told == {
+        *("1 token", "all of the prompt", "1% of the prompt", "256 tokens", "50% of the prompt", "3MB"),
+        "3 to 5 tokens, by layer",
+    }
+    assert [budget for budget in (1, 1.0, 2, "1B", True, None, [1, 1]) if note_of(budget)] == [1]

@@ -13,6 +13,7 @@ from compresskv.cli.options import (
     DtypeOption,
     JsonOption,
     ProfileOption,
+    budget_help,
     check_profile,
     check_timed,
     parse_numbers,
@@ -64,7 +65,7 @@ def bench(
     budgets: Annotated[
         str,
         typer.Option(
-            help="Tokens kept per layer (128), shares of the prompt (3%), or 'full' for all.", metavar="BUDGETS"
+            help=f"{budget_help('full, all of it', of_bytes=False)}; several, separated by commas.", metavar="BUDGETS"
         ),
     ] = "128,256,full",
     methods: Annotated[

@@ -14,6 +14,7 @@ from compresskv.cli.options import (
     ModelOption,
     OfOption,
     ProfileOption,
+    budget_help,
     parse_numbers,
     split_names,
 )
@@ -68,8 +69,7 @@ def evaluate(
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Tokens per layer, shares of the prompt, or bytes in all layers together (3MB). Default: 64,128,256; "
-            "of a suite, 128.",
+            help=f"{budget_help()}; several, separated by commas. Default: 64,128,256; of a suite, 128.",
             metavar="BUDGETS",
         ),
     ] = None,

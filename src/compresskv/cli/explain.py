@@ -178,8 +178,7 @@ def _tell(explanation: "Explanation", dtype: str) -> None:
     kept = f"{retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept{why(explanation.auto)}"
     kept += told_held(explanation.chunks, explanation.candidates)
     err.print(f"[{explanation.method}: {kept}; KV {sizes}; {dtype}]")
-    told = (explanation.chunks, explanation.candidates)
-    for line in told_notes([one.note for one in told if one is not None and one.note], explanation.method):
+    for line in told_notes(explanation.notes, explanation.method):
         err.print(line)
 
 

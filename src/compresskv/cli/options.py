@@ -10,6 +10,7 @@ from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
 from compresskv.selection.auto_budget import MAX_LOSS
+from compresskv.selection.budget_words import BYTES_KIND, SHARE_KIND, TOKENS_KIND, any_of
 from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.sizes import find_nbytes
 
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     from compresskv.methods.base import Method
 
 N = TypeVar("N", int, float)
+
+
+def budget_help(more: str = "", *, of_bytes: bool = True) -> str:
+    """What a budget may be, in the words of every command.
+
+    Args:
+        more: what it may be besides.
+        of_bytes: whether bytes are meant, too.
+    """
+    kinds = [TOKENS_KIND, SHARE_KIND, *([BYTES_KIND] if of_bytes else []), *([more] if more else [])]
+    return f"What is kept of a prompt, per layer and KV head: {any_of(*kinds)}"
+
 
 _MODEL_HELP = f"Hub id, folder, .gguf file, or the embedded {defaults.MODEL}."
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP)]
@@ -36,15 +49,14 @@ SessionMethodOption = Annotated[
 BudgetOption = Annotated[
     str,
     typer.Option(
-        help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), or bytes in all (3MB).",
+        help=f"{budget_help()}.",
         metavar="BUDGET",
     ),
 ]
 AutoBudgetOption = Annotated[
     str,
     typer.Option(
-        help=f"Tokens kept per layer ({defaults.BUDGET}), share of the prompt (0.03, 3%), bytes in all (3MB), or "
-        "'auto': as much of each prompt as --max-loss asks for.",
+        help=f"{budget_help('auto, as much of each prompt as --max-loss asks for')}.",
         metavar="BUDGET",
     ),
 ]
@@ -57,7 +69,7 @@ MaxLossOption = Annotated[
 ]
 MaxBudgetOption = Annotated[
     str | None,
-    typer.Option(help="With --budget auto: what is kept at most, whatever is lost (1024, 25%, 3MB).", metavar="BUDGET"),
+    typer.Option(help="With --budget auto: what is kept at most, whatever is lost; such a budget.", metavar="BUDGET"),
 ]
 OfOption = Annotated[
     str,

@@ -16,10 +16,12 @@ from compresskv.cli.options import (
     DecodeBudgetOption,
     ProfileOption,
     SettingsOption,
+    budget_help,
     create_method,
 )
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
+from compresskv.selection.budget_words import in_words
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.system.inputs import read_bytes
 
@@ -51,7 +53,7 @@ def serve(
     model: Annotated[str, typer.Argument(help=f"Hub id, folder, or the embedded {defaults.MODEL}.")] = defaults.MODEL,
     budget: Annotated[
         str,
-        typer.Option(help=f"Tokens kept ({defaults.BUDGET}), or share of the prompt (0.03, 3%).", metavar="BUDGET"),
+        typer.Option(help=f"{budget_help(of_bytes=False)}.", metavar="BUDGET"),
     ] = str(defaults.BUDGET),
     method: Annotated[
         str,
@@ -233,11 +235,9 @@ def _what_happens(environment: dict[str, str]) -> str:
     chosen = find_settings({}, environment)
     assert chosen is not None  # they hold a budget
     if isinstance(chosen.budget, int):
-        kept = f"{chosen.budget} tokens"
-    elif chosen.budget < 1:
-        kept = f"{100 * chosen.budget:.3g}% of its tokens"
+        kept = in_words(chosen.budget)
     else:
-        kept = ""
+        kept = "" if chosen.budget == 1 else f"{100 * chosen.budget:.3g}% of its tokens"
     answers = ""
     if chosen.decode is not None:
         answers = f"; after each {chosen.decode.interval} tokens of an answer, all is cut to {chosen.decode.budget}"

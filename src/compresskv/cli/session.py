@@ -13,6 +13,7 @@ from compresskv.cli.command import Command
 from compresskv.cli.group import CommandGroup
 from compresskv.cli.options import JsonOption
 from compresskv.cli.terminal import beginning, megabytes, new_table, out
+from compresskv.selection.budget_words import in_words
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.header import facts_of, read_metadata, turns_of
 from compresskv.sessions.turn import Turn
@@ -80,7 +81,7 @@ def _shown(text: str | None) -> str:
 
 def _lines(facts: Facts, nbytes: int) -> list[tuple[str, str]]:
     share = facts.mean_retained / facts.num_tokens
-    budget = "" if facts.budget is None else f", budget {facts.budget}"
+    budget = f", budget {in_words(facts.budget)}"
     profile = f", profile {facts.profile}" if facts.profile else ""
     return [
         ("document", ", ".join(facts.names) or "-"),

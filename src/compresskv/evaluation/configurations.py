@@ -14,6 +14,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
+from compresskv.selection.budget_words import BYTES_KIND, SHARE_KIND, TOKENS_KIND, any_of
 from compresskv.selection.budgets import TOKENS, SharedBudget, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
@@ -78,7 +79,7 @@ def parse_budgets(text: str, of: str = TOKENS) -> tuple[SharedBudget, ...]:
     parsed = [parse_budget(part, of) for part in _COMMAS.split(text) if part.strip()]
     budgets = tuple({repr(budget): budget for budget in parsed}.values())  # 1 token and 100 % are equal as numbers
     if not budgets:
-        problem = "names no budget: give counts (128), shares (3%) or bytes (3MB)"
+        problem = f"names no budget: give {any_of(TOKENS_KIND, SHARE_KIND, BYTES_KIND)}"
         raise ConfigError(problem, option="budgets", value=text)
     return budgets
 

@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from compresskv.explain.retention import Report
+from compresskv.selection.budget_words import in_words
 from compresskv.selection.precision import NATIVE
 
 _IN_SCRIPT = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -39,23 +40,12 @@ def _packed(report: Report) -> dict[str, Any]:
     """The report's data with one base64 byte a token and layer instead of numbers: a third of the size."""
     data = report.to_dict()
     for method in data["methods"]:
-        method["budget_text"] = _budget_text(method["budget"])
+        method["budget_text"] = in_words(method["budget"])
         if method["store"] != NATIVE:
             method["budget_text"] += f" in {method['store']}"
         for layer in method["layers"]:
             layer["retained"] = base64.b64encode(bytes(layer["retained"])).decode("ascii")
     return data
-
-
-def _budget_text(budget: int | float | str | list[int] | None) -> str:
-    """As a reader would say it. Not the script's to do: to it, 1.0 (all of the prompt) and 1 (token) are the same."""
-    if budget is None:
-        return "all of the prompt"
-    if isinstance(budget, str):
-        return budget
-    if isinstance(budget, list):
-        return f"{min(budget):,} to {max(budget):,} tokens, by layer"
-    return f"{budget:,} tokens" if isinstance(budget, int) else f"{100 * budget:.3g}% of the prompt"
 
 
 def _asset(name: str) -> str:

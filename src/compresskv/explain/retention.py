@@ -19,6 +19,7 @@ from compresskv.models.decoding import decode
 from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
 from compresskv.selection.auto_budget import AutoChoice
+from compresskv.selection.budget_words import note_of
 from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.cuts import Chunks, ChunkStats
 from compresskv.selection.precision import NATIVE
@@ -128,6 +129,12 @@ class Explanation:
     """What was held meanwhile, as in `GenerationStats`."""
     attended: tuple[float, ...] | None = None
     """Of each prompt token, its mean share in the attention of the answer's tokens; None where that was not noted."""
+
+    @property
+    def notes(self) -> list[str]:
+        """As those of `GenerationStats`."""
+        told = [one.note for one in (self.chunks, self.candidates) if one is not None]
+        return [note for note in (note_of(self.budget), *told) if note is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

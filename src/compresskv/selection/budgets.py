@@ -9,7 +9,8 @@ from contextlib import suppress
 from typing import TypeVar
 
 from compresskv.errors import ConfigError
-from compresskv.selection.auto_budget import as_typed, find_auto_budget
+from compresskv.selection.auto_budget import AUTO, as_typed, find_auto_budget
+from compresskv.selection.budget_words import BYTES_KIND, SHARE_KIND, TOKENS_KIND, any_of
 from compresskv.selection.byte_budget import OF_BYTES, find_byte_budget
 
 Budget = int | float | str | Sequence[int]
@@ -34,13 +35,13 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     """
     if isinstance(budget, str):
         if find_byte_budget(budget) is None and not is_auto(budget):
-            problem = "is text, and names no bytes ('3MB', '5% of bytes'): give tokens as a number"
+            problem = "is text, and names no bytes ('3MB', '5% of bytes'): give tokens or a share as a number"
             raise ConfigError(problem, option="budget", value=budget)
         return budget
     if isinstance(budget, (bool, bytes, bytearray)) or not isinstance(budget, (int, float, Sequence)):
         shown = " ".join(repr(budget).split())  # arrays print on several lines
         raise ConfigError(
-            f"budget={shown} is a {type(budget).__name__}: give tokens as int(...), a fraction of the prompt as "
+            f"budget={shown} is a {type(budget).__name__}: give tokens as int(...), a share of the prompt as "
             "float(...), or a list of one int for each layer"
         )
     if isinstance(budget, int):
@@ -49,8 +50,7 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     elif isinstance(budget, float):
         if not 0 < budget <= 1:
             raise ConfigError(
-                "is a fraction of the prompt and must lie above 0 and at most at 1 (100 %); "
-                "give a whole number for a count of tokens",
+                f"is no share of the prompt, above 0 and at most 1.0: give {any_of(TOKENS_KIND, SHARE_KIND)}",
                 option="budget",
                 value=budget,
             )
@@ -191,7 +191,7 @@ def parse_budget(text: str, of: str = TOKENS) -> int | float | str:
             value = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise ConfigError(
-            "is not a number: give tokens (256), a fraction of the prompt (0.03) or 3%, bytes (3MB), or auto",
+            f"is no budget: give {any_of(TOKENS_KIND, SHARE_KIND, BYTES_KIND, AUTO)}",
             option="budget",
             value=text,
         ) from None

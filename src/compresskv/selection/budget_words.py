@@ -1,0 +1,35 @@
+"""How budgets are told: what one may be, in options and errors, and which one was understood, in reports."""
+
+from collections.abc import Sequence
+
+TOKENS_KIND = "tokens (256; 1 is one token)"
+SHARE_KIND = "a share of the prompt (3%, 0.03; 1.0 is all)"
+BYTES_KIND = "bytes in all layers (3MB)"
+
+
+def any_of(*kinds: str) -> str:
+    """'a, b, or c'."""
+    return f"{', '.join(kinds[:-1])}, or {kinds[-1]}"
+
+
+def note_of(budget: object) -> str | None:
+    """What is noted where a budget may not be what was meant."""
+    is_one = budget == 1 and type(budget) is int
+    return "budget=1 is one token: all of the prompt is 1.0, or 100%" if is_one else None
+
+
+def in_words(budget: float | str | Sequence[int] | None) -> str:
+    """A budget as a reader would say it: 1.0 (all of the prompt) and 1 (token) must not look alike.
+
+    Args:
+        budget: None: nothing is evicted.
+    """
+    if isinstance(budget, str):
+        return budget
+    if budget is None or (isinstance(budget, float) and budget == 1):
+        return "all of the prompt"
+    if isinstance(budget, float):
+        return f"{100 * budget:.3g}% of the prompt"
+    if isinstance(budget, int):
+        return "1 token" if budget == 1 else f"{budget:,} tokens"
+    return f"{min(budget):,} to {max(budget):,} tokens, by layer"
