@@ -108,7 +108,7 @@ def test_explain_shows_what_was_kept_of_a_document(place: Path, call: Callable[.
 
 def test_several_documents_are_one_file_each(place: Path, call: Callable[..., Result]) -> None:
     options = ["--chunk", "50", "--store", "int8", "--max-memory", "2MB"]
-    result = call("read", "doc.txt", "other.txt", "-o", "kept", "--model", "model", "--json", *options)
+    result = call("read", "doc.txt", "other.txt", "-o", "kept/", "--model", "model", "--json", *options)
     assert result.code == 0
     told = json.loads(result.out)
     assert [one["file"] for one in told] == [str(Path("kept", name)) for name in ("doc.kvc", "other.kvc")]
@@ -123,7 +123,9 @@ def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call
     refused(call("read", "doc.txt", "-o", "model/config.json", *base), "would replace the model itself")
     (place / "notes.md").write_text("mine", encoding="utf-8")
     refused(call("read", "doc.txt", "-o", "notes.md", *base), "--output 'notes.md' exists and is no session")
-    refused(call("read", "doc.txt", "other.txt", "-o", "one.kvc", *base), "name a folder for 2 documents")
+    for name in ("one.kvc", "new", "doc.kvc"):
+        refused(call("read", "doc.txt", "other.txt", "-o", name, *base), "a file: name a folder for 2 documents")
+    refused(call("read", "doc.txt", "other.txt", "-o", "new", *base), "for 2 documents, 'new/' makes one\n")
     refused(call("read", "doc.txt", "doc.txt", *base), "several documents would be written to doc.kvc")
     refused(call("read", "doc.kvc", *base), "document 'doc.kvc' is a session: it was read before")
     refused(call("read", "none.txt", *base), "document 'none.txt'")
@@ -141,7 +143,7 @@ def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call
     refused(call("chat", "doc.kvc", "--chunk", "3"), "--chunk 3 has no place here")
     refused(call("chat", "-"), "document '-' is standard input, from which your questions come: name a file")
     refused(call("session", "show", "."), "session '.' is a folder: give a file")
-    refused(call("read", "doc.txt", "other.txt", "-o", "/proc/xx", *base), "--output '/proc/xx' cannot be a folder")
+    refused(call("read", "doc.txt", "other.txt", "-o", "/proc/xx/", *base), "--output '/proc/xx' cannot be a folder")
     damaged = place / "damaged.kvc"
     damaged.write_bytes(kept.read_bytes()[:-9])
     refused(call("ask", "damaged.kvc", QUESTION), "session 'damaged.kvc' is damaged")
@@ -165,13 +167,15 @@ def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call
 def test_nothing_is_made_or_loaded_where_something_else_is_wrong(
     place: Path, call: Callable[..., Result], wrong: list[str]
 ) -> None:
-    refused(call("read", "doc.txt", "other.txt", "-o", "new/er", *wrong, "--model", "no/model"))
+    refused(call("read", "doc.txt", "other.txt", "-o", "new/er/", *wrong, "--model", "no/model"))
     assert not (place / "new").exists()
 
 
 def test_a_folder_may_have_a_dot_in_its_name(place: Path, call: Callable[..., Result]) -> None:
-    assert call("read", "doc.txt", "other.txt", "-o", "kept.v2", "--model", "model", "--method", "full").code == 0
-    assert (place / "kept.v2" / "doc.kvc").exists()
+    (place / "kept.kvc").mkdir()
+    for name in ("kept.v2/", "kept.v2", "kept.kvc"):
+        assert call("read", "doc.txt", "other.txt", "-o", name, "--model", "model", "--method", "full").code == 0
+        assert (place / name / "doc.kvc").exists()
 
 
 def test_what_ends_in_a_slash_is_a_folder_though_none_is_there(place: Path, call: Callable[..., Result]) -> None:

@@ -23,7 +23,7 @@ def choose_places(documents: Sequence[str], output: str | None) -> list[Path]:
     """One file for each document; nothing is made.
 
     Args:
-        output: a file, or a folder; what ends in a slash is a folder, be there none.
+        output: a folder, where one is there or the name ends in a slash; else a file.
     Raises:
         ConfigError: one file is named for several, or would be written twice.
     """
@@ -34,9 +34,9 @@ def choose_places(documents: Sequence[str], output: str | None) -> list[Path]:
     if output is not None and not ends_in_slash and not is_folder(folder):
         if len(documents) == 1:
             return [folder]
-        if is_file(folder) or folder.suffix == SUFFIX:
-            problem = f"{'is' if exists(folder) else 'names'} a file: name a folder for {len(documents)} documents"
-            raise ConfigError(problem, option="output", value=output)
+        problem = f"{'is' if exists(folder) else 'names'} a file: name a folder for {len(documents)} documents"
+        hint = "" if exists(folder) or folder.suffix == SUFFIX else f", {f'{output}/'!r} makes one"
+        raise ConfigError(problem + hint, option="output", value=output)
     names = ["document" if document == "-" else Path(document).stem for document in documents]
     for name in names:
         if names.count(name) > 1:

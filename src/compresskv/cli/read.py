@@ -22,7 +22,7 @@ EPILOG = """\b
 Examples:
   compresskv read report.txt
   compresskv read report.txt -o kept/report.kvc --budget 25%
-  compresskv read january.txt february.txt -o kept --store int8
+  compresskv read january.txt february.txt -o kept/ --store int8
   compresskv read novel.txt --chunk 1024 --max-memory 500MB
   compresskv ask report.kvc "Who signed the contract?"
 """
@@ -36,7 +36,8 @@ def read(
         typer.Option(
             "--output",
             "-o",
-            help="File to write, or folder; a new folder ends in a slash. Default: DOCUMENT.kvc in this folder.",
+            help="A folder, if one is there or PATH ends in a slash (then it is made): DOCUMENT.kvc is written into "
+            "it. Else the file to write, of one document. Default: this folder.",
             metavar="PATH",
         ),
     ] = None,
