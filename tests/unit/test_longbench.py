@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 
 from compresskv.errors import ConfigError, DataError
+from compresskv.evaluation.tasks import longbench
 from compresskv.evaluation.tasks.base import TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.longbench import LongBench
@@ -206,6 +207,10 @@ def test_no_folder(tmp_path: Path) -> None:
 class TestHub:
     """No rows on disk: they come from the hub's archive."""
 
+    @pytest.fixture(autouse=True)
+    def reachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(longbench, "is_reachable", lambda *_: True)
+
     @pytest.fixture
     def archive(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "data.zip"
@@ -230,6 +235,11 @@ class TestHub:
     def test_damaged_archive(self, data: Path, archive: Path) -> None:
         archive.write_bytes(b"no archive")
         with pytest.raises(DataError, match=r"^no rows in .* File is not a zip file; put LongBench's"):
+            examples(data)
+
+    def test_a_hub_that_is_away_is_told_at_once(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(longbench, "is_reachable", lambda *_: False)
+        with pytest.raises(DataError, match=r"LongBench, cannot be reached: put LongBench's \*.jsonl into"):
             examples(data)
 
     def test_offline(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

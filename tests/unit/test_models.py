@@ -303,6 +303,7 @@ def test_an_unreachable_hub_is_told_in_one_line(tmp_path) -> None:
     (line,) = load_from_hub("http://127.0.0.1:9", tmp_path, "org/model")
 
     assert line.startswith("model='org/model': no such folder, the hub cannot be reached")
+    assert line.endswith("[]"), "it is asked once"
 
 
 @pytest.fixture
@@ -364,6 +365,7 @@ def test_a_hub_id_is_downloaded_and_the_hubs_refusals_are_told(hub, tmp_path) ->
     assert gated.startswith("model='org/gated': a gated hub model; accept its terms there, run `hf auth login`")
     assert broken.startswith("model='org/broken': no such folder, the hub cannot be reached")
     assert "'the hub does not answer: try 1 of 5 in 1 s', 'the hub does not answer: try 2 of 5 in 2 s'" in broken
+    assert load_from_hub("http://127.0.0.1:9", tmp_path, "org/tiny") == [loaded], "its cache is read where it is away"
 
 
 # --- a GGUF file ---

@@ -11,6 +11,7 @@ from compresskv import defaults
 from compresskv.errors import CompressKVError, ConfigError, ModelError, first_line
 from compresskv.models.embedded import EMBEDDED, ensure_embedded, nearest_embedded
 from compresskv.models.gguf import check_weights, load_gguf
+from compresskv.models.hub import is_reachable
 from compresskv.system.check import check_callbacks
 from compresskv.system.paths import home_path, is_file, is_folder, why_unseen
 from compresskv.system.progress import Progress, silent
@@ -121,6 +122,7 @@ def _load_checkpoint(
     # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
     source: dict[str, Any] = {"local_files_only": folder is not None, "trust_remote_code": False}
     with quiet(downloads=folder is None, on_retry=lambda retry: on_progress(retry, None)):
+        source["local_files_only"] = folder is not None or not is_reachable(spec)
         config = AutoConfig.from_pretrained(name, **source)
         if getattr(config, "is_encoder_decoder", False):
             kind = config.model_type

@@ -13,10 +13,12 @@ from transformers import AutoConfig
 
 from compresskv.errors import ModelError, ProfileError, first_line
 from compresskv.models.fingerprint import Fingerprint, of_shape
+from compresskv.models.hub import is_reachable
 from compresskv.profiles.authors import PUBLISHED
 from compresskv.profiles.layer_errors import combined, l1_normalised
 from compresskv.profiles.profile import Profile, Rows
 from compresskv.system.inputs import read_json
+from compresskv.system.paths import is_folder
 from compresskv.system.quiet import quiet
 
 _AVERAGE = "avg_score"
@@ -149,7 +151,9 @@ def _shape(model_id: str) -> Fingerprint:
     try:
         with quiet():
             # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
-            config = AutoConfig.from_pretrained(model_id, trust_remote_code=False).get_text_config(decoder=True)
+            is_local = is_folder(model_id) or not is_reachable(model_id)
+            source = {"trust_remote_code": False, "local_files_only": is_local}
+            config = AutoConfig.from_pretrained(model_id, **source).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         problem = f": its shape cannot be read ({first_line(error)})"
         raise ModelError(problem, option="model", value=model_id) from error

@@ -15,6 +15,7 @@ from compresskv.evaluation.tasks.base import Task, TaskSettings
 from compresskv.evaluation.tasks.example import Example
 from compresskv.evaluation.tasks.jsonl import Folder, Line, existing_files, read_lines, task_folder
 from compresskv.evaluation.tasks.registry import register_task
+from compresskv.models.hub import is_reachable
 from compresskv.system.convert import Text
 from compresskv.system.inputs import read_json
 from compresskv.system.paths import is_file
@@ -165,10 +166,12 @@ def _hub(folder: Path) -> zipfile.Path:
     """The rows as the hub has them: one archive, `data/<subset>.jsonl` inside."""
     from huggingface_hub import hf_hub_download
 
+    hint = f"put LongBench's *.jsonl into {folder}"
+    if not is_reachable(HUB_REPOSITORY, "data.zip", "dataset"):
+        raise DataError(f"no rows in {folder}, and the hub, which has {HUB_REPOSITORY}, cannot be reached: {hint}")
     try:
         return zipfile.Path(hf_hub_download(HUB_REPOSITORY, "data.zip", repo_type="dataset"), "data/")
     except Exception as err:  # the hub's client raises whatever its network library does
-        hint = f"put LongBench's *.jsonl into {folder}"
         raise DataError(
             f"no rows in {folder}, and none from the hub's {HUB_REPOSITORY}: {first_line(err)}; {hint}"
         ) from err
