@@ -32,6 +32,10 @@ OutputOption = Annotated[
 ]
 ModelOption = Annotated[str, typer.Option(help="Folder, hub id, or the embedded smollm2-135m.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")]
+CacheDtypeOption = Annotated[
+    str,
+    typer.Option(help="vLLM's option: auto, or fp8 for half of bfloat16's bytes (a pool of as many: --pools 6 for 3)."),
+]
 CachingOption = Annotated[bool, typer.Option(help="vLLM's prefix caching, which is on by default there.")]
 BudgetsOption = Annotated[str, typer.Option(help="Tokens kept of each prompt. Plain vLLM is measured beside them.")]
 SettingsOption = Annotated[
@@ -53,6 +57,7 @@ def load(
     rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 1,
     model: ModelOption = "smollm2-135m",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: CacheDtypeOption = "auto",
     prefix_caching: CachingOption = True,
     plot: PlotOption = None,
     settings: SettingsOption = None,
@@ -72,12 +77,12 @@ def load(
         for size, number in product(sizes, range(1, rounds + 1))
     ]
     own = parse_settings("settings", settings or [])
-    results = Results(output, common_settings(model, dtype, prefix_caching, own))
+    results = Results(output, common_settings(model, dtype, prefix_caching, own, kv_cache_dtype))
     missing = results.missing(keys)
     if missing:
         longest = max(size.length for size in sizes) + new_tokens
         most = max(size.num_blocks for size in sizes)
-        engines, text = _engines(model, dtype, prefix_caching, longest, most, own)
+        engines, text = _engines(model, dtype, kv_cache_dtype, prefix_caching, longest, most, own)
         small = replace(min(sizes, key=lambda size: size.num_blocks), num_requests=2, new_tokens=4)
         for engine, budget in zip(engines, kept[:2], strict=True):
             run_load(engine, small, text, budget)  # warms up
@@ -98,13 +103,14 @@ def single(
     rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 3,
     model: ModelOption = "smollm2-135m",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: CacheDtypeOption = "auto",
     prefix_caching: CachingOption = True,
     settings: SettingsOption = None,
 ) -> None:
     """One request alone: eviction's share of its prefill, and decoding beside that after a prompt of BUDGET tokens."""
     own = list(product(_numbers("--lengths", lengths), _numbers("--budgets", budgets)))
     others = parse_settings("settings", settings or [])
-    results = Results(output, common_settings(model, dtype, prefix_caching, others))
+    results = Results(output, common_settings(model, dtype, prefix_caching, others, kv_cache_dtype))
     keys = [
         {"kind": "single", "length": length, "budget": budget, "round": number}
         for number, (length, budget) in product(range(1, rounds + 1), own)
@@ -114,7 +120,7 @@ def single(
         from benchmarks.serving.single import run_round
 
         longest = max(length for length, _ in own) + 64
-        engines, text = _engines(model, dtype, prefix_caching, longest, None, others)
+        engines, text = _engines(model, dtype, kv_cache_dtype, prefix_caching, longest, None, others)
         for length, budget in dict.fromkeys((key["length"], key["budget"]) for key in missing):
             run_round(engines[0], engines[1], text, length, budget, 0)  # warms up
     for key in missing:
@@ -132,12 +138,13 @@ def quality(
     needles: Annotated[int, typer.Option(help="Needles at each length and depth.")] = 5,
     model: ModelOption = "smollm2-135m",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: CacheDtypeOption = "auto",
     prefix_caching: CachingOption = True,
 ) -> None:
     """Needles asked through the OpenAI API, of a server without the plugin and of one with it."""
     from benchmarks.serving import quality as grid
 
-    results = Results(output, common_settings(model, dtype, prefix_caching))
+    results = Results(output, common_settings(model, dtype, prefix_caching, kv_cache_dtype=kv_cache_dtype))
     places = _numbers("--depths", depths, float)
     examples = grid.needles(_tokenizer(_folder(model)), _numbers("--lengths", lengths), places, needles)
     cases = {example.id: example for example in examples}
@@ -151,7 +158,8 @@ def quality(
         if not missing:
             continue
         most = max(_numbers("--lengths", lengths)) + _MARGIN
-        options: dict[str, Any] = {"max_model_len": most, "dtype": dtype, "prefix_caching": prefix_caching}
+        options: dict[str, Any] = {"max_model_len": most, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+        options["prefix_caching"] = prefix_caching
         with grid.server(_folder(model), compressed=compressed, **options) as address:
             for key in missing:
                 results.add(key, grid.ask(address, cases[key["case"]], key["budget"]))
@@ -184,6 +192,7 @@ def _tokenizer(folder: str) -> Any:
 def _engines(
     model: str,
     dtype: str,
+    kv_cache_dtype: str,
     prefix_caching: bool,
     max_model_len: int,
     num_blocks: int | None,
@@ -195,7 +204,8 @@ def _engines(
 
     folder = _folder(model)
     text: list[int] = _tokenizer(folder)("\n\n".join(read_haystack(())), verbose=False)["input_ids"]
-    size: dict[str, Any] = {"max_model_len": max_model_len, "num_blocks": num_blocks, "dtype": dtype}
+    size: dict[str, Any] = {"max_model_len": max_model_len, "num_blocks": num_blocks}
+    size |= {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
     return [
         start_engine(folder, compressed=ours, prefix_caching=prefix_caching, settings=settings, **size)
         for ours in (False, True)
@@ -203,7 +213,11 @@ def _engines(
 
 
 def common_settings(
-    model: str, dtype: str, prefix_caching: bool, settings: Mapping[str, Any] | None = None
+    model: str,
+    dtype: str,
+    prefix_caching: bool,
+    settings: Mapping[str, Any] | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> dict[str, Any]:
     """What all rows of a file have in common.
 
@@ -217,6 +231,7 @@ def common_settings(
     return {
         "model": model,
         "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
         "prefix_caching": prefix_caching,
         **({"settings": dict(settings)} if settings else {}),
         "machine": {name: own[name] for name in ("device", "processor", "cores", "system")},

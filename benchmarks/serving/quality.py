@@ -25,7 +25,9 @@ _ANSWER_S = 300
 
 
 @contextmanager
-def server(model: str, *, compressed: bool, max_model_len: int, dtype: str, prefix_caching: bool) -> Iterator[str]:
+def server(
+    model: str, *, compressed: bool, max_model_len: int, dtype: str, kv_cache_dtype: str, prefix_caching: bool
+) -> Iterator[str]:
     """A vLLM server; yields its address.
 
     Raises:
@@ -33,7 +35,7 @@ def server(model: str, *, compressed: bool, max_model_len: int, dtype: str, pref
     """
     port = _free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
-    command += ["--served-model-name", "model", "--enforce-eager", "--dtype", dtype]
+    command += ["--served-model-name", "model", "--enforce-eager", "--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype]
     command += ["--max-model-len", str(max_model_len), "--kv-cache-memory-bytes", str(1 << 30)]
     command.append("--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching")
     environment = server_environment(os.environ, compressed=compressed)

@@ -69,6 +69,7 @@ def start_engine(
     max_model_len: int,
     num_blocks: int | None,
     dtype: str,
+    kv_cache_dtype: str = "auto",
     prefix_caching: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Engine:
@@ -90,6 +91,7 @@ def start_engine(
         max_num_seqs=MAX_RUNNING,
         max_num_batched_tokens=2048,
         block_size=BLOCK_SIZE,
+        kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory_bytes=2_000_000_000,
         num_gpu_blocks_override=None if num_blocks is None else num_blocks + 1,  # one is vLLM's own
         enable_prefix_caching=prefix_caching,
