@@ -63,6 +63,13 @@ def test_the_head_tells_what_it_is_without_pytorch(saved: Path, session: Session
     assert found.stdout.split() == ["adakv", "False"]
 
 
+def test_it_names_the_release_that_runs_be_another_installed(session: Session) -> None:
+    plan = compresskv.make_plan(tiny.tiny_model("llama"), [1, 2, 3], "full", 1)
+    for versions in (session.facts.versions, plan.versions):
+        assert versions["compresskv"] == compresskv.__version__
+        assert set(versions) == {"compresskv", "torch", "transformers"}
+
+
 def test_only_sessions_are_taken_for_sessions(saved: Path, tmp_path: Path) -> None:
     assert is_session(saved)
     text = tmp_path / "text.kvc"

@@ -22,6 +22,7 @@ from compresskv.peers.press_cache import PressCache, masks, put_masks
 from compresskv.peers.presses import Press, find_press, method_name
 from compresskv.selection.budgets import resolve
 from compresskv.system.clock import now
+from compresskv.system.libraries import libraries
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -97,7 +98,7 @@ def answer(request: PressRequest) -> Iterator[dict[str, Any]]:
     """
     presses = {name: find_press(name) for name in request.presses}
     loaded = load(request.model, dtype=request.dtype, device=request.device)
-    versions = {name: version(name) for name in ("compresskv", "kvpress", "torch", "transformers")}
+    versions = {**libraries(), "kvpress": version("kvpress")}
 
     @lru_cache(maxsize=1)
     def full(number: int) -> Tensor | None:

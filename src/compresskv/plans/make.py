@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from compresskv.selection.budgets import Budget, read_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.selection.select import EMPTY_SLOT
 from compresskv.system.check import check_callbacks, is_int
+from compresskv.system.libraries import libraries
 
 
 class PlanningLayer(CompressedLayer):
@@ -106,7 +106,7 @@ def make_plan(
         profile=None if own is None else own.digest,
         layers=tuple(_layer_plan(layer, chosen.window_size) for layer in cache.compressed_layers),
         auto=next(iter(cache.auto_choices), None),
-        versions={name: version(name) for name in ("compresskv", "torch", "transformers")},
+        versions=libraries(),
     )
 
 

@@ -1,7 +1,6 @@
 """Where sessions come from: a document that is read, or a file that is opened."""
 
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from compresskv.sessions.reading import check_length, held_by, read_and_cut
 from compresskv.sessions.session import Session
 from compresskv.system.check import check_callbacks, check_path
 from compresskv.system.clock import now
+from compresskv.system.libraries import libraries
 
 
 def read(
@@ -92,7 +92,7 @@ def read(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         dtype=weights_dtype(model),
         store=store,
-        versions={package: version(package) for package in ("compresskv", "torch", "transformers")},
+        versions=libraries(),
     )
     return Session(model, tokenizer, cache, part.input_ids, part.ending, facts, chosen)
 
