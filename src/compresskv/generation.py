@@ -85,11 +85,14 @@ class GenerationStats:
     candidates: CandidateStats | None = None
     """How much layers held that waited for later ones, where that was not all, or was not to be."""
 
+    budget_note: str | None = None
+    """What the budget came to, where that may not be what was meant."""
+
     @property
     def notes(self) -> list[str]:
         """What was asked for and made no difference, was not done as it was asked for, or may not be what was meant."""
         told = [one.note for one in (self.chunks, self.decode, self.candidates) if one is not None]
-        return [note for note in (note_of(self.budget), *told) if note is not None]
+        return [note for note in (self.budget_note, *told) if note is not None]
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -201,13 +204,15 @@ def ask(
         prefill_s = now(*devices) - start
         first = int(logits.argmax())
         answered = speak(model, tokenizer, cache, first, asked, start=start, prepare=compressed.prepare_decoding)
+    told_budget, retained = chosen.told_budget(budget), [float(own.mean_retained) for own in cache.compressed_layers]
+    num_kept = sum(retained) / len(retained)
     stats = GenerationStats(
         method=chosen.label,
-        budget=chosen.told_budget(budget),
+        budget=told_budget,
         store=store,
         prompt_tokens=len(token_ids),
         truncated_tokens=prompt.num_truncated,
-        retained_per_layer=[float(layer.mean_retained) for layer in cache.compressed_layers],
+        retained_per_layer=retained,
         kv_nbytes_full=cache.full_nbytes,
         kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,
@@ -215,6 +220,7 @@ def ask(
         chunks=cache.chunk_stats,
         decode=cache.decode_stats,
         candidates=cache.candidate_stats,
+        budget_note=note_of(told_budget, num_kept, len(token_ids), chosen.window_size),
         **answered.cost(model, cache),
     )
     return Generation(answered.text, answered.token_ids, stats, plan)

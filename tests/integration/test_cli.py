@@ -263,8 +263,9 @@ class TestAsk:
             "chunks",
             "decode",
             "candidates",
+            "budget_note",
         }
-        assert [stats[name] for name in ("auto", "chunks", "decode", "candidates")] == [None] * 4
+        assert [stats[name] for name in ("auto", "chunks", "decode", "candidates", "budget_note")] == [None] * 5
         assert stats["compiled_tokens"] == 0
         num_tokens, retained = stats["prompt_tokens"], stats["retained_per_layer"]
         asked = None if method == "full" else 100
@@ -293,6 +294,23 @@ class TestAsk:
         result = call(*ASK, "--method", "full", "--compare", "full")
         assert table_rows(result.out) == ["full"]
         assert not result.out.startswith(ANSWER)  # it is not printed as it comes, too
+
+    @pytest.mark.parametrize(
+        ("budget", "note"),
+        [
+            ("1", "[--budget 1 is one token: all of the prompt is 1.0, or 100%]"),
+            ("1%", "[--budget 0.01 is 7 of this prompt's 694 tokens, hardly more than its end, 8 tokens, by which the"),
+            ("9", None),
+            ("1.0", None),
+        ],
+    )
+    def test_a_budget_that_leaves_hardly_anything_is_told_of(
+        self, call: Callable[..., Result], budget: str, note: str | None
+    ) -> None:
+        asked = ["--method", "snapkv", "--budget", budget]
+        results = [call(*ASK, *asked), call("explain", *ASK[1:], *asked, "--no-answer")]
+        assert all((note or "").lstrip("[") in result.err for result in results)
+        assert any("--budget" in result.err for result in results) == (note is not None)
 
     @pytest.mark.parametrize(("budget", "kept"), [("64", 64), ("1", 1), ("100%", None), ("1.0", None), ("99999", None)])
     def test_budgets(self, call: Callable[..., Result], budget: str, kept: int | None) -> None:

@@ -138,8 +138,8 @@ class TestAddedLater:
             "snapkv @ 64",
             "knorm @ 64",
             "streaming_llm @ 64",
-            "snapkv @ 0.5",
-            "streaming_llm @ 0.5",
+            "snapkv @ 50%",
+            "streaming_llm @ 50%",
         ]
 
     def test_another_option_is_refused_by_name(self, call: Callable[..., Result], tmp_path: Path) -> None:

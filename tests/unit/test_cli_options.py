@@ -184,7 +184,7 @@ class TestTables:
     def test_nothing_is_cut_however_narrow_the_terminal(self, width: int) -> None:
         titles = ("configuration", "score", "vs full", "vs best baseline", "retained %")
         rows = [
-            ("kvpress:KVzipPress @ 0.125 (agnostic)", "80.0 [50.0, 100.0]", "-10.0", "+0.0", "26.8"),
+            ("kvpress:KVzipPress @ 12.5% (agnostic)", "80.0 [50.0, 100.0]", "-10.0", "+0.0", "26.8"),
             ("full", "90.0 [70.0, 100.0]", "", "", "100"),
         ]
         table = terminal.new_table(*titles, numbers=titles[1:])

@@ -91,7 +91,7 @@ def test_every_store_and_the_full_cache_in_those_of_fewer_bits() -> None:
     chosen = configurations(model, methods, [24, "20kB"], stores=("native", "int4"))
     assert [one.name for one in chosen] == [
         "full",
-        "full int4 @ 1.0",
+        "full int4 @ 100%",
         "snapkv @ 24",
         "snapkv int4 @ 24",
         "snapkv @ 20kB",
@@ -149,7 +149,7 @@ class TestConfigurations:
         return [configuration.name for configuration in found]
 
     def test_the_full_cache_comes_first_and_once_whether_it_was_named_or_not(self) -> None:
-        expected = ["full", "snapkv @ 64", "snapkv @ 0.03"]
+        expected = ["full", "snapkv @ 64", "snapkv @ 3%"]
         assert self.names("snapkv", "64,3%") == expected
         assert self.names("snapkv,full", "64,3%") == expected
         assert self.names("full", "64,3%") == ["full"]

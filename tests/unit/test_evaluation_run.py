@@ -509,7 +509,7 @@ class TestPeers:
         counts = run_with_peers(request())
         assert counts == Counts(examples=3, prefills=3, records=3 + 6)
         full, theirs = records()[:3], records()[3:]
-        assert [record.config for record in theirs] == ["kvpress:SnapKVPress @ 30", "kvpress:SnapKVPress @ 0.5"] * 3
+        assert [record.config for record in theirs] == ["kvpress:SnapKVPress @ 30", "kvpress:SnapKVPress @ 50%"] * 3
         for record, ours in zip(theirs[::2], full, strict=True):
             assert record.key[:2] == ours.key[:2]
             assert record.prediction == ours.prediction  # they repeated the full cache's tokens
@@ -534,7 +534,7 @@ class TestPeers:
     def test_failures_are_told_by_name_and_only_they_are_tried_again(self, peers: Peers) -> None:
         peers.failing = {("birch", 0.5)}
         counts = run_with_peers(request())
-        assert counts.peer_failures == ["toy/short birch, kvpress:SnapKVPress @ 0.5: it would not"]
+        assert counts.peer_failures == ["toy/short birch, kvpress:SnapKVPress @ 50%: it would not"]
         assert counts.records == 3 + 5
         before = records()
         peers.failing = set()
@@ -542,7 +542,7 @@ class TestPeers:
         (case,) = peers.asked[1].cases
         assert (case.example, case.done) == ("birch", ("kvpress:SnapKVPress @ 30",))
         assert records()[:-1] == before
-        assert records()[-1].key == ("toy/short", "birch", "kvpress:SnapKVPress @ 0.5")
+        assert records()[-1].key == ("toy/short", "birch", "kvpress:SnapKVPress @ 50%")
 
     def test_they_run_in_a_tasks_own_setting_too(self, peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Toy, "setting", "agnostic")

@@ -74,7 +74,7 @@ def test_what_a_request_says_of_itself_is_said_again_where_it_is_read(tmp_path: 
 
 def test_each_configuration_is_run_once_and_none_that_is_done() -> None:
     request = PressRequest("m", (), ("SnapKVPress", "SnapKVPress"), (30, 0.5, 30), ("aware", "agnostic"))
-    case = PressCase("t", "1", (), 8, done=("kvpress:SnapKVPress @ 30", "kvpress:SnapKVPress @ 0.5 (agnostic)"))
+    case = PressCase("t", "1", (), 8, done=("kvpress:SnapKVPress @ 30", "kvpress:SnapKVPress @ 50% (agnostic)"))
 
     assert request.pending(case) == [("aware", "SnapKVPress", 0.5), ("agnostic", "SnapKVPress", 30)]
 

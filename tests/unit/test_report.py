@@ -72,7 +72,7 @@ def rows_of(folders: list[Path], **options: Any) -> dict[str, dict[str, Any]]:
 
 class TestNumbers:
     def test_rows_come_by_budget_then_score(self, folder: Path) -> None:
-        expected = ["full", "snapkv @ 0.05", "compresskv @ 100", "snapkv @ 100", "random @ 100"]
+        expected = ["full", "snapkv @ 5%", "compresskv @ 100", "snapkv @ 100", "random @ 100"]
         assert list(rows_of([folder])) == expected
 
     def test_scores_are_means_over_cases(self, folder: Path) -> None:
@@ -81,11 +81,11 @@ class TestNumbers:
         assert rows["full"]["score"][0] == pytest.approx(2.5 / 3)
         _, low, high = rows["compresskv @ 100"]["score"]
         assert 0.5 <= low < 0.75 < high <= 1.0
-        assert (rows["full"]["num_cases"], rows["snapkv @ 0.05"]["num_cases"]) == (3, 2)
+        assert (rows["full"]["num_cases"], rows["snapkv @ 5%"]["num_cases"]) == (3, 2)
 
     def test_differences_are_over_the_same_cases(self, folder: Path) -> None:
         rows = rows_of([folder])
-        assert rows["snapkv @ 0.05"]["from_full"] == {"mean": -0.75, "low": -0.75, "high": -0.75, "num_cases": 2}
+        assert rows["snapkv @ 5%"]["from_full"] == {"mean": -0.75, "low": -0.75, "high": -0.75, "num_cases": 2}
         assert rows["compresskv @ 100"]["from_full"]["mean"] == pytest.approx(-0.25 / 3)
         assert rows["full"]["from_full"] is None
 

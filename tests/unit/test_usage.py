@@ -260,4 +260,5 @@ def test_one_token_and_all_of_a_prompt_are_told_in_other_words() -> None:
         *("1 token", "all of the prompt", "1% of the prompt", "256 tokens", "50% of the prompt", "3MB"),
         "3 to 5 tokens, by layer",
     }
-    assert [budget for budget in (1, 1.0, 2, "1B", True, None, [1, 1]) if note_of(budget)] == [1]
+    assert note_of(1, 1, 50, 0) is not None
+    assert [note_of(budget, kept, 50, 8) for budget, kept in ((1.0, 50), (9, 9), (None, 50), (60, 50))] == [None] * 4

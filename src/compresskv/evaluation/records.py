@@ -90,7 +90,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def config_name(method: str, budget: int | float | str | None, setting: str, store: str = NATIVE) -> str:
-    """What tables call a configuration: 'full', 'snapkv @ 128', 'snapkv int8 @ 0.03 (agnostic)'."""
+    """What tables call a configuration: 'full', 'snapkv @ 128', 'snapkv int8 @ 3% (agnostic)'."""
     name = method if store == NATIVE else f"{method} {store}"
-    name = name if budget is None else f"{name} @ {budget}"
+    shown = f"{100 * budget:.12g}%" if isinstance(budget, float) else budget  # 1 is one token, 100% all
+    name = name if budget is None else f"{name} @ {shown}"
     return name if setting == "aware" else f"{name} ({setting})"

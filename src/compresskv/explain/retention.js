@@ -116,6 +116,7 @@ function showFacts() {
     ["Retained", percent(method.retained_fraction)],
     ["KV cache", `${megabytes(method.kv_nbytes_full)} → ${megabytes(method.kv_nbytes)} MB`],
   ];
+  if (method.chunks) facts.push(["Cuts while read", number(method.chunks.num_cuts)]);
   if (evidence.length) facts.push(["Evidence retained", percent(evidenceShare(method.views[0]))]);
   at("facts").replaceChildren(...facts.map(([name, value]) => {
     const pair = make("div");

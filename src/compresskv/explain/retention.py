@@ -126,7 +126,8 @@ class Explanation:
     """How much was kept and why, where the budget is 'auto'."""
     chunks: ChunkStats | None = None
     candidates: CandidateStats | None = None
-    """What was held meanwhile, as in `GenerationStats`."""
+    budget_note: str | None = None
+    """As in `GenerationStats`, as are what was held meanwhile."""
     attended: tuple[float, ...] | None = None
     """Of each prompt token, its mean share in the attention of the answer's tokens; None where that was not noted."""
 
@@ -134,7 +135,7 @@ class Explanation:
     def notes(self) -> list[str]:
         """As those of `GenerationStats`."""
         told = [one.note for one in (self.chunks, self.candidates) if one is not None]
-        return [note for note in (note_of(self.budget), *told) if note is not None]
+        return [note for note in (self.budget_note, *told) if note is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -149,6 +150,7 @@ class Explanation:
             "auto": None if self.auto is None else self.auto.to_dict(),
             "chunks": None if self.chunks is None else asdict(self.chunks),
             "candidates": None if self.candidates is None else asdict(self.candidates),
+            "budget_note": self.budget_note,
             "retained_fraction": self.retention.fraction,
             "kv_nbytes_full": self.kv_nbytes_full,
             "kv_nbytes": self.kv_nbytes,
@@ -223,7 +225,9 @@ def explain(
         if max_new_tokens > 0:
             token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens, on_token)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-    told, meanwhile = method.told_budget(budget), (cache.chunk_stats, cache.candidate_stats)
+    told, num_prompt = method.told_budget(budget), retention.num_tokens
+    note = note_of(told, retention.fraction * num_prompt, num_prompt, method.window_size)
+    meanwhile = cache.chunk_stats, cache.candidate_stats, note
     return Explanation(method.label, told, retention, full_nbytes, kv_nbytes, answer, store, auto, *meanwhile)
 
 

@@ -12,10 +12,21 @@ def any_of(*kinds: str) -> str:
     return f"{', '.join(kinds[:-1])}, or {kinds[-1]}"
 
 
-def note_of(budget: object) -> str | None:
-    """What is noted where a budget may not be what was meant."""
-    is_one = budget == 1 and type(budget) is int
-    return "budget=1 is one token: all of the prompt is 1.0, or 100%" if is_one else None
+def note_of(budget: object, num_kept: float, num_prompt: int, window_size: int) -> str | None:
+    """What is noted where a budget may not be what was meant.
+
+    Args:
+        num_kept: tokens of `num_prompt` that stayed, a mean.
+        window_size: those at the prompt's end that the method chooses by, and keeps before all others.
+    """
+    if budget is None or num_kept >= num_prompt:
+        return None
+    if budget == 1 and type(budget) is int:
+        return "budget=1 is one token: all of the prompt is 1.0, or 100%"
+    if num_kept <= window_size:
+        what = f"budget={budget} is {num_kept:,.0f} of this prompt's {num_prompt:,} tokens"
+        return f"{what}, hardly more than its end, {window_size} tokens, by which the method chooses: give more"
+    return None
 
 
 def in_words(budget: float | str | Sequence[int] | None) -> str:
