@@ -86,6 +86,7 @@ def test_bytes_for_less_than_a_token_are_refused_as_typed_before_a_document_is_r
                 tiny.tokenizer(),
                 tiny.random_words(120),
                 budget="100B",
+                store="native",
                 on_read=lambda *done: steps.append(done),
                 **{"method": "snapkv", **options},  # type: ignore[arg-type]
             )

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import threading
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,12 +44,14 @@ SHORT_WORDS = "5 9 12 "
 QUESTIONS = ["75 14 22 9 64 29 38", "41 7 90"]
 
 
-def read(model: PreTrainedModel, method: str = "adakv", budget: Any = 24, **options: Any) -> Session:
+def read(
+    model: PreTrainedModel, method: str = "adakv", budget: Any = 24, store: str | None = "native", **options: Any
+) -> Session:
     if not isinstance(budget, (int, float)):
         budget = budget[: len(compressible_layers(model))]
     options |= tiny.options_for(model, method)
     return compresskv.read(
-        model, tiny.tokenizer(), tiny.random_words(NUM_WORDS), method=method, budget=budget, **options
+        model, tiny.tokenizer(), tiny.random_words(NUM_WORDS), method=method, budget=budget, store=store, **options
     )
 
 
@@ -500,9 +503,29 @@ def test_the_default_is_the_best_method_that_the_model_has_a_profile_for() -> No
     assert compresskv.read(model, tiny.tokenizer(), document).facts.method == "kvzip"
     session = compresskv.read(model, tiny.tokenizer(), document, **tiny.options_for(model, "forecast"))
     assert session.facts.method == "forecast"
-    assert session.facts.mean_retained == pytest.approx(0.25 * session.facts.num_tokens, abs=1)
     with pytest.raises(ProfileError, match=r"none\.json"):
         compresskv.read(model, tiny.tokenizer(), document, profile="none.json")
+
+
+@pytest.mark.stores(reason="what they take is compared")
+@pytest.mark.parametrize(
+    ("losses", "store"),
+    [
+        ({}, "int8"),
+        ({"int8": 0.001, "int4k8": 0.002, "int4": 0.004}, "int4"),
+        ({"int8": 0.001, "int4k8": 0.002, "int4": 0.04}, "int4k8"),
+        ({"int8": 0.001, "int4k8": 0.02, "int4": 0.04}, "int8"),
+        ({"int8": 0.02, "int4k8": 0.02, "int4": 0.04}, "native"),
+    ],
+)
+def test_the_default_store_is_the_smallest_that_the_model_bears(losses: dict[str, float], store: str) -> None:
+    model, document = tiny.tiny_model("llama"), tiny.random_words(240)
+    profile = replace(tiny.random_profile(model), store_losses=losses)
+    facts = compresskv.read(model, tiny.tokenizer(), document, profile=profile).facts
+    assert facts.store == store
+    assert facts.kv_nbytes <= 0.25 * facts.kv_nbytes_full < 1.2 * facts.kv_nbytes
+    assert (facts.mean_retained > 0.3 * facts.num_tokens) is (store != "native")
+    assert compresskv.read(model, tiny.tokenizer(), document, profile=profile, store="native").facts.store == "native"
 
 
 def test_what_cannot_be_read_or_asked_is_refused() -> None:

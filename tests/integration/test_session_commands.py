@@ -77,7 +77,8 @@ def test_show_tells_what_a_file_holds(kept: Path, call: Callable[..., Result]) -
 
 
 def test_explain_shows_what_was_kept_of_a_document(place: Path, call: Callable[..., Result]) -> None:
-    assert call("read", "doc.txt", "-o", "quarter.kvc", "--model", "model", "--method", "kvzip").code == 0
+    options = ["--model", "model", "--method", "kvzip", "--budget", "25%"]
+    assert call("read", "doc.txt", "-o", "quarter.kvc", *options).code == 0
     needle = planted.needle("amber")
     result = call("explain", "quarter.kvc", QUESTION, "--json", "--evidence", needle, "--evidence", "nowhere")
     assert result.code == 0
@@ -107,7 +108,7 @@ def test_explain_shows_what_was_kept_of_a_document(place: Path, call: Callable[.
 
 
 def test_several_documents_are_one_file_each(place: Path, call: Callable[..., Result]) -> None:
-    options = ["--chunk", "50", "--store", "int8", "--max-memory", "2MB"]
+    options = ["--chunk", "50", "--budget", "25%", "--store", "int8", "--max-memory", "2MB"]
     result = call("read", "doc.txt", "other.txt", "-o", "kept/", "--model", "model", "--json", *options)
     assert result.code == 0
     told = json.loads(result.out)

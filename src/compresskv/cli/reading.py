@@ -17,7 +17,6 @@ from compresskv.cli.options import (
     ProfileOption,
     SessionMethodOption,
     SettingsOption,
-    StoreOption,
     check_profile,
     create_method,
     parse_nbytes,
@@ -28,7 +27,7 @@ from compresskv.errors import ConfigError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
 from compresskv.selection.budgets import TOKENS, known_beforehand, parse_budget
-from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.selection.precision import PRECISIONS, find_precision
 from compresskv.system.check import check_least
 
 if TYPE_CHECKING:
@@ -47,7 +46,14 @@ MaxMemoryOption = Annotated[
         metavar="SIZE",
     ),
 ]
-_BUDGET = f"{defaults.SESSION_BUDGET:.0%}"
+SessionStoreOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)} (docs/stores.md). Default: on a "
+        "CPU, as few as lose next to nothing on the model by its profile, else 'native'.",
+        metavar="STORE",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,9 @@ class Reading:
 
     model: ModelOption = defaults.MODEL
     method: SessionMethodOption = None
-    budget: BudgetOption = _BUDGET
+    budget: BudgetOption = defaults.SESSION_BUDGET
     of: OfOption = TOKENS
-    store: StoreOption = NATIVE
+    store: SessionStoreOption = None
     chunk: ChunkOption = None
     max_memory: MaxMemoryOption = None
     profile: ProfileOption = None
@@ -82,7 +88,8 @@ class Reading:
             CompressKVError: anything that can be found wrong without the model.
         """
         method, budget = self._method(), known_beforehand(parse_budget(self.budget, self.of))
-        find_precision(self.store)
+        if self.store is not None:
+            find_precision(self.store)
         check_least("chunk", self.chunk)
         max_memory = None if self.max_memory is None else parse_nbytes("max_memory", self.max_memory)
         check_profile(self.profile)

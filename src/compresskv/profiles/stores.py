@@ -3,10 +3,25 @@
 import warnings
 
 from compresskv.profiles.profile import Profile
-from compresskv.selection.precision import NATIVE
+from compresskv.selection.precision import NATIVE, PRECISIONS
 
 LOSSY = 0.05
 """Nats per token that a store may lose before anything is evicted: about what eviction to a quarter loses."""
+NEXT_TO_NOTHING = 0.01
+"""Nats per token: far below what eviction to a quarter loses, so that more tokens in fewer bits gain."""
+_ANY_DIM = 64
+"""Numbers of a vector: stores are in the same order with any."""
+UNMEASURED = "int8"
+"""What no model that was tried minded (docs/stores.md)."""
+
+
+def sparing_store(profile: Profile | None) -> str:
+    """The store of the fewest bytes that loses next to nothing on the model, as its profile says."""
+    losses = {} if profile is None else profile.store_losses
+    if not losses:
+        return UNMEASURED
+    packed = sorted(losses, key=lambda name: PRECISIONS[name].nbytes(_ANY_DIM, 2))
+    return next((name for name in packed if losses[name] <= NEXT_TO_NOTHING), NATIVE)
 
 
 def warn_of_lossy_store(profile: Profile | None, store: str) -> None:

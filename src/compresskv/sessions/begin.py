@@ -20,7 +20,7 @@ from compresskv.models.load import check_model
 from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.profiles.profile import Profile
-from compresskv.profiles.stores import warn_of_lossy_store
+from compresskv.profiles.stores import sparing_store, warn_of_lossy_store
 from compresskv.prompts.turns import first_part
 from compresskv.selection.budgets import Budget, known_beforehand, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
@@ -42,7 +42,7 @@ def read(
     method: str | Method | None = None,
     budget: Budget = defaults.SESSION_BUDGET,
     profile: Profile | str | Path | None = None,
-    store: str = NATIVE,
+    store: str | None = None,
     chunk: int | None = None,
     max_memory: int | None = None,
     name: str | None = None,
@@ -54,7 +54,9 @@ def read(
     Args:
         method: as for `compressing`; None: `forecast`, or `kvzip`, which reads the document twice, where the model has
             no profile for it.
-        budget, profile, store, options: as for `compressing`; a share is of the document.
+        budget, profile, options: as for `compressing`; a share is of the document, or of its full cache's bytes.
+        store: as for `compressing`; None: on a CPU, the one of the fewest bytes that loses next to nothing on the model
+            by its profile, or 'int8' where that does not tell; elsewhere 'native'.
         chunk: tokens to read at a time, to bound what reading needs beside the cache; None: all at once.
         max_memory: bytes that keys and values may take while the document is read: where all of them need more, it is
             read in parts, and each is cut before the next one is read. What is kept is then another choice.
@@ -71,9 +73,8 @@ def read(
     part = first_part(tokenizer, text)
     chosen = find_method(model, method, profile, **options)
     budget = known_beforehand(read_budget(budget))
-    find_precision(store)
     own = getattr(chosen, "profile", None)
-    warn_of_lossy_store(own, store)
+    store = _find_store(model, store, own)
     warn_of_slow_dtype(model)
     check_length(model, len(part.input_ids))
     start = now(*devices_of(model))
@@ -95,6 +96,14 @@ def read(
         versions=libraries(),
     )
     return Session(model, tokenizer, cache, part.input_ids, part.ending, facts, chosen)
+
+
+def _find_store(model: PreTrainedModel, store: str | None, profile: Profile | None) -> str:
+    if store is None:
+        # Elsewhere a decode step unpacks each layer whole, which nobody has timed.
+        return sparing_store(profile) if input_device(model).type == "cpu" else NATIVE
+    warn_of_lossy_store(profile, find_precision(store).name)
+    return store
 
 
 def find_method(
