@@ -285,6 +285,16 @@ class TestAsk:
         assert table_rows(result.out) == ["full", "snapkv", "streaming_llm", "compresskv"]
         assert max(map(len, result.out.splitlines())) <= 80
 
+    def test_an_answer_that_was_longer_is_told_of(self, call: Callable[..., Result]) -> None:
+        few = ["--method", "full", "--max-new-tokens", "2"]
+        told = "the answer ends at --max-new-tokens 2]\n"
+        assert call(*ASK, *few).err.endswith(f"\n[{told}")
+        assert call(*ASK, *few, "--compare", "snapkv").err == f"[full, snapkv: {told}"
+        page = call("explain", *ASK[1:], *few, "--json")
+        assert page.err.endswith(f"\n[full: {told}")
+        assert json.loads(page.out)["methods"][0]["cut_off"] is True
+        assert "ends at" not in call("explain", *ASK[1:], *few[:2], "--json").err
+
     def test_a_comparison_as_json_is_a_list(self, call: Callable[..., Result]) -> None:
         rows = json.loads(call(*ASK, "--method", "full", "--compare", "snapkv", "--json").out)
         assert [row["stats"]["method"] for row in rows] == ["full", "snapkv"]

@@ -253,6 +253,9 @@ def test_a_line_that_is_no_text_ends_no_conversation(
     result = call("chat", "doc.kvc")
     assert (result.code, result.out.strip()) == (0, ANSWER)
     assert result.err.count("that line is not UTF-8 text: say it again") == 2
+    assert "ends at" not in result.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION))
+    assert call("chat", "doc.kvc", "--max-new-tokens", "2").err.endswith("[the answer ends at --max-new-tokens 2]\n")
 
 
 def test_a_conversation_comes_from_standard_input(

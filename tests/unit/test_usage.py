@@ -238,6 +238,11 @@ def test_the_same_option_takes_the_same_noun_in_every_command() -> None:
     }
 
 
+def test_lists_of_commands_cut_no_sentence() -> None:
+    short = {" ".join(words): command.get_short_help_str(limit=60) for words, command in COMMANDS}
+    assert {words: text for words, text in short.items() if text.endswith("...") or not text.endswith(".")} == {}
+
+
 BUDGETS = [(words, one) for words, command in COMMANDS for one in command.params if one.name in ("budget", "budgets")]
 """Of all commands but `profile show`, whose budget is a mean for a table."""
 

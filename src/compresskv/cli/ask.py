@@ -12,7 +12,7 @@ from rich.table import Table
 from compresskv import defaults
 from compresskv.cli.automatic import why
 from compresskv.cli.kept import check_unused, load_session, names_session
-from compresskv.cli.meanwhile import held_by, told_held, told_notes
+from compresskv.cli.meanwhile import held_by, told_end, told_held, told_notes
 from compresskv.cli.options import (
     CandidatesOption,
     ChunkBudgetOption,
@@ -178,6 +178,8 @@ def _report(generations: "list[Generation]", given: Request, compile: str) -> No
         err.print(_cost(generations[0], compile))
     else:
         out.print(_table(generations), soft_wrap=False)
+        if cut_off := [one.stats.method for one in generations if one.stats.cut_off]:
+            err.print(told_end(given.max_new_tokens, cut_off))
         for generation in generations:
             for line in told_notes(generation.stats.notes, generation.stats.method):
                 err.print(line)
@@ -187,7 +189,7 @@ def _cost(generation: "Generation", compile: str) -> str:
     stats = generation.stats
     remark = f"\n[not compiled: {stats.not_compiled}]" if stats.not_compiled and compile == "always" else ""
     if stats.cut_off:
-        remark += f"\n[the answer ends at --max-new-tokens {stats.generated_tokens}]"
+        remark += f"\n{told_end(stats.generated_tokens)}"
     remark += "".join(f"\n{line}" for line in told_notes(stats.notes))
     kept = sum(stats.retained_per_layer) / len(stats.retained_per_layer)
     speed = "" if stats.decode_tokens_per_s is None else f", then {stats.decode_tokens_per_s:.0f} tokens/s"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv.cli.kept import SUFFIX, load_session, names_session
+from compresskv.cli.meanwhile import told_end
 from compresskv.cli.options import CompileOption
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.places import check_place, choose_places, free_place
@@ -136,6 +137,8 @@ class _Chat:
                 on_token=lambda _: is_stopped(),
                 on_compile=Building(bar),
             )
+        if self._last.stats.generated_tokens == self._max_new_tokens and self._last.stats.cut_off:
+            err.print(told_end(self._max_new_tokens))
 
     def _save(self, given: str) -> None:
         place = self._saving.find_place(given)

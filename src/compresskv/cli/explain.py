@@ -9,7 +9,7 @@ import typer
 from compresskv import defaults
 from compresskv.cli.automatic import why
 from compresskv.cli.kept import check_unused, load_session, names_session
-from compresskv.cli.meanwhile import held_by, told_held, told_notes
+from compresskv.cli.meanwhile import held_by, told_end, told_held, told_notes
 from compresskv.cli.options import CandidatesOption, ChunkBudgetOption, ChunkTokensOption, parse_candidates
 from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.request import Checked, Request
@@ -94,7 +94,7 @@ def _report_of_session(given: Request, evidence: list[str], max_new_tokens: int)
         )
     if len(report.prompt.evidence) < len(evidence):
         err.print("compresskv: some of the evidence does not occur in the document")
-    _tell(report.explanations[0], report.dtype)
+    _tell(report.explanations[0], report.dtype, max_new_tokens)
     return report
 
 
@@ -168,16 +168,18 @@ def _explanation(
             on_token=steps.answering,
             **held,
         )
-    _tell(explanation, weights_dtype(loaded))
+    _tell(explanation, weights_dtype(loaded), max_new_tokens)
     return explanation
 
 
-def _tell(explanation: "Explanation", dtype: str) -> None:
+def _tell(explanation: "Explanation", dtype: str, max_new_tokens: int) -> None:
     sizes = f"{megabytes(explanation.kv_nbytes_full)} -> {megabytes(explanation.kv_nbytes)} MB"
     retention = explanation.retention
     kept = f"{retention.fraction:.1%} of {retention.num_tokens:,} prompt tokens kept{why(explanation.auto)}"
     kept += told_held(explanation.chunks, explanation.candidates)
     err.print(f"[{explanation.method}: {kept}; KV {sizes}; {dtype}]")
+    if explanation.cut_off:
+        err.print(told_end(max_new_tokens, [explanation.method]))
     for line in told_notes(explanation.notes, explanation.method):
         err.print(line)
 

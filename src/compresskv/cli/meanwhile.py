@@ -35,6 +35,16 @@ def told_held(chunks: ChunkStats | None, candidates: "CandidateStats | None") ->
     return told
 
 
+def told_end(max_new_tokens: int, methods: Iterable[str] = ()) -> str:
+    """That an answer was longer.
+
+    Args:
+        methods: whose, where several are told of.
+    """
+    whose = ", ".join(methods)
+    return f"[{whose}{': ' if whose else ''}the answer ends at --max-new-tokens {max_new_tokens}]"
+
+
 def told_notes(notes: Iterable[str], method: str | None = None) -> list[str]:
     """What was asked for and came to nothing, a line each.
 

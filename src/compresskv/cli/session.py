@@ -38,7 +38,7 @@ def _group() -> None:
     pass
 
 
-@session_app.command(cls=Command, epilog=SHOW_EPILOG)
+@session_app.command(cls=Command, epilog=SHOW_EPILOG, short_help="Print what a session holds, and what was said.")
 def show(
     session: Annotated[Path, typer.Argument(help="A file of 'compresskv read'.")],
     as_json: JsonOption = False,

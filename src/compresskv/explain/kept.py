@@ -32,12 +32,12 @@ def explain_session(
     facts, tokenizer = session.facts, session.tokenizer
     asked = session.tokens_of(question)
     token_ids = [*session.token_ids, *asked]
-    answer = attended = None
+    answer, attended, cut_off = None, None, False
     if max_new_tokens > 0:
         attention = Attended(len(token_ids))
         with watching(attention):  # a compiled step would not be seen
             found = session.ask(question, max_new_tokens=max_new_tokens, compile=NEVER, on_token=on_token)
-        answer = found.answer
+        answer, cut_off = found.answer, found.stats.cut_off
         attended = attention.shares
     behind = nbytes_behind(session.cache, len(asked))
     explanation = Explanation(
@@ -47,6 +47,7 @@ def explain_session(
         facts.kv_nbytes_full + behind,
         facts.kv_nbytes + behind,
         answer,
+        cut_off,
         facts.store,
         attended=attended,
     )

@@ -123,7 +123,8 @@ function showFacts() {
     pair.append(make("dt", "", name), make("dd", "", value));
     return pair;
   }));
-  at("answer").textContent = method.answer || "The model said nothing.";
+  const ending = method.cut_off ? " [...]" : "";
+  at("answer").textContent = method.answer ? method.answer + ending : "The model said nothing.";
   at("answer").className = method.answer ? "" : "none";
   at("answer-block").hidden = method.answer === null;
 }

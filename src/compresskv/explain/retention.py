@@ -15,7 +15,7 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.compression import Compressing
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
-from compresskv.models.decoding import decode
+from compresskv.models.decoding import decode, end_tokens
 from compresskv.plans.capture import read_prompt
 from compresskv.prompts.offsets import offsets_of, token_range
 from compresskv.selection.auto_budget import AutoChoice
@@ -120,6 +120,8 @@ class Explanation:
     kv_nbytes: int
     answer: str | None
     """None where none was asked for."""
+    cut_off: bool = False
+    """Whether `max_new_tokens` ended it."""
     store: str = NATIVE
     """In how many bits a number it is held; see `compressing`."""
     auto: AutoChoice | None = None
@@ -155,6 +157,7 @@ class Explanation:
             "kv_nbytes_full": self.kv_nbytes_full,
             "kv_nbytes": self.kv_nbytes,
             "answer": self.answer,
+            "cut_off": self.cut_off,
             "attended": None if self.attended is None else [round(share, 6) for share in self.attended],
             "layers": layers,
         }
@@ -221,14 +224,15 @@ def explain(
         logits = read_prompt(model, input_ids[0].tolist(), cache)
         retention, kv_nbytes, full_nbytes = Retention.of(cache), cache.nbytes, cache.full_nbytes
         auto = next(iter(cache.auto_choices), None)
-        answer = None
+        answer, cut_off = None, False
         if max_new_tokens > 0:
             token_ids = decode(model, tokenizer, int(logits.argmax()), cache, max_new_tokens, on_token)
+            cut_off = token_ids[-1] not in end_tokens(model, tokenizer)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
     told, num_prompt = method.told_budget(budget), retention.num_tokens
     note = note_of(told, retention.fraction * num_prompt, num_prompt, method.window_size)
     meanwhile = cache.chunk_stats, cache.candidate_stats, note
-    return Explanation(method.label, told, retention, full_nbytes, kv_nbytes, answer, store, auto, *meanwhile)
+    return Explanation(method.label, told, retention, full_nbytes, kv_nbytes, answer, cut_off, store, auto, *meanwhile)
 
 
 def prompt_text(
