@@ -16,7 +16,8 @@ import planted
 from compresskv.cli.app import app
 from compresskv.errors import CompressKVError
 from compresskv.explain.page import retention_page
-from compresskv.explain.retention import Explanation, LayerRetention, PromptText, Report, Retention
+from compresskv.explain.retention import Explanation, LayerRetention, Report, Retention
+from compresskv.explain.text import PromptText
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -21,14 +21,11 @@ from compresskv.explain.page import retention_page
 from compresskv.explain.retention import (
     Explanation,
     LayerRetention,
-    PromptText,
     Report,
     Retention,
     explain,
-    occurrences,
-    prompt_text,
-    token_texts,
 )
+from compresskv.explain.text import PromptText, occurrences, prompt_text, token_texts
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.snapkv import SnapKV
 from compresskv.prompts.prompt import build_prompt

@@ -123,7 +123,8 @@ def _find_held(checked: Checked, meanwhile: dict[str, Any]) -> list[dict[str, An
 
 
 def _report(checked: Checked, evidence: list[str], max_new_tokens: int, held: list[dict[str, Any]]) -> "Report":
-    from compresskv.explain.retention import Report, prompt_text
+    from compresskv.explain.retention import Report
+    from compresskv.explain.text import prompt_text
     from compresskv.models.quantize import weights_dtype
     from compresskv.prompts.prompt import build_prompt, room_for_prompt
 
@@ -200,7 +201,7 @@ def _write(page: Path, report: "Report") -> None:
 
 
 def _check_evidence(context: str, evidence: list[str]) -> None:
-    from compresskv.explain.retention import occurrences
+    from compresskv.explain.text import occurrences
 
     for text in evidence:
         if not occurrences(context, text):

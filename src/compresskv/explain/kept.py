@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from compresskv.attention.routing import watching
 from compresskv.compiled.modes import NEVER
 from compresskv.explain.attended import Attended
-from compresskv.explain.retention import Explanation, Report, Retention, prompt_text, token_texts
+from compresskv.explain.retention import Explanation, Report, Retention
+from compresskv.explain.text import prompt_text, token_texts
 from compresskv.models.decoding import OnToken
 from compresskv.prompts.turns import document_start
 from compresskv.sessions.answering import nbytes_behind
