@@ -106,7 +106,8 @@ class TestRetention:
 
 class TestAttended:
     def test_is_what_the_models_own_attention_says(self) -> None:
-        session = compresskv.read(tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(60), method="full")
+        model, words = tiny.tiny_model("llama"), tiny.random_words(60)
+        session = compresskv.read(model, tiny.tokenizer(), words, method="full", store="native")
         report = explain_session(session, "w1 w2 w3", max_new_tokens=5)
         answer = session.ask("w1 w2 w3", max_new_tokens=5).token_ids
         prompt = [*session.token_ids, *session.tokens_of("w1 w2 w3")]
