@@ -77,6 +77,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         ),
         ([*CUT, "--decode-budget", "20", "--decode-method", "kvzip"], "--decode-method 'kvzip' must see all tokens"),
         ([*CUT, "--decode-budget", "20", "--decode-interval", "1"], "--decode-interval 1 must be at least"),
+        (
+            [*ASK, "--budget", "auto", "--chunk-budget", "300"],
+            "--budget 'auto' is chosen once the whole prompt was read: leave out --chunk-budget N",
+        ),
         ([*CUT, "--chunk-budget", "255"], "--chunk-budget 255 is below --budget 256: what is to stay in the end must"),
         (
             [*ASK, "--method", "full", "--chunk-budget", "300"],

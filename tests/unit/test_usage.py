@@ -260,9 +260,10 @@ def test_every_command_says_alike_what_a_budget_is(words: list[str], option: Any
 
 
 def test_one_token_and_all_of_a_prompt_are_told_in_other_words() -> None:
-    told = {in_words(budget) for budget in (1, 1.0, 0.01, 256, 0.5, "3MB", [3, 5])}
+    told = {in_words(budget) for budget in (1, 1.0, 0.01, 256, 0.5, "3MB", "5% of bytes", [3, 5])}
     assert told == {
         *("1 token", "all of the prompt", "1% of the prompt", "256 tokens", "50% of the prompt", "3MB"),
+        "5% of the full cache's bytes",
         "3 to 5 tokens, by layer",
     }
     assert note_of(1, 1, 50, 0) is not None

@@ -11,8 +11,16 @@ from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs, Observation
 from compresskv.methods.predicting import check_predicts
-from compresskv.selection.auto_budget import LEAST_TOKENS, AutoBudget, AutoChoice, LossCurve, find_auto_budget, rungs
-from compresskv.selection.budgets import Budget, SharedBudget, parse_budget
+from compresskv.selection.auto_budget import (
+    LEAST_TOKENS,
+    AutoBudget,
+    AutoChoice,
+    LossCurve,
+    as_typed,
+    find_auto_budget,
+    rungs,
+)
+from compresskv.selection.budgets import Budget, SharedBudget, is_auto, parse_budget
 from compresskv.selection.scores import mean_over_groups
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -58,9 +66,19 @@ def automatic(method: Method, budget: Budget, *, cuts_early: bool) -> Automatic 
     curve = method.loss_curve()
     assert curve is not None
     if cuts_early:
-        problem = "is chosen once the whole prompt was read: leave out chunk_budget=N"
-        raise ConfigError(problem, option="budget", value=budget)
+        check_known_early(budget)
     return Automatic(allowed, 1.0 if allowed.at_most is None else parse_budget(allowed.at_most), curve)
+
+
+def check_known_early(budget: Budget) -> None:
+    """Refuse what each prompt decides, where it is cut before it was read.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if is_auto(budget):
+        problem = "is chosen once the whole prompt was read: leave out chunk_budget=N"
+        raise ConfigError(problem, option="budget", value=as_typed(budget))
 
 
 def observed_attention(inputs: LayerInputs) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from compresskv import defaults
+from compresskv.cache.auto import check_known_early
 from compresskv.cache.generated import check_decoding
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
@@ -82,6 +83,7 @@ def _find_chunks(method: Method, budget: Budget, between: int | None, tokens: in
         does = "must see all of it" if method.evicts else "keeps all of it"
         problem = f"cuts a prompt while it is read, but method {method.label!r} {does}: use another method"
         raise ConfigError(problem, option="chunk_budget", value=between)
+    check_known_early(budget)
     chunks = Chunks(between, tokens)
     chunks.check(method.window_size, budget)
     return chunks

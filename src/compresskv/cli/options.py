@@ -131,7 +131,8 @@ CandidatesOption = Annotated[
 ChunkBudgetOption = Annotated[
     int | None,
     typer.Option(
-        help="Cut prompts while they are read, too: as many tokens stay from chunk to chunk.", metavar="TOKENS"
+        help="Cut prompts while they are read, too: as many tokens stay from chunk to chunk, no fewer than --budget.",
+        metavar="TOKENS",
     ),
 ]
 ChunkTokensOption = Annotated[int, typer.Option(help="Tokens of a chunk.", metavar="TOKENS")]

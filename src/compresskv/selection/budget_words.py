@@ -5,6 +5,7 @@ from collections.abc import Sequence
 TOKENS_KIND = "tokens (256; 1 is one token)"
 SHARE_KIND = "a share of the prompt (3%, 0.03; 1.0 is all)"
 BYTES_KIND = "bytes in all layers (3MB)"
+OF_BYTES, OF_ALL_BYTES = "of bytes", "of the full cache's bytes"
 
 
 def any_of(*kinds: str) -> str:
@@ -36,7 +37,7 @@ def in_words(budget: float | str | Sequence[int] | None) -> str:
         budget: None: nothing is evicted.
     """
     if isinstance(budget, str):
-        return budget
+        return f"{budget.removesuffix(OF_BYTES)}{OF_ALL_BYTES}" if budget.endswith(OF_BYTES) else budget
     if budget is None or (isinstance(budget, float) and budget == 1):
         return "all of the prompt"
     if isinstance(budget, float):

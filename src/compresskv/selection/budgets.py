@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from compresskv.errors import ConfigError
 from compresskv.selection.auto_budget import AUTO, as_typed, find_auto_budget
-from compresskv.selection.budget_words import BYTES_KIND, SHARE_KIND, TOKENS_KIND, any_of
-from compresskv.selection.byte_budget import OF_BYTES, find_byte_budget
+from compresskv.selection.budget_words import BYTES_KIND, OF_BYTES, SHARE_KIND, TOKENS_KIND, any_of
+from compresskv.selection.byte_budget import find_byte_budget
 
 Budget = int | float | str | Sequence[int]
 """A count of tokens (256), a fraction of the prompt (0.03), bytes as text ('3MB', '5% of bytes'), one count a layer

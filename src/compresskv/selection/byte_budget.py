@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, replace
 
 from compresskv.errors import ConfigError
+from compresskv.selection.budget_words import OF_BYTES
 from compresskv.selection.sizes import NUMBER, find_nbytes
 
-OF_BYTES = "of bytes"
 _SHARE = re.compile(rf"{NUMBER}\s*(%?)\s*{OF_BYTES}")
 
 

@@ -126,8 +126,8 @@ class DecodeBudget:
         """What is to be told of the cuts that a method made."""
         note = None
         if not num_cuts:
-            due = f"is one whenever decode_interval={self.interval} new tokens have come and more is held"
-            note = f"decode_budget={self.budget} had no effect: no cut was due, as {due}"
+            due = f"whenever decode_interval={self.interval} new tokens have come, where more is held"
+            note = f"decode_budget={self.budget} had no effect: no cut came due, which one does {due}"
         return DecodeStats(self.budget, self.interval, method, num_cuts, note)
 
     def next_cut(self, num_prompt: int, num_held: int, num_read: int) -> Cut:
