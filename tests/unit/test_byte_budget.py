@@ -89,6 +89,7 @@ def test_a_share_of_bytes_is_more_tokens_where_they_are_smaller() -> None:
     assert budget is not None
     assert budget.tokens(2000, Costs(full=256, held=256)) == 100
     assert budget.tokens(2000, Costs(full=256, held=64)) == 400
+    assert budget.tokens(3, Costs(full=256, held=64, fixed=500)) == 1
 
 
 def test_all_kinds_of_budgets_have_an_order() -> None:

@@ -38,13 +38,14 @@ class ByteBudget:
     share: float | None = None
 
     def tokens(self, num_tokens: int, costs: Costs) -> int:
-        """The tokens that fit: of a prompt of `num_tokens`, at most that.
+        """The tokens that fit: of a prompt of `num_tokens`, at most that. A share is one at least, as of tokens.
 
         Raises:
-            ConfigError: not one does.
+            ConfigError: not one fits into a count of bytes.
         """
-        allowed = (self.share or 0.0) * num_tokens * costs.full if self.count is None else self.count
-        tokens = max(costs.least, int((allowed - costs.fixed) // costs.held))
+        share = self.share or 0.0
+        allowed, least = (share * num_tokens * costs.full, 1) if self.count is None else (self.count, costs.least)
+        tokens = max(least, int((allowed - costs.fixed) // costs.held))
         if tokens < 1:
             problem = f"has no room for one token: that takes {costs.held + costs.fixed:,} bytes"
             raise ConfigError(problem, option="budget", value=self.text)
