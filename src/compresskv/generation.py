@@ -220,7 +220,7 @@ def ask(
         chunks=cache.chunk_stats,
         decode=cache.decode_stats,
         candidates=cache.candidate_stats,
-        budget_note=note_of(told_budget, num_kept, len(token_ids), chosen.window_size),
+        budget_note=note_of(told_budget, num_kept, len(token_ids), chosen.window_at(int(num_kept))),
         **answered.cost(model, cache),
     )
     return Generation(answered.text, answered.token_ids, stats, plan)

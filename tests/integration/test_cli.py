@@ -322,6 +322,13 @@ class TestAsk:
         assert all((note or "").lstrip("[") in result.err for result in results)
         assert any("--budget" in result.err for result in results) == (note is not None)
 
+    def test_a_method_that_looks_at_less_of_a_prompts_end_has_room(self, call: Callable[..., Result]) -> None:
+        """Its window is narrower at small budgets."""
+        for narrow, notes in (("true", 0), ("false", 1)):
+            asked = ["--method", "blend", "--set", f"narrow={narrow}", "--budget", "20"]
+            results = [call(*ASK, *asked), call("explain", *ASK[1:], *asked, "--no-answer")]
+            assert [result.err.count("hardly more than its end") for result in results] == [notes] * 2
+
     @pytest.mark.parametrize(("budget", "kept"), [("64", 64), ("1", 1), ("100%", None), ("1.0", None), ("99999", None)])
     def test_budgets(self, call: Callable[..., Result], budget: str, kept: int | None) -> None:
         """One at or below the window keeps the most recent tokens; a whole prompt is kept whole."""

@@ -202,7 +202,8 @@ def explain(
             cut_off = token_ids[-1] not in end_tokens(model, tokenizer)
             answer = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
     told, num_prompt = method.told_budget(budget), retention.num_tokens
-    note = note_of(told, retention.fraction * num_prompt, num_prompt, method.window_size)
+    num_kept = retention.fraction * num_prompt
+    note = note_of(told, num_kept, num_prompt, method.window_at(int(num_kept)))
     meanwhile = cache.chunk_stats, cache.candidate_stats, note
     return Explanation(method.label, told, retention, full_nbytes, kv_nbytes, answer, cut_off, store, auto, *meanwhile)
 
