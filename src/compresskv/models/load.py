@@ -120,7 +120,7 @@ def _load_checkpoint(
         _check_folder(spec, folder)
     name = spec if folder is None else str(folder)
     # False, not the default: that asks on the terminal whether a checkpoint's own code may run.
-    source: dict[str, Any] = {"local_files_only": folder is not None, "trust_remote_code": False}
+    source: dict[str, Any] = {"trust_remote_code": False}
     with quiet(downloads=folder is None, on_retry=lambda retry: on_progress(retry, None)):
         source["local_files_only"] = folder is not None or not is_reachable(spec)
         config = AutoConfig.from_pretrained(name, **source)
