@@ -32,6 +32,7 @@ from compresskv.attention.routing import routing
 from compresskv.cache.stores.packed import TAIL
 from compresskv.compiled import decoding
 from compresskv.models.shape import compressible_layers
+from compresskv.profiles.store import default_path, write_profile
 from compresskv.prompts.prompt import build_prompt
 from compresskv.prompts.turns import question_tokens
 from oracle import evictions, oracle_logits
@@ -507,6 +508,11 @@ def test_the_default_is_the_best_method_that_the_model_has_a_profile_for() -> No
         compresskv.read(model, tiny.tokenizer(), document, profile="none.json")
 
 
+def on_device(store: str) -> str:
+    """The default store where this is the CPUs' own."""
+    return store if tiny.DEVICE.type == "cpu" else "native"
+
+
 @pytest.mark.stores(reason="what they take is compared")
 @pytest.mark.parametrize(
     ("losses", "store"),
@@ -516,16 +522,46 @@ def test_the_default_is_the_best_method_that_the_model_has_a_profile_for() -> No
         ({"int8": 0.001, "int4k8": 0.002, "int4": 0.04}, "int4k8"),
         ({"int8": 0.001, "int4k8": 0.02, "int4": 0.04}, "int8"),
         ({"int8": 0.02, "int4k8": 0.02, "int4": 0.04}, "native"),
+        ({"int8": 0.001, "of another release": 0.0}, "int8"),
     ],
 )
 def test_the_default_store_is_the_smallest_that_the_model_bears(losses: dict[str, float], store: str) -> None:
     model, document = tiny.tiny_model("llama"), tiny.random_words(240)
     profile = replace(tiny.random_profile(model), store_losses=losses)
     facts = compresskv.read(model, tiny.tokenizer(), document, profile=profile).facts
-    assert facts.store == store
+    assert facts.store == on_device(store)
     assert facts.kv_nbytes <= 0.25 * facts.kv_nbytes_full < 1.2 * facts.kv_nbytes
-    assert (facts.mean_retained > 0.3 * facts.num_tokens) is (store != "native")
+    assert (facts.mean_retained > 0.3 * facts.num_tokens) is (facts.store != "native")
     assert compresskv.read(model, tiny.tokenizer(), document, profile=profile, store="native").facts.store == "native"
+
+
+@pytest.mark.parametrize("method", [None, "kvzip", "snapkv"])
+def test_the_default_store_is_the_models_whatever_the_method_needs(
+    method: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSKV_CACHE", str(tmp_path))
+    model, document = tiny.tiny_model("llama"), tiny.random_words(NUM_WORDS)
+    losses = {"int8": 0.02, "int4k8": 0.02, "int4": 0.004}
+    profile = replace(tiny.random_profile(model), query_centres=None, store_losses=losses)
+    write_profile(profile, default_path(profile.fingerprint))
+    assert compresskv.read(model, tiny.tokenizer(), document, method=method).facts.store == on_device("int4")
+
+
+@pytest.mark.parametrize("words", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("store", ["native", "int8", "int4k8", "int4"])
+def test_the_shortest_documents_are_read_by_default(words: int, dtype: torch.dtype, store: str) -> None:
+    model = tiny.tiny_model("llama", dtype=dtype)
+    session = compresskv.read(model, tiny.tokenizer(), tiny.random_words(words), store=store)
+    assert 1 <= session.facts.mean_retained <= session.facts.num_tokens
+
+
+def test_a_lossy_store_is_warned_of_where_it_was_asked_for() -> None:
+    model = tiny.tiny_model("llama")
+    profile = replace(tiny.random_profile(model), store_losses={"int8": 0.001, "int4": 0.2})
+    with pytest.warns(UserWarning, match="bears the store 'int4' badly") as told:
+        compresskv.read(model, tiny.tokenizer(), tiny.random_words(NUM_WORDS), profile=profile, store="int4")
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def test_what_cannot_be_read_or_asked_is_refused() -> None:

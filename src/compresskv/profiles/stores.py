@@ -20,8 +20,8 @@ def sparing_store(profile: Profile | None) -> str:
     losses = {} if profile is None else profile.store_losses
     if not losses:
         return UNMEASURED
-    packed = sorted(losses, key=lambda name: PRECISIONS[name].nbytes(_ANY_DIM, 2))
-    return next((name for name in packed if losses[name] <= NEXT_TO_NOTHING), NATIVE)
+    safe = [name for name, loss in losses.items() if name in PRECISIONS and loss <= NEXT_TO_NOTHING]
+    return min(safe, key=lambda name: PRECISIONS[name].nbytes(_ANY_DIM, 2), default=NATIVE)
 
 
 def warn_of_lossy_store(profile: Profile | None, store: str) -> None:

@@ -1,5 +1,6 @@
 """Where sessions come from: a document that is read, or a file that is opened."""
 
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from compresskv.models.load import check_model
 from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.profiles.profile import Profile
+from compresskv.profiles.store import resolve_profile
 from compresskv.profiles.stores import sparing_store, warn_of_lossy_store
 from compresskv.prompts.turns import first_part
 from compresskv.selection.budgets import Budget, known_beforehand, read_budget
@@ -74,7 +76,8 @@ def read(
     chosen = find_method(model, method, profile, **options)
     budget = known_beforehand(read_budget(budget))
     own = getattr(chosen, "profile", None)
-    store = _find_store(model, store, own)
+    store = _default_store(model, own) if store is None else find_precision(store).name
+    warn_of_lossy_store(own, store)
     warn_of_slow_dtype(model)
     check_length(model, len(part.input_ids))
     start = now(*devices_of(model))
@@ -98,12 +101,14 @@ def read(
     return Session(model, tokenizer, cache, part.input_ids, part.ending, facts, chosen)
 
 
-def _find_store(model: PreTrainedModel, store: str | None, profile: Profile | None) -> str:
-    if store is None:
-        # Elsewhere a decode step unpacks each layer whole, which nobody has timed.
-        return sparing_store(profile) if input_device(model).type == "cpu" else NATIVE
-    warn_of_lossy_store(profile, find_precision(store).name)
-    return store
+def _default_store(model: PreTrainedModel, profile: Profile | None) -> str:
+    """What the model bears by the method's profile or, where the method needs none, by its own."""
+    if input_device(model).type != "cpu":
+        return NATIVE  # there a decode step unpacks each layer whole, which nobody has timed
+    if profile is None:
+        with suppress(ProfileError):
+            profile = resolve_profile(model)
+    return sparing_store(profile)
 
 
 def find_method(
