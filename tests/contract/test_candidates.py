@@ -242,6 +242,14 @@ def test_candidates_that_made_no_difference_are_told_of(
         assert read("llama sdpa", method, usual, **options)[1].candidate_stats is None
 
 
+def test_a_method_that_names_no_candidates_is_told_of(held: dict[int, Tensor]) -> None:
+    """However long the prompt is."""
+    _, cache = read("llama sdpa", "vote", FEW, local_weight=0)
+    why = "method 'vote[local_weight=0]' cannot tell before all layers are read"
+    assert cache.candidate_stats == CandidateStats(FEW, 0, None, f"candidates={FEW} had no effect: {why}")
+    assert not held
+
+
 @pytest.mark.parametrize("value", [0, -1, True, 2.5, "4"])
 def test_what_is_no_number_of_candidates_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="candidates"):

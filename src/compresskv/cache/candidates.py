@@ -48,6 +48,7 @@ def _why_none(eviction: Eviction, num_prompt: int, *, decides_later: bool) -> st
         "prompts that are cut in chunks hold no more than these": eviction.conditions.chunks is not None,
         "what stays of a prompt that decides its budget is not known before its end": is_auto(eviction.budget),
         "the method that cuts the answer needs the same tokens in all layers": decides_later,
+        f"method {method.label!r} cannot tell before all layers are read": not eviction.foresees,
         f"the prompt of {num_prompt:,} tokens is not long enough for it": True,
     }
     return next(reason for reason, holds in reasons.items() if holds)

@@ -49,6 +49,8 @@ class Eviction:
         """Whether layers wait with the cut behind it: the prompt's end is to be read before."""
         self.num_candidates: list[int] = []
         """Tokens that each layer held which freed the rest of the prompt while it waited for later ones."""
+        self.foresees = True
+        """Whether the method could tell what such layers would hardly keep."""
         self.choices: list[AutoChoice] = []
         """What was chosen for each row of the prompt, where each prompt decides its budget."""
         self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}
@@ -59,7 +61,7 @@ class Eviction:
         self._row_lengths: list[int] | None = None
         self._groups: list[Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
-        self.choices, self.num_candidates = [], []
+        self.choices, self.num_candidates, self.foresees = [], [], True
 
     def cuts(self, num_prompt: int) -> dict[int, Cut]:
         """The cuts before a prompt's end, by the tokens that were read then."""
@@ -151,7 +153,8 @@ class Eviction:
         with self.conditions.observer.scoring_tokens():
             chosen = [group.nominated(candidates) for group in self._groups]
         known = [own for own in chosen if own is not None]
-        if len(known) == len(chosen):
+        self.foresees = len(known) == len(chosen)
+        if self.foresees:
             tokens = one_batch(known, [group.rows for group in self._groups])
             self.num_candidates.append(tokens.shape[2])
             layer.hold(tokens.to(inputs.keys.device))
