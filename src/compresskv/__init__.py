@@ -9,6 +9,7 @@ from compresskv.version import __version__ as __version__
 
 TYPE_CHECKING = False  # typing's own takes longer to import than all else here, and Ctrl-C is not watched for yet
 if TYPE_CHECKING:
+    from compresskv.answer import Generation, GenerationStats
     from compresskv.cache.cache import CompressedCache
     from compresskv.compression import compressing
     from compresskv.errors import (
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         PromptError,
         SessionError,
     )
-    from compresskv.generation import Generation, GenerationStats, ask
+    from compresskv.generation import ask
     from compresskv.methods.base import Method
     from compresskv.methods.inputs import LayerInputs
     from compresskv.methods.registry import register
@@ -37,8 +38,8 @@ _HOME = {
     "CompressKVError": "errors",
     "CompressedCache": "cache.cache",
     "ConfigError": "errors",
-    "Generation": "generation",
-    "GenerationStats": "generation",
+    "Generation": "answer",
+    "GenerationStats": "answer",
     "LayerInputs": "methods.inputs",
     "Method": "methods.base",
     "ModelError": "errors",

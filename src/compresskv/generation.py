@@ -1,16 +1,16 @@
 """Ask a document one question: prefill, evict, decode greedily, and say what it cost."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import defaults
+from compresskv.answer import Generation, GenerationStats
 from compresskv.attention import pieces
 from compresskv.cache.cache import CompressedCache
-from compresskv.cache.candidates import CandidateStats
 from compresskv.cache.cuts import CutOptions
 from compresskv.compiled.modes import AUTO, check_mode
 from compresskv.compression import Compressing, prepare
@@ -23,110 +23,19 @@ from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.plans.capture import read_prompt
 from compresskv.plans.make import make_plan
-from compresskv.plans.plan import Plan, Planned
+from compresskv.plans.plan import Planned
 from compresskv.profiles.profile import Profile
 from compresskv.prompts.prompt import build_prompt, room_for_prompt
 from compresskv.prompts.request import check_request
 from compresskv.prompts.spoken import Spoken
-from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.budget_words import note_of
 from compresskv.selection.budgets import Budget
-from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, ChunkStats, DecodeStats
+from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE
 from compresskv.system import memory
 from compresskv.system.check import check_callbacks, check_flag
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
-
-
-@dataclass(frozen=True)
-class GenerationStats:
-    """What one answer cost. Seconds end in `_s`, bytes are `nbytes`."""
-
-    method: str
-    """Its name, with the options that differ from its defaults."""
-    budget: int | float | str | list[int] | None
-    """As it was asked for; None where the method evicts nothing, whatever is asked for."""
-    store: str
-    """In how many bits a number what is kept is held; see `compressing`."""
-    prompt_tokens: int
-    truncated_tokens: int
-    """Document tokens cut out to make the prompt fit."""
-    generated_tokens: int
-    cut_off: bool
-    """Whether `max_new_tokens` ended the answer, or whoever was told of its tokens, and not the model."""
-    retained_per_layer: list[float]
-    """Prompt tokens kept per KV head in each full-attention layer: a mean where KV heads differ."""
-    kv_nbytes_full: int
-    """KV bytes of the whole prompt, before eviction."""
-    kv_nbytes: int
-    """KV bytes really held right after eviction, of storages, not of views; at the answer's end if that came first."""
-    prefill_s: float
-    time_to_first_token_s: float
-    """Prefill, eviction, and choosing the first token."""
-    decode_s: float
-    """From the first token to the last, without `compile_s`."""
-    compiled_tokens: int
-    """How many tokens were read by a compiled step."""
-    compile_s: float
-    """Building the compiled step, or loading it."""
-    not_compiled: str | None
-    """Why tokens were not read by a compiled step, where that was asked for."""
-    peak_memory_nbytes: int
-    """The most since the process began (on a GPU what its allocator held), or since whoever calls reset that count."""
-    dtype: str
-    """Of the weights: 'bfloat16', 'float16', 'float32' or 'int8'; 'float32 (torchao)' where others quantised them."""
-    auto: AutoChoice | None = None
-    """How much was kept and why, where the budget is 'auto'."""
-    chunks: ChunkStats | None = None
-    """How the prompt was cut while it was read, where that was asked for."""
-    decode: DecodeStats | None = None
-    """How the answer was cut, where that was asked for."""
-    candidates: CandidateStats | None = None
-    """How much layers held that waited for later ones, where that was not all, or was not to be."""
-
-    budget_note: str | None = None
-    """What the budget came to, where that may not be what was meant."""
-
-    @property
-    def notes(self) -> list[str]:
-        """What was asked for and made no difference, was not done as it was asked for, or may not be what was meant."""
-        told = [one.note for one in (self.chunks, self.decode, self.candidates) if one is not None]
-        return [note for note in (self.budget_note, *told) if note is not None]
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        """None where the answer has one token."""
-        return (self.generated_tokens - 1) / self.decode_s if self.generated_tokens > 1 else None
-
-    @property
-    def retained_fraction(self) -> float:
-        """Mean share of the prompt's tokens that was kept."""
-        return sum(self.retained_per_layer) / (len(self.retained_per_layer) * self.prompt_tokens)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer."""
-
-    answer: str
-    token_ids: list[int]
-    """Generated tokens, the end-of-text token included where it came."""
-    stats: GenerationStats
-    plan: Plan | None = None
-    """What was kept, where the prompt was read twice."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "answer": self.answer,
-            "token_ids": self.token_ids,
-            "stats": {
-                **asdict(self.stats),
-                "decode_tokens_per_s": self.stats.decode_tokens_per_s,
-                "retained_fraction": self.stats.retained_fraction,
-            },
-        }
 
 
 def ask(
@@ -204,26 +113,33 @@ def ask(
         prefill_s = now(*devices) - start
         first = int(logits.argmax())
         answered = speak(model, tokenizer, cache, first, asked, start=start, prepare=compressed.prepare_decoding)
-    told_budget, retained = chosen.told_budget(budget), [float(own.mean_retained) for own in cache.compressed_layers]
-    num_kept = sum(retained) / len(retained)
     stats = GenerationStats(
         method=chosen.label,
-        budget=told_budget,
         store=store,
         prompt_tokens=len(token_ids),
         truncated_tokens=prompt.num_truncated,
-        retained_per_layer=retained,
-        kv_nbytes_full=cache.full_nbytes,
-        kv_nbytes=cache.retained_nbytes,
         prefill_s=prefill_s,
         auto=next(iter(cache.auto_choices), None) if plan is None else plan.auto,
-        chunks=cache.chunk_stats,
-        decode=cache.decode_stats,
-        candidates=cache.candidate_stats,
-        budget_note=note_of(told_budget, num_kept, len(token_ids), chosen.window_at(int(num_kept))),
+        **_kept(cache, chosen, budget, len(token_ids)),
         **answered.cost(model, cache),
     )
     return Generation(answered.text, answered.token_ids, stats, plan)
+
+
+def _kept(cache: CompressedCache, method: Method, budget: Budget, num_prompt: int) -> dict[str, Any]:
+    """The part of `GenerationStats` that tells what was kept, and how that was come by."""
+    retained, told = [float(layer.mean_retained) for layer in cache.compressed_layers], method.told_budget(budget)
+    mean = sum(retained) / len(retained)
+    return {
+        "budget": told,
+        "retained_per_layer": retained,
+        "kv_nbytes_full": cache.full_nbytes,
+        "kv_nbytes": cache.retained_nbytes,
+        "chunks": cache.chunk_stats,
+        "decode": cache.decode_stats,
+        "candidates": cache.candidate_stats,
+        "budget_note": note_of(told, mean, num_prompt, method.window_at(int(mean))),
+    }
 
 
 @dataclass(frozen=True)

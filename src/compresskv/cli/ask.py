@@ -35,7 +35,7 @@ from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.selection.precision import NATIVE
 
 if TYPE_CHECKING:
-    from compresskv.generation import Generation
+    from compresskv.answer import Generation
     from compresskv.methods.base import Method
 
 

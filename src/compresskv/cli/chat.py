@@ -27,7 +27,7 @@ from compresskv.system.interrupts import hear_again
 from compresskv.system.paths import exists
 
 if TYPE_CHECKING:
-    from compresskv.generation import Generation
+    from compresskv.answer import Generation
     from compresskv.sessions.session import Session
 
 EPILOG = """\b

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresskv.answer import Generation, GenerationStats
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.compiled.decoding import CompiledDecoding
 from compresskv.compiled.modes import NEVER
-from compresskv.generation import Asked, Generation, GenerationStats, speak
+from compresskv.generation import Asked, speak
 from compresskv.models.decoding import prefill
 from compresskv.models.place import devices_of, input_device
 from compresskv.sessions.facts import Facts

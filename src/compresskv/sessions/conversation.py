@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from compresskv.answer import Generation
 from compresskv.cache.cache import CompressedCache
-from compresskv.generation import Generation
 from compresskv.selection.select import EMPTY_SLOT
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.turn import Turn

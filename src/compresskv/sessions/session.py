@@ -8,11 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresskv.answer import Generation
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.state import cache_state
 from compresskv.compiled.modes import AUTO
 from compresskv.errors import CacheStateError, ProfileError, PromptError, SessionError
-from compresskv.generation import Asked, Generation
+from compresskv.generation import Asked
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
 from compresskv.methods.registry import parse_methods
