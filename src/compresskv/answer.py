@@ -60,8 +60,7 @@ class GenerationStats:
     @property
     def notes(self) -> list[str]:
         """What was asked for and made no difference, was not done as it was asked for, or may not be what was meant."""
-        told = [one.note for one in (self.chunks, self.decode, self.candidates) if one is not None]
-        return [note for note in (self.budget_note, *told) if note is not None]
+        return notes_of(self.budget_note, self.chunks, self.decode, self.candidates)
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -96,3 +95,9 @@ class Generation:
                 "retained_fraction": self.stats.retained_fraction,
             },
         }
+
+
+def notes_of(budget_note: str | None, *told: ChunkStats | DecodeStats | CandidateStats | None) -> list[str]:
+    """The notes that there are: of the budget, and of what was held meanwhile."""
+    notes = [budget_note, *(one.note for one in told if one is not None)]
+    return [note for note in notes if note is not None]

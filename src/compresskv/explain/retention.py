@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskv import defaults
+from compresskv.answer import notes_of
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.candidates import CandidateStats
 from compresskv.cache.layer import CompressedLayer
@@ -108,8 +109,7 @@ class Explanation:
     @property
     def notes(self) -> list[str]:
         """As those of `GenerationStats`."""
-        told = [one.note for one in (self.chunks, self.candidates) if one is not None]
-        return [note for note in (self.budget_note, *told) if note is not None]
+        return notes_of(self.budget_note, self.chunks, self.candidates)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

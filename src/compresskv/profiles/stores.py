@@ -1,5 +1,6 @@
 """Which packed stores are safe for a model, as its profile says."""
 
+import math
 import warnings
 
 from compresskv.profiles.profile import Profile
@@ -9,8 +10,6 @@ LOSSY = 0.05
 """Nats per token that a store may lose before anything is evicted: about what eviction to a quarter loses."""
 NEXT_TO_NOTHING = 0.01
 """Nats per token: far below what eviction to a quarter loses, so that more tokens in fewer bits gain."""
-_ANY_DIM = 64
-"""Numbers of a vector: stores are in the same order with any."""
 UNMEASURED = "int8"
 """What no model that was tried minded (docs/stores.md)."""
 
@@ -20,8 +19,8 @@ def sparing_store(profile: Profile | None) -> str:
     losses = {} if profile is None else profile.store_losses
     if not losses:
         return UNMEASURED
-    safe = [name for name, loss in losses.items() if name in PRECISIONS and loss <= NEXT_TO_NOTHING]
-    return min(safe, key=lambda name: PRECISIONS[name].nbytes(_ANY_DIM, 2), default=NATIVE)
+    fewest_first = reversed(PRECISIONS)
+    return next((name for name in fewest_first if losses.get(name, math.inf) <= NEXT_TO_NOTHING), NATIVE)
 
 
 def warn_of_lossy_store(profile: Profile | None, store: str) -> None:

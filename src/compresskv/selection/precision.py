@@ -52,6 +52,7 @@ PRECISIONS = {
         Precision("int4", 4, 4, "4 bits a number, two in a byte"),
     )
 }
+"""From the most bytes to the fewest."""
 
 
 def find_precision(name: str) -> Precision:
