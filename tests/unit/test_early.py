@@ -196,6 +196,29 @@ def test_no_model_is_loaded_for_what_cannot_work(call: Callable[..., Result], ar
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "option"),
+    [
+        (ASK, "--budget"),
+        ([*ASK, "--budget", "auto"], "--max-budget"),
+        (EXPLAIN, "--budget"),
+        (READ, "--budget"),
+        (["chat", "doc.txt"], "--budget"),
+        ([*EVAL, "--methods", "blend"], "--budgets"),
+        (["bench"], "--budgets"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+@pytest.mark.parametrize(("kind", "one"), [("auto", "auto"), ("bytes in all layers", "3MB")])
+def test_what_an_error_offers_as_budget_is_taken(
+    call: Callable[..., Result], args: list[str], option: str, kind: str, one: str
+) -> None:
+    offered = kind in call(*args, option, "nosuch").err
+    later = "--profile 'none.json' cannot be read"
+    error = call(*args, option, one, "--profile", "none.json").err
+    assert offered == (later in error), error
+
+
 @pytest.fixture(scope="module")
 def session() -> compresskv.Session:
     return compresskv.read(tiny.tiny_model("llama"), tiny.tokenizer(), tiny.random_words(60), method="full")

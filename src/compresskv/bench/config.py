@@ -11,6 +11,7 @@ from compresskv.evaluation.configurations import parse_budgets
 from compresskv.evaluation.records import config_name
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create
+from compresskv.selection.budget_words import IN_TOKENS
 from compresskv.selection.budgets import in_tokens, resolve
 from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.check import check_known, check_least
@@ -125,7 +126,7 @@ def parse_bench_budgets(text: str) -> tuple[tuple[int | float, ...], bool]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     counted = [part for part in parts if part != FULL]
-    budgets = parse_budgets(",".join(counted)) if counted or not parts else ()
+    budgets = parse_budgets(",".join(counted) or text, kinds=(*IN_TOKENS, FULL)) if counted or not parts else ()
     return tuple(in_tokens(budget, "budgets") for budget in budgets), FULL in parts
 
 

@@ -22,6 +22,7 @@ from compresskv.cli.options import (
 from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ConfigError
+from compresskv.selection.budget_words import IN_TOKENS
 from compresskv.selection.precision import NATIVE, PRECISIONS
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def bench(
     budgets: Annotated[
         str,
         typer.Option(
-            help=f"{budget_help('full, all of it', of_bytes=False)}; several, separated by commas.", metavar="BUDGETS"
+            help=f"{budget_help(*IN_TOKENS, 'full, all of it')}; several, separated by commas.", metavar="BUDGETS"
         ),
     ] = "128,256,full",
     methods: Annotated[

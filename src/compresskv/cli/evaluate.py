@@ -19,6 +19,7 @@ from compresskv.cli.options import (
     split_names,
 )
 from compresskv.cli.outputs import check_outputs
+from compresskv.selection.budget_words import ANY
 from compresskv.selection.budgets import TOKENS
 from compresskv.selection.precision import NATIVE, PRECISIONS
 
@@ -69,7 +70,7 @@ def evaluate(
     budgets: Annotated[
         str | None,
         typer.Option(
-            help=f"{budget_help()}; several, separated by commas. Default: 64,128,256; of a suite, 128.",
+            help=f"{budget_help(*ANY)}; several, separated by commas. Default: 64,128,256; of a suite, 128.",
             metavar="BUDGETS",
         ),
     ] = None,

@@ -10,7 +10,7 @@ from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.options import parse_settings
 from compresskv.selection.auto_budget import MAX_LOSS
-from compresskv.selection.budget_words import BYTES_KIND, SHARE_KIND, TOKENS_KIND, any_of
+from compresskv.selection.budget_words import BEFOREHAND, any_of
 from compresskv.selection.precision import PRECISIONS
 from compresskv.selection.sizes import find_nbytes
 
@@ -20,14 +20,8 @@ if TYPE_CHECKING:
 N = TypeVar("N", int, float)
 
 
-def budget_help(more: str = "", *, of_bytes: bool = True) -> str:
-    """What a budget may be, in the words of every command.
-
-    Args:
-        more: what it may be besides.
-        of_bytes: whether bytes are meant, too.
-    """
-    kinds = [TOKENS_KIND, SHARE_KIND, *([BYTES_KIND] if of_bytes else []), *([more] if more else [])]
+def budget_help(*kinds: str) -> str:
+    """What a budget may be, in the words of every command."""
     return f"What is kept of a prompt, per layer and KV head: {any_of(*kinds)}"
 
 
@@ -49,14 +43,14 @@ SessionMethodOption = Annotated[
 BudgetOption = Annotated[
     str,
     typer.Option(
-        help=f"{budget_help()}.",
+        help=f"{budget_help(*BEFOREHAND)}.",
         metavar="BUDGET",
     ),
 ]
 AutoBudgetOption = Annotated[
     str,
     typer.Option(
-        help=f"{budget_help('auto, as much of each prompt as --max-loss asks for')}.",
+        help=f"{budget_help(*BEFOREHAND, 'auto, as much of each prompt as --max-loss asks for')}.",
         metavar="BUDGET",
     ),
 ]
@@ -69,7 +63,9 @@ MaxLossOption = Annotated[
 ]
 MaxBudgetOption = Annotated[
     str | None,
-    typer.Option(help="With --budget auto: what is kept at most, whatever is lost; such a budget.", metavar="BUDGET"),
+    typer.Option(
+        help="With --budget auto: what is kept at most, whatever is lost; any budget but auto.", metavar="BUDGET"
+    ),
 ]
 OfOption = Annotated[
     str,

@@ -26,6 +26,7 @@ from compresskv.cli.terminal import Bar
 from compresskv.errors import ConfigError
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
+from compresskv.selection.budget_words import BEFOREHAND
 from compresskv.selection.budgets import TOKENS, known_beforehand, parse_budget
 from compresskv.selection.precision import PRECISIONS, find_precision
 from compresskv.system.check import check_least
@@ -87,7 +88,7 @@ class Reading:
         Raises:
             CompressKVError: anything that can be found wrong without the model.
         """
-        method, budget = self._method(), known_beforehand(parse_budget(self.budget, self.of))
+        method, budget = self._method(), known_beforehand(parse_budget(self.budget, self.of, BEFOREHAND))
         if self.store is not None:
             find_precision(self.store)
         check_least("chunk", self.chunk)

@@ -31,6 +31,7 @@ from compresskv.methods.predicting import check_predicts
 from compresskv.prompts.document import read_document
 from compresskv.prompts.request import check_request
 from compresskv.selection.auto_budget import with_limits
+from compresskv.selection.budget_words import BEFOREHAND
 from compresskv.selection.budgets import TOKENS, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.system.check import check_least
@@ -105,7 +106,7 @@ class Request:
         ceiling = None
         if self.max_budget is not None:
             try:
-                read = known_beforehand(parse_budget(self.max_budget, self.of))
+                read = known_beforehand(parse_budget(self.max_budget, self.of, BEFOREHAND))
             except ConfigError as error:
                 raise ConfigError(error.problem, option="max_budget", value=self.max_budget) from None
             ceiling = read if isinstance(read, str) else self.max_budget.strip()

@@ -21,7 +21,7 @@ from compresskv.cli.options import (
 )
 from compresskv.cli.terminal import Bar, err
 from compresskv.errors import ConfigError
-from compresskv.selection.budget_words import in_words
+from compresskv.selection.budget_words import IN_TOKENS, in_words
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL
 from compresskv.system.inputs import read_bytes
 
@@ -53,7 +53,7 @@ def serve(
     model: Annotated[str, typer.Argument(help=f"Hub id, folder, or the embedded {defaults.MODEL}.")] = defaults.MODEL,
     budget: Annotated[
         str,
-        typer.Option(help=f"{budget_help(of_bytes=False)}.", metavar="BUDGET"),
+        typer.Option(help=f"{budget_help(*IN_TOKENS)}.", metavar="BUDGET"),
     ] = str(defaults.BUDGET),
     method: Annotated[
         str,

@@ -40,7 +40,7 @@ def _group() -> None:
 
 @session_app.command(cls=Command, epilog=SHOW_EPILOG, short_help="Print what a session holds, and what was said.")
 def show(
-    session: Annotated[Path, typer.Argument(help="A file of 'compresskv read'.")],
+    session: Annotated[Path, typer.Argument(help="A file of 'compresskv read' or 'chat'.")],
     as_json: JsonOption = False,
 ) -> None:
     """Print a session's model, tokens, bytes, method and age, and what was said in its conversation.

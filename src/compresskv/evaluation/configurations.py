@@ -14,7 +14,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
-from compresskv.selection.budget_words import BYTES_KIND, SHARE_KIND, TOKENS_KIND, any_of
+from compresskv.selection.budget_words import ANY, any_of
 from compresskv.selection.budgets import TOKENS, SharedBudget, known_beforehand, parse_budget
 from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
@@ -68,18 +68,18 @@ def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]
     return names
 
 
-def parse_budgets(text: str, of: str = TOKENS) -> tuple[SharedBudget, ...]:
+def parse_budgets(text: str, of: str = TOKENS, kinds: Sequence[str] = ANY) -> tuple[SharedBudget, ...]:
     """'64,128,3%' as budgets, or '3MB' in bytes.
 
     Args:
-        of: what shares are of; see `parse_budget`.
+        of, kinds: as for `parse_budget`.
     Raises:
         ConfigError: one is none, or there is none.
     """
-    parsed = [parse_budget(part, of) for part in _COMMAS.split(text) if part.strip()]
+    parsed = [parse_budget(part, of, kinds) for part in _COMMAS.split(text) if part.strip()]
     budgets = tuple({repr(budget): budget for budget in parsed}.values())  # 1 token and 100 % are equal as numbers
     if not budgets:
-        problem = f"names no budget: give {any_of(TOKENS_KIND, SHARE_KIND, BYTES_KIND)}"
+        problem = f"names no budget: give {any_of(*kinds)}"
         raise ConfigError(problem, option="budgets", value=text)
     return budgets
 

@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 
+from compresskv.selection.auto_budget import AUTO
+
 TOKENS_KIND = "tokens (256; 1 is one token)"
 SHARE_KIND = "a share of the prompt (3%, 0.03; 1.0 is all)"
 BYTES_KIND = "bytes in all layers (3MB)"
+IN_TOKENS = (TOKENS_KIND, SHARE_KIND)
+"""Kinds of budgets, by what can be taken: those that say how many tokens they are,"""
+BEFOREHAND = (*IN_TOKENS, BYTES_KIND)
+"""those that are known before a prompt is read,"""
+ANY = (*BEFOREHAND, AUTO)
+"""and all."""
 OF_BYTES, OF_ALL_BYTES = "of bytes", "of the full cache's bytes"
 
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import TypeVar
 
 from compresskv.errors import ConfigError
-from compresskv.selection.auto_budget import AUTO, as_typed, find_auto_budget
-from compresskv.selection.budget_words import BYTES_KIND, OF_BYTES, SHARE_KIND, TOKENS_KIND, any_of
+from compresskv.selection.auto_budget import as_typed, find_auto_budget
+from compresskv.selection.budget_words import ANY, IN_TOKENS, OF_BYTES, any_of
 from compresskv.selection.byte_budget import find_byte_budget
 
 Budget = int | float | str | Sequence[int]
@@ -50,7 +50,7 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     elif isinstance(budget, float):
         if not 0 < budget <= 1:
             raise ConfigError(
-                f"is no share of the prompt, above 0 and at most 1.0: give {any_of(TOKENS_KIND, SHARE_KIND)}",
+                f"is no share of the prompt, above 0 and at most 1.0: give {any_of(*IN_TOKENS)}",
                 option="budget",
                 value=budget,
             )
@@ -65,13 +65,15 @@ def check_budget(budget: Budget, num_layers: int | None = None) -> Budget:
     return budget
 
 
-def read_budget(budget: Budget) -> Budget:
+def read_budget(budget: Budget, kinds: Sequence[str] = ANY) -> Budget:
     """What callers give: text as on the command line ('15%', '256', '3MB') is read, all else is checked.
 
+    Args:
+        kinds: as for `parse_budget`.
     Raises:
         ConfigError: as `parse_budget` and `check_budget`.
     """
-    return parse_budget(budget) if isinstance(budget, str) else check_budget(budget)
+    return parse_budget(budget, kinds=kinds) if isinstance(budget, str) else check_budget(budget)
 
 
 def is_auto(budget: Budget | None) -> bool:
@@ -160,11 +162,12 @@ def as_json(budget: Budget) -> int | float | str | list[int]:
     return budget if isinstance(budget, (int, float, str)) else list(budget)
 
 
-def parse_budget(text: str, of: str = TOKENS) -> int | float | str:
+def parse_budget(text: str, of: str = TOKENS, kinds: Sequence[str] = ANY) -> int | float | str:
     """Read a budget as people type it: '256', '0.03', '3%', '3MB', or 'auto'.
 
     Args:
         of: what a share is of: the prompt's tokens, or the bytes of its full cache.
+        kinds: what an error says can be given; the caller refuses the others.
     Raises:
         ConfigError: not one of these, or out of range; with the value as it was typed.
     """
@@ -191,7 +194,7 @@ def parse_budget(text: str, of: str = TOKENS) -> int | float | str:
             value = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise ConfigError(
-            f"is no budget: give {any_of(TOKENS_KIND, SHARE_KIND, BYTES_KIND, AUTO)}",
+            f"is no budget: give {any_of(*kinds)}",
             option="budget",
             value=text,
         ) from None

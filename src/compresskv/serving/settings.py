@@ -10,6 +10,7 @@ from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create, methods, parse_methods
+from compresskv.selection.budget_words import IN_TOKENS
 from compresskv.selection.budgets import in_tokens, known_beforehand, read_budget
 from compresskv.selection.cuts import (
     CHUNK_TOKENS,
@@ -230,7 +231,7 @@ def check_servable(method: Method) -> None:
 
 
 def _budget(given: Any) -> int | float:
-    budget = known_beforehand(read_budget(given))
+    budget = known_beforehand(read_budget(given, IN_TOKENS))
     if not isinstance(budget, (int, float)):
         raise ConfigError(
             f"budget={given!r}: vLLM has one block table for all layers, so give one number of tokens, or a share"

@@ -24,6 +24,7 @@ from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import resolve_profile
 from compresskv.profiles.stores import sparing_store, warn_of_lossy_store
 from compresskv.prompts.turns import first_part
+from compresskv.selection.budget_words import BEFOREHAND
 from compresskv.selection.budgets import Budget, known_beforehand, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
@@ -74,7 +75,7 @@ def read(
         raise ConfigError("must be a text, or None", option="name", value=name)
     part = first_part(tokenizer, text)
     chosen = find_method(model, method, profile, **options)
-    budget = known_beforehand(read_budget(budget))
+    budget = known_beforehand(read_budget(budget, BEFOREHAND))
     own = getattr(chosen, "profile", None)
     store = _default_store(model, own) if store is None else find_precision(store).name
     warn_of_lossy_store(own, store)
