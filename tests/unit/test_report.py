@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ FULL = [record("full", None, "1", 1.0), record("full", None, "2", 1.0), record("
 OURS = [record("compresskv", 100, "1", 1.0), record("compresskv", 100, "2", 0.75), record("compresskv", 100, "3", 0.5)]
 SNAP = [record("snapkv", 100, "1", 0.5), record("snapkv", 100, "2", 0.25), record("snapkv", 100, "3", 0.0)]
 RANDOM = [record("random", 100, "1", 0.0), record("random", 100, "2", 0.25), record("random", 100, "3", 0.25)]
-SMALL = [record("snapkv", 0.05, "1", 0.25, retained_tokens=50.0), record("snapkv", 0.05, "2", 0.25)]
+SMALL = [
+    record("snapkv", 0.05, "1", 0.25, retained_tokens=50.0, kv_nbytes=4_000_000),
+    record("snapkv", 0.05, "2", 0.25, kv_nbytes=4_000_000),
+]
 
 
 @pytest.fixture
@@ -152,6 +156,103 @@ class TestNumbers:
         (found,) = section["heat_maps"]
         assert (found["lengths"], found["depths"]) == ([1024, 2048], [0, 50])
         assert found["scores"] == [[0.25, 0.0], [None, 0.75]]
+
+
+def held(method: str, budget: float | str, score: float, nbytes: Sequence[int], **changes: Any) -> list[Record]:
+    """Records of examples 1, 2, ..., in as many bytes each."""
+    return [record(method, budget, f"{at}", score, kv_nbytes=one, **changes) for at, one in enumerate(nbytes, 1)]
+
+
+class TestEqualBytes:
+    """Rivals of ours, which holds 3 MB of each prompt."""
+
+    OURS = held("compresskv", "3MB", 0.75, (3_000_000, 3_000_000))
+
+    def best_baseline(self, folder: Path, *rivals: Record) -> str | None:
+        found: str | None = rows_of([run(folder, *self.OURS, *rivals)])["compresskv @ 3MB"]["best_baseline"]
+        return found
+
+    @pytest.mark.parametrize("method", ["snapkv", "kvpress:SnapKVPress"])
+    @pytest.mark.parametrize(
+        ("nbytes", "meets"), [(2_700_000, False), (2_750_000, True), (3_250_000, True), (3_350_000, False)]
+    )
+    def test_another_budget_of_as_many_bytes_is_met(
+        self, tmp_path: Path, method: str, nbytes: int, meets: bool
+    ) -> None:
+        rival = held(method, 128, 0.5, (nbytes, nbytes))
+        assert self.best_baseline(tmp_path, *rival) == (f"{method} @ 128" if meets else None)
+
+    @pytest.mark.parametrize(("nbytes", "meets"), [(2_600_000, False), (2_900_000, True), (4_000_000, False)])
+    def test_stores_meet_at_as_many_bytes_whatever_their_budgets(
+        self, tmp_path: Path, nbytes: int, meets: bool
+    ) -> None:
+        rival = held("snapkv", 400, 0.5, (nbytes, nbytes), store="int4")
+        assert self.best_baseline(tmp_path, *rival) == ("snapkv int4 @ 400" if meets else None)
+
+    def test_another_store_is_not_met_at_the_same_budget_in_other_bytes(self, tmp_path: Path) -> None:
+        rival = held("snapkv", "3MB", 0.5, (1_000_000, 1_000_000), store="int4")
+        assert self.best_baseline(tmp_path, *rival) is None
+
+    def test_the_best_of_those_with_no_more_bytes_counts(self, tmp_path: Path) -> None:
+        """Of three stores at ours, the one that scores most holds too much."""
+        rivals = [
+            *held("snapkv", 128, 0.25, (3_000_000, 3_000_000)),
+            *held("snapkv", 400, 0.5, (3_100_000, 3_100_000), store="int4"),
+            *held("snapkv", 800, 1.0, (6_000_000, 6_000_000), store="int4"),
+        ]
+        row = rows_of([run(tmp_path, *self.OURS, *rivals)])["compresskv @ 3MB"]
+        assert row["best_baseline"] == "snapkv int4 @ 400"
+        assert row["from_best_baseline"]["mean"] == 0.25
+        assert row["best"]
+
+    def test_only_one_of_as_many_bytes_is_marked_as_the_best(self, tmp_path: Path) -> None:
+        rivals = [
+            *held("snapkv", 128, 0.25, (3_000_000, 3_000_000)),
+            *held("adakv", 400, 1.0, (3_100_000, 3_100_000), store="int4"),
+            *held("adakv", 800, 1.0, (6_000_000, 6_000_000), store="int4"),
+        ]
+        rows = rows_of([run(tmp_path, *self.OURS, *rivals)])
+        assert [name for name, row in rows.items() if row["best"]] == ["adakv int4 @ 400"]
+
+    def test_bytes_are_compared_over_the_cases_that_both_have(self, tmp_path: Path) -> None:
+        """A third prompt, which the other has not read, takes ours to twice its bytes."""
+        third = record("compresskv", "3MB", "3", 0.75, kv_nbytes=12_000_000)
+        rival = held("snapkv", 128, 0.5, (3_000_000, 3_000_000))
+        assert self.best_baseline(tmp_path / "a", *rival, third) == "snapkv @ 128"
+        elsewhere = replace(rival[0], prompt_sha256="another")
+        assert self.best_baseline(tmp_path / "b", elsewhere) is None
+
+    def test_a_press_that_masks_meets_its_own_budget_only(self, tmp_path: Path) -> None:
+        """It holds everything at every budget, and is no rival of what holds less, nor of what holds as much."""
+        everything = [80_000_000] * 2
+        given = [
+            *held("compresskv", 0.99, 0.75, everything),
+            *held("compresskv", 128, 0.5, (3_000_000, 3_000_000)),
+            *held("kvpress:AdaKVPress(SnapKVPress)", 128, 1.0, everything),
+            *held("kvpress:AdaKVPress(SnapKVPress)", 64, 0.875, everything),
+        ]
+        rows = rows_of([run(tmp_path, *given)])
+        assert {row["best_baseline"] for row in rows.values()} == {None}
+        assert not any(row["best"] for row in rows.values())
+
+    def test_figures_are_over_bytes_where_a_store_is_packed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A token in 4 bits is no token in 16."""
+        native = held("snapkv", 128, 0.5, (8_000_000, 8_000_000), retained_tokens=125.0)
+        packed = held("snapkv", 400, 0.75, (4_000_000, 4_000_000), retained_tokens=400.0, store="int4")
+        runs = [run(tmp_path / "native", *native), run(tmp_path / "packed", *packed)]
+        assert self.shares(runs[:1], monkeypatch) == {"snapkv": ([12.5], "share of the cache retained, %")}
+        both = "share of the cache's bytes, %"
+        assert self.shares(runs, monkeypatch) == {"snapkv": ([10.0], both), "snapkv int4": ([5.0], both)}
+
+    def shares(self, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[float], str]]:
+        """Of each curve of the score's figure: where its points lie, and what the axis says."""
+        drawn: list[Any] = []
+        monkeypatch.setattr(figures, "save_figure", lambda figure, _: drawn.append(figure))
+        figures.draw(report_data(runs)["models"][0], Path(), "figure")
+        (axes,) = drawn[0].axes
+        return {line.get_label(): ([*map(float, line.get_xdata())], axes.get_xlabel()) for line in axes.lines}
 
 
 class TestPooled:

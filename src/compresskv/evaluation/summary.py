@@ -14,7 +14,7 @@ from compresskv.selection.budgets import budget_order
 from compresskv.system.check import suggestion
 
 _SAME_BYTES = 1.1
-"""Whole chunks and lists for each KV head make small differences."""
+"""Up to this factor. Whole chunks and lists for each KV head make small differences."""
 
 CaseKey = tuple[str, str]  # example and prompt: another seed or length makes another case
 Cases = dict[CaseKey, Record]
@@ -142,8 +142,10 @@ def _table(name: str, cells: dict[str, dict[str, Cases]], own: frozenset[str]) -
     scores = {
         config: {task: _scores(records) for task, records in tasks.items()} for config, tasks in by_config.items()
     }
+    whole = [row for row in rows if row["num_tasks"] == len(cells)]
+    rivals_of = {row["config"]: [one for one in whole if _rival(one, row, by_config)] for row in rows}
     for row in rows:
-        rivals = [one for one in rows if _rival(one, row) and one["num_tasks"] == len(cells)]
+        rivals = rivals_of[row["config"]]
         full = [one for one in rows if _is_reference(one) and not _is_reference(row)]
         full.sort(key=lambda one: one["setting"] != row["setting"])  # stable: the row's own setting if there is one
         baselines = [one for one in rivals if not one["own"] and row["own"]]
@@ -151,8 +153,8 @@ def _table(name: str, cells: dict[str, dict[str, Cases]], own: frozenset[str]) -
         row["best_baseline"] = baseline and baseline["config"]
         row["from_best_baseline"] = baseline and _from(scores[row["config"]], scores[baseline["config"]])
         row["from_full"] = _from(scores[row["config"]], scores[full[0]["config"]]) if full else None
-        lean = all(_rival(row, one) for one in rivals)
-        row["best"] = len(rivals) > 1 and row in rivals and lean and _mean(row) == max(map(_mean, rivals))
+        lean = all(row in rivals_of[one["config"]] for one in (row, *rivals))
+        row["best"] = len(rivals) > 1 and lean and _mean(row) == max(map(_mean, rivals))
     return {"name": name, "tasks": list(cells), "rows": rows}
 
 
@@ -176,19 +178,32 @@ def _row(config: str, tasks: dict[str, Cases], own: frozenset[str]) -> Row:
     }
 
 
-def _rival(one: Row, row: Row) -> bool:
-    """Whether `one` may be compared with `row`: compressed in the same setting to the same budget or, in another store,
-    to as many bytes; and never to more of them.
+def _rival(one: Row, row: Row, cases: dict[str, dict[str, Cases]]) -> bool:
+    """Whether `one` may be compared with `row`: compressed in the same setting, to the same budget in the same store or
+    to as many bytes; and never to more of them. Bytes are means over the cases that both have.
 
-    Presses that mask without freeing hold the full cache at every budget.
+    Presses that mask without freeing hold the full cache at every budget: at that of all bytes only the budget counts.
+
+    Args:
+        cases: by configuration and task.
     """
-    fair = one["kv_nbytes"] <= _SAME_BYTES * row["kv_nbytes"]
-    if one["store"] == row["store"]:
-        same = str(one["budget"]) == str(row["budget"])
-    else:
-        same = _SAME_BYTES * one["kv_nbytes"] >= row["kv_nbytes"]
-    counts: bool = same and fair and one["setting"] == row["setting"]
-    return counts and one["method"] != "full" and one["score"] is not None
+    if one["method"] == "full" or one["score"] is None or one["setting"] != row["setting"]:
+        return False
+    its, own = _held(cases[one["config"]], cases[row["config"]])
+    if its is None or own is None or its > _SAME_BYTES * own:
+        return False
+    if one["store"] == row["store"] and str(one["budget"]) == str(row["budget"]):
+        return True
+    return _SAME_BYTES * its >= own and _SAME_BYTES * one["kv_fraction"] < 1
+
+
+def _held(a: dict[str, Cases], b: dict[str, Cases]) -> tuple[float | None, float | None]:
+    """The bytes that two configurations hold, over the tasks and cases that both have; None where there are none."""
+    common = {task: a[task].keys() & b[task].keys() for task in a.keys() & b.keys()}
+    return (
+        _macro_mean([[a[task][case] for case in found] for task, found in common.items()], _MEANS["kv_nbytes"]),
+        _macro_mean([[b[task][case] for case in found] for task, found in common.items()], _MEANS["kv_nbytes"]),
+    )
 
 
 def _is_reference(row: Row) -> bool:
