@@ -17,10 +17,10 @@ from compresskv.peers.process import peers_python, run_peers
 
 pytestmark = pytest.mark.slow
 
-NUM_CONTEXT, BUDGET, ALL = 390, 100, 10_000
+NUM_CONTEXT, BUDGET, ALL, IN_BYTES = 390, 100, 10_000, "25% of bytes"
 FREEING, MASKING = "SnapKVPress", "AdaKVPress(SnapKVPress)"
 QUESTION = "\n\nIn one sentence: what is this text about?\n"
-Rows = dict[tuple[str, int, str], dict[str, Any]]
+Rows = dict[tuple[str, int | str, str], dict[str, Any]]
 
 
 def _python() -> Path:
@@ -46,11 +46,10 @@ def case() -> PressCase:
 @pytest.fixture(scope="module")
 def rows(case: PressCase) -> Rows:
     """Results by (press, budget, setting)."""
-    request = PressRequest(
-        "smollm2-135m", (case,), (FREEING, MASKING), (BUDGET, ALL), ("aware", "agnostic"), "float32", "cpu"
-    )
+    budgets, settings = (BUDGET, ALL, IN_BYTES), ("aware", "agnostic")
+    request = PressRequest("smollm2-135m", (case,), (FREEING, MASKING), budgets, settings, "float32", "cpu")
     found = list(run_peers(_python(), request, "compresskv.evaluation.press_runner"))
-    assert [row.get("error") for row in found] == [None] * 8
+    assert [row.get("error") for row in found] == [None] * 12
     return {(row["method"].removeprefix("kvpress:"), row["budget"], row["setting"]): row for row in found}
 
 
@@ -74,6 +73,19 @@ def test_bytes_are_those_really_held(rows: Rows, case: PressCase) -> None:
     assert rows[MASKING, BUDGET, "aware"]["kv_nbytes"] == full
     assert rows[MASKING, BUDGET, "aware"]["held_tokens"] == len(case.input_ids)
     assert {row["kv_nbytes_full"] for key, row in rows.items() if key[2] == "aware"} == {full}
+
+
+@pytest.mark.parametrize("setting", ["aware", "agnostic"])
+def test_a_budget_in_bytes_is_held_by_a_press_that_frees_and_unmasked_by_one_that_does_not(
+    rows: Rows, case: PressCase, setting: str
+) -> None:
+    freed, masked = rows[FREEING, IN_BYTES, setting], rows[MASKING, IN_BYTES, setting]
+
+    assert freed["kv_nbytes"] == freed["kv_nbytes_full"] // freed["compressed_tokens"] * (
+        freed["compressed_tokens"] // 4
+    )
+    assert masked["kv_nbytes"] == masked["kv_nbytes_full"]
+    assert masked["retained_tokens"] == freed["retained_tokens"]
 
 
 @pytest.mark.parametrize("press", [FREEING, MASKING])

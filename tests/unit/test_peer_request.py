@@ -10,12 +10,14 @@ import torch
 from transformers import DynamicCache
 
 import tiny
+from compresskv import compressing
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation import press_runner
 from compresskv.evaluation.fidelity import nearness, reference
 from compresskv.evaluation.press_request import PressCase, PressRequest
 from compresskv.models.decoding import prefill
 from compresskv.peers.answers import read_request, write_request
+from compresskv.peers.press_cache import PressCache
 from compresskv.peers.presses import PRESSES, check_presses
 
 CASE = PressCase("t", "1", (1, 2, 3), 8)
@@ -77,6 +79,40 @@ def test_each_configuration_is_run_once_and_none_that_is_done() -> None:
     case = PressCase("t", "1", (), 8, done=("kvpress:SnapKVPress @ 30", "kvpress:SnapKVPress @ 50% (agnostic)"))
 
     assert request.pending(case) == [("aware", "SnapKVPress", 0.5), ("agnostic", "SnapKVPress", 30)]
+
+
+def test_budgets_in_bytes_are_taken_and_those_that_a_prompt_decides_are_not() -> None:
+    request = PressRequest("m", (), ("SnapKVPress",), ("3MB", "5% of bytes"))
+    assert request.pending(CASE) == [("aware", "SnapKVPress", "3MB"), ("aware", "SnapKVPress", "5% of bytes")]
+    with pytest.raises(ConfigError, match=r"^budgets='auto' depends on each prompt"):
+        PressRequest("m", (), ("SnapKVPress",), ("auto",))
+
+
+class FirstTokens:
+    """Stands for a press that frees: keeps the first tokens."""
+
+    def compress(self, model: Any, _: None, input_ids: torch.Tensor, budget: int, __: int | None) -> PressCache:
+        cache, num_tokens = DynamicCache(), input_ids.shape[1]
+        logits = prefill(model, input_ids, cache)
+        if budget < num_tokens:
+            cache.crop(budget - num_tokens)
+        return PressCache(model, cache, num_tokens, num_tokens, logits, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("setting", ["aware", "agnostic"])
+@pytest.mark.parametrize("budget", ["25% of bytes", "6kB", "1GB"])
+def test_a_press_retains_what_our_methods_do_of_a_budget_in_bytes(budget: str, setting: str) -> None:
+    model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(40)
+    case = PressCase("t", "1", tuple(prompt[0].tolist()), 2, suffix_start=32)
+    compressed = prompt if setting == "aware" else prompt[:, :32]
+    with compressing(model, "streaming_llm", budget=budget) as cache:
+        prefill(model, compressed, cache)
+
+    found = press_runner.run_press((model, tiny.tokenizer()), FirstTokens(), case, budget, setting, None)  # type: ignore[arg-type]
+
+    assert found["kv_nbytes"] == cache.nbytes
+    with pytest.raises(ConfigError, match="budget='9B' has no room for one token"):
+        press_runner.run_press((model, tiny.tokenizer()), FirstTokens(), case, "9B", setting, None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from compresskv.errors import PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import LayerInputs
 from compresskv.selection.auto_budget import LEAST_TOKENS, AutoChoice
-from compresskv.selection.budgets import Budget, SharedBudget, check_budget, is_shared, resolve
-from compresskv.selection.byte_budget import find_byte_budget
+from compresskv.selection.budgets import Budget, SharedBudget, check_budget, is_shared, resolve, resolve_shared
 from compresskv.selection.cuts import ChunkStats, Cut, chunk_stats, prompt_cuts
 from compresskv.selection.select import EMPTY_SLOT
 
@@ -225,12 +224,7 @@ class Eviction:
 
     def _in_tokens(self, budget: SharedBudget, num_prompt: int) -> int:
         """What a prompt keeps at a shared budget."""
-        if isinstance(budget, str):
-            in_bytes = find_byte_budget(budget)
-            assert in_bytes is not None
-            assert self.conditions.costs is not None
-            return in_bytes.tokens(num_prompt, self.conditions.costs)
-        return resolve(budget, num_prompt)
+        return resolve_shared(budget, num_prompt, self.conditions.costs)
 
     def _note_rows(self, inputs: LayerInputs) -> list[int]:
         """The number of tokens in each row that are no padding: read from the device once a prompt.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from compresskv.evaluation.records import SETTINGS, config_name
 from compresskv.peers.presses import check_presses, method_name
-from compresskv.selection.budgets import SharedBudget, check_budget, in_tokens
+from compresskv.selection.budgets import SharedBudget, check_budget, known_beforehand
 from compresskv.system.check import check_known
 
 BUDGET_UNITS = ("tokens", "bytes")
@@ -34,7 +34,8 @@ class PressRequest:
     cases: tuple[PressCase, ...]
     presses: tuple[str, ...]
     budgets: tuple[SharedBudget, ...]
-    """Counts of tokens, or fractions of what is compressed: the prompt, or in the agnostic setting its context."""
+    """Counts of tokens, fractions of what is compressed (the prompt, or in the agnostic setting its context), or bytes:
+    a press retains as many tokens as those bytes hold as the model computes them."""
     settings: tuple[str, ...] = ("aware",)
     dtype: str | None = None
     device: str | None = None
@@ -47,20 +48,20 @@ class PressRequest:
         for budget in self.budgets:
             check_budget(budget)
             if self.presses:
-                in_tokens(budget, "budgets")
+                known_beforehand(budget, "budgets")
         for setting in self.settings:
             check_known("settings", setting, SETTINGS)
         check_known("peer_budget", self.peer_budget, BUDGET_UNITS)
 
-    def configs(self) -> dict[str, tuple[str, str, int | float]]:
+    def configs(self) -> dict[str, tuple[str, str, SharedBudget]]:
         """(setting, press, budget) of every configuration, by the name that its records have."""
         return {
-            config_name(method_name(press), budget, setting): (setting, press, in_tokens(budget, "budgets"))
+            config_name(method_name(press), budget, setting): (setting, press, budget)
             for setting in self.settings
             for press in self.presses
             for budget in self.budgets
         }
 
-    def pending(self, case: PressCase) -> list[tuple[str, str, int | float]]:
+    def pending(self, case: PressCase) -> list[tuple[str, str, SharedBudget]]:
         """(setting, press, budget) of what is to be run on a case."""
         return [config for name, config in self.configs().items() if name not in case.done]

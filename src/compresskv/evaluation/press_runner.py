@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from compresskv.cache.costs import costs_of
 from compresskv.errors import ConfigError, first_line
 from compresskv.evaluation.fidelity import nearness
 from compresskv.evaluation.press_request import PressCase, PressRequest
@@ -20,7 +21,8 @@ from compresskv.models.load import load
 from compresskv.models.place import devices_of, input_device
 from compresskv.peers.press_cache import PressCache, masks, put_masks
 from compresskv.peers.presses import Press, find_press, method_name
-from compresskv.selection.budgets import resolve
+from compresskv.selection.budgets import SharedBudget, resolve_shared
+from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.clock import now
 from compresskv.system.libraries import libraries
 
@@ -28,7 +30,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def run_press(
-    loaded: Loaded, press: Press, case: PressCase, budget: int | float, setting: str, full: Tensor | None
+    loaded: Loaded, press: Press, case: PressCase, budget: SharedBudget, setting: str, full: Tensor | None
 ) -> dict[str, Any]:
     """Compress, compare and decode one case.
 
@@ -37,13 +39,15 @@ def run_press(
     Returns: figures counted as `Runner` counts ours. In the agnostic setting only the first `compressed_tokens` are
         compressed; bytes are those after that, and tokens include the suffix, which is read afterwards.
     Raises:
-        ConfigError: as for `Press.compress`, or the prompt cannot be cut for the agnostic setting.
+        ConfigError: as for `Press.compress`, no token fits into a budget in bytes, or the prompt cannot be cut for the
+            agnostic setting.
     """
     model, tokenizer = loaded
     input_ids = torch.tensor([case.input_ids], device=input_device(model))
     num_compressed = input_ids.shape[1] if setting == "aware" else _cut(case)
     context, suffix = input_ids[:, :num_compressed], input_ids[:, num_compressed:]
-    cache = press.compress(model, tokenizer, context, resolve(budget, num_compressed), case.suffix_start)
+    num_retained = resolve_shared(budget, num_compressed, costs_of(model, PRECISIONS[NATIVE]))
+    cache = press.compress(model, tokenizer, context, num_retained, case.suffix_start)
     if suffix.shape[1]:
         cache.read(suffix, last_only=True)
     near = None if full is None else nearness(log_probs(cache, case), full)

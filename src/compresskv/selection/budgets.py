@@ -11,7 +11,7 @@ from typing import TypeVar
 from compresskv.errors import ConfigError
 from compresskv.selection.auto_budget import as_typed, find_auto_budget
 from compresskv.selection.budget_words import ANY, IN_TOKENS, OF_BYTES, any_of
-from compresskv.selection.byte_budget import find_byte_budget
+from compresskv.selection.byte_budget import Costs, find_byte_budget
 
 Budget = int | float | str | Sequence[int]
 """A count of tokens (256), a fraction of the prompt (0.03), bytes as text ('3MB', '5% of bytes'), one count a layer
@@ -210,3 +210,19 @@ def resolve(budget: int | float, num_tokens: int) -> int:
     if isinstance(budget, int):
         return min(budget, num_tokens)
     return min(num_tokens, max(1, math.floor(budget * num_tokens + 0.5)))
+
+
+def resolve_shared(budget: SharedBudget, num_tokens: int, costs: Costs | None) -> int:
+    """As `resolve`, of budgets in bytes, too.
+
+    Args:
+        costs: what tokens take; None only where the budget is in tokens.
+    Raises:
+        ConfigError: no token fits into the bytes.
+    """
+    if isinstance(budget, str):
+        in_bytes = find_byte_budget(budget)
+        assert in_bytes is not None
+        assert costs is not None
+        return in_bytes.tokens(num_tokens, costs)
+    return resolve(budget, num_tokens)
