@@ -94,8 +94,8 @@ class FirstTokens:
     def compress(self, model: Any, _: None, input_ids: torch.Tensor, budget: int, __: int | None) -> PressCache:
         cache, num_tokens = DynamicCache(), input_ids.shape[1]
         logits = prefill(model, input_ids, cache)
-        if budget < num_tokens:
-            cache.crop(budget - num_tokens)
+        for layer in cache.layers:
+            layer.keys, layer.values = (states[:, :, :budget].clone() for states in (layer.keys, layer.values))
         return PressCache(model, cache, num_tokens, num_tokens, logits, 0.0, 0.0)
 
 
