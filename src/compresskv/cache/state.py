@@ -9,6 +9,7 @@ from compresskv.cache.cache import CompressedCache
 from compresskv.cache.layer import CompressedLayer
 from compresskv.cache.stores.retain import PACKED_STORES, STORES
 from compresskv.errors import CacheStateError
+from compresskv.system.convert import Count, convert
 
 _NUMBERS = ("num_prompt_tokens", "_decided_at", "full_nbytes", "_retained_nbytes")
 _STORES = {kind.__name__: kind for kind in (*STORES, *PACKED_STORES.values())}
@@ -70,7 +71,7 @@ def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], told
     layer.adopt_store(_STORES[told["store"]].from_state(tensors))
     layer.strengths = tensors.get("strengths")
     for name in _NUMBERS:
-        setattr(layer, name, int(told[name]))
+        setattr(layer, name, convert(told[name], Count))
 
 
 def _other(layer_idx: int, layer: Any) -> _Own:
@@ -97,6 +98,9 @@ def _restore_other(layer_idx: int, layer: Any, tensors: dict[str, Tensor], told:
         name, _, key = place.partition(".")
         if name not in vars(layer) or name in _MADE_ANEW:
             raise CacheStateError(f"its layer {layer_idx} holds {name!r}, the model's does not")
+        own = vars(layer)[name]
+        if isinstance(own, (bool, int, float, str)) and type(value) is not type(own):
+            raise CacheStateError(f"its layer {layer_idx} holds {name}={value!r}, where the model's holds {own!r}")
         if key:
             vars(layer)[name][int(key)] = value
         else:

@@ -1,7 +1,11 @@
 """What can be said of a session without its model: what the file tells about itself."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from compresskv.system.convert import Amount, Count
 
 
 @dataclass(frozen=True)
@@ -16,21 +20,21 @@ class Facts:
     """Of the documents, as far as they have any."""
     method: str
     """Name and the options that differ from its defaults."""
-    budget: int | float | str | list[int] | None
+    budget: int | float | str | Annotated[list[int], Meta(min_length=1)] | None
     """As it was asked for; None where the method evicts nothing (older files: what was asked for all the same)."""
     profile: str | None
     """Digest of the method's profile."""
-    num_tokens: int
+    num_tokens: Annotated[int, Meta(ge=1, le=2**48)]
     """Of the chat head and the document."""
     sha256: str
     """Stands for their token ids; see `prompt_digest`."""
-    mean_retained: float
+    mean_retained: Amount
     """Tokens kept, mean over layers and KV heads."""
-    kv_nbytes: int
+    kv_nbytes: Count
     """Bytes of what is kept."""
-    kv_nbytes_full: int
+    kv_nbytes_full: Count
     """Bytes that the full cache would have."""
-    read_s: float
+    read_s: Amount
     """Seconds that reading took."""
     created: str
     """When, in UTC (ISO 8601)."""

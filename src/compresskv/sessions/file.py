@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from compresskv.sessions.header import DOCUMENT_VERSION, FORMAT, VERSION, facts_
 from compresskv.sessions.integers import pack, unpack
 from compresskv.sessions.repeated import join, part
 from compresskv.sessions.turn import Turn
+from compresskv.system.convert import Count, convert
 from compresskv.system.files import replacing
 
 _INTEGERS, _TOKENS, _SAID, _ROWS = "integers", "tokens", "said.", ".rows"
@@ -43,6 +45,17 @@ class Said:
     state: State
     turns: tuple[Turn, ...]
     answer: list[int]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a file's head must tell of the tensors that follow."""
+
+    ending: tuple[str, tuple[Count, ...], str]
+    layers: list[dict[str, Any]]
+    integers: list[tuple[str, list[Count]]]
+    tokens: tuple[list[Count]]
+    said: tuple[Any, ...] | None
 
 
 def write_session(path: str | Path, contents: Contents) -> None:
@@ -98,19 +111,20 @@ def read_session(path: str | Path) -> Contents:
             text = file.metadata()["session"]
         if _digest(text, held) != metadata["sha256"]:
             raise ValueError("its digest is another")
-        names = [name for name, _ in metadata["integers"]]
-        integers = unpack(held.pop(_INTEGERS), [shape for _, shape in metadata["integers"]])
-        (token_ids,) = unpack(held.pop(_TOKENS), metadata["tokens"])
-        text, read, unread = metadata["ending"]
-        ending = Ending(text, tuple(read), unread)
+        told = convert(metadata, _Told)
+        names = [name for name, _ in told.integers]
+        integers = unpack(held.pop(_INTEGERS), [shape for _, shape in told.integers])
+        (token_ids,) = unpack(held.pop(_TOKENS), list(told.tokens))
         tensors = held | dict(zip(names, integers, strict=True))
         later = {name.removeprefix(_SAID): tensors.pop(name) for name in [*tensors] if name.startswith(_SAID)}
         said = None
-        if metadata["said"] is not None:
-            layers, _, answer, *shapes = metadata["said"]  # without shapes in format 1
-            said = Said((_with_repeated(later, tensors, *shapes), layers), turns_of(path, metadata), answer)
-        return Contents(facts, token_ids.tolist(), ending, (tensors, metadata["layers"]), said)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if told.said is not None:
+            layers, _, answer, *shapes = told.said  # without shapes in format 1
+            state = _with_repeated(later, tensors, *(convert(one, dict[str, list[Count]]) for one in shapes))
+            turns = turns_of(path, metadata)
+            said = Said((state, convert(layers, list[dict[str, Any]])), turns, convert(answer, list[Count]))
+        return Contents(facts, token_ids.tolist(), Ending(*told.ending), (tensors, told.layers), said)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # the last: of shapes
         raise SessionError(f"session {str(path)!r} is damaged: it was cut short, or altered ({error})") from error
 
 

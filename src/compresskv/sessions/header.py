@@ -100,7 +100,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
                 "read the document again, or use the release that wrote it"
             )
         return {**json.loads(metadata["session"]), "sha256": metadata["sha256"]}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise SessionError(f"session {str(path)!r} is damaged: its head cannot be read") from error
 
 

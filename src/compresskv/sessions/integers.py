@@ -1,5 +1,7 @@
 """Many whole numbers in few bytes: positions and token ids beside keys and values."""
 
+import math
+import sys
 import zlib
 from collections.abc import Sequence
 
@@ -26,11 +28,11 @@ def unpack(packed: Tensor, shapes: Shapes) -> list[Tensor]:
     Raises:
         ValueError: it holds other numbers of them.
     """
-    counts = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+    counts = [math.prod(shape) for shape in shapes]
     expected = 8 * sum(counts)
     unpacking = zlib.decompressobj()
     try:
-        data = unpacking.decompress(packed.numpy().tobytes(), expected + 1)
+        data = unpacking.decompress(packed.numpy().tobytes(), min(expected + 1, sys.maxsize))
     except zlib.error as error:
         raise ValueError(f"its numbers cannot be unpacked: {error}") from error
     if len(data) != expected or not unpacking.eof:

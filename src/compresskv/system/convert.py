@@ -11,6 +11,10 @@ T = TypeVar("T")
 
 Text = Annotated[str, msgspec.Meta(pattern=r"\S")]
 """A text that says something."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+"""How many of something there are: no tensor has more numbers."""
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+"""How much of something there is: no NaN, and nothing infinite."""
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
