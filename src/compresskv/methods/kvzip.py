@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class KVzip(RankedTogether):
     """The largest attention that a token gets, in a KV head, while the text is repeated; one list for all of them.
 
-    The text is read a second time, in chunks, so reading costs about two prefills and holds the full cache meanwhile.
-    No window is kept: a text is taken to be asked about later. `guaranteed=1` gives equal numbers to all KV heads.
+    The text is read a second time, in chunks, and what they attend to is noted: reading costs about four prefills, and
+    holds the full cache meanwhile. No window is kept: a text is taken to be asked about later. `guaranteed=1` gives
+    equal numbers to all KV heads.
 
     Source: KVzip (arXiv 2505.23416), sections 3.2 and 3.3. Differs: no instruction to repeat precedes the text.
     """
