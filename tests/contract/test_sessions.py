@@ -31,6 +31,7 @@ from compresskv import (
 from compresskv.attention.routing import routing
 from compresskv.cache.stores.packed import TAIL
 from compresskv.compiled import decoding
+from compresskv.methods import registry
 from compresskv.models.shape import compressible_layers
 from compresskv.profiles.store import default_path, write_profile
 from compresskv.prompts.prompt import build_prompt
@@ -92,17 +93,28 @@ def kept(session: Session) -> list[Any]:
 
 @pytest.mark.stores(reason="a file names the stores that users have")
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("method", registry.methods())
 @pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_session_goes_on_bit_for_bit_as_before(
     family: str, store: str, method: str, budget: Any, tmp_path: Path
 ) -> None:
     model = tiny.tiny_model(family, "eager" if family in ("gpt_oss", "gemma2") else "sdpa")
-    session = read(model, method, budget, store=store)
+    check_goes_on(read(model, method, budget, store=store), tmp_path)
+
+
+@pytest.mark.stores(reason="a file names the stores that users have")
+@pytest.mark.parametrize("method", ["kvzip", "adakv"])
+@pytest.mark.parametrize("store", tiny.STORES)
+def test_a_saved_session_in_half_precision_goes_on_bit_for_bit_too(store: str, method: str, tmp_path: Path) -> None:
+    model = tiny.tiny_model("llama", dtype=torch.bfloat16)
+    check_goes_on(read(model, method, store=store), tmp_path)
+
+
+def check_goes_on(session: Session, tmp_path: Path) -> None:
     expected = logits(session)
     session.save(tmp_path / "saved.kvc")
-    opened = compresskv.open_session(tmp_path / "saved.kvc", model, tiny.tokenizer())
+    opened = compresskv.open_session(tmp_path / "saved.kvc", session._model, tiny.tokenizer())
     assert torch.equal(logits(opened), expected)
     assert opened.facts == session.facts
     assert kept(opened) == kept(session)
@@ -275,7 +287,7 @@ def test_a_long_conversation_forgets_its_oldest_turns(family: str, method: str) 
 
 
 @pytest.mark.stores(reason="a file names the stores that users have")
-@pytest.mark.parametrize("store", ["native", "int8"])
+@pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_saved_conversation_goes_on_as_before(family: str, method: str, store: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import compresskv
 from commands import Result, runner
 from compresskv import generation
 from compresskv.explain import retention
@@ -123,4 +124,8 @@ def test_python_code(embedded_model, tmp_path, monkeypatch):
     names["text"] = "The contract was signed by Ada Marsh. " + "The sea was calm. " * 80
     exec(code[1], names)
     assert names["generation"].stats.retained_fraction == pytest.approx(0.05, abs=0.01)
-    assert (tmp_path / "report.kvc").exists()
+    answered = [
+        session.ask("When?", max_new_tokens=8).token_ids
+        for session in (names["session"], compresskv.open_session("report.kvc", names["model"], names["tokenizer"]))
+    ]
+    assert answered[0] == answered[1]
