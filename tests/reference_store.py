@@ -49,7 +49,7 @@ class ReferenceStore(Store):
     def gathered(cls, source: Store, held: Positions, slots: Tensor) -> "ReferenceStore":
         assert held.chosen is not None
         own = source if isinstance(source, ReferenceStore) else cls.of(source)
-        store = own.retained(held.chosen)
+        store = own.retained(held.chosen.long())
         store.held = held
         return store
 

@@ -34,7 +34,7 @@ class RoundingStore(ReferenceStore):
         own = source if isinstance(source, ReferenceStore) else ReferenceStore.of(source)
         if isinstance(own, RoundingStore):
             own._round()
-        kept = own.retained(held.chosen)
+        kept = own.retained(held.chosen.long())
         store = cls(kept.entries, kept.held.num_seen, kept.held.floor)
         store.held, store.first_exact = held, held.num_seen
         if isinstance(own, RoundingStore):

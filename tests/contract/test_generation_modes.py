@@ -154,7 +154,8 @@ def test_a_second_question_on_the_same_cache_equals_the_masked_full_cache(
         positions = [layer.positions for layer in cache.compressed_layers]
         conversation = torch.cat([prompt, first, tiny.random_tokens(7, seed=9)], dim=1)
         second = tiny.generate(model, conversation, cache)
-    assert all(layer.positions is old for layer, old in zip(cache.compressed_layers, positions, strict=True))
+        for layer, old in zip(cache.compressed_layers, positions, strict=True):
+            assert torch.equal(layer.positions, old)
     with evicted(evictions(cache)):
         assert second.tolist() == tiny.generate(oracle_model(family), conversation, use_cache=False).tolist()
 

@@ -44,7 +44,9 @@ class StoredLayer(RoutedLayer):
     @property
     def positions(self) -> Tensor | None:
         """(B, 1 or H_kv, R) int64: the tokens that the last `retain` chose, or `EMPTY_SLOT`; None: all are kept."""
-        return None if self.store is None else self.store.held.chosen
+        if self.store is None or self.store.held.chosen is None:
+            return None
+        return self.store.held.chosen.long()
 
     @property
     def nbytes(self) -> int:

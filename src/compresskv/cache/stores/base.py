@@ -188,7 +188,7 @@ class Store(ABC):
         state = {"later": torch.tensor([self.held.later.start, self.held.later.stop], device="cpu")}
         if self.held.chosen is not None:
             state |= {
-                "chosen": self.held.chosen,
+                "chosen": self.held.chosen.long(),
                 "fullest": torch.tensor(self.held.fullest, device="cpu"),
                 "has_empty_slots": torch.tensor(self.held.has_empty_slots, device="cpu"),
             }
@@ -205,7 +205,8 @@ class Store(ABC):
         later = range(*state["later"].tolist())
         if "chosen" not in state:
             return Positions(later)
-        return Positions(later, state["chosen"], tuple(state["fullest"].tolist()), bool(state["has_empty_slots"]))
+        chosen, fullest = state["chosen"].to(torch.int32), tuple(state["fullest"].tolist())
+        return Positions(later, chosen, fullest, bool(state["has_empty_slots"]))
 
 
 def room_for_tokens(device: torch.device) -> int:

@@ -22,7 +22,8 @@ class Positions:
     later: range
     """Stored by every KV head behind the chosen ones; all that is stored where nothing was chosen yet."""
     chosen: Tensor | None = None
-    """(B, H, R) int64, ascending, H being 1 or the number of KV heads."""
+    """(B, H, R) int32, ascending, H being 1 or the number of KV heads: held beside what a slot holds packed, which may
+    be 72 bytes."""
     fullest: tuple[int, ...] = (0,)
     """For each of H heads, the chosen tokens of the row that has most: the slots that it needs for them."""
     has_empty_slots: bool = False
@@ -56,7 +57,7 @@ class Positions:
         later = torch.arange(self.later.start, self.later.stop, device=device)
         if self.chosen is None:
             return later.expand(batch_size, 1, -1)
-        return torch.cat([self.chosen, later.expand(*self.chosen.shape[:2], -1)], dim=-1)
+        return torch.cat([self.chosen.long(), later.expand(*self.chosen.shape[:2], -1)], dim=-1)
 
     def cut_mask(self, mask: Tensor | None, query: Tensor, head: int | None = None) -> Tensor | None:
         """The mask for what is stored, of one over all tokens seen.
@@ -72,7 +73,7 @@ class Positions:
             return mask
         if mask is None:
             mask = causal_mask(num_new, self.num_seen, query.device)
-        return retained_mask(mask, self._chosen_of(self.chosen, head), self.floor, query.shape[1])
+        return retained_mask(mask, self._chosen_of(self.chosen, head).long(), self.floor, query.shape[1])
 
     def _chosen_of(self, chosen: Tensor, head: int | None) -> Tensor:
         """What one KV head has chosen, or all."""
@@ -108,5 +109,5 @@ class Positions:
         fullest = tuple(map(max, zip(*by_row, strict=True)))
         has_empty_slots = any(row != list(fullest) for row in by_row)
         first = tokens.shape[2] - max(fullest)
-        kept = Positions(range(self.num_seen, self.num_seen), tokens[..., first:], fullest, has_empty_slots)
-        return kept, slots[..., first:]
+        chosen = tokens[..., first:].to(torch.int32)
+        return Positions(range(self.num_seen, self.num_seen), chosen, fullest, has_empty_slots), slots[..., first:]
