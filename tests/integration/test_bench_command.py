@@ -102,6 +102,9 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
     tables = [line for line in result.out.splitlines() if re.match(r"^ ?(plain|full|snapkv|blend)", line)]
     assert len(tables) == 2 * 4 + 2
     assert all(len(line.rstrip()) <= 80 for line in tables)
+    assert re.search(
+        r"^ snapkv 64( +[\d.-]+){4} +64 +0\.\d ", result.out, re.MULTILINE
+    )  # tokens and bytes that are held
 
 
 @pytest.mark.parametrize(

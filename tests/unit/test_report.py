@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib", reason="the 'plot' extra is not installed")
 
 from commands import runner
 from compresskv.cli import terminal
-from compresskv.cli.report import EPILOG, report
+from compresskv.cli.report import EPILOG, group_tables, report
 from compresskv.errors import ConfigError, DataError
 from compresskv.evaluation import figures
 from compresskv.evaluation.records import Record
@@ -128,6 +128,7 @@ class TestNumbers:
         assert (row["evidence_recall"], row["kl_divergence"], row["top1_agreement"]) == (0.75, 0.2, None)
         assert row["select_s"] == pytest.approx(0.375)
         assert row["kl_interval"] == [0.2, 0.2, 0.2]
+        assert row["retained_tokens"] == pytest.approx((100 + 300 + 100) / 3)
         assert row["retained_fraction"] == pytest.approx((0.1 + 0.3 + 0.1) / 3)
         assert row["kv_nbytes"] == 6_000_000
 
@@ -317,13 +318,13 @@ class TestPage:
     def test_the_table_shows_the_numbers(self, folder: Path) -> None:
         page = write_pages(report_data([folder]), folder / "out").read_text(encoding="utf-8")
         titles, *rows = self.table(page)
-        expected = ["configuration", "cases", "score", "vs full", "vs best baseline", "retained %", "KV MB"]
+        expected = ["configuration", "cases", "score", "vs full", "vs best baseline", "tokens", "retained %", "KV MB"]
         assert titles == expected
         ours = dict(zip(titles, rows[2], strict=True))
         assert ours["configuration"] == "compresskv @ 100"
         assert re.fullmatch(r"\*\*75\.0\*\* \[\d+\.\d, \d+\.\d\]", ours["score"])
         assert ours["vs best baseline"] == "+50.0 [+50.0, +50.0]"
-        assert (ours["retained %"], ours["KV MB"]) == ("10.0", "8.00")
+        assert (ours["tokens"], ours["retained %"], ours["KV MB"]) == ("100", "10.0", "8.00")
         assert "Best baselines: snapkv @ 100." in page
         assert "- Records: 14, served by 3 prefills." in page
 
@@ -395,10 +396,18 @@ class TestCommand:
         monkeypatch.setattr(terminal.out, "_width", 100)
         report([folder])
         shown = capsys.readouterr()
-        assert re.search(r"compresskv @ 100 +75\.0.*-8\.3 +\+50\.0 +10\.0", shown.out)
+        assert re.search(r"compresskv @ 100 +75\.0.*-8\.3 +\+50\.0 +100 +10\.0 +8\.00", shown.out)
         assert max(map(len, shown.out.splitlines())) <= 100
         assert shown.err.replace("\n", "") == f"report: {folder / 'report.md'}"
         assert (folder / "report.md").is_file()
+
+    def test_tables_of_benchmarks_say_tokens_and_bytes(self, folder: Path) -> None:
+        (section,) = report_data([folder])["models"]
+        (table,) = group_tables(section)
+        assert [str(column.header) for column in table.columns][-2:] == ["tokens", "KV MB"]
+        assert ["100", "8.00"] in [
+            list(row) for row in zip(*(column.cells for column in table.columns[-2:]), strict=True)
+        ]
 
     def test_json_is_all_there_is_on_standard_output(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report([folder], output=folder / "out", own="snapkv", as_json=True)

@@ -37,6 +37,7 @@ _DECODE: dict[str, Cell] = {
     "x plain": _number("decode_ratio", ".3f"),
     "x short": _number("decode_ratio_short", ".3f"),
     "x least": _number("decode_to_least", ".1f"),
+    "tokens": _number("held_tokens", ",.0f"),
     "KV MB": _megabytes("kv_nbytes"),
     "peak MB": _megabytes("peak_nbytes"),
 }

@@ -20,8 +20,8 @@ Examples:
   compresskv report runs/needle --json
 """
 
-_SHOWN = ("configuration", "tasks", "score", "vs full", "vs best baseline", "retained %")
-_IN_GROUPS = ("configuration", "tasks", "cases", "score", "vs full", "KL")
+_SHOWN = ("configuration", "tasks", "score", "vs full", "vs best baseline", "tokens", "retained %", "KV MB")
+_IN_GROUPS = ("configuration", "tasks", "cases", "score", "vs full", "KL", "tokens", "KV MB")
 
 
 def report(

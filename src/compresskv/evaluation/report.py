@@ -16,7 +16,8 @@ are few, of no width where all scored alike). *vs full* and *vs best baseline* a
 the best baseline is the other method with the highest score in the same setting, at the same budget or as many bytes,
 that holds no more of them. **Bold**: the highest score at a budget, or at as many bytes. *exact*: every key answer
 stands in the prediction. *KL* is in nats per token from the full cache's distribution; *top-1* is how often both
-choose the same token; *select s* is scoring, selecting and gathering, in seconds."""
+choose the same token; *tokens* are those retained, mean over layers and KV heads, and *KV MB* the bytes really held;
+*select s* is scoring, selecting and gathering, in seconds."""
 
 
 def _percent(name: str) -> Callable[[Row], str]:
@@ -71,6 +72,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "evidence %": _percent("evidence_recall"),
     "KL": _divergence,
     "top-1 %": _percent("top1_agreement"),
+    "tokens": _number("retained_tokens"),
     "retained %": _percent("retained_fraction"),
     "KV MB": _number("kv_nbytes", 1e6),
     "select s": _number("select_s"),

@@ -31,6 +31,7 @@ _MEANS: dict[str, Callable[[Record], float | None]] = {
     "evidence_recall": lambda record: record.evidence_recall,
     "kl_divergence": lambda record: record.kl_divergence,
     "top1_agreement": lambda record: record.top1_agreement,
+    "retained_tokens": lambda record: record.retained_tokens,
     "retained_fraction": lambda record: record.retained_fraction,
     "kv_nbytes": lambda record: record.kv_nbytes,
     "kv_fraction": lambda record: record.kv_nbytes / record.kv_nbytes_full,
