@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import tiny
 from compresskv.cache.stores import retain
 from compresskv.cache.stores.ragged import RaggedStore
-from compresskv.compiled import decoding
+from compresskv.compiled import decoding, packed
+from compresskv.compiled.step_layer import additive
 from reference_store import ReferenceStore
 from uncompiled import UncompiledPackage
 
@@ -50,6 +52,21 @@ def _on_device() -> Iterator[None]:
     torch.set_default_device(tiny.DEVICE)
     yield
     torch.set_default_device(before)
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Compiled steps unpack what is packed, as on GPUs: the masks of what was then attended to."""
+    masks: list[Tensor] = []
+
+    def noted(visible: Tensor, dtype: torch.dtype) -> Tensor:
+        masks.append(visible)
+        return additive(visible, dtype)
+
+    monkeypatch.setattr(packed, "is_compiled_here", lambda *_: False)
+    monkeypatch.setattr(packed, "packed_attention", None)
+    monkeypatch.setattr(packed, "additive", noted)
+    return masks
 
 
 @pytest.fixture

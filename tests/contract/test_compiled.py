@@ -23,6 +23,7 @@ from compresskv.compiled.inputs import kinds_of
 from compresskv.compiled.narrow import narrow_weights
 from compresskv.compiled.step import Step
 from compresskv.compression import Compressing
+from compresskv.models.shape import compressible_layers
 
 NUM_PROMPT = 70
 NUM_STEPS = ROOM + 6  # so that every layer needs new room once
@@ -85,6 +86,19 @@ def test_the_step_computes_what_the_model_does(family: str, method: str) -> None
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "llama_mha"])
 def test_the_step_reads_what_is_packed(family: str, method: str, store: str) -> None:
     check_equal(tiny.tiny_model(family), method, store)
+
+
+@pytest.mark.stores(reason="what is packed has stores of its own")
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("store", tiny.PACKED_STORES)
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_the_step_unpacks_where_it_cannot_read_codes(
+    family: str, method: str, store: str, unpacked: list[Tensor]
+) -> None:
+    model = tiny.tiny_model(family)
+    check_equal(model, method, store)
+    assert len(unpacked) >= NUM_STEPS * len(compressible_layers(model))
 
 
 @pytest.mark.slow

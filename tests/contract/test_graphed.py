@@ -86,6 +86,16 @@ def test_recorded_steps_read_what_is_packed_until_more_is(recorder: Recorder, me
     assert float((found - expected).abs().mean()) < 2e-4
 
 
+@pytest.mark.stores(reason="what is packed has stores of its own")
+@pytest.mark.parametrize("store", tiny.PACKED_STORES)
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_recorded_steps_unpack_what_is_packed_as_on_gpus(
+    recorder: Recorder, method: str, store: str, unpacked: list[Tensor]
+) -> None:
+    test_recorded_steps_read_what_is_packed_until_more_is(recorder, method, store)
+    assert len(unpacked) >= NUM_STEPS * tiny.tiny_model("llama").config.num_hidden_layers
+
+
 @pytest.mark.parametrize("method", ["snapkv", "adakv"])
 def test_other_steps_in_between_are_seen(recorder: Recorder, method: str) -> None:
     model, steps = tiny.tiny_model("llama"), [NUM_PROMPT, 1, 1, 5, 1, 1, 3, 1]
