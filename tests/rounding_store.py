@@ -89,6 +89,14 @@ def rounding(name: str) -> type[RoundingStore]:
     return type("Rounding", (RoundingStore,), {"precision": PRECISIONS[name]})
 
 
+def assert_as_rounded(found: Tensor, expected: Tensor, exact: Tensor) -> None:
+    """Logits (B, T, vocab) of a packed store are those of `rounding`, which differ from those of all bits."""
+    lost = (found - exact).abs().mean(dim=(0, 2))
+    assert lost.min() > 1e-4, "otherwise this tests nothing"
+    # A number that lies between two codes, but for rounding, may get either.
+    assert ((found - expected).abs().mean(dim=(0, 2)) < 0.02 * lost).all()
+
+
 def means(held: list[Entry]) -> Means:
     keys, values = (torch.stack([entry[part] for entry in held]) for part in (1, 2))
     varied = keys.std(dim=0, correction=0)

@@ -72,6 +72,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", _GPT_OSS),
     "gpt2": ("gpt2", _GPT2),
     "mistral_sliding": ("mistral", {"sliding_window": 16}),
+    **{f"llama_{size}": ("llama", {"head_dim": size, "num_hidden_layers": 2}) for size in (80, 96, 112)},
     "mamba": ("mamba", {"state_size": 4}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 6}),
 }

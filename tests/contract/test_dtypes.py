@@ -11,18 +11,19 @@ NUM_PROMPT = 90
 
 @pytest.mark.parametrize("padded", [False, True], ids=["one_row", "padded"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("attn_implementation", tiny.ATTENTIONS)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_half_precision_works(
-    family: str, attn_implementation: str, method: str, dtype: torch.dtype, padded: bool
+    family: str, attn_implementation: str, method: str, store: str, dtype: torch.dtype, padded: bool
 ) -> None:
     model = tiny.tiny_model(family, attn_implementation, dtype)
     rows = [tiny.random_tokens(length, seed=length) for length in ([NUM_PROMPT, 40] if padded else [NUM_PROMPT])]
     prompt, prompt_mask = tiny.left_padded(rows)
     more = tiny.random_tokens(9, batch_size=len(rows))
     sequence, mask = torch.cat([prompt, more], dim=1), torch.cat([prompt_mask, torch.ones_like(more)], dim=1)
-    with compresskv.compressing(model, method, 24, **tiny.options_for(model, method)) as cache:
+    with compresskv.compressing(model, method, 24, store=store, **tiny.options_for(model, method)) as cache:
         first = tiny.read(model, cache, sequence, [NUM_PROMPT], mask)[:, -1]
         later = tiny.read(model, cache, sequence, [1, 1, 6, 1], mask)
     with torch.no_grad():

@@ -12,7 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 import compresskv
 import shrunk
 import tiny
+from compresskv.cache.stores import packed, retain
 from oracle import Evictions, evictions, masking
+from rounding_store import rounding
 
 NUM_PROMPT = 90
 BUDGET = 24
@@ -109,3 +111,21 @@ def test_they_are_read_and_evicted_like_text(model_type: str) -> None:
         expected = reference(model, sequence, given, evicted)
         assert (logits - expected).abs().max() < 1e-3 * scale, method
         assert method == "full" or (logits - plain).abs().max() > 0.1 * scale, method
+
+
+@pytest.mark.parametrize("store", tiny.PACKED_STORES)
+@pytest.mark.parametrize("model_type", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*generation flags.*:UserWarning")
+def test_they_are_packed_like_text(model_type: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "TAIL", 3)
+    model = shrunk.build(model_type, **CHANGES[model_type]).to(tiny.DEVICE)
+    prompt, given = prompt_for(model)
+    found = []
+    for kind in (retain.PACKED_STORES[store], rounding(store)):
+        monkeypatch.setitem(retain.PACKED_STORES, store, kind)
+        with compresskv.compressing(model, "adakv", BUDGET, store=store) as cache:
+            found.append(generated(model, cache, prompt, given))
+        assert {type(layer.store) for layer in cache.compressed_layers} == {kind}
+    (sequence, logits), (wanted, expected) = found
+    assert torch.equal(sequence, wanted)
+    assert (logits - expected).abs().mean() < 1e-3 * expected.std()

@@ -99,16 +99,17 @@ def own_masks(*args: Any, **kwargs: Any) -> Tensor:
     return eager_mask(*args, **{**kwargs, "dtype": kwargs.get("dtype", torch.float32)})  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2", "gpt2"])
 def test_a_prompt_is_read_by_the_models_own_kernel(
-    family: str, method: str, calls: Calls, registered: Callable[..., str]
+    family: str, method: str, store: str, calls: Calls, registered: Callable[..., str]
 ) -> None:
-    expected = read(tiny.tiny_model(family, "eager"), method)
+    expected = read(tiny.tiny_model(family, "eager"), method, store=store)
     model = built(family, registered("house", masked_kernel(calls, family), own_masks))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = read(model, method)
+        found = read(model, method, store=store)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     layers = model.config.num_hidden_layers
     assert calls[:layers] == [(NUM_PROMPT, NUM_PROMPT)] * layers

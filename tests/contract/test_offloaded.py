@@ -24,7 +24,8 @@ def offloaded(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel
 
 # of older transformers, to which an offloaded model lies nowhere
 @pytest.mark.filterwarnings("ignore:.*`input_ids` being on a device type different:UserWarning")
-def test_it_reads_and_evicts_like_the_same_model_in_one_place(offloaded: PreTrainedModel) -> None:
+@pytest.mark.parametrize("store", tiny.STORES)
+def test_it_reads_and_evicts_like_the_same_model_in_one_place(offloaded: PreTrainedModel, store: str) -> None:
     plain, prompt = tiny.tiny_model("llama"), tiny.random_tokens(60)
     assert offloaded.device.type == "meta"
     assert is_offloaded(offloaded)
@@ -33,7 +34,8 @@ def test_it_reads_and_evicts_like_the_same_model_in_one_place(offloaded: PreTrai
     assert fingerprint(offloaded) == fingerprint(plain)
     answers = []
     for model in (plain, offloaded):
-        with compresskv.compressing(model, "blend", 20, profile=tiny.random_profile(plain), compile="auto") as cache:
+        options = {"profile": tiny.random_profile(plain), "store": store, "compile": "auto"}
+        with compresskv.compressing(model, "blend", 20, **options) as cache:
             answers.append(tiny.generate(model, prompt, cache).tolist())
         assert all(layer.mean_retained < 60 for layer in cache.compressed_layers)
     assert answers[0] == answers[1]

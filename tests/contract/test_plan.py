@@ -15,6 +15,7 @@ import compresskv
 import tiny
 from compresskv import CacheStateError, CompressedCache, ConfigError, Plan, PlanError, PromptError, make_plan, read_plan
 from compresskv.attention.routing import routing
+from compresskv.cache.stores.retain import PACKED_STORES
 from compresskv.methods.prepare import prepare_method
 from compresskv.models.shape import compressible_layers
 from compresskv.plans.make import PlanningCache
@@ -89,6 +90,25 @@ def test_a_full_cache_cut_by_the_plan_answers_as_if_cut_in_prefill(family: str, 
     gone = {layer: functional.pad(blocked, (0, num_later)) for layer, blocked in evictions(expected).items()}
     wanted = oracle_logits(family, sequence[:, : num_read + 6], gone)[:, num_read:]
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.stores(reason="what is packed has stores of its own")
+@pytest.mark.parametrize("store", tiny.PACKED_STORES)
+@pytest.mark.parametrize("method", ["blend", "snapkv", "full"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_a_full_cache_gives_is_packed_as_in_prefill(family: str, method: str, store: str) -> None:
+    model, sequence = tiny.tiny_model(family), tiny.random_tokens(NUM_PROMPT + 6)
+    plan = planned(model, method)
+    with compresskv.compressing(model, plan, store=store) as expected:
+        wanted = tiny.read(model, expected, sequence, [NUM_PROMPT, 5, 1])[:, NUM_PROMPT:]
+    with compresskv.compressing(model, plan, store=store) as cache:
+        cache.adopt(full_cache(model, sequence[:, :NUM_PROMPT]), NUM_PROMPT)
+        kinds = {type(layer.store) for layer in cache.compressed_layers}
+        logits = tiny.read(model, cache, sequence, [5, 1])
+    assert kinds == {PACKED_STORES[store]}
+    assert kept(cache) == kept(expected)
+    assert cache.nbytes == expected.nbytes
+    assert float((logits - wanted).abs().mean()) < 2e-4  # a number between two codes may get either
 
 
 @pytest.mark.parametrize("method", ["knorm", "streaming_llm"])
