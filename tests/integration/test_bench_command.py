@@ -102,9 +102,8 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
     tables = [line for line in result.out.splitlines() if re.match(r"^ ?(plain|full|snapkv|blend)", line)]
     assert len(tables) == 2 * 4 + 2
     assert all(len(line.rstrip()) <= 80 for line in tables)
-    assert re.search(
-        r"^ snapkv 64( +[\d.-]+){4} +64 +0\.\d ", result.out, re.MULTILINE
-    )  # tokens and bytes that are held
+    held = r"^ snapkv 64( +[\d.-]+){4} +64 +0\.\d "  # in tokens and megabytes
+    assert re.search(held, result.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +113,7 @@ def test_tables_fit_a_terminal(call: Callable[..., Result]) -> None:
         (["--lengths", "0"], "--lengths 0"),
         (["--lengths", ","], "--lengths ',' names no number"),
         (["--budgets", "some"], "--budgets 'some'"),
+        (["--budgets", "9B"], "--budgets '9B' has no room for one token"),
         (["--methods", "snapvk"], "--methods 'snapvk' is unknown: did you mean 'snapkv'?"),
         (["--repeats", "0"], "--repeats 0"),
         (["--new-tokens", "1"], "--new-tokens 1"),
@@ -272,7 +272,7 @@ def test_help_has_examples(call: Callable[..., Result]) -> None:
 
 
 def test_a_request_to_peers_survives_its_file(tmp_path: Path) -> None:
-    config = BenchConfig((96,), (64, 0.5), True, 2, 5)
+    config = BenchConfig((96,), (64, 0.5, "3MB"), True, 2, 5)
     request = BenchRequest("kvpress", "tiny", 4, "float32", "cpu", (1, 2), config, 2)
     write_request(tmp_path / "request.json", request)
     assert read_request(tmp_path / "request.json", BenchRequest) == request
@@ -284,16 +284,18 @@ def test_kvpress_in_its_own_environment() -> None:
         python = find_peer("kvpress", "tiny", random=True)
     except ConfigError:
         pytest.skip("there is no environment for kvpress: scripts/peers makes .venv-peers")
-    config = BenchConfig((200,), (100,), False, 1, 5)
+    config = BenchConfig((200,), (100, "25% of bytes"), False, 1, 5)
     subject: Subject = random_subject("tiny", None, config.most_tokens, dtype="float32", device="cpu")
     rows = list(measure_peer("kvpress", python, subject, config, (), lambda message, fraction: None))
 
     assert [note for note in subject.notes if "failed" in note] == []
     names = ("plain", "kvpress:SnapKVPress", "kvpress:AdaKVPress(SnapKVPress)")
     assert [(row["length"], row["method"]) for row in rows] == [
-        (length, name) for length in (200, 100) for name in names
+        (length, name) for length, own in ((200, (*names, *names[1:])), (100, names)) for name in own
     ]
-    plain, freeing, masking = rows[:3]
+    plain, freeing, masking, in_bytes = rows[:4]
+    assert (in_bytes["budget"], in_bytes["held_tokens"]) == ("25% of bytes", 50)
+    assert in_bytes["kv_nbytes"] == plain["kv_nbytes"] // 4
     assert [row["engine"] for row in rows[:3]] == ["transformers", "kvpress", "kvpress"]
     assert (plain["held_tokens"], freeing["held_tokens"], masking["held_tokens"]) == (200, 100, 200)
     assert freeing["eviction_s"] > 0

@@ -1,5 +1,6 @@
 """What the speed benchmark counts and compares. How long anything takes is never tested."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,18 +14,21 @@ from compresskv.bench import geometry, run
 from compresskv.bench.config import BenchConfig, Stage, our_stages, parse_bench_budgets, within_budget
 from compresskv.bench.contender import Ours, Plain
 from compresskv.bench.continuation import Prefill
-from compresskv.bench.figure import draw_run
+from compresskv.bench.figure import draw_run, row_name
 from compresskv.bench.geometry import GEOMETRIES, find_geometry, random_model, random_profile
 from compresskv.bench.limits import Limits, decode_nbytes, measure_limits, prefill_flop
 from compresskv.bench.rounds import Sample, run_rounds
-from compresskv.bench.row import make_row
+from compresskv.bench.row import Row, make_row
 from compresskv.bench.run import Bench
 from compresskv.bench.subject import Subject
 from compresskv.errors import ConfigError, ModelError
 from compresskv.methods import registry
 from compresskv.methods.prepare import prepare_method
+from compresskv.selection.budgets import SharedBudget
+from compresskv.selection.byte_budget import Costs
 from compresskv.system import memory
 from compresskv.system.clock import Stopwatch
+from compresskv.system.convert import convert
 from tiny import EVICTING_METHODS, build_model, generate, options_for, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -64,6 +68,8 @@ class TestPlan:
             ({"lengths": ()}, "lengths="),
             ({"lengths": (128, 0)}, "lengths=0"),
             ({"budgets": (0,)}, "budget=0"),
+            ({"budgets": (40, "auto")}, "budgets='auto' depends on each prompt"),
+            ({"budgets": ("3XB",)}, "budget='3XB' is text, and names no bytes"),
             ({"repeats": 0}, "repeats=0"),
             ({"new_tokens": 1}, "new_tokens=1"),
         ],
@@ -92,9 +98,14 @@ class TestPlan:
 
     @pytest.mark.parametrize(
         ("text", "budgets", "has_full"),
-        [("128,full", (128,), True), ("full", (), True), ("64, 3%", (64, 0.03), False)],
+        [
+            ("128,full", (128,), True),
+            ("full", (), True),
+            ("64, 3%", (64, 0.03), False),
+            ("3MB,5% of bytes, 64", ("3MB", "5% of bytes", 64), False),
+        ],
     )
-    def test_budgets(self, text: str, budgets: tuple[int | float, ...], has_full: bool) -> None:
+    def test_budgets(self, text: str, budgets: tuple[SharedBudget, ...], has_full: bool) -> None:
         assert parse_bench_budgets(text) == (budgets, has_full)
 
     def test_no_budget_at_all(self) -> None:
@@ -106,6 +117,9 @@ class TestPlan:
         assert not within_budget(128, 129)
         assert not within_budget(0.5, 2)
         assert not within_budget(None, 2)  # the full cache is never compressed
+        assert [within_budget("1kB", 4, Costs(full=256, held=held)) for held in (256, 251, 250, 64)] == [
+            *(False, False, True, True)
+        ]
 
 
 class TestStages:
@@ -175,6 +189,23 @@ class TestRounds:
         assert packed.kv_nbytes < native.kv_nbytes / 2
         with pytest.raises(ConfigError, match="stores='int5' is unknown"):
             config(stores=("int5",))
+
+    def test_stores_hold_as_many_bytes_where_that_is_the_budget(self) -> None:
+        """So many tokens as they have room for; plain transformers on a prompt of as many tokens stands for none."""
+        model, methods = tiny_model("llama"), {"snapkv": registry.create("snapkv")}
+        asked = config(budgets=("25% of bytes", "12kB"), stores=("native", "int8"), has_full=False)
+        (stage,) = our_stages(asked, methods)
+        assert [(one.method, one.budget) for one in stage.contenders] == [
+            ("plain", None),
+            *((method, budget) for budget in asked.budgets for method in ("snapkv", "snapkv int8")),
+        ]
+        full, *held = (one.start(model, random_tokens(96)).prefill for one in stage.contenders)
+        for native, packed in (held[:2], held[2:]):
+            assert 2 * native.held_tokens < packed.held_tokens
+            assert packed.kv_nbytes == pytest.approx(native.kv_nbytes, rel=0.05)
+        assert held[0].kv_nbytes == full.kv_nbytes // 4
+        assert max(one.kv_nbytes for one in held[2:]) <= 12_000
+        assert [stage.place_of_short(budget) for budget in asked.budgets] == [None, None]
 
     @pytest.mark.parametrize("method", EVICTING_METHODS)
     def test_scoring_is_seen_above_the_budget_and_absent_below_it(self, method: str) -> None:
@@ -337,6 +368,22 @@ class TestRun:
             assert other.take_over(rows, limits, ["a note"], stages) == taken
             assert {row.length for row in other.rows} == {stage.length for stage in stages[:taken]}
             assert other.limits == (limits if taken else None)
+
+    def test_budgets_in_bytes_are_told_as_they_were_given(self, bench: Bench) -> None:
+        """What a store has room for decides whether there is anything to gain; and such a run can be gone on with."""
+        bench.config = config(budgets=("12kB", "30kB"), stores=("native", "int8"), has_full=False, repeats=1)
+        stages = our_stages(bench.config, {"snapkv": registry.create("snapkv")})
+        bench.run(stages, lambda message, fraction: None)
+        rows = json.loads(json.dumps(bench.result()["rows"]))
+        assert [(row_name(row), row["budget"], row["within_budget"]) for row in rows] == [
+            ("plain", None, False),
+            ("snapkv 12kB", "12kB", False),
+            ("snapkv int8 12kB", "12kB", False),
+            ("snapkv 30kB", "30kB", False),
+            ("snapkv int8 30kB", "30kB", True),
+        ]
+        other = Bench(bench.subject, bench.config)
+        assert other.take_over([convert(row, Row) for row in rows], Limits(1.0, 2.0), [], stages) == 1
 
     def test_the_figure(self, bench: Bench, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")

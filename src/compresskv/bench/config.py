@@ -11,8 +11,9 @@ from compresskv.evaluation.configurations import parse_budgets
 from compresskv.evaluation.records import config_name
 from compresskv.methods.base import Method
 from compresskv.methods.registry import create
-from compresskv.selection.budget_words import IN_TOKENS
-from compresskv.selection.budgets import in_tokens, resolve
+from compresskv.selection.budget_words import BEFOREHAND
+from compresskv.selection.budgets import SharedBudget, check_budget, known_beforehand, resolve_shared
+from compresskv.selection.byte_budget import Costs
 from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.check import check_known, check_least
 
@@ -26,8 +27,8 @@ class BenchConfig:
 
     lengths: tuple[int, ...]
     """Prompt lengths in tokens."""
-    budgets: tuple[int | float, ...]
-    """Tokens, or shares of the prompt."""
+    budgets: tuple[SharedBudget, ...]
+    """Tokens, shares of the prompt, or bytes."""
     has_full: bool
     """Whether our cache that keeps all is measured, too."""
     repeats: int
@@ -51,7 +52,7 @@ class BenchConfig:
         for length in self.lengths:
             check_least("lengths", length)
         for budget in self.budgets:
-            in_tokens(budget, "budgets")
+            known_beforehand(check_budget(budget), "budgets")
         check_least("repeats", self.repeats)
         for store in self.stores or ("",):
             check_known("stores", store, PRECISIONS)
@@ -110,7 +111,7 @@ class Stage:
     length: int
     contenders: tuple[Contender, ...]
 
-    def place_of_short(self, budget: int | float | None) -> int | None:
+    def place_of_short(self, budget: SharedBudget | None) -> int | None:
         """Which contender is plain transformers on a prompt of `budget` tokens; None: there is none."""
         for place, one in enumerate(self.contenders):
             if isinstance(one, Plain) and one.max_prompt is not None and one.max_prompt == budget:
@@ -118,20 +119,20 @@ class Stage:
         return None
 
 
-def parse_bench_budgets(text: str) -> tuple[tuple[int | float, ...], bool]:
-    """'128,3%,full' as budgets, and whether 'full' is among them.
+def parse_bench_budgets(text: str) -> tuple[tuple[SharedBudget, ...], bool]:
+    """'128,3%,3MB,full' as budgets, and whether 'full' is among them.
 
     Raises:
         ConfigError: one is neither.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     counted = [part for part in parts if part != FULL]
-    budgets = parse_budgets(",".join(counted) or text, kinds=(*IN_TOKENS, FULL)) if counted or not parts else ()
-    return tuple(in_tokens(budget, "budgets") for budget in budgets), FULL in parts
+    budgets = parse_budgets(",".join(counted) or text, kinds=(*BEFOREHAND, FULL)) if counted or not parts else ()
+    return tuple(known_beforehand(budget, "budgets") for budget in budgets), FULL in parts
 
 
 def stages(
-    config: BenchConfig, compressed: Callable[[int | float], Sequence[Contender]], full: Sequence[Contender] = ()
+    config: BenchConfig, compressed: Callable[[SharedBudget], Sequence[Contender]], full: Sequence[Contender] = ()
 ) -> list[Stage]:
     """One for each length, then one for each budget, with a prompt of just that many tokens.
 
@@ -168,12 +169,12 @@ def our_stages(
             for way, model in models.items()
         ]
 
-    def compressed(budget: int | float) -> list[Contender]:
+    def compressed(budget: SharedBudget) -> list[Contender]:
         return [way for label, method in evicting.items() for way in by_all_ways(Ours(label, method, budget))]
 
     return stages(config, compressed, by_all_ways(Ours(FULL, create(FULL), None)) if has_full else ())
 
 
-def within_budget(budget: int | float | None, num_tokens: int) -> bool:
-    """Whether a budget keeps all of a prompt."""
-    return budget is not None and resolve(budget, num_tokens) >= num_tokens
+def within_budget(budget: SharedBudget | None, num_tokens: int, costs: Costs | None = None) -> bool:
+    """Whether a budget keeps all of a prompt; `costs` as for `resolve_shared`."""
+    return budget is not None and resolve_shared(budget, num_tokens, costs) >= num_tokens

@@ -20,6 +20,7 @@ from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
 from compresskv.models.place import devices_of
 from compresskv.models.shape import decoder_config
+from compresskv.selection.budgets import SharedBudget
 from compresskv.selection.precision import NATIVE
 from compresskv.system.clock import now
 
@@ -36,8 +37,8 @@ class Contender(Protocol):
         """'plain', a method with its options, or a peer's name."""
 
     @property
-    def budget(self) -> int | float | None:
-        """Tokens, or a share of the prompt; None keeps all."""
+    def budget(self) -> SharedBudget | None:
+        """Tokens, a share of the prompt, or bytes; None keeps all."""
 
     @property
     def max_prompt(self) -> int | None:
@@ -46,6 +47,10 @@ class Contender(Protocol):
     @property
     def decode(self) -> str:
         """'eager', 'compiled' or 'int8'."""
+
+    @property
+    def store(self) -> str:
+        """In how many bits a number it holds what it keeps."""
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -63,6 +68,7 @@ class Plain:
     method: str = PLAIN
     budget: None = None
     decode: str = EAGER
+    store: str = NATIVE
     model: None = None
 
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Continuation:
@@ -91,7 +97,7 @@ class Ours:
 
     method: str
     prepared: Method
-    budget: int | float | None
+    budget: SharedBudget | None
     max_prompt: int | None = None
     decode: str = EAGER
     store: str = NATIVE

@@ -57,7 +57,7 @@ def draw_run(result: dict[str, Any], path: Path) -> None:
 
 
 def row_name(row: dict[str, Any]) -> str:
-    """'plain', 'full', 'snapkv compiled 128', 'kvpress SnapKV 3%'."""
+    """'plain', 'full', 'snapkv compiled 128', 'snapkv int4 3MB', 'kvpress SnapKV 3%'."""
     name, budget = str(row["method"]), row["budget"]
     if row["decode"] != "eager":
         name += f" {row['decode']}"
@@ -65,7 +65,7 @@ def row_name(row: dict[str, Any]) -> str:
         name = name.replace(":", " ").replace("Press", "")
     if budget is None:
         return name
-    return f"{name} {budget if isinstance(budget, int) else f'{100 * budget:g}%'}"
+    return f"{name} {f'{100 * budget:g}%' if isinstance(budget, float) else budget}"
 
 
 def _peak_mb(row: dict[str, Any]) -> float | None:

@@ -16,11 +16,13 @@ from compresskv.bench.continuation import Continuation, Prefill
 from compresskv.bench.peers import BenchRequest
 from compresskv.bench.run import Bench
 from compresskv.bench.subject import Subject, random_subject, real_subject
+from compresskv.cache.costs import costs_of
 from compresskv.errors import first_line
 from compresskv.models.place import devices_of
 from compresskv.peers.press_cache import Masks, masks, put_masks
 from compresskv.peers.presses import find_press, method_name
-from compresskv.selection.budgets import resolve
+from compresskv.selection.budgets import SharedBudget, resolve_shared
+from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.clock import now
 
 PRESSES = ("SnapKVPress", "AdaKVPress(SnapKVPress)")
@@ -32,9 +34,10 @@ class KVPress:
     """A press with its own defaults, at a budget."""
 
     name: str
-    budget: int | float
+    budget: SharedBudget
     max_prompt: None = None
     decode: str = EAGER
+    store: str = NATIVE
     model: None = None
 
     @property
@@ -47,7 +50,8 @@ class KVPress:
         num_tokens, devices = input_ids.shape[1], devices_of(model)
         start = now(*devices)
         tokenizer: Any = None  # of these presses, none needs it
-        cache = find_press(self.name).compress(model, tokenizer, input_ids, resolve(self.budget, num_tokens))
+        budget = resolve_shared(self.budget, num_tokens, costs_of(model, PRECISIONS[self.store]))
+        cache = find_press(self.name).compress(model, tokenizer, input_ids, budget)
         first = int(cache.logits.argmax())
         figures = Prefill(
             prompt_tokens=num_tokens,

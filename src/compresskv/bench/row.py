@@ -8,6 +8,7 @@ from typing import Any
 from compresskv.bench.contender import Contender
 from compresskv.bench.limits import Limits
 from compresskv.bench.rounds import Sample
+from compresskv.selection.budgets import SharedBudget
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Row:
     """'eager', 'compiled' or 'int8' (compiled, with 8-bit weights)."""
     not_compiled: str | None
     """Why its tokens were generated eagerly all the same."""
-    budget: int | float | None
+    budget: SharedBudget | None
     length: int
     """As asked for."""
     prompt_tokens: int

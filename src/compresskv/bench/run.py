@@ -15,7 +15,9 @@ from compresskv.bench.machine import describe, machine
 from compresskv.bench.rounds import Sample, run_rounds
 from compresskv.bench.row import Row, make_row
 from compresskv.bench.subject import Subject
+from compresskv.cache.costs import costs_of
 from compresskv.errors import ModelError, first_line
+from compresskv.selection.precision import PRECISIONS
 from compresskv.system.libraries import versions
 from compresskv.system.progress import Progress
 
@@ -142,6 +144,8 @@ class Bench:
         engine: str,
     ) -> Row:
         model, num_tokens = contender.model or self.subject.model, own[0].prefill.prompt_tokens
+        precision = PRECISIONS[contender.store]
+        costs = costs_of(model, precision) if isinstance(contender.budget, str) else None
         return make_row(
             contender,
             own,
@@ -149,7 +153,7 @@ class Bench:
             short,
             engine=_engine(contender, engine),
             length=stage.length,
-            within_budget=within_budget(contender.budget, num_tokens),
+            within_budget=within_budget(contender.budget, num_tokens, costs),
             prefill_flop=prefill_flop(model, num_tokens),
             decode_nbytes=decode_nbytes(model, own[0].prefill.kv_nbytes),
         )

@@ -22,7 +22,7 @@ from compresskv.cli.options import (
 from compresskv.cli.outputs import check_outputs, check_writable
 from compresskv.cli.terminal import Bar, err, out
 from compresskv.errors import ConfigError
-from compresskv.selection.budget_words import IN_TOKENS
+from compresskv.selection.budget_words import BEFOREHAND
 from compresskv.selection.precision import NATIVE, PRECISIONS
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ EPILOG = """\b
 Examples:
   compresskv bench --lengths 1024,4096 --budgets 128,256
   compresskv bench --methods snapkv,adakv --budgets 256,3%,full --json
+  compresskv bench --lengths 4096 --budgets 6MB --stores native,int4
   compresskv bench --random llama-1b --lengths 4096,16384,32768 \\
       --plot growth.png
   compresskv bench --random llama-8b --layers 4 --dtype float32
@@ -66,7 +67,7 @@ def bench(
     budgets: Annotated[
         str,
         typer.Option(
-            help=f"{budget_help(*IN_TOKENS, 'full, all of it')}; several, separated by commas.", metavar="BUDGETS"
+            help=f"{budget_help(*BEFOREHAND, 'full, all of it')}; several, separated by commas.", metavar="BUDGETS"
         ),
     ] = "128,256,full",
     methods: Annotated[
