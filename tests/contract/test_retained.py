@@ -12,9 +12,11 @@ import compresskv
 import tiny
 from compresskv import CompressedCache
 from compresskv.cache.layer import CompressedLayer
+from compresskv.cache.stores import packed
 from compresskv.cache.stores.base import ROOM
 from compresskv.methods.snapkv import SnapKV
 from compresskv.selection.budgets import Budget
+from made import Made, storage_of
 
 NUM_PROMPT = 110
 BUDGETS = [1, 6, 24, 70, 0.4, 0.85]
@@ -161,6 +163,31 @@ def test_a_layers_prompt_is_garbage_before_the_next_layer_is_reached_or_cut(
     alive_when = alive["retain" if cache.method.decides_together else "update"]
     assert alive_when == [0] * len(cache.compressed_layers)
     assert all(reference() is None for reference in seen)
+
+
+# Attention unpacks a layer for the length of a call. Of all that PyTorch makes, only what `nbytes` counts may be left
+# when a step is over, and the tokens' positions, which every store holds beside it.
+@pytest.mark.stores(reason="the stores that users have")
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("compile", ["never", "always"])
+@pytest.mark.parametrize("method", ["full", "snapkv", "adakv", "blend"])
+@pytest.mark.parametrize("store", tiny.STORES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_between_steps_nothing_is_alive_but_what_is_counted(
+    family: str, store: str, method: str, compile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "TAIL", 3)
+    model, steps = tiny.tiny_model(family), [200, 1, 1, 5, 1, 1]
+    options = tiny.options_for(model, method)
+    with Made() as made, compresskv.compressing(model, method, 120, store=store, compile=compile, **options) as cache:
+        for step in steps:
+            tiny.read(model, cache, tiny.random_tokens(sum(steps)), [step])
+            held = [layer.store.held for layer in cache.compressed_layers if layer.store is not None]
+            chosen = {storage_of(one.chosen): one.chosen.nbytes for one in held if one.chosen is not None}
+            rest = sum(made.live().values()) - cache.nbytes - sum(chosen.values())
+            # where heads' parts begin and end, of a compiled step; one unpacked layer has 15,360
+            assert 0 <= rest < 1200
+    assert cache.num_compiled_steps == (4 if compile == "always" else 0)
 
 
 def test_a_prompt_read_in_chunks_leaves_no_queries_behind() -> None:
