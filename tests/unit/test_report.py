@@ -206,6 +206,13 @@ class TestEqualBytes:
         assert row["from_best_baseline"]["mean"] == 0.25
         assert row["best"]
 
+    def test_of_equal_scores_the_one_at_the_same_budget_counts(self, tmp_path: Path) -> None:
+        rivals = [
+            *held("adakv", 128, 0.5, (3_000_000, 3_000_000)),
+            *held("snapkv", "3MB", 0.5, (3_000_000, 3_000_000)),
+        ]
+        assert self.best_baseline(tmp_path, *rivals) == "snapkv @ 3MB"
+
     def test_only_one_of_as_many_bytes_is_marked_as_the_best(self, tmp_path: Path) -> None:
         rivals = [
             *held("snapkv", 128, 0.25, (3_000_000, 3_000_000)),

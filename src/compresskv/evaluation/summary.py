@@ -150,6 +150,7 @@ def _table(name: str, cells: dict[str, dict[str, Cases]], own: frozenset[str]) -
         full = [one for one in rows if _is_reference(one) and not _is_reference(row)]
         full.sort(key=lambda one: one["setting"] != row["setting"])  # stable: the row's own setting if there is one
         baselines = [one for one in rivals if not one["own"] and row["own"]]
+        baselines.sort(key=lambda one: str(one["budget"]) != str(row["budget"]))  # of equal scores, the one at its own
         baseline = max(baselines, key=_mean, default=None)
         row["best_baseline"] = baseline and baseline["config"]
         row["from_best_baseline"] = baseline and _from(scores[row["config"]], scores[baseline["config"]])
