@@ -34,19 +34,19 @@ class PackedStates:
             parts: of each head (B, n, D).
             used: of each (B, n) bool, which of them count in means; None: all. Each row has one at least.
         """
-        centre = scale = None
-        if bits == 4:
-            weights = [_weights(part, None if used is None else used[head]) for head, part in enumerate(parts)]
-            if are_keys:
-                scale = torch.stack([_scale(*pair) for pair in zip(parts, weights, strict=True)], dim=1).half()
-                parts = [part / own[:, None] for part, own in zip(parts, scale.float().unbind(dim=1), strict=True)]
-            parts = [turned(part) for part in parts]
-            means = [_mean(*pair) for pair in zip(parts, weights, strict=True)]
-            limit = torch.finfo(torch.float16).max
-            centre = torch.stack(means, dim=1).clamp(-limit, limit).half()
-            parts = [part - own[:, None] for part, own in zip(parts, centre.float().unbind(dim=1), strict=True)]
-        vectors = PackedVectors.of(torch.cat(parts, dim=1), bits)
-        return cls(vectors, [part.shape[1] for part in parts], centre, scale)
+        packed: list[PackedVectors] = []
+        centres: list[Tensor] = []
+        scales: list[Tensor] = []
+        for head, part in enumerate(parts):  # each by itself: what comes between fits into a core's cache
+            states = part.float()
+            if bits == 4:
+                own = None if used is None else used[head]
+                states, less, divisor = _turned_and_centred(states, own, scaled=are_keys)
+                centres.append(less)
+                scales += [] if divisor is None else [divisor]
+            packed.append(PackedVectors.of(states, bits))
+        centre, scale = (torch.stack(one, dim=1) if one else None for one in (centres, scales))
+        return cls(PackedVectors.cat(packed), [part.shape[1] for part in parts], centre, scale)
 
     def turned_queries(self, query: Tensor) -> Tensor:
         """(B, H_q, T, D): what multiplies these keys as they are stored, of what multiplies them as they were given."""
@@ -148,6 +148,22 @@ def turned_back(states: Tensor) -> Tensor:
     return states.float() @ rotation(states.shape[-1], states.device)
 
 
+def _turned_and_centred(part: Tensor, used: Tensor | None, *, scaled: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Vectors (B, n, D) of a head as they are packed, and (B, D) float16 each: its `centre` and its `scale`.
+
+    One product does it all: the division is in the matrix, and the mean of what is turned is the turned mean.
+    """
+    weights = _weights(part, used)
+    mean = _mean(part, weights)
+    matrix = rotation(part.shape[-1], part.device).T.expand(len(part), -1, -1)
+    scale = _scale(part, mean, weights).half() if scaled else None
+    if scale is not None:
+        matrix = matrix / scale.float()[:, :, None]
+    limit = torch.finfo(torch.float16).max
+    centre = (mean[:, None] @ matrix).clamp(-limit, limit).half()
+    return torch.baddbmm(centre.float(), part, matrix, beta=-1), centre[:, 0], scale
+
+
 def _weights(part: Tensor, used: Tensor | None) -> Tensor:
     """(B, n), of the vectors (B, n, D) that count in means; their sum is 1."""
     weights = torch.ones(part.shape[:2], device=part.device) if used is None else used.float()
@@ -156,12 +172,11 @@ def _weights(part: Tensor, used: Tensor | None) -> Tensor:
 
 def _mean(part: Tensor, weights: Tensor) -> Tensor:
     """(B, D) over vectors (B, n, D)."""
-    return torch.einsum("bn,bnd->bd", weights, part.float())
+    return (weights[:, None] @ part)[:, 0]
 
 
-def _scale(part: Tensor, weights: Tensor) -> Tensor:
+def _scale(part: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
     """(B, D): the root of each channel's standard deviation, as a multiple of their mean's; at least a tenth."""
-    part = part.float()
-    varied = _mean((part - _mean(part, weights)[:, None]) ** 2, weights).sqrt()
-    mean = varied.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (varied / mean).clamp(min=0.01).sqrt()
+    varied = _mean((part - mean[:, None]).square_(), weights).sqrt()
+    usual = varied.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (varied / usual).clamp(min=0.01).sqrt()

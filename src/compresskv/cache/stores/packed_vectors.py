@@ -36,18 +36,18 @@ class PackedVectors:
                 f"this model's heads have {vectors.shape[-1]} numbers, an odd count: 4 bits need an even one"
             )
         levels = 2**bits - 1
-        vectors = vectors.float().clamp(-_LARGEST, _LARGEST)
-        low, high = (
-            vectors.amin(dim=-1, keepdim=True),
-            vectors.amax(dim=-1, keepdim=True),
-        )  # aminmax takes ten times that
+        vectors = vectors.float()
+        low, high = (  # aminmax takes ten times that
+            lies.clamp(-_LARGEST, _LARGEST)
+            for lies in (vectors.amin(dim=-1, keepdim=True), vectors.amax(dim=-1, keepdim=True))
+        )
         low = low.half()
         step = ((high - low.float()) / levels).clamp(min=0, max=_LARGEST).half()
-        codes = ((vectors - low.float()) / step.float().clamp(min=_SMALLEST_STEP)).round_().clamp_(0, levels)
-        codes = codes.to(torch.uint8)
+        codes = (vectors - low.float()).div_(step.float().clamp(min=_SMALLEST_STEP)).round_().clamp_(0, levels)
         if bits == 4:
             lower, upper = codes.chunk(2, dim=-1)
-            codes = lower | (upper << 4)
+            codes = torch.add(lower, upper, alpha=16)
+        codes = codes.to(torch.uint8)
         return cls(codes, torch.cat([low, step], dim=-1), bits)
 
     @classmethod
