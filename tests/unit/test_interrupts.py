@@ -4,12 +4,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
-from compresskv.cli.chat import _interruptible, _lines
+from compresskv.cli.chat import _editor, _interruptible, _lines
 from compresskv.system.interrupts import ended_once, hear_again, interrupted_once
 
 
@@ -130,6 +134,28 @@ def test_interrupts_at_the_prompt_of_a_conversation_drop_lines_and_leave_signals
         assert list(_lines()) == ["one", "two"]
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # prompt_toolkit's own, of event loops
+def test_lines_are_edited_and_earlier_ones_come_back() -> None:
+    left, up, enter, end = "\x1b[D", "\x1b[A", "\r", "\x04"
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        read_line = _editor()
+        keys.send_text(f"Wo?{left}{left}h{enter}")
+        assert read_line() == "Who?"
+
+        def go_back() -> None:
+            for _ in range(10):  # earlier lines are there a moment after the prompt; above the first one is none
+                time.sleep(0.05)
+                keys.send_text(up)
+            keys.send_text(f" Where?{enter}{end}")
+
+        back = threading.Thread(target=go_back)
+        back.start()
+        assert read_line() == "Who? Where?"
+        back.join()
+        with pytest.raises(EOFError):
+            read_line()
 
 
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM"])
