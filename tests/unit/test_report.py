@@ -1,5 +1,6 @@
 """Reports: every number by hand from a few records, and what the page, the figures and the command show of them."""
 
+import itertools
 import json
 import re
 import sys
@@ -445,6 +446,21 @@ class TestCommand:
 
     def test_its_help_ends_with_examples(self) -> None:
         assert EPILOG.startswith("\b\nExamples:\n  compresskv report ")
+
+
+def test_where_stores_differ_a_colour_is_a_store_and_a_line_a_method() -> None:
+    rows = [
+        {"series": f"{method} {store}", "method": method, "store": store, "own": method == "blend"}
+        for method in ("adakv", "blend")
+        for store in ("int4", "native")
+    ]
+    styles = figures._styles(rows)
+    assert list(styles) == ["blend native", "blend int4", "adakv native", "adakv int4"]
+    for one, other in itertools.combinations(styles, 2):
+        (method, store), (other_method, other_store) = one.split(), other.split()
+        assert (styles[one]["linestyle"] == styles[other]["linestyle"]) == (method == other_method)
+        assert (styles[one]["color"] == styles[other]["color"]) == (store == other_store)
+        assert styles[one]["marker"] != styles[other]["marker"]
 
 
 def test_equal_curves_can_be_told_apart() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compresskv.selection.budgets import budget_order
-from compresskv.selection.precision import NATIVE
+from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.drawing import COLOURS, MARKERS, new_figure, save_figure
 
 _COLOURS = (*COLOURS, "#000000")
@@ -39,7 +39,10 @@ def draw(section: dict[str, Any], folder: Path, name: str) -> dict[str, Path]:
     measured = [key for key in _FIDELITY if any(row[key] is not None for row in _compressed(overall))]
     if measured:
         path = folder / f"{name}-fidelity.png"
-        _curves([(overall, key, _FIDELITY[key]) for key in measured], styles, path)
+        panels = [(overall, key, _FIDELITY[key]) for key in measured]
+        if _in_bytes(overall) and any(row["score"] for row in _compressed(overall)):
+            panels.insert(0, (overall, "score", "score, %"))  # what bits are worth, in one picture
+        _curves(panels, styles, path)
         drawn["Fidelity to the full cache against the share retained"] = path
     for task in dict.fromkeys(one["task"] for one in section["heat_maps"]):
         path = folder / f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', task)}.png"
@@ -164,19 +167,32 @@ def _label_row(row: Sequence[Any], budget: float | str | None) -> None:
 
 
 def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How each method's line looks, in all figures alike: first those that the report is about."""
-    own = {row["series"]: row["own"] for row in rows if row["method"] != "full"}
-    styles: dict[str, dict[str, Any]] = {}
-    for at, series in enumerate(sorted(own, key=lambda one: (not own[one], one))):
-        lap, place = divmod(at, len(_COLOURS))
-        styles[series] = {
-            "color": _COLOURS[place],
+    """How each method's line looks, in all figures alike: first those that the report is about.
+
+    Where stores differ, a colour is a store and a kind of line a method.
+    """
+    compressed = [row for row in rows if row["method"] != "full"]
+    own = {row["series"]: row["own"] for row in compressed}
+    stores = [name for name in PRECISIONS if any(row["store"] == name for row in compressed)]
+    ordered = sorted(own, key=lambda one: (not own[one], one))
+    places = {series: divmod(at, len(_COLOURS)) for at, series in enumerate(ordered)}
+    if len(stores) > 1:
+        methods = sorted(
+            {row["method"]: not row["own"] for row in compressed}.items(), key=lambda one: (one[1], one[0])
+        )
+        laps = {method: lap for lap, (method, _) in enumerate(methods)}
+        places = {row["series"]: (laps[row["method"]], stores.index(row["store"])) for row in compressed}
+        ordered = sorted(own, key=places.__getitem__)
+    return {
+        series: {
+            "color": _COLOURS[places[series][1]],
             "marker": MARKERS[at % len(MARKERS)],
-            "linestyle": _LINES[lap % len(_LINES)],
+            "linestyle": _LINES[places[series][0] % len(_LINES)],
             "linewidth": 2.4 if own[series] else 1.3,
             "zorder": 3 if own[series] else 2,
         }
-    return styles
+        for at, series in enumerate(ordered)
+    }
 
 
 def _in_bytes(table: dict[str, Any]) -> bool:
