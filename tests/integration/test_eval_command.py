@@ -150,6 +150,13 @@ class TestAddedLater:
         assert_refused(call(*moved), "--model '/nowhere/model'")
         assert_refused(call(*QUICK, "-o", tmp_path, "--no-answers"), "--answers true, not false")
 
+    def test_a_budget_without_room_is_refused_before_anything_is_measured(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        asked = [*QUICK, "--budgets", "1MB,9B", "--stores", "native,int8", "-o", tmp_path / "run"]
+        assert_refused(call(*asked), "--budgets '9B' has no room for one token")
+        assert not (tmp_path / "run" / "records.jsonl").exists()
+
     def test_both_settings(self, call: Callable[..., Result], tmp_path: Path) -> None:
         call(*QUICK, "--budgets", "64", "--settings", "aware,agnostic", "--no-answers", "-o", tmp_path)
         assert [record.config for record in records(tmp_path)] == [

@@ -148,6 +148,7 @@ def test_what_cannot_be_read_or_written_is_refused(kept: Path, place: Path, call
     damaged = place / "damaged.kvc"
     damaged.write_bytes(kept.read_bytes()[:-9])
     refused(call("ask", "damaged.kvc", QUESTION), "session 'damaged.kvc' is damaged")
+    refused(call("session", "show", "damaged.kvc"), "session 'damaged.kvc' is damaged: it has ")
     for length in (8, 9, 30, 300, 1000):
         damaged.write_bytes(kept.read_bytes()[:length])
         refused(call("ask", "damaged.kvc", QUESTION), "session 'damaged.kvc' is damaged: its head ")

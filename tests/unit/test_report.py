@@ -159,6 +159,23 @@ class TestNumbers:
         assert (found["lengths"], found["depths"]) == ([1024, 2048], [0, 50])
         assert found["scores"] == [[0.25, 0.0], [None, 0.75]]
 
+    def test_maps_of_other_lengths_share_their_axes(self, tmp_path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        def found(lengths: list[int], depths: list[float]) -> dict[str, Any]:
+            scores = [[depth / 100 + length / 10_000 for length in lengths] for depth in depths]
+            return {"lengths": lengths, "depths": depths, "scores": scores}
+
+        for one in (found([512], [50]), found([1024, 512], [0, 50])):
+            axes = Figure().subplots()
+            image = figures._heat_map(axes, one, [0, 50], [512, 1024])
+            assert [tick.get_text() for tick in axes.get_xticklabels()] == ["512", "1k"]
+            shown = image.get_array().filled(-1).tolist()
+            for length, depth in itertools.product([512, 1024], [0, 50]):
+                known = length in one["lengths"] and depth in one["depths"]
+                expected = depth + length / 100 if known else -1
+                assert shown[[0, 50].index(depth)][[512, 1024].index(length)] == pytest.approx(expected)
+
 
 def held(method: str, budget: float | str, score: float, nbytes: Sequence[int], **changes: Any) -> list[Record]:
     """Records of examples 1, 2, ..., in as many bytes each."""

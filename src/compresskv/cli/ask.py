@@ -126,7 +126,7 @@ def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **op
             given.question,
             method=method,
             budget=checked.budget,
-            store=given.store,
+            **held_by(method, checked, {"store": given.store}),
             max_new_tokens=given.max_new_tokens,
             truncate=given.truncate,
             on_text=stream,

@@ -163,7 +163,7 @@ def _explanation(
             input_ids,
             method,
             checked.budget,
-            store=checked.request.store,
+            **held_by(method, checked, {"store": checked.request.store}),
             max_new_tokens=max_new_tokens,
             on_prefill=steps.reading,
             on_token=steps.answering,

@@ -8,13 +8,19 @@ from compresskv.cli.request import Checked
 from compresskv.cli.terminal import counted
 from compresskv.cli.typed import as_typed
 from compresskv.selection.cuts import CHUNK_TOKENS, ChunkStats
+from compresskv.selection.precision import NATIVE
 
 if TYPE_CHECKING:
     from compresskv.cache.candidates import CandidateStats
     from compresskv.methods.base import Method
 
 
-_USUAL = {"chunk_budget": None, "chunk_tokens": CHUNK_TOKENS, "candidates": defaults.CANDIDATES}
+_USUAL = {
+    "chunk_budget": None,
+    "chunk_tokens": CHUNK_TOKENS,
+    "candidates": defaults.CANDIDATES,
+    "store": NATIVE,
+}
 
 
 def held_by(method: "Method", checked: Checked, asked: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Examples:
   compresskv report runs/needle --json
 """
 
-_SHOWN = ("configuration", "tasks", "score", "vs full", "vs best baseline", "tokens", "retained %", "KV MB")
+_SHOWN = ("configuration", "tasks", "score", "vs full", "vs best baseline", "KL", "tokens", "retained %", "KV MB")
 _IN_GROUPS = ("configuration", "tasks", "cases", "score", "vs full", "KL", "tokens", "KV MB")
 
 
@@ -78,6 +78,8 @@ def _overall(section: dict[str, Any]) -> Table:
     name = tasks[0] if len(tasks) == 1 else f"mean over {counted(len(tasks), 'task')}"
     name += f", {counted(_most_cases(rows), 'case')}"
     cells = {title: [COLUMNS[title](row) for row in rows] for title in _SHOWN}
+    if any(cells["score"]):
+        del cells["KL"]
     for title in ("vs full", "vs best baseline"):
         cells[title] = [text.partition(" ")[0] for text in cells[title]]
     if all(row["num_tasks"] == len(tasks) for row in rows):

@@ -1,12 +1,14 @@
 """What a run compares: methods at budgets, in settings and stores. More may be added to it later."""
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from compresskv.cache.costs import costs_of
 from compresskv.errors import ConfigError
 from compresskv.evaluation.records import SETTINGS, config_name
 from compresskv.methods import registry
@@ -15,8 +17,8 @@ from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budget_words import ANY, any_of
-from compresskv.selection.budgets import TOKENS, SharedBudget, known_beforehand, parse_budget
-from compresskv.selection.precision import NATIVE
+from compresskv.selection.budgets import TOKENS, SharedBudget, is_auto, known_beforehand, parse_budget, resolve_shared
+from compresskv.selection.precision import NATIVE, PRECISIONS
 from compresskv.system.check import check_known
 
 FULL = "full"
@@ -102,6 +104,16 @@ def check_settings(methods: dict[str, Method], budgets: Sequence[SharedBudget], 
                 check_predicts(method, budget)
 
 
+def _check_room(model: PreTrainedModel, budgets: Sequence[SharedBudget], stores: Sequence[str]) -> None:
+    for budget in budgets:
+        if isinstance(budget, str) and not is_auto(budget):
+            for store in stores:
+                try:
+                    resolve_shared(budget, sys.maxsize, costs_of(model, PRECISIONS[store]))
+                except ConfigError as error:
+                    raise ConfigError(error.problem, option="budgets", value=budget) from None
+
+
 def configurations(
     model: PreTrainedModel,
     methods: dict[str, Method],
@@ -116,9 +128,10 @@ def configurations(
 
     Raises:
         ProfileError: a method needs a profile and the model has none.
-        ConfigError: as `check_settings`.
+        ConfigError: as `check_settings`, or a budget has room for no token in one of the stores.
     """
     check_settings(methods, budgets, settings)
+    _check_room(model, budgets, stores)
     prepared = {
         name: prepare_method(model, method, profile if method.needs_profile else None)
         for name, method in methods.items()

@@ -30,11 +30,12 @@ def draw(section: dict[str, Any], folder: Path, name: str) -> dict[str, Path]:
     """
     drawn: dict[str, Path] = {}
     styles = _styles(section["overall"]["rows"])
+    held = "'s bytes" if _in_bytes(section["overall"]) else " retained"
     scored = [table for table in section["groups"] if any(row["score"] for row in _compressed(table))]
     if scored:
         path = folder / f"{name}-score.png"
         _curves([(table, "score", f"{table['name']}: score, %") for table in scored], styles, path)
-        drawn["Score against the share of the cache retained"] = path
+        drawn[f"Score against the share of the cache{held}"] = path
     overall = section["overall"]
     measured = [key for key in _FIDELITY if any(row[key] is not None for row in _compressed(overall))]
     if measured:
@@ -43,7 +44,7 @@ def draw(section: dict[str, Any], folder: Path, name: str) -> dict[str, Path]:
         if _in_bytes(overall) and any(row["score"] for row in _compressed(overall)):
             panels.insert(0, (overall, "score", "score, %"))  # what bits are worth, in one picture
         _curves(panels, styles, path)
-        drawn["Fidelity to the full cache against the share retained"] = path
+        drawn[f"Fidelity to the full cache against the share of the cache{held}"] = path
     for task in dict.fromkeys(one["task"] for one in section["heat_maps"]):
         path = folder / f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', task)}.png"
         _heat_maps([one for one in section["heat_maps"] if one["task"] == task], list(styles), path)
@@ -126,6 +127,7 @@ def _heat_maps(maps: Sequence[dict[str, Any]], series: Sequence[str], path: Path
     columns = [one for one in ("full", *series) if any(found["series"] == one for found in maps)]
     budgets = list(dict.fromkeys(one["budget"] for one in maps if one["budget"] is not None)) or [None]
     budgets.sort(key=budget_order)
+    depths, lengths = (sorted({place for one in maps for place in one[axis]}) for axis in ("depths", "lengths"))
     figure = new_figure(max(4.0, 1.1 * len(columns) + 1.6), 1.5 * len(budgets) + 1.1)
     grid = figure.subplots(len(budgets), len(columns), squeeze=False, sharex=True, sharey=True)
     images = []
@@ -137,7 +139,7 @@ def _heat_maps(maps: Sequence[dict[str, Any]], series: Sequence[str], path: Path
             if not found or (name == "full" and at):  # the full cache has one map, beside the first budget
                 axes.set_axis_off()
                 continue
-            images.append(_heat_map(axes, found[0]))
+            images.append(_heat_map(axes, found[0], depths, lengths))
             axes.tick_params(labelleft=not drawn, labelbottom=name == "full" or at == len(budgets) - 1, labelsize=7)
             drawn.append(axes)
         _label_row(grid[at], budget)
@@ -150,12 +152,19 @@ def _heat_maps(maps: Sequence[dict[str, Any]], series: Sequence[str], path: Path
     save_figure(figure, path)
 
 
-def _heat_map(axes: Any, found: dict[str, Any]) -> Any:
-    scores = [[math.nan if score is None else 100 * score for score in row] for row in found["scores"]]
+def _heat_map(axes: Any, found: dict[str, Any], depths: list[float], lengths: list[float]) -> Any:
+    """One map, with a place for each of the depths and lengths of all that share the axes."""
+    own = {
+        (depth, length): score
+        for depth, row in zip(found["depths"], found["scores"], strict=True)
+        for length, score in zip(found["lengths"], row, strict=True)
+        if score is not None
+    }
+    scores = [[100 * own.get((depth, length), math.nan) for length in lengths] for depth in depths]
     axes.set_facecolor("#cccccc")  # no case there: not a score of 0
     image = axes.imshow(scores, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-    axes.set_xticks(range(len(found["lengths"])), [_short(length) for length in found["lengths"]])
-    axes.set_yticks(range(len(found["depths"])), [f"{depth:g}" for depth in found["depths"]])
+    axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     return image
 
 

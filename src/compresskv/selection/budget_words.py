@@ -6,7 +6,7 @@ from compresskv.selection.auto_budget import AUTO
 
 TOKENS_KIND = "tokens (256; 1 is one token)"
 SHARE_KIND = "a share of the prompt (3%, 0.03; 1.0 is all)"
-BYTES_KIND = "bytes in all layers (3MB)"
+BYTES_KIND = "bytes in all layers (3MB, or 5% of bytes)"
 IN_TOKENS = (TOKENS_KIND, SHARE_KIND)
 """Kinds of budgets, by what can be taken: those that say how many tokens they are,"""
 BEFOREHAND = (*IN_TOKENS, BYTES_KIND)

@@ -84,6 +84,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:
             head = _head(file)
+        nbytes = Path(path).stat().st_size
     except OSError as error:
         problem = "is a folder: give a file" if is_folder(path) else f": {error.strerror}"
         raise SessionError(told(f"session {str(path)!r}", problem)) from error
@@ -92,13 +93,17 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if head is None:
         raise SessionError(f"{str(path)!r} is not a session: make one with `compresskv read`")
     try:
-        metadata = json.loads(head)["__metadata__"]
+        tensors = json.loads(head)
+        metadata = tensors.pop("__metadata__")
         version = int(metadata["version"])
         if not DOCUMENT_VERSION <= version <= VERSION:
             raise SessionError(
                 f"session {str(path)!r} is of format {version}, this release reads {VERSION}: "
                 "read the document again, or use the release that wrote it"
             )
+        told_nbytes = _LENGTH + len(head) + max((one["data_offsets"][1] for one in tensors.values()), default=0)
+        if nbytes != told_nbytes:
+            raise SessionError(f"session {str(path)!r} is damaged: it has {nbytes:,} bytes, not {told_nbytes:,}")
         return {**json.loads(metadata["session"]), "sha256": metadata["sha256"]}
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise SessionError(f"session {str(path)!r} is damaged: its head cannot be read") from error
