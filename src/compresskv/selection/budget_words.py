@@ -33,8 +33,9 @@ def note_of(budget: object, num_kept: float, num_prompt: int, window_size: int) 
     if budget == 1 and type(budget) is int:
         return "budget=1 is one token: all of the prompt is 1.0, or 100%"
     if num_kept <= window_size:
+        end = "1 token" if window_size == 1 else f"{window_size} tokens"
         what = f"budget={budget} is {num_kept:,.0f} of this prompt's {num_prompt:,} tokens"
-        return f"{what}, hardly more than its end, {window_size} tokens, by which the method chooses: give more"
+        return f"{what}, hardly more than its end, {end}, by which the method chooses: give more"
     return None
 
 
