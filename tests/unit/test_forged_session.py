@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ def test_a_format_that_is_no_number_is_damage(version: bytes, talk: Path) -> Non
     head = talk.read_bytes()[8 : 8 + length].replace(b'"version":"2"', b'"version":' + version)
     talk.write_bytes(len(head).to_bytes(8, "little") + head)
     with pytest.raises(SessionError, match=r"^session '.*talk.kvc' is damaged: its head cannot be read$"):
+        read_facts(talk)
+
+
+@pytest.mark.parametrize("offsets", [b"[]", b"[0]", b"null", b'"x"', b"[0,-5]", b"[0,1e99]", b'[0,"x"]', b"[0,[1]]"])
+def test_places_of_tensors_that_cannot_be_are_damage(offsets: bytes, talk: Path) -> None:
+    data = talk.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    head = re.sub(rb'"data_offsets":\[[0-9,]*\]', b'"data_offsets":' + offsets, data[8 : 8 + length])
+    talk.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
+    with pytest.raises(SessionError, match=r"^session '.*talk.kvc' is damaged: .*$"):
         read_facts(talk)
 
 

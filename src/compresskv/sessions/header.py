@@ -105,7 +105,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         if nbytes != told_nbytes:
             raise SessionError(f"session {str(path)!r} is damaged: it has {nbytes:,} bytes, not {told_nbytes:,}")
         return {**json.loads(metadata["session"]), "sha256": metadata["sha256"]}
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise SessionError(f"session {str(path)!r} is damaged: its head cannot be read") from error
 
 
