@@ -8,18 +8,19 @@ from rich.table import Table
 from compresskv.cli.terminal import counted, megabytes, new_table, out
 
 Cell = Callable[[dict[str, Any]], str]
+_NOTHING = "-"
 
 
 def _number(key: str, pattern: str) -> Cell:
     def cell(row: dict[str, Any]) -> str:
-        return "-" if row[key] is None else format(row[key], pattern)
+        return _NOTHING if row[key] is None else format(row[key], pattern)
 
     return cell
 
 
 def _megabytes(key: str) -> Cell:
     def cell(row: dict[str, Any]) -> str:
-        return "-" if row[key] is None else megabytes(row[key])
+        return _NOTHING if row[key] is None else megabytes(row[key])
 
     return cell
 
@@ -43,7 +44,7 @@ _DECODE: dict[str, Cell] = {
 }
 _NO_GAIN: dict[str, Cell] = {
     "prompt": _number("prompt_tokens", ",d"),
-    "scored": lambda row: "-" if row["num_scorings"] is None else f"{row['num_scorings']} times",
+    "scored": lambda row: _NOTHING if row["num_scorings"] is None else f"{row['num_scorings']} times",
     "scoring s": _number("scoring_s", ".4f"),
     "prefill x plain": _number("prefill_ratio", ".3f"),
     "decode x plain": _number("decode_ratio", ".3f"),
@@ -68,9 +69,11 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]], cells: dict[str, Cell], name: Cell) -> Table:
-    table = new_table("", *cells, numbers=cells, title=title)
-    for row in rows:
-        table.add_row(_shown(row, name), *(cell(row) for cell in cells.values()))
+    columns = {heading: [cell(row) for row in rows] for heading, cell in cells.items()}
+    columns = {heading: column for heading, column in columns.items() if set(column) != {_NOTHING}}
+    table = new_table("", *columns, numbers=columns, title=title)
+    for at, row in enumerate(rows):
+        table.add_row(_shown(row, name), *(column[at] for column in columns.values()))
     return table
 
 
@@ -86,7 +89,8 @@ def _has_engines(result: dict[str, Any]) -> bool:
 def _remarks(result: dict[str, Any]) -> list[str]:
     limits, machine, model = result["limits"], result["machine"], result["model"]
     return [
-        "x plain, x short: to plain transformers in the same rounds, on the same prompt, or on one of just the budget",
+        "x plain: to plain transformers on the same prompt, in the same rounds; x short: to it on a prompt of as many "
+        "tokens as the budget",
         *(["other engines' x plain: to the medians of all rounds"] if _has_engines(result) else []),
         f"x least: to the limit of {limits['read_bytes_per_s'] / 1e9:.1f} GB/s (weights and KV cache read once a "
         f"token) and {limits['matmul_flop_per_s'] / 1e9:,.0f} GFLOP/s (the prompt's matrix products)",
