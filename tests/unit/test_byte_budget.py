@@ -48,7 +48,7 @@ def test_a_share_is_of_tokens_unless_it_is_said_to_be_of_bytes() -> None:
         ("0", "bytes", "budget='0' is no share"),
         ("256", "bytes", "budget='256' is no share"),
         ("3", "heads", "of='heads' must be tokens or bytes"),
-        ("3XB", "tokens", "bytes in all layers (3MB)"),
+        ("3XB", "tokens", "bytes in all layers (3MB, or 5% of bytes)"),
     ],
 )
 def test_what_is_none(text: str, of: str, told: str) -> None:
