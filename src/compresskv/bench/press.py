@@ -16,13 +16,13 @@ from compresskv.bench.continuation import Continuation, Prefill
 from compresskv.bench.peers import BenchRequest
 from compresskv.bench.run import Bench
 from compresskv.bench.subject import Subject, random_subject, real_subject
-from compresskv.cache.costs import costs_of
+from compresskv.cache.costs import tokens_kept
 from compresskv.errors import first_line
 from compresskv.models.place import devices_of
 from compresskv.peers.press_cache import Masks, masks, put_masks
 from compresskv.peers.presses import find_press, method_name
-from compresskv.selection.budgets import SharedBudget, resolve_shared
-from compresskv.selection.precision import NATIVE, PRECISIONS
+from compresskv.selection.budgets import SharedBudget
+from compresskv.selection.precision import NATIVE
 from compresskv.system.clock import now
 
 PRESSES = ("SnapKVPress", "AdaKVPress(SnapKVPress)")
@@ -48,10 +48,10 @@ class KVPress:
     def start(self, model: PreTrainedModel, input_ids: Tensor) -> Continuation:
         """Read the tokens (1, T)."""
         num_tokens, devices = input_ids.shape[1], devices_of(model)
+        num_retained = tokens_kept(model, self.budget, num_tokens, self.store)
         start = now(*devices)
         tokenizer: Any = None  # of these presses, none needs it
-        budget = resolve_shared(self.budget, num_tokens, costs_of(model, PRECISIONS[self.store]))
-        cache = find_press(self.name).compress(model, tokenizer, input_ids, budget)
+        cache = find_press(self.name).compress(model, tokenizer, input_ids, num_retained)
         first = int(cache.logits.argmax())
         figures = Prefill(
             prompt_tokens=num_tokens,

@@ -3,8 +3,9 @@
 from transformers import PreTrainedModel
 
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
+from compresskv.selection.budgets import SharedBudget, resolve_shared
 from compresskv.selection.byte_budget import Costs
-from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
+from compresskv.selection.precision import NATIVE, PRECISIONS, Precision, find_precision
 
 
 def costs_of(model: PreTrainedModel, precision: Precision) -> Costs:
@@ -17,3 +18,13 @@ def costs_of(model: PreTrainedModel, precision: Precision) -> Costs:
 
     fixed = sum(own.num_kv_heads * 2 * own.head_dim for own in heads) * precision.fixed_vectors
     return Costs(full=nbytes(PRECISIONS[NATIVE]), held=nbytes(precision), fixed=fixed)
+
+
+def tokens_kept(model: PreTrainedModel, budget: SharedBudget, num_tokens: int, store: str = NATIVE) -> int:
+    """Tokens that a budget, which no prompt decides, keeps of a prompt in a store.
+
+    Raises:
+        ConfigError: no token fits into its bytes.
+    """
+    costs = costs_of(model, find_precision(store)) if isinstance(budget, str) else None
+    return resolve_shared(budget, num_tokens, costs)

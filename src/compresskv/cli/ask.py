@@ -99,7 +99,7 @@ def ask(
     try:
         for one in methods:
             options = {"two_pass": two_pass, "compile": compile, "prefill_memory": memory}
-            options |= held_by(one, checked, {"candidates": held, **cuts})
+            options |= held_by(one, checked, {"candidates": held, "store": given.store, **cuts})
             options["profile"] = given.profile if takes_profile else None
             answer = _answer(loaded, tokenizer, checked, one, **options)
             generations.append(_with_command(answer, given, one))
@@ -126,7 +126,6 @@ def _answer(model: Any, tokenizer: Any, checked: Checked, method: "Method", **op
             given.question,
             method=method,
             budget=checked.budget,
-            **held_by(method, checked, {"store": given.store}),
             max_new_tokens=given.max_new_tokens,
             truncate=given.truncate,
             on_text=stream,

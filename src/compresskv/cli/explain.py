@@ -116,9 +116,9 @@ def _find_held(checked: Checked, meanwhile: dict[str, Any]) -> list[dict[str, An
 
     found = []
     for one in checked.methods:
-        own = held_by(one, checked, meanwhile)
-        candidates = own.pop("candidates")
-        found.append({"chunks": find_cuts(one, checked.budget, CutOptions(**own))[0], "candidates": candidates})
+        own = held_by(one, checked, {**meanwhile, "store": checked.request.store})
+        held = {name: own.pop(name) for name in ("candidates", "store")}
+        found.append({"chunks": find_cuts(one, checked.budget, CutOptions(**own))[0], **held})
     return found
 
 
@@ -163,7 +163,6 @@ def _explanation(
             input_ids,
             method,
             checked.budget,
-            **held_by(method, checked, {"store": checked.request.store}),
             max_new_tokens=max_new_tokens,
             on_prefill=steps.reading,
             on_token=steps.answering,

@@ -4,11 +4,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from compresskv.cache.costs import costs_of
+from compresskv.cache.costs import tokens_kept
 from compresskv.errors import ConfigError
 from compresskv.evaluation.records import SETTINGS, config_name
 from compresskv.methods import registry
@@ -17,8 +18,8 @@ from compresskv.methods.predicting import check_predicts
 from compresskv.methods.prepare import prepare_method
 from compresskv.profiles.profile import Profile
 from compresskv.selection.budget_words import ANY, any_of
-from compresskv.selection.budgets import TOKENS, SharedBudget, is_auto, known_beforehand, parse_budget, resolve_shared
-from compresskv.selection.precision import NATIVE, PRECISIONS
+from compresskv.selection.budgets import TOKENS, SharedBudget, is_auto, known_beforehand, parse_budget
+from compresskv.selection.precision import NATIVE
 from compresskv.system.check import check_known
 
 FULL = "full"
@@ -105,13 +106,13 @@ def check_settings(methods: dict[str, Method], budgets: Sequence[SharedBudget], 
 
 
 def _check_room(model: PreTrainedModel, budgets: Sequence[SharedBudget], stores: Sequence[str]) -> None:
-    for budget in budgets:
-        if isinstance(budget, str) and not is_auto(budget):
-            for store in stores:
-                try:
-                    resolve_shared(budget, sys.maxsize, costs_of(model, PRECISIONS[store]))
-                except ConfigError as error:
-                    raise ConfigError(error.problem, option="budgets", value=budget) from None
+    for budget, store in product(budgets, stores):
+        if is_auto(budget):
+            continue
+        try:
+            tokens_kept(model, budget, sys.maxsize, store)
+        except ConfigError as error:
+            raise ConfigError(error.problem, option="budgets", value=budget) from None
 
 
 def configurations(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv.cache.costs import costs_of
+from compresskv.cache.costs import tokens_kept
 from compresskv.errors import ConfigError, first_line
 from compresskv.evaluation.fidelity import nearness
 from compresskv.evaluation.press_request import PressCase, PressRequest
@@ -21,8 +21,7 @@ from compresskv.models.load import load
 from compresskv.models.place import devices_of, input_device
 from compresskv.peers.press_cache import PressCache, masks, put_masks
 from compresskv.peers.presses import Press, find_press, method_name
-from compresskv.selection.budgets import SharedBudget, resolve_shared
-from compresskv.selection.precision import NATIVE, PRECISIONS
+from compresskv.selection.budgets import SharedBudget
 from compresskv.system.clock import now
 from compresskv.system.libraries import libraries
 
@@ -46,7 +45,7 @@ def run_press(
     input_ids = torch.tensor([case.input_ids], device=input_device(model))
     num_compressed = input_ids.shape[1] if setting == "aware" else _cut(case)
     context, suffix = input_ids[:, :num_compressed], input_ids[:, num_compressed:]
-    num_retained = resolve_shared(budget, num_compressed, costs_of(model, PRECISIONS[NATIVE]))
+    num_retained = tokens_kept(model, budget, num_compressed)
     cache = press.compress(model, tokenizer, context, num_retained, case.suffix_start)
     if suffix.shape[1]:
         cache.read(suffix, last_only=True)

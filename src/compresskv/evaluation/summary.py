@@ -202,10 +202,12 @@ def _rival(one: Row, row: Row, cases: dict[str, dict[str, Cases]]) -> bool:
 def _held(a: dict[str, Cases], b: dict[str, Cases]) -> tuple[float | None, float | None]:
     """The bytes that two configurations hold, over the tasks and cases that both have; None where there are none."""
     common = {task: a[task].keys() & b[task].keys() for task in a.keys() & b.keys()}
-    return (
-        _macro_mean([[a[task][case] for case in found] for task, found in common.items()], _MEANS["kv_nbytes"]),
-        _macro_mean([[b[task][case] for case in found] for task, found in common.items()], _MEANS["kv_nbytes"]),
-    )
+
+    def mean(tasks: dict[str, Cases]) -> float | None:
+        cases = [[tasks[task][case] for case in found] for task, found in common.items()]
+        return _macro_mean(cases, _MEANS["kv_nbytes"])
+
+    return mean(a), mean(b)
 
 
 def _is_reference(row: Row) -> bool:

@@ -37,11 +37,8 @@ class PackedVectors:
             )
         levels = 2**bits - 1
         vectors = vectors.float()
-        low, high = (  # aminmax takes ten times that
-            lies.clamp(-_LARGEST, _LARGEST)
-            for lies in (vectors.amin(dim=-1, keepdim=True), vectors.amax(dim=-1, keepdim=True))
-        )
-        low = low.half()
+        low = vectors.amin(dim=-1, keepdim=True).clamp(-_LARGEST, _LARGEST).half()  # aminmax takes ten times that
+        high = vectors.amax(dim=-1, keepdim=True).clamp(-_LARGEST, _LARGEST)
         step = ((high - low.float()) / levels).clamp(min=0, max=_LARGEST).half()
         codes = (vectors - low.float()).div_(step.float().clamp(min=_SMALLEST_STEP)).round_().clamp_(0, levels)
         if bits == 4:
