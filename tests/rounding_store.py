@@ -24,7 +24,7 @@ class Means(NamedTuple):
 
 
 class RoundingStore(ReferenceStore):
-    """Entries from position `first_exact` on are as the model gave them."""
+    """Entries from position `first_exact` on, and each head's first one, are as the model gave them."""
 
     precision: ClassVar[Precision]
 
@@ -52,15 +52,16 @@ class RoundingStore(ReferenceStore):
         bits = self.precision.key_bits, self.precision.value_bits
         for heads, by_head in zip(self.entries, self.means, strict=True):
             for held, own in zip(heads, by_head, strict=True):
-                held[:] = [self._rounded(entry, own, bits) for entry in held]
+                held[1:] = [self._rounded(entry, own, bits) for entry in held[1:]]
         self.first_exact = self.held.num_seen
 
     def _rounded(self, entry: Entry, own: Means, bits: tuple[int | None, int | None]) -> Entry:
         position, key, value = entry
         if position < self.first_exact:
             return entry
-        scale = own.scale if bits[0] == 4 else torch.ones_like(own.scale)
-        return position, scale * rounded(key / scale, own.key, bits[0]), rounded(value, own.value, bits[1])
+        scale = torch.ones_like(own.scale) if bits[0] == 8 else own.scale
+        key = scale * rounded(key / scale, own.key, bits[0], are_keys=True)
+        return position, key, rounded(value, own.value, bits[1], are_keys=False)
 
     def append(
         self, key_states: Tensor, value_states: Tensor, room: int = ROOM, *, undecided: bool = False
@@ -98,10 +99,12 @@ def assert_as_rounded(found: Tensor, expected: Tensor, exact: Tensor) -> None:
 
 
 def means(held: list[Entry]) -> Means:
-    keys, values = (torch.stack([entry[part] for entry in held]) for part in (1, 2))
-    varied = keys.std(dim=0, correction=0)
+    """Of all but the first."""
+    keys, values = (torch.stack([entry[part] for entry in held])[1:].float() for part in (1, 2))
+    varied = keys.std(dim=0, correction=0).nan_to_num()  # of none
     scale = (varied / varied.mean().clamp(min=1e-30)).clamp(min=0.01).sqrt().half().float()
-    key, value = (torch.stack([turned(one) for one in states]).mean(dim=0) for states in (keys / scale, values))
+    turn = rotation(keys.shape[1], keys.device)
+    key, value = ((states @ turn.T).mean(dim=0).nan_to_num() for states in (keys / scale, values))
     return Means(scale, key.half().float(), value.half().float())
 
 
@@ -109,9 +112,9 @@ def turned(vector: Tensor) -> Tensor:
     return rotation(len(vector), vector.device) @ vector.float()
 
 
-def rounded(vector: Tensor, centre: Tensor, bits: int | None) -> Tensor:
+def rounded(vector: Tensor, centre: Tensor, bits: int | None, *, are_keys: bool) -> Tensor:
     assert bits is not None
     if bits == 8:
-        return PackedVectors.of(vector, 8).unpacked().to(vector.dtype)
-    codes = PackedVectors.of(turned(vector) - centre, 4).unpacked()
+        return PackedVectors.of(vector, bits).unpacked().to(vector.dtype)
+    codes = PackedVectors.of(turned(vector) - centre, bits, are_keys=are_keys).unpacked()
     return (rotation(len(vector), vector.device).T @ (codes + centre)).to(vector.dtype)

@@ -66,7 +66,7 @@ def test_numbers_of_tokens_that_are_not_there_are_damage(tokens: Any, talk: Path
 @pytest.mark.parametrize("version", [b"Infinity", b"NaN", b"null", b"[2]", b'"1e999"', b'"%s"' % (b"9" * 5000)])
 def test_a_format_that_is_no_number_is_damage(version: bytes, talk: Path) -> None:
     length = int.from_bytes(talk.read_bytes()[:8], "little")
-    head = talk.read_bytes()[8 : 8 + length].replace(b'"version":"2"', b'"version":' + version)
+    head = talk.read_bytes()[8 : 8 + length].replace(b'"version":"3"', b'"version":' + version)
     talk.write_bytes(len(head).to_bytes(8, "little") + head)
     with pytest.raises(SessionError, match=r"^session '.*talk.kvc' is damaged: its head cannot be read$"):
         read_facts(talk)

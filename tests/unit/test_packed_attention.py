@@ -17,7 +17,7 @@ from compresskv.compiled.packed_attention import SOURCES, _tensors, definition, 
 from compresskv.models.shape import Heads
 from compresskv.selection.precision import PRECISIONS
 
-SHAPES = [(4, 4, 64, 3), (8, 4, 80, 11), (4, 4, 8, 1), (8, 8, 12, 2)]
+SHAPES = [(4, 4, 64, 3), (8, 4, 80, 11), (4, 4, 8, 1), (8, 8, 12, 2), (2, 2, 64, 3), (2, 2, 80, 2), (2, 2, 256, 4)]
 """Bits of keys and of values, D, and query heads of a KV head: of several widths of vectors."""
 _TENSORS = [argument.name for argument in _tensors()][:-1]
 _RUN = """

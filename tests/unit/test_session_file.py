@@ -107,9 +107,9 @@ def test_any_damage_is_refused_in_one_line(saved: Path) -> None:
 
 def test_a_newer_format_is_refused(saved: Path) -> None:
     data = saved.read_bytes()
-    assert data.count(b'"version":"1"') == 1
-    saved.write_bytes(data.replace(b'"version":"1"', b'"version":"3"'))
-    with pytest.raises(SessionError, match="is of format 3, this release reads 2: read the document again"):
+    assert data.count(b'"version":"3"') == 1
+    saved.write_bytes(data.replace(b'"version":"3"', b'"version":"4"'))
+    with pytest.raises(SessionError, match="is of format 4, this release reads 3: read the document again"):
         compresskv.open_session(saved, tiny.tiny_model("gemma3"), tiny.tokenizer())
 
 
@@ -148,8 +148,8 @@ def test_a_conversation_is_held_beside_its_document_not_with_it(method: str, sto
     session.say(tiny.random_words(8), max_new_tokens=4, compile="never")
     session.save(tmp_path / "saved.kvc")
     before, after = ((tmp_path / name).stat().st_size for name in ("before.kvc", "saved.kvc"))
-    version = b'"version":"2"' if method == "full" else b'"version":"1"'  # where every file has a budget
-    assert version in (tmp_path / "before.kvc").read_bytes()
+    version = 3 if store != "native" else 2 if method == "full" else 1  # where every file has a budget
+    assert f'"version":"{version}"'.encode() in (tmp_path / "before.kvc").read_bytes()
     assert 1.02 * before < after < 1.5 * before  # new tokens of a packed store are not packed yet
     assert session._conversation is not None
     found, (expected, _) = read_session(tmp_path / "saved.kvc").said, cache_state(session._conversation.cache)
@@ -158,13 +158,15 @@ def test_a_conversation_is_held_beside_its_document_not_with_it(method: str, sto
     assert all(torch.equal(found.state[0][name], tensor) for name, tensor in expected.items())
 
 
-def test_a_file_of_the_first_format_is_read(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_the_first_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There a conversation is whole, and what was said in it is not told."""
+    words = tiny.random_words(90)
+    session = compresskv.read(tiny.tiny_model("gemma3"), tiny.tokenizer(), words, budget=24, store="native")
     for question in ("What?", "Who?"):
         session.say(question, max_new_tokens=4, compile="never")
     session.save(tmp_path / "new.kvc")
     first = SimpleNamespace(dumps=lambda told: json.dumps(_without_turns(told)))
-    for name, value in {"VERSION": 1, "part": lambda *_: None, "json": first}.items():
+    for name, value in {"CONVERSATION_VERSION": 1, "part": lambda *_: None, "json": first}.items():
         monkeypatch.setattr(file, name, value)
     session.save(tmp_path / "old.kvc")
     session.forget()

@@ -13,7 +13,8 @@ from compresskv.attention.plain import PlainAttention
 from compresskv.cache.stores import packed
 from compresskv.cache.stores.base import EVEN, Store
 from compresskv.cache.stores.dense import DenseStore
-from compresskv.cache.stores.packed import Int4K8Store, Int4Store, Int8Store
+from compresskv.cache.stores.packed import Int2Store, Int4K8Store, Int4Store, Int8Store, PackedStore
+from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.cache.stores.retain import PACKED_STORES, STORES, retained
 from compresskv.selection.precision import PRECISIONS
@@ -28,6 +29,7 @@ ERRORS: dict[type[Store], tuple[float, float]] = {
     Int8Store: (0.02, 0.02),
     Int4K8Store: (0.02, 0.7),
     Int4Store: (0.7, 0.7),
+    Int2Store: (4.0, 4.0),
 }
 """What packing may do to a number of a key and of a value here: they lie within -4 and 4, by four to a vector."""
 
@@ -214,18 +216,56 @@ def test_what_is_packed_is_never_packed_again(kind: type[Store]) -> None:
         before = contents(store)
 
 
+@pytest.mark.parametrize("kind", PACKED_STORES.values())
+def test_the_first_token_of_every_row_is_as_it_was_given(kind: type[Store]) -> None:
+    whole = DenseStore(*Run(kind, seed=5).states(NUM_PROMPT, 2))
+    tokens = torch.tensor([[[1, 4, 5], [2, 4, 9]], [[EMPTY_SLOT, EMPTY_SLOT, 7], [EMPTY_SLOT, 3, 8]]])
+    store = kind.gathered(whole, *whole.held.choose(tokens))
+    expected = contents(ReferenceStore.of(whole).retained(tokens))
+    found = contents(store)
+    assert [[held[0] for held in heads] for heads in found] == [[held[0] for held in heads] for heads in expected]
+    later = kind.gathered(store, *store.held.choose(tokens[..., 1:]))
+    whole_now = contents(later)[0]
+    assert [held[0] for held in whole_now] == [held[1] for held in found[0]]
+
+
+@pytest.mark.parametrize("kind", PACKED_STORES.values())
+def test_a_state_of_before_the_first_token_was_left_whole_is_read(kind: type[PackedStore]) -> None:
+    whole = DenseStore(*Run(kind, seed=6).states(NUM_PROMPT, 2))
+    tokens = torch.tensor([[[1, 4, 5], [2, 4, 9]], [[EMPTY_SLOT, EMPTY_SLOT, 7], [EMPTY_SLOT, 3, 8]]])
+    held, _ = whole.held.choose(tokens)
+    state = kind.gathered(whole, held, whole.held.choose(tokens)[1]).state()
+    bits = (kind.precision.key_bits, kind.precision.value_bits)
+    for name, states, own in zip(("keys", "values"), whole.states, bits, strict=True):
+        rows = torch.arange(2)[:, None]
+        parts = [states[rows, head, tokens[:, head].clamp(min=0)] for head in range(NUM_HEADS)]
+        used = [tokens[:, head] != EMPTY_SLOT for head in range(NUM_HEADS)]
+        packed_whole = PackedStates.of(parts, used, own, are_keys=name == "keys")
+        state |= {f"{name}.{part}": tensor for part, tensor in packed_whole.state().items()}
+        state[f"{name}.tail"] = states[:, :, :0]
+    del state["whole"]
+    state["packed"] = torch.tensor([3, 3])
+    store = kind.from_state(state)
+    wanted = contents(ReferenceStore.of(whole).retained(tokens))
+    assert_near(contents(store), wanted, *ERRORS[kind])
+    new = torch.randn(2, NUM_HEADS, 1, DIM)
+    store.append(new, new)
+    assert_near(contents(kind.from_state(store.state())), contents(store), 0.0, 0.0)
+
+
 @pytest.mark.parametrize("name", PACKED_STORES)
-def test_bytes_are_those_of_codes_ranges_means_and_the_tail(name: str) -> None:
+def test_bytes_are_those_of_codes_ranges_means_the_first_token_and_the_tail(name: str) -> None:
     precision, num_heads, dim = PRECISIONS[name], 3, 64
     whole = DenseStore(*(torch.randn(1, num_heads, 200, dim).bfloat16() for _ in range(2)))
     store = retained(whole, torch.arange(100).expand(1, 1, -1), precision)
-    means = 2 * dim * {"int8": 0, "int4k8": 1, "int4": 3}[name]
-    assert store.nbytes == num_heads * (100 * precision.nbytes(dim, 2) + means)
+    fixed = 2 * dim * {"int8": 0, "int4k8": 1, "int4": 3, "int2": 3}[name] + 4 * dim - precision.nbytes(dim, 2)
+    assert precision.fixed_nbytes(dim, 2) == fixed
+    assert store.nbytes == num_heads * (100 * precision.nbytes(dim, 2) + fixed)
     new = torch.randn(1, num_heads, 1, dim).bfloat16()
     for _ in range(packed.TAIL):
         store.append(new, new, room=0)
-    assert store.nbytes == num_heads * (100 * precision.nbytes(dim, 2) + means + packed.TAIL * 4 * dim)
+    assert store.nbytes == num_heads * (100 * precision.nbytes(dim, 2) + fixed + packed.TAIL * 4 * dim)
     store.append(new, new, room=0)
     num_packed = 100 + packed.TAIL
-    assert store.nbytes == num_heads * (num_packed * precision.nbytes(dim, 2) + means + 4 * dim)
+    assert store.nbytes == num_heads * (num_packed * precision.nbytes(dim, 2) + fixed + 4 * dim)
     assert copy.copy(store).nbytes == store.nbytes

@@ -16,7 +16,7 @@ def costs_of(model: PreTrainedModel, precision: Precision) -> Costs:
     def nbytes(one: Precision) -> int:
         return sum(own.num_kv_heads * one.nbytes(own.head_dim, itemsize) for own in heads)
 
-    fixed = sum(own.num_kv_heads * 2 * own.head_dim for own in heads) * precision.fixed_vectors
+    fixed = sum(own.num_kv_heads * precision.fixed_nbytes(own.head_dim, itemsize) for own in heads)
     return Costs(full=nbytes(PRECISIONS[NATIVE]), held=nbytes(precision), fixed=fixed)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compresskv.attention.plain import AttentionFunction, scaling_of
 from compresskv.cache.stores.packed_states import PackedStates
-from compresskv.cache.stores.packed_vectors import PackedVectors, rotation
+from compresskv.cache.stores.packed_vectors import PackedVectors, is_turned, rotation
 from compresskv.compiled.packed_attention import is_compiled_here, packed_attention
 from compresskv.compiled.step_layer import EvenLayer, additive, check_ragged, is_plain_sdpa
 from compresskv.models.shape import Heads
@@ -51,7 +51,7 @@ class PackedLayer(EvenLayer):
         slot = torch.arange(tails[0].shape[2], device=query.device)
         new = slot <= self._end
         if self._bounds is None:
-            keys, values = (side.even(tail) for side, tail in zip(sides, tails, strict=True))
+            keys, values = (side.even(tail[:, :, :0], tail) for side, tail in zip(sides, tails, strict=True))
             old = torch.ones(keys.shape[2] - slot.shape[0], dtype=torch.bool, device=query.device)
             visible = torch.cat([old, new])[None, None, None]
         else:
@@ -112,8 +112,8 @@ def example_packed(
 def _side(rest: Iterator[Tensor], bits: int, num_heads: int, *, are_keys: bool) -> PackedStates:
     """Keys or values, of the next of `PackedStates.tensors`; counts are not known here."""
     vectors = PackedVectors(next(rest), next(rest), bits)
-    centre = next(rest) if bits == 4 else None
-    scale = next(rest) if bits == 4 and are_keys else None
+    centre = next(rest) if is_turned(bits) else None
+    scale = next(rest) if is_turned(bits) and are_keys else None
     return PackedStates(vectors, [0] * num_heads, centre, scale)
 
 

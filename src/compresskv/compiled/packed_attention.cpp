@@ -134,7 +134,7 @@ struct Inputs {
 // What multiplies a head's packed keys, of what multiplies them as they were given; and its product with their centre.
 template <int BITS, int D>
 float turned_query(const Inputs& in, int64_t head, const float* query, float* turned) {
-    if constexpr (BITS != 4) {
+    if constexpr (BITS >= 8) {
         std::memcpy(turned, query, D * sizeof(float));
         return 0;
     } else {
@@ -161,10 +161,10 @@ void add_output(const Inputs& in, const State<KEY_BITS, VALUE_BITS, D, G>& state
     Row<VALUE_BITS, D>::arrange_back(state.output[g], numbers);
     for (int d = 0; d < D; ++d) {
         numbers[d] = factor * (numbers[d] + state.lows[g]);
-        if constexpr (VALUE_BITS == 4) numbers[d] += factor * state.total[g] * widened(in.value_centre[head * D + d]);
-        if constexpr (VALUE_BITS != 4) to[d] += numbers[d];
+        if constexpr (VALUE_BITS < 8) numbers[d] += factor * state.total[g] * widened(in.value_centre[head * D + d]);
+        if constexpr (VALUE_BITS >= 8) to[d] += numbers[d];
     }
-    if constexpr (VALUE_BITS == 4) {
+    if constexpr (VALUE_BITS < 8) {
         constexpr int N = D % LANES == 0 ? LANES : D & -D;
         for (int from = 0; from < D; ++from) {
             const float* row = in.rotation + from * D;

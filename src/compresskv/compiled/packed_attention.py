@@ -45,7 +45,7 @@ def packed_attention(
         query: (1, H_q, 1, D) float32.
         key_codes, key_ranges, key_centre, key_scale: of the keys, as in `PackedStates`.
         value_codes, value_ranges, value_centre: of the values.
-        rotation: (D, D), as what is in 4 bits is turned.
+        rotation: (D, D), as what is in 4 or 2 bits is turned.
         tail_keys, tail_values: (1, H_kv, T, D) float32.
         bounds: (H_kv + 1,) int64: where each KV head's part begins in what is packed, and the last one ends.
         tail_end: (1,) int64: the tail's last token.

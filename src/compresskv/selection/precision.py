@@ -37,10 +37,15 @@ class Precision:
             for bits in (self.key_bits, self.value_bits)
         )
 
-    @property
-    def fixed_vectors(self) -> int:
-        """How many vectors in 16 bits are kept of each KV head beside its tokens."""
-        return 2 * (self.key_bits == 4) + (self.value_bits == 4)
+    def fixed_nbytes(self, head_dim: int, itemsize: int) -> int:
+        """What one KV head takes beside `nbytes` of each of its tokens: means, divisors, and what its first token takes
+        more than others, since that is not packed.
+        """
+        if not self.is_packed:
+            return 0
+        vectors = 2 * (self.key_bits != 8) + (self.value_bits != 8)
+        whole = PRECISIONS[NATIVE].nbytes(head_dim, itemsize)
+        return vectors * 2 * head_dim + whole - self.nbytes(head_dim, itemsize)
 
 
 PRECISIONS = {
@@ -50,6 +55,7 @@ PRECISIONS = {
         Precision("int8", 8, 8, "8 bits a number"),
         Precision("int4k8", 8, 4, "keys in 8 bits, values in 4"),
         Precision("int4", 4, 4, "4 bits a number, two in a byte"),
+        Precision("int2", 2, 2, "2 bits a number, four in a byte"),
     )
 }
 """From the most bytes to the fewest."""

@@ -15,8 +15,17 @@ from torch import Tensor
 from compresskv.cache.state import State
 from compresskv.errors import SessionError
 from compresskv.prompts.turns import Ending
+from compresskv.selection.precision import NATIVE
 from compresskv.sessions.facts import Facts
-from compresskv.sessions.header import DOCUMENT_VERSION, FORMAT, VERSION, facts_of, read_metadata, turns_of
+from compresskv.sessions.header import (
+    CONVERSATION_VERSION,
+    DOCUMENT_VERSION,
+    FORMAT,
+    VERSION,
+    facts_of,
+    read_metadata,
+    turns_of,
+)
 from compresskv.sessions.integers import pack, unpack
 from compresskv.sessions.repeated import join, part
 from compresskv.sessions.turn import Turn
@@ -86,14 +95,20 @@ def write_session(path: str | Path, contents: Contents) -> None:
         "turns": [] if said is None else [asdict(turn) for turn in said.turns],
     }
     text = json.dumps(told)
-    version = DOCUMENT_VERSION if said is None and contents.facts.budget is not None else VERSION
-    metadata = {"format": FORMAT, "version": str(version), "session": text, "sha256": _digest(text, kept)}
+    metadata = {"format": FORMAT, "version": str(_version(contents)), "session": text, "sha256": _digest(text, kept)}
     try:
         with replacing(path) as place:
             save_file(kept, place, metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SessionError(f"cannot write the session to {str(path)!r}: {reason}") from error
+
+
+def _version(contents: Contents) -> int:
+    """The earliest format that tells all of it."""
+    if contents.facts.store != NATIVE:
+        return VERSION
+    return DOCUMENT_VERSION if contents.said is None and contents.facts.budget is not None else CONVERSATION_VERSION
 
 
 def read_session(path: str | Path) -> Contents:

@@ -11,9 +11,12 @@ from compresskv.system.convert import convert
 from compresskv.system.paths import is_file, is_folder
 
 FORMAT = "compresskv-session"
-VERSION = 2
 DOCUMENT_VERSION = 1
-"""Of files with a budget and without a conversation, which earlier releases read as well."""
+"""Of files with a budget and without a conversation, which the earliest release reads as well."""
+CONVERSATION_VERSION = 2
+"""Of other files without packed stores."""
+VERSION = 3
+"""Of files with packed stores, whose first tokens lie apart."""
 _LENGTH = 8
 _MOST_NBYTES = 100_000_000  # what safetensors reads
 _START = b'{"__metadata__":{'

@@ -8,27 +8,34 @@ from torch import Tensor, nn
 from compresskv.attention.plain import AttentionFunction, PlainAttention
 from compresskv.cache.stores.base import EVEN, RAGGED, ROOM, Slots, Store, room_for_tokens
 from compresskv.cache.stores.dense import DenseStore
+from compresskv.cache.stores.first import first_among, first_apart
 from compresskv.cache.stores.growing import Growing, reserve_token
 from compresskv.cache.stores.packed_reading import attend_to_codes
 from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.positions import Positions
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.selection.precision import PRECISIONS
-from compresskv.selection.select import EMPTY_SLOT
 
 _PARTS = ("codes", "ranges", "centre", "scale")
+_WHOLE = "whole"
 TAIL = 32
 """New tokens are packed once there are so many."""
 
 
 class PackedStore(Store):
-    """Packed keys and values of each KV head, then a tail of new tokens as the model gave them.
+    """Packed keys and values of each KV head, and as the model gave them its first token and a tail of new tokens.
 
     Attention unpacks a layer for the length of a call; nothing else ever holds it unpacked.
+
+    Most queries attend to the first token more than to any other, so what packing did to it would be done to all.
+    Sources: IntactKV (arXiv 2403.01241), KVSink (arXiv 2508.04257). It lies where the tail begins: whatever it is that
+    heads hold, each has one.
     """
 
     def __init__(self, keys: PackedStates, values: PackedStates, tail: tuple[Tensor, Tensor], held: Positions) -> None:
-        """Hold these; `tail`, keys and values (B, H_kv, n, D), comes behind what is packed in each head."""
+        """Hold these; `tail`, keys and values (B, H_kv, 1 + n, D): each head's first token, and what comes behind what
+        is packed.
+        """
         super().__init__(held)
         self._keys, self._values = keys, values
         self._tail = [Growing(states) for states in tail]
@@ -53,17 +60,14 @@ class PackedStore(Store):
         if isinstance(source, cls):
             return source._regathered(held, own)
         taken = [source.take(one, head) for head, one in enumerate(own)]
-        used = None
-        if held.has_empty_slots and held.chosen is not None:
-            chosen = [_of_head(held.chosen, head)[:, 0] for head in range(len(counts))]
-            used = [one[:, longest - count :] != EMPTY_SLOT for one, count in zip(chosen, counts, strict=True)]
-        bits = cls._bits()
-        keys, values = (
-            PackedStates.of([pair[side][:, 0] for pair in taken], used, bits[side], are_keys=side == 0)
-            for side in (0, 1)
-        )
-        empty = (source.states[0][:, :, :0], source.states[1][:, :, :0])
-        return cls(keys, values, (empty[0].clone(), empty[1].clone()), held)
+        empty = held.empty_slots(source.num_heads)
+        packed, first = [], []
+        for side, bits in enumerate(cls._bits()):
+            parts = [first_apart(pair[side][:, 0], own) for pair, own in zip(taken, empty, strict=True)]
+            used = [_used(rest, own) for (_, rest), own in zip(parts, empty, strict=True)]
+            packed.append(PackedStates.of([rest for _, rest in parts], used, bits, are_keys=side == 0))
+            first.append(torch.stack([one for one, _ in parts], dim=1))
+        return cls(packed[0], packed[1], (first[0], first[1]), held)
 
     @classmethod
     def _bits(cls) -> tuple[int, int]:
@@ -75,15 +79,20 @@ class PackedStore(Store):
 
     def _regathered(self, held: Positions, slots: list[Tensor]) -> "PackedStore":
         """The named slots of each head, (B, 1, R) in terms of `explicit`."""
-        keys, values = self._packed_whole()
-        longest = max(keys.counts)
-        own = [(one[:, 0] - (longest - count)).clamp(min=0) for one, count in zip(slots, keys.counts, strict=True)]
-        tail_keys, tail_values = (growing.held[:, :, :0].clone() for growing in self._tail)
-        return type(self)(keys.gathered(own), values.gathered(own), (tail_keys, tail_values), held)
+        counts, opened = self.counts, self._opened(back=True)
+        before, after = (one.empty_slots(len(counts)) for one in (self.held, held))
+        first, rest = [], []
+        for head, (one, count) in enumerate(zip(slots, counts, strict=True)):
+            own_first, own_rest = first_apart(one[:, 0], after[head])
+            first.append(opened.take(own_first[:, None], head))
+            rest.append(_packed_place(own_rest - (max(counts) - count), before[head], count - 1))
+        keys, values = (side.gathered(rest) for side in self._packed_whole())
+        tail_keys, tail_values = (torch.cat(states, dim=1) for states in zip(*first, strict=True))
+        return type(self)(keys, values, (tail_keys, tail_values), held)
 
     def _packed_whole(self) -> tuple[PackedStates, PackedStates]:
-        """With the tail."""
-        keys, values = (growing.held.detach() for growing in self._tail)
+        """With the tail, without the first token."""
+        keys, values = (growing.held[:, :, 1:].detach() for growing in self._tail)
         return self._keys.extended(keys), self._values.extended(values)
 
     @torch.no_grad()
@@ -93,11 +102,12 @@ class PackedStore(Store):
         if self._num_unpacked >= (TAIL if device.type == "cpu" else room_for_tokens(device)):
             self._keys, self._values = self._packed_whole()
             self._bounds = None
-            self._tail = [Growing(growing.held[:, :, :0].clone()) for growing in self._tail]
+            self._tail = [Growing(growing.held[:, :, :1].clone()) for growing in self._tail]
 
     @property
     def _num_unpacked(self) -> int:
-        return self._tail[0].held.shape[2]
+        """New tokens."""
+        return self._tail[0].held.shape[2] - 1
 
     def take(self, slots: Tensor, head: int | None = None) -> tuple[Tensor, Tensor]:
         """See `Store.take`: unpacked."""
@@ -136,14 +146,15 @@ class PackedStore(Store):
     def _opened(self, *, back: bool) -> Store:
         """A store of the same, unpacked: turned as it is stored or, with `back`, as it was given."""
         sides = ((self._keys, self._tail[0].held), (self._values, self._tail[1].held))
-        if self.layout == EVEN and not back:
-            keys, values = (packed.even(tail) for packed, tail in sides)
+        if self.layout == EVEN and not back and not self.held.has_empty_slots:
+            keys, values = (packed.even(tail[:, :, :1], tail[:, :, 1:]) for packed, tail in sides)
             return DenseStore(keys, values, self.held)
+        empty = self.held.empty_slots(self.num_heads)
         parts = []
         for packed, tail in sides:
-            own = tail if back else packed.turned_states(tail)
-            heads = zip(packed.heads(back=back), own.unbind(dim=1), strict=True)
-            parts.append([torch.cat([head.to(tail.dtype), new], dim=1) for head, new in heads])
+            around = (tail if back else packed.turned_states(tail)).unbind(dim=1)
+            heads = zip(around, packed.heads(back=back), empty, strict=True)
+            parts.append([first_among(own[:, :1], one.to(own.dtype), own[:, 1:], slots) for own, one, slots in heads])
         return RaggedStore(parts, self.held)
 
     @property
@@ -182,7 +193,7 @@ class PackedStore(Store):
         self.held = self.held.appended(-num_removed)
         left = max(0, self._num_unpacked - num_removed)
         packed = num_removed - (self._num_unpacked - left)
-        self._tail = [Growing(growing.held[:, :, :left]) for growing in self._tail]
+        self._tail = [Growing(growing.held[:, :, : 1 + left]) for growing in self._tail]
         if packed:
             self._keys, self._values = self._keys.cropped(packed), self._values.cropped(packed)
             self._bounds = None
@@ -199,8 +210,9 @@ class PackedStore(Store):
         return type(self)(self._keys, self._values, (keys, values), self.held)
 
     def state(self) -> dict[str, Tensor]:
-        """With the codes, ranges and means of keys and of values, and the tail (B, H_kv, n, D) of both."""
-        state = {"packed": torch.tensor(self._keys.counts, device="cpu"), **super().state()}
+        """With the codes, ranges and means of keys and of values, and the first token and tail (B, H_kv, 1 + n, D)."""
+        counts, whole = (torch.tensor(number, device="cpu") for number in (self._keys.counts, 1))
+        state = {"packed": counts, _WHOLE: whole, **super().state()}
         sides = (("keys", self._keys, self._tail[0]), ("values", self._values, self._tail[1]))
         for name, packed, growing in sides:
             state |= {f"{name}.{part}": tensor for part, tensor in packed.state().items()}
@@ -219,7 +231,13 @@ class PackedStore(Store):
             )
             for name, bits in zip(("keys", "values"), cls._bits(), strict=True)
         )
-        return cls(keys, values, (state["keys.tail"], state["values.tail"]), cls.positions_from_state(state))
+        held, tail = cls.positions_from_state(state), [state["keys.tail"], state["values.tail"]]
+        if _WHOLE not in state:  # an earlier release packed the first token, too
+            empty = held.empty_slots(len(counts))
+            parts = [_apart(side, empty) for side in (keys, values)]
+            tail = [torch.cat([first.to(own.dtype), own], dim=2) for (first, _), own in zip(parts, tail, strict=True)]
+            keys, values = (rest for _, rest in parts)
+        return cls(keys, values, (tail[0], tail[1]), held)
 
 
 class Int8Store(PackedStore):
@@ -234,6 +252,12 @@ class Int4Store(PackedStore):
     precision = PRECISIONS["int4"]
 
 
+class Int2Store(PackedStore):
+    """Keys and values in 2 bits."""
+
+    precision = PRECISIONS["int2"]
+
+
 class Int4K8Store(PackedStore):
     """Keys in 8 bits, values in 4."""
 
@@ -243,3 +267,22 @@ class Int4K8Store(PackedStore):
 def _of_head(slots: Tensor, head: int) -> Tensor:
     """(B, 1, R) of (B, 1 or H, R)."""
     return slots[:, head : head + 1] if slots.shape[1] > 1 else slots
+
+
+def _used(rest: Tensor, empty: Tensor | None) -> Tensor | None:
+    """(B, n) bool, which of a head's tokens but the first (B, n, D) hold something; None: all."""
+    return None if empty is None else torch.arange(rest.shape[1], device=rest.device) >= empty[:, None]
+
+
+def _packed_place(slots: Tensor, empty: Tensor | None, num_packed: int) -> Tensor:
+    """(B, n) where among what a head has packed the tokens of these slots lie, of which the first is none."""
+    first = 0 if empty is None else empty[:, None]
+    return (slots - (slots > first).long()).clamp(min=0, max=num_packed - 1)  # empty slots may name any
+
+
+def _apart(states: PackedStates, empty: list[Tensor | None]) -> tuple[Tensor, PackedStates]:
+    """Each head's first token unpacked, (B, H_kv, 1, D), and the others."""
+    parts = states.heads(back=True)
+    first = torch.stack([first_apart(part, own)[0] for part, own in zip(parts, empty, strict=True)], dim=1)
+    slots = [torch.arange(part.shape[1], device=part.device).expand(len(part), -1) for part in parts]
+    return first, states.gathered([first_apart(own, one)[1] for own, one in zip(slots, empty, strict=True)])

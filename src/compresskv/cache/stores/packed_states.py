@@ -1,21 +1,21 @@
 """Keys, or values, of all KV heads of a layer in few bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compresskv.cache.stores.packed_vectors import PackedVectors, rotation
+from compresskv.cache.stores.packed_vectors import PackedVectors, is_turned, rotation
 
 
 @dataclass(frozen=True)
 class PackedStates:
     """What each KV head holds, one after another. Nothing in it is ever changed, so copies may share it.
 
-    In 4 bits, vectors are turned by `rotation` and less their head's mean: what is the same in all tokens, or large in
-    a few channels, would take the codes from what differs. Who multiplies them turns queries, not each vector. Keys are
-    divided first by the root of what each channel varies by, since queries are small where keys vary much.
+    In 4 and in 2 bits, vectors are turned by `rotation` and less their head's mean: what is the same in all tokens, or
+    large in a few channels, would take the codes from what differs. Who multiplies them turns queries, not each vector.
+    Keys are divided first by the root of what each channel varies by, since queries are small where keys vary much.
     """
 
     vectors: PackedVectors
@@ -27,24 +27,26 @@ class PackedStates:
     """(B, H_kv, D) float16, what each head's vectors are divided by before they are turned; None: by nothing."""
 
     @classmethod
-    def of(cls, parts: list[Tensor], used: list[Tensor] | None, bits: int, *, are_keys: bool) -> "PackedStates":
+    def of(
+        cls, parts: list[Tensor], used: Sequence[Tensor | None] | None, bits: int, *, are_keys: bool
+    ) -> "PackedStates":
         """Pack what each KV head holds.
 
         Args:
             parts: of each head (B, n, D).
-            used: of each (B, n) bool, which of them count in means; None: all. Each row has one at least.
+            used: of each (B, n) bool, which of them count in means; None, also of one: all.
         """
         packed: list[PackedVectors] = []
         centres: list[Tensor] = []
         scales: list[Tensor] = []
         for head, part in enumerate(parts):  # each by itself: what comes between fits into a core's cache
             states = part.float()
-            if bits == 4:
+            if is_turned(bits):
                 own = None if used is None else used[head]
                 states, less, divisor = _turned_and_centred(states, own, scaled=are_keys)
                 centres.append(less)
                 scales += [] if divisor is None else [divisor]
-            packed.append(PackedVectors.of(states, bits))
+            packed.append(PackedVectors.of(states, bits, are_keys=are_keys))
         centre, scale = (torch.stack(one, dim=1) if one else None for one in (centres, scales))
         return cls(PackedVectors.cat(packed), [part.shape[1] for part in parts], centre, scale)
 
@@ -85,22 +87,22 @@ class PackedStates:
             parts = [part * own[:, None] for part, own in zip(parts, self.scale.float().unbind(dim=1), strict=True)]
         return parts
 
-    def even(self, tail: Tensor) -> Tensor:
-        """(B, H_kv, n + t, D) in the tail's dtype: turned as they are stored, where all heads hold as many.
+    def even(self, first: Tensor, tail: Tensor) -> Tensor:
+        """(B, H_kv, f + n + t, D) in the tail's dtype: turned as they are stored, where all heads hold as many.
 
         Args:
-            tail: (B, H_kv, t, D), of tokens beside these, as they were given.
+            first, tail: (B, H_kv, f or t, D), of tokens before and behind these, as they were given.
         """
         states = self.vectors.unpacked().unflatten(1, (tail.shape[1], -1))
         if self.centre is not None:
             states = states + self.centre.float()[:, :, None]
-        return torch.cat([states.to(tail.dtype), self.turned_states(tail)], dim=2)
+        return torch.cat([self.turned_states(first), states.to(tail.dtype), self.turned_states(tail)], dim=2)
 
     def extended(self, states: Tensor) -> "PackedStates":
         """With new tokens (B, H_kv, T_new, D) behind those of each head, less the same mean."""
         if self.centre is not None:
             states = self._turned(states) - self.centre.float()[:, :, None]
-        new = PackedVectors.of(states, self.vectors.bits)
+        new = PackedVectors.of(states, self.vectors.bits, are_keys=self.scale is not None)
         pairs = zip(self.vectors.split(self.counts), new.codes.unbind(dim=1), new.ranges.unbind(dim=1), strict=True)
         return self._with(
             [PackedVectors.cat([part, PackedVectors(codes, ranges, part.bits)]) for part, codes, ranges in pairs]
@@ -165,9 +167,9 @@ def _turned_and_centred(part: Tensor, used: Tensor | None, *, scaled: bool) -> t
 
 
 def _weights(part: Tensor, used: Tensor | None) -> Tensor:
-    """(B, n), of the vectors (B, n, D) that count in means; their sum is 1."""
+    """(B, n), of the vectors (B, n, D) that count in means; their sum is 1, or 0 where none counts."""
     weights = torch.ones(part.shape[:2], device=part.device) if used is None else used.float()
-    return weights / weights.sum(dim=1, keepdim=True)
+    return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _mean(part: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vectors in 8 or 4 bits a number, each with a range of its own."""
+"""Vectors in 8, 4 or 2 bits a number, each with a range of its own."""
 
 import functools
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from compresskv.errors import ModelError
 _LARGEST = torch.finfo(torch.float16).max
 _SMALLEST_STEP = 2.0**-24
 """Of float16: below, all of a vector's numbers are taken to be equal."""
+_GAUSSIAN_STEP = 0.9957
+"""Between four codes that err least on normally distributed numbers, in their standard deviation (Max, 1960)."""
 
 
 @dataclass(frozen=True)
@@ -18,34 +20,32 @@ class PackedVectors:
     """Numbers as codes: a number is its vector's lowest one, and its code times the vector's step."""
 
     codes: Tensor
-    """(..., D * bits / 8) uint8. In 4 bits, byte i holds number i in its lower half and number i + D / 2 above."""
+    """(..., D * bits / 8) uint8. Byte i holds number i in its lowest bits, above it number i + D * bits / 8, ..."""
     ranges: Tensor
     """(..., 2) float16: each vector's lowest number, and its step."""
     bits: int
 
     @classmethod
-    def of(cls, vectors: Tensor, bits: int) -> "PackedVectors":
-        """Pack (..., D) of any float dtype: every number comes back to half a step, and a step is the vector's range by
-        255 or by 15. What float16 does not reach is cut off.
+    def of(cls, vectors: Tensor, bits: int, *, are_keys: bool = False) -> "PackedVectors":
+        """Pack (..., D) of any float dtype. In 8 and 4 bits every number comes back to half a step, and a step is the
+        vector's range by 255 or by 15; in 2 bits, steps are those that `_fitted` finds. What float16 does not reach is
+        cut off.
 
         Raises:
-            ModelError: two numbers are to share a byte, and D is odd.
+            ModelError: numbers are to share a byte, and D is no multiple of how many.
         """
-        if bits == 4 and vectors.shape[-1] % 2:
-            raise ModelError(
-                f"this model's heads have {vectors.shape[-1]} numbers, an odd count: 4 bits need an even one"
-            )
-        levels = 2**bits - 1
+        if vectors.shape[-1] * bits % 8:
+            problem = f"heads have {vectors.shape[-1]} numbers, {bits} bits need a multiple of {8 // bits}"
+            raise ModelError(f"this model's {problem}")
         vectors = vectors.float()
-        low = vectors.amin(dim=-1, keepdim=True).clamp(-_LARGEST, _LARGEST).half()  # aminmax takes ten times that
-        high = vectors.amax(dim=-1, keepdim=True).clamp(-_LARGEST, _LARGEST)
-        step = ((high - low.float()) / levels).clamp(min=0, max=_LARGEST).half()
-        codes = (vectors - low.float()).div_(step.float().clamp(min=_SMALLEST_STEP)).round_().clamp_(0, levels)
-        if bits == 4:
-            lower, upper = codes.chunk(2, dim=-1)
-            codes = torch.add(lower, upper, alpha=16)
-        codes = codes.to(torch.uint8)
-        return cls(codes, torch.cat([low, step], dim=-1), bits)
+        if bits == 2:
+            codes, low, step = _fitted(vectors, are_keys=are_keys)
+        else:
+            codes, low, step = _ranged(vectors, 2**bits - 1)
+        joined, *others = codes.chunk(8 // bits, dim=-1)
+        for place, plane in enumerate(others, 1):
+            joined = torch.add(joined, plane, alpha=2 ** (bits * place))
+        return cls(joined.to(torch.uint8), torch.cat([low, step], dim=-1), bits)
 
     @classmethod
     def cat(cls, parts: "list[PackedVectors]") -> "PackedVectors":
@@ -58,12 +58,15 @@ class PackedVectors:
     def unpacked(self) -> Tensor:
         """(..., D) float32."""
         low, step = self.ranges.float().unbind(dim=-1)
-        codes = torch.cat([self.codes & 15, self.codes >> 4], dim=-1) if self.bits == 4 else self.codes
+        codes = self.codes if self.bits == 8 else torch.cat(self._planes(), dim=-1)
         return codes.float().mul_(step[..., None]).add_(low[..., None])  # faster than addcmul
 
     def planes(self) -> list[Tensor]:
-        """Codes as float32, (..., D), or in 4 bits (..., D / 2) twice: of the first numbers, and of the others."""
-        return [self.codes.float()] if self.bits == 8 else [(self.codes & 15).float(), (self.codes >> 4).float()]
+        """Codes as float32, (..., D * bits / 8) each: of the first numbers, of the next, ..."""
+        return [plane.float() for plane in self._planes()]
+
+    def _planes(self) -> list[Tensor]:
+        return [self.codes >> shift & 2**self.bits - 1 for shift in range(0, 8, self.bits)]
 
     def by_head(self, num_heads: int) -> "PackedVectors":
         """(B, heads, n, D) of (B, heads * n, D)."""
@@ -83,6 +86,56 @@ class PackedVectors:
         """The named vectors of (B, n, D); `indices` is (B, R)."""
         rows = torch.arange(len(indices), device=indices.device)[:, None]
         return PackedVectors(self.codes[rows, indices], self.ranges[rows, indices], self.bits)
+
+
+def is_turned(bits: int) -> bool:
+    """Whether vectors in so many bits are turned by `rotation`, and centred, before they are packed."""
+    return bits < 8
+
+
+def _ranged(vectors: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (..., D) float32, and (..., 1) float16 each: the lowest number, which is code 0, and the step."""
+    low = vectors.amin(dim=-1, keepdim=True).clamp(-_LARGEST, _LARGEST).half()  # aminmax takes ten times that
+    high = vectors.amax(dim=-1, keepdim=True).clamp(-_LARGEST, _LARGEST)
+    step = ((high - low.float()) / levels).clamp(min=0, max=_LARGEST).half()
+    return _codes(vectors, low.float(), step.float(), levels), low, step
+
+
+def _fitted(vectors: Tensor, *, are_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of four levels that need not reach what is farthest out: least squares, from the best for normally
+    distributed numbers on.
+
+    Keys are lengthened until their product with what they were is what that was with itself: as they are they would be
+    too short, and all logits of attention too small.
+    """
+    vectors = vectors.clamp(-_LARGEST, _LARGEST)
+    mean = vectors.mean(dim=-1, keepdim=True)
+    apart = vectors - mean
+    step = _GAUSSIAN_STEP * apart.square().mean(dim=-1, keepdim=True).sqrt()
+    low = mean - 1.5 * step
+    for _ in range(2):
+        codes = _codes(vectors, low, step, 3)
+        middle = codes.mean(dim=-1, keepdim=True)
+        step = _quotient(_product(codes - middle, apart), _product(codes - middle, codes - middle))
+        low = mean - step * middle
+    if are_keys:
+        longer = _quotient(_product(vectors, vectors), _product(vectors, low + step * codes))
+        low, step = low * longer, step * longer
+    low, step = (one.clamp(-_LARGEST, _LARGEST).half() for one in (low, step))
+    return codes, low, step
+
+
+def _codes(vectors: Tensor, low: Tensor, step: Tensor, levels: int) -> Tensor:
+    return (vectors - low).div_(step.clamp(min=_SMALLEST_STEP)).round_().clamp_(0, levels)
+
+
+def _product(some: Tensor, others: Tensor) -> Tensor:
+    return (some * others).sum(dim=-1, keepdim=True)
+
+
+def _quotient(number: Tensor, by: Tensor) -> Tensor:
+    """0 where `by` is."""
+    return number / by.masked_fill(by == 0, torch.inf)
 
 
 @functools.lru_cache

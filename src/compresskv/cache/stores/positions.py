@@ -81,6 +81,13 @@ class Positions:
             return chosen
         return chosen[:, head : head + 1, chosen.shape[2] - self.fullest[head] :]
 
+    def empty_slots(self, num_heads: int) -> list[Tensor | None]:
+        """For each KV head (B,) slots with which it begins in each row and that hold nothing; None: there are none."""
+        if self.chosen is None or not self.has_empty_slots:
+            return [None] * num_heads
+        heads = (self._chosen_of(self.chosen, head)[:, 0] for head in range(num_heads))
+        return [(own == EMPTY_SLOT).sum(dim=-1) for own in heads]
+
     def choose(self, tokens: Tensor) -> "tuple[Positions, Tensor]":
         """Keep the named tokens alone. Waits for the device once.
 

@@ -4,14 +4,14 @@ from torch import Tensor
 
 from compresskv.cache.stores.base import Store
 from compresskv.cache.stores.dense import DenseStore
-from compresskv.cache.stores.packed import Int4K8Store, Int4Store, Int8Store, PackedStore
+from compresskv.cache.stores.packed import Int2Store, Int4K8Store, Int4Store, Int8Store, PackedStore
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 
 STORES: list[type[Store]] = [DenseStore, RaggedStore]
 """For what is held as the model computed it, in order of preference."""
 PACKED_STORES: dict[str, type[PackedStore]] = {
-    kind.precision.name: kind for kind in (Int8Store, Int4K8Store, Int4Store)
+    kind.precision.name: kind for kind in (Int8Store, Int4K8Store, Int4Store, Int2Store)
 }
 """For what is held in fewer bits, by the name of the precision."""
 
