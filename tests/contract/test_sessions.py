@@ -547,6 +547,26 @@ def test_the_default_store_is_the_smallest_that_the_model_bears(losses: dict[str
     assert compresskv.read(model, tiny.tokenizer(), document, profile=profile, store="native").facts.store == "native"
 
 
+@pytest.mark.stores(reason="what they take is compared")
+@pytest.mark.parametrize(
+    ("budget", "store"),
+    [
+        ("100% of bytes", "native"),
+        ("60% of bytes", "int8"),
+        ("25% of bytes", "int4"),
+        ("12% of bytes", "int2"),
+        ("12 kB", "int2"),
+        (0.25, "int4"),  # in tokens: as many in every store
+    ],
+)
+def test_the_fewer_bytes_are_given_the_fewer_bits_hold_a_document_by_default(budget: float | str, store: str) -> None:
+    model, document = tiny.tiny_model("llama"), tiny.random_words(240)
+    losses, shares = {"int8": 0.001, "int4": 0.005, "int2": 0.05}, {"0.0625": 0.8, "0.25": 0.4, "0.5": 0.2}
+    profile = replace(tiny.random_profile(model), store_losses=losses, document_losses=shares)
+    facts = compresskv.read(model, tiny.tokenizer(), document, profile=profile, budget=budget).facts
+    assert facts.store == on_device(store)
+
+
 @pytest.mark.parametrize("method", [None, "kvzip", "snapkv"])
 def test_the_default_store_is_the_models_whatever_the_method_needs(
     method: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -561,7 +581,7 @@ def test_the_default_store_is_the_models_whatever_the_method_needs(
 
 @pytest.mark.parametrize("words", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("store", ["native", "int8", "int4k8", "int4"])
+@pytest.mark.parametrize("store", tiny.STORES)
 def test_the_shortest_documents_are_read_by_default(words: int, dtype: torch.dtype, store: str) -> None:
     model = tiny.tiny_model("llama", dtype=dtype)
     session = compresskv.read(model, tiny.tokenizer(), tiny.random_words(words), store=store)

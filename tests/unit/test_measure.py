@@ -30,6 +30,7 @@ from compresskv.calibration.recording import SpanLayer
 from compresskv.calibration.runs import measuring_alone
 from compresskv.calibration.settings import CalibrationSettings
 from compresskv.errors import CompressKVError, ConfigError, DataError, ModelError, ProfileError
+from compresskv.methods.forecast import Forecast
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.shape import compressible_layers, decoder_config
 from compresskv.profiles.profile import Rows
@@ -132,7 +133,7 @@ class TestPlantedHeads:
             "layer errors",
             "what a second reading attends to",
             "where queries lie",
-            "stores in fewer bits",
+            "what stores and shares lose",
         ]
         for fractions in seen.values():
             assert fractions == sorted(fractions)
@@ -433,6 +434,23 @@ class TestStores:
         losses = outcome.profile.store_losses
         assert list(losses) == [name for name, one in PRECISIONS.items() if one.is_packed]
         assert 0 <= losses["int8"] <= losses["int4"] < math.inf
+
+    def test_shares_of_documents_are_measured_on_documents_that_nothing_was_fitted_to(
+        self, outcome: Outcome, settings: CalibrationSettings, tmp_path: Path
+    ) -> None:
+        losses = outcome.profile.document_losses
+        assert list(losses) == ["0.0625", "0.125", "0.25", "0.5"]
+        assert all(0 <= loss < math.inf for loss in losses.values())
+        measurement = new_measurement(planted.model(), settings, tmp_path)
+        with routing(planted.model()):
+            again = measurement.measure_losses(Forecast().with_profile(outcome.profile))
+            prompts = measurement.replay_prompts()
+        assert again == (outcome.profile.store_losses, losses)
+        assert len(measurement.log) == len(settings.lengths)
+        read = [
+            encode_questions(measurement.tokenizer, one, one.questions)[0] for one in measurement.losing_documents()
+        ]
+        assert not any(prompt in prompts for prompt in read)
 
 
 # Memory ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from compresskv.models.fingerprint import Fingerprint
 from compresskv.profiles.layer_errors import combined, l1_normalised
 from compresskv.profiles.profile import Profile, read_profile
 from compresskv.profiles.store import write_profile
-from compresskv.profiles.stores import warn_of_lossy_store
+from compresskv.profiles.stores import best_store, loss_of_share, sparing_store, warn_of_lossy_store
 
 SHAPE = Fingerprint("llama", 6, 3, 1, 8, 32, "0123456789abcdef")
 PROFILE = Profile(
@@ -35,6 +35,7 @@ PROFILE = Profile(
     layer_errors=(0.3, 0.225, 0.475),
     loss_curves={"blend": (20.0, 2.5)},
     store_losses={"int8": 0.001, "int4": 0.25},
+    document_losses={"0.125": 0.5, "0.5": 0.125},
     provenance={"torch": "2.13.0", "seed": 7, "lengths": [1024, 2048], "text": "naïve\nlines"},
 )
 IMPORTED = replace(PROFILE, fingerprint=structs.replace(SHAPE, weights=None), traditional_scores=None, num_runs=0)
@@ -70,7 +71,7 @@ def test_round_trip_of_any_numbers(data: st.DataObject) -> None:
 
 
 DROP = "(dropped)"
-ADDED = ("replay_weights", "loss_curves", "store_losses")
+ADDED = ("replay_weights", "loss_curves", "store_losses", "document_losses")
 KEYS = [
     *((key,) for key in PROFILE.to_dict() if key not in ADDED),  # older files have none
     ("model", "id"),
@@ -115,6 +116,7 @@ DAMAGE: list[tuple[tuple[str | int, ...], Any]] = [
     ),
     *((("loss_curves", "blend"), value) for value in ([math.nan, 1.0], [math.inf, 1.0], [-1.0, 1.0])),
     *((("store_losses",), value) for value in (None, [], {"int8": "0"}, {"int8": -0.1}, {"int8": math.inf})),
+    *((("document_losses",), value) for value in (None, {"0.5": -0.1}, {"half": 0.1}, {"1.5": 0.1}, {"nan": 0.1})),
     *((("replay_weights",), value) for value in ("AAAA", ["AAAAAA=="] * 2, ["AAAAAA=="] * 2 + ["?"], [0.5] * 3)),
 ]
 
@@ -163,15 +165,62 @@ def test_a_file_that_is_no_profile(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_profile_without_curves_is_what_it_was_before_there_were_any() -> None:
-    bare = replace(PROFILE, loss_curves={}, store_losses={})
-    assert not {"loss_curves", "store_losses"} & set(bare.to_dict())
+    bare = replace(PROFILE, loss_curves={}, store_losses={}, document_losses={})
+    assert not {"loss_curves", "store_losses", "document_losses"} & set(bare.to_dict())
     assert Profile.from_dict(bare.to_dict()) == bare
     assert bare.digest != PROFILE.digest
 
 
 def test_what_stores_lose_changes_no_choice() -> None:
     """So sessions and runs of a profile without it go on with one that has it."""
-    assert replace(PROFILE, store_losses={}).digest == PROFILE.digest
+    assert replace(PROFILE, store_losses={}, document_losses={}).digest == PROFILE.digest
+
+
+@pytest.mark.parametrize(
+    ("share", "loss"),
+    [
+        (0.0, math.inf),
+        (0.03125, 0.5 * 5 / 3),
+        (0.125, 0.5),
+        (0.25, 0.3125),
+        (0.5, 0.125),
+        (0.5**0.5, 0.0625),
+        (1.0, 0.0),
+    ],
+)
+def test_what_a_share_of_a_document_loses_lies_between_what_was_measured(share: float, loss: float) -> None:
+    assert loss_of_share(PROFILE.document_losses, share) == pytest.approx(loss)
+
+
+@given(st.dictionaries(st.sampled_from(["0.0625", "0.125", "0.25", "0.5"]), st.floats(1e-3, 9), min_size=1))
+def test_fewer_tokens_than_were_ever_measured_lose_more(losses: dict[str, float]) -> None:
+    lowest = min(map(float, losses))
+    found = [loss_of_share(losses, lowest * factor) for factor in (1, 0.5, 0.1, 0.01, 0)]
+    assert found == sorted(set(found))
+
+
+BY_STORE = {"int8": 0.001, "int4": 0.01, "int2": 0.05, "of another release": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("held", "store"),
+    [
+        ({"native": 1.0, "int8": 1.0, "int4": 1.0, "int2": 1.0}, "native"),
+        ({"native": 0.5, "int8": 1.0, "int4": 1.0, "int2": 1.0}, "int8"),
+        ({"native": 0.25, "int8": 0.5, "int4": 1.0, "int2": 1.0}, "int4"),
+        ({"native": 0.1, "int8": 0.2, "int4": 0.4, "int2": 0.8}, "int2"),
+        ({"native": 0.0, "int8": 0.0, "int4": 0.0, "int2": 0.001}, "int2"),
+    ],
+)
+def test_the_best_store_is_that_whose_losses_add_up_to_least(held: dict[str, float], store: str) -> None:
+    assert best_store(replace(PROFILE, store_losses=BY_STORE), held.__getitem__) == store
+
+
+@pytest.mark.parametrize("without", ["store_losses", "document_losses"])
+def test_where_a_profile_does_not_tell_both_the_smallest_store_that_is_borne_is_best(without: str) -> None:
+    profile = replace(PROFILE, **{"store_losses": {"int8": 0.001, "int4": 0.002}, without: {}})
+    assert best_store(profile, lambda _: 0.5) == sparing_store(profile) == ("int4" if profile.store_losses else "int8")
+    assert best_store(None, lambda _: 0.5) == "int8"
 
 
 def test_a_store_that_the_model_bears_badly_is_warned_of() -> None:

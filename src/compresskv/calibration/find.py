@@ -4,7 +4,7 @@ Both take the same documents, prefilled once for all their questions. Layer erro
 choose, so they come second, on a few documents that are read again.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from compresskv.calibration.replays import fit_replays
 from compresskv.calibration.runs import measuring_alone
 from compresskv.calibration.settings import CalibrationSettings
 from compresskv.errors import ConfigError, ModelError
+from compresskv.methods.forecast import Forecast
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.quantize import weights_dtype
 from compresskv.models.shape import compressible_layers, decoder_config, heads_of
@@ -68,22 +69,21 @@ def find_profile(
         errors = profiler.measure_errors(semantic)
         replay_weights = fit_replays(model, profiler.replay_prompts(), report)
         query_centres = find_centres(model, profiler.replay_prompts(), report)
-        losses = profiler.measure_stores()
-    profile = Profile(
-        model_id=model_id,
-        fingerprint=profiler.fingerprint,
-        layer_indices=tuple(compressible_layers(model)),
-        semantic_scores=semantic,
-        traditional_scores=traditional,
-        num_runs=num_runs,
-        layer_errors_by_set=errors,
-        layer_errors=combined(errors),
-        provenance=_provenance(model, profiler, runs),
-        replay_weights=replay_weights,
-        query_centres=query_centres,
-        store_losses=losses,
-    )
-    return Outcome(profile, runs)
+        profile = Profile(
+            model_id=model_id,
+            fingerprint=profiler.fingerprint,
+            layer_indices=tuple(compressible_layers(model)),
+            semantic_scores=semantic,
+            traditional_scores=traditional,
+            num_runs=num_runs,
+            layer_errors_by_set=errors,
+            layer_errors=combined(errors),
+            provenance=_provenance(model, profiler, runs),
+            replay_weights=replay_weights,
+            query_centres=query_centres,
+        )
+        stores, shares = profiler.measure_losses(Forecast().with_profile(profile))
+    return Outcome(replace(profile, store_losses=stores, document_losses=shares), runs)
 
 
 def _check_model(model: PreTrainedModel, settings: CalibrationSettings) -> None:

@@ -27,8 +27,9 @@ from compresskv.calibration.recall import rouge_1_recall
 from compresskv.calibration.recording import CutLayer, SpanLayer
 from compresskv.calibration.runs import RunLog
 from compresskv.calibration.settings import CalibrationSettings
-from compresskv.calibration.stores import store_losses
+from compresskv.calibration.stores import document_losses, store_losses
 from compresskv.errors import ModelError, ProfileError
+from compresskv.methods.base import Method
 from compresskv.methods.compresskv import CompressKV
 from compresskv.models.decoding import decode, prefill
 from compresskv.models.fingerprint import Fingerprint, fingerprint
@@ -157,17 +158,25 @@ class Measurement:
             self._on_progress("layer errors", done / len(plan))
         return {name: l1_normalised(total.tolist()) for name, total in sums.items()}
 
-    def measure_stores(self) -> dict[str, float]:
-        """What packed stores lose, in nats per token of answers: a mean over questions. See `store_losses`."""
-        plan = [document for i, (_, document) in enumerate(self.documents()) if i % self._num_rotations == 0]
-        found: list[dict[str, float]] = []
+    def measure_losses(self, method: Method) -> tuple[dict[str, float], dict[str, float]]:
+        """What packed stores lose, and what is lost where `method` keeps shares of a document before its questions are
+        known, in nats per token of answers: means over questions. See `store_losses`, `document_losses`.
+        """
+        plan = self.losing_documents()
+        found: list[list[dict[str, float]]] = []
         for done, document in enumerate(plan, start=1):
-            key = ("stores", document.name)
+            key = ("losses", document.name, method.label)
             if key not in self.log:
-                self.log.add(key, self._store_runs(document))
+                self.log.add(key, self._loss_runs(document, method))
             found += self.log[key]
-            self._on_progress("stores in fewer bits", done / len(plan))
-        return {name: round(sum(one[name] for one in found) / len(found), 6) for name in found[0]}
+            self._on_progress("what stores and shares lose", done / len(plan))
+        by_store, by_share = (_means([one[part] for one in found]) for part in (0, 1))
+        return by_store, by_share
+
+    def losing_documents(self) -> list[NeedleDocument]:
+        """Of each length one that is not among `replay_prompts`, if there are others."""
+        own = min(self.settings.replay_documents, self._num_rotations - 1)
+        return [document for i, (_, document) in enumerate(self.documents()) if i % self._num_rotations == own]
 
     def replay_prompts(self) -> list[list[int]]:
         """Token ids of the documents that are read twice, each with what precedes it in the chat template."""
@@ -197,15 +206,17 @@ class Measurement:
             results.append([sum(layer.errors) for layer in branch.routed])
         return results
 
-    def _store_runs(self, document: NeedleDocument) -> list[dict[str, float]]:
+    def _loss_runs(self, document: NeedleDocument, method: Method) -> list[list[dict[str, float]]]:
         prefix, encoded = encode_questions(self.tokenizer, document, document.questions)
         config = decoder_config(self.model)
         cache = FullCache(self.model, lambda layer_idx, _: RoutedLayer(layer_idx, config))
         self._read(prefix, cache)
-        return [
-            store_losses(self.model, cache, question.suffix, self._answer(question.suffix, cache.branch()))
-            for question in encoded
-        ]
+        runs = []
+        for question in encoded:
+            answer = self._answer(question.suffix, cache.branch())
+            stores = store_losses(self.model, cache, question.suffix, answer)
+            runs.append([stores, document_losses(self.model, cache, question.suffix, answer, method)])
+        return runs
 
     def _heads_only(self, semantic: Rows) -> Profile:
         """A profile to select with before the layer errors are known."""
@@ -261,3 +272,7 @@ def _rounded(row: Tensor) -> list[float]:
 
 def _digest(rows: Rows) -> str:
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
+
+
+def _means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(one[name] for one in found) / len(found), 6) for name in found[0]}

@@ -33,6 +33,10 @@ def print_stores(profile: "Profile") -> None:
     if profile.store_losses:
         losses = ", ".join(f"{name} {loss:.3g}" for name, loss in profile.store_losses.items())
         out.print(f"\nstores, nats per token lost where all tokens are kept: {losses}")
+    if profile.document_losses:
+        shares = {f"{100 * float(share):g} %": loss for share, loss in profile.document_losses.items()}
+        losses = ", ".join(f"{share} {loss:.3g}" for share, loss in shares.items())
+        out.print(f"nats per token lost where 'forecast' keeps so many of a document's tokens, not packed: {losses}")
 
 
 def layer_table(profile: "Profile", tokens: list[int]) -> Table:

@@ -29,6 +29,8 @@ RANKS_ALONE = (
 
 Rows = tuple[tuple[float, ...], ...]
 _NUM_BITS = {"replay_weights": 32, "query_centres": 16}
+_LOSSES = ("store_losses", "document_losses")
+"""Fields that no method looks into."""
 
 
 class _Model(TypedDict):
@@ -79,6 +81,9 @@ class Profile:
     store_losses: dict[str, float] = field(default_factory=dict)
     """For a packed store's name, what it loses in nats per token where all tokens are kept; empty in profiles of older
     releases and imported ones."""
+    document_losses: dict[str, float] = field(default_factory=dict)
+    """For a share of a document's tokens, such as '0.25', what is lost in nats per token where `forecast` keeps so many
+    before the question is known, and nothing is packed; empty where `store_losses` is, and in older releases."""
 
     def __post_init__(self) -> None:
         """Check that every number is there and can be used.
@@ -113,8 +118,10 @@ class Profile:
         for name, curve in self.loss_curves.items():
             problem = "is not two finite numbers above 0"
             _check(all(0 < number < math.inf for number in curve), f"loss_curves.{name}", problem)
-        for name, loss in self.store_losses.items():
-            _check(0 <= loss < math.inf, f"store_losses.{name}", "is no finite number of at least 0")
+        for field_name in _LOSSES:
+            for name, loss in getattr(self, field_name).items():
+                _check(0 <= loss < math.inf, f"{field_name}.{name}", "is no finite number of at least 0")
+        _check(all(map(_is_share, self.document_losses)), "document_losses", "names what is no share")
         for name in _NUM_BITS:
             rows = getattr(self, name)
             if rows is not None:
@@ -227,13 +234,13 @@ class Profile:
     @cached_property
     def digest(self) -> str:
         """12 hex digits that stand for all of the profile that methods look into."""
-        own = {name: value for name, value in self.to_dict().items() if name != "store_losses"}
+        own = {name: value for name, value in self.to_dict().items() if name not in _LOSSES}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """As stored."""
         own = json.loads(json.dumps(asdict(self), default=structs.asdict))
-        for name in ("loss_curves", "query_centres", "store_losses"):
+        for name in ("loss_curves", "query_centres", *_LOSSES):
             if not own[name]:  # so that files and digests of older releases stay as they are
                 del own[name]
         return {
@@ -287,6 +294,13 @@ def read_profile(path: str | Path) -> Profile:
 def _check(holds: bool, name: str, what: str) -> None:
     if not holds:
         raise ProfileError(f"field {name!r} {what}")
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
 
 
 def _usable(numbers: Sequence[float]) -> bool:

@@ -1,5 +1,6 @@
 """Where sessions come from: a document that is read, or a file that is opened."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskv import defaults
 from compresskv.attention.support import attention_modules
 from compresskv.cache.cache import CompressedCache
+from compresskv.cache.costs import tokens_kept
 from compresskv.cache.state import State, restore_cache
 from compresskv.errors import CacheStateError, ConfigError, ProfileError, SessionError
 from compresskv.methods.base import Method
@@ -22,10 +24,10 @@ from compresskv.models.place import devices_of, input_device
 from compresskv.models.quantize import weights_dtype
 from compresskv.profiles.profile import Profile
 from compresskv.profiles.store import resolve_profile
-from compresskv.profiles.stores import sparing_store, warn_of_lossy_store
+from compresskv.profiles.stores import best_store, sparing_store, warn_of_lossy_store
 from compresskv.prompts.turns import first_part
 from compresskv.selection.budget_words import BEFOREHAND
-from compresskv.selection.budgets import Budget, known_beforehand, read_budget
+from compresskv.selection.budgets import Budget, SharedBudget, known_beforehand, read_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.facts import Facts
 from compresskv.sessions.file import Contents, read_session
@@ -58,8 +60,9 @@ def read(
         method: as for `compressing`; None: `forecast`, or `kvzip`, which reads the document twice, where the model has
             no profile for it.
         budget, profile, options: as for `compressing`; a share is of the document, or of its full cache's bytes.
-        store: as for `compressing`; None: on a CPU, the one of the fewest bytes that loses next to nothing on the model
-            by its profile, or 'int8' where that does not tell; elsewhere 'native'.
+        store: as for `compressing`; None: on a CPU, by the model's profile, the one that loses least for a budget in
+            bytes, else the one of the fewest bytes that loses next to nothing, or 'int8' where the profile does not
+            tell; elsewhere 'native'.
         chunk: tokens to read at a time, to bound what reading needs beside the cache; None: all at once.
         max_memory: bytes that keys and values may take while the document is read: where all of them need more, it is
             read in parts, and each is cut before the next one is read. What is kept is then another choice.
@@ -77,10 +80,13 @@ def read(
     chosen = find_method(model, method, profile, **options)
     budget = known_beforehand(read_budget(budget, BEFOREHAND))
     own = getattr(chosen, "profile", None)
-    store = _default_store(model, own) if store is None else find_precision(store).name
-    warn_of_lossy_store(own, store)
-    warn_of_slow_dtype(model)
     check_length(model, len(part.input_ids))
+    if store is None:
+        store = _default_store(model, own, budget, len(part.input_ids))
+    else:
+        store = find_precision(store).name
+        warn_of_lossy_store(own, store)
+    warn_of_slow_dtype(model)
     start = now(*devices_of(model))
     cache = read_and_cut(
         model, part.input_ids, chosen, budget, store=store, chunk=chunk, max_memory=max_memory, on_read=on_read
@@ -102,14 +108,24 @@ def read(
     return Session(model, tokenizer, cache, part.input_ids, part.ending, facts, chosen)
 
 
-def _default_store(model: PreTrainedModel, profile: Profile | None) -> str:
-    """What the model bears by the method's profile or, where the method needs none, by its own."""
+def _default_store(
+    model: PreTrainedModel, profile: Profile | None, budget: SharedBudget | Sequence[int], num_tokens: int
+) -> str:
+    """By the method's profile or, where the method needs none, by the model's own."""
     if input_device(model).type != "cpu":
         return NATIVE  # there a decode step unpacks each layer whole, which nobody has timed
     if profile is None:
         with suppress(ProfileError):
             profile = resolve_profile(model)
-    return sparing_store(profile)
+    if not isinstance(budget, str):
+        return sparing_store(profile)
+
+    def share_held(store: str) -> float:
+        with suppress(ConfigError):  # there is no room for a token
+            return tokens_kept(model, budget, num_tokens, store) / num_tokens
+        return 0.0
+
+    return best_store(profile, share_held)
 
 
 def find_method(
