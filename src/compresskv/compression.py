@@ -183,8 +183,8 @@ def compressing(
             that round logits and weights to bfloat16 (docs/speed.md). None: as the variable COMPRESSKV_EXACT_PREFILL
             says, which holds for all commands and full caches, too; False where it is not set.
         store: in how many bits a number what is kept is held once the prompt was read: 'native', as the model computes
-            it; 'int8'; 'int4k8', keys in 8 bits and values in 4; or 'int4' (docs/stores.md). Budgets count tokens in
-            all of them. New tokens are packed a few at a time.
+            it; 'int8'; 'int4k8', keys in 8 bits and values in 4; 'int4'; or 'int2' (docs/stores.md). Budgets count
+            tokens in all of them. New tokens are packed a few at a time.
         prefill_memory: about what a layer's activations may need in bytes while the prompt is read. Each layer then
             takes it in pieces, so that no more is held than the prompt's hidden states, one layer's keys and values,
             and what is kept; attention is over the whole prompt as ever. 'auto' reads prompts of more than 4,096 tokens

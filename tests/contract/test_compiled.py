@@ -103,9 +103,10 @@ def test_the_step_unpacks_where_it_cannot_read_codes(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stored_packages")
-def test_compiled_with_packed_entries_in_ragged_heads() -> None:
-    model = tiny.tiny_model("qwen2")
-    check_equal(model, "blend", "int4k8")
+@pytest.mark.parametrize(("family", "store"), [("qwen2", "int4k8"), ("qwen3", "int2")])
+def test_compiled_with_packed_entries_in_ragged_heads(family: str, store: str) -> None:
+    model = tiny.tiny_model(family)
+    check_equal(model, "blend", store)
     check_unpacks_nothing_first(model)
 
 
