@@ -159,6 +159,17 @@ class TestNumbers:
         assert (found["lengths"], found["depths"]) == ([1024, 2048], [0, 50])
         assert found["scores"] == [[0.25, 0.0], [None, 0.75]]
 
+    def test_a_full_cache_in_a_packed_store_takes_no_row_of_maps(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figures_saved: list[Any] = []
+        monkeypatch.setattr(figures, "save_figure", lambda figure, _: figures_saved.append(figure))
+        found = {"task": "needle", "depths": [50], "lengths": [512], "scores": [[1.0]]}
+        series = [("full", None), ("full int4", 1.0), ("snapkv", 100), ("snapkv int4", 100)]
+        maps = [{**found, "series": name, "budget": budget} for name, budget in series]
+        figures._heat_maps(maps, ["snapkv", "snapkv int4"], tmp_path / "map.png")
+        assert [axes.get_subplotspec().get_gridspec().nrows for axes in figures_saved[0].axes[:3]] == [1] * 3
+
     def test_maps_of_other_lengths_share_their_axes(self, tmp_path: Path) -> None:
         from matplotlib.figure import Figure
 

@@ -125,6 +125,7 @@ def _log_axis(axes: Any, shares: Sequence[float]) -> None:
 def _heat_maps(maps: Sequence[dict[str, Any]], series: Sequence[str], path: Path) -> None:
     """A grid of maps, depth over length: a row for each budget, a column for each method, the full cache first."""
     columns = [one for one in ("full", *series) if any(found["series"] == one for found in maps)]
+    maps = [one for one in maps if one["series"] in columns]  # without full caches in packed stores
     budgets = list(dict.fromkeys(one["budget"] for one in maps if one["budget"] is not None)) or [None]
     budgets.sort(key=budget_order)
     depths, lengths = (sorted({place for one in maps for place in one[axis]}) for axis in ("depths", "lengths"))
