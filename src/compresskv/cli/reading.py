@@ -51,7 +51,7 @@ SessionStoreOption = Annotated[
     str | None,
     typer.Option(
         help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)} (docs/stores.md). Default: on a "
-        "CPU, as few as lose next to nothing on the model by its profile, or int8 without one; on a GPU, native.",
+        "CPU, what loses least for the budget's bytes by the model's profile, or int8 without one; on a GPU, native.",
         metavar="STORE",
     ),
 ]

@@ -11,6 +11,8 @@ from compresskv.errors import ModelError
 _LARGEST = torch.finfo(torch.float16).max
 _SMALLEST_STEP = 2.0**-24
 """Of float16: below, all of a vector's numbers are taken to be equal."""
+_AT_ONCE = 512
+"""Vectors that are fitted together: what that takes meanwhile should fit into a core's cache."""
 _GAUSSIAN_STEP = 0.9957
 """Between four codes that err least on normally distributed numbers, in their standard deviation (Max, 1960)."""
 
@@ -39,7 +41,9 @@ class PackedVectors:
             raise ModelError(f"this model's {problem}")
         vectors = vectors.float()
         if bits == 2:
-            codes, low, step = _fitted(vectors, are_keys=are_keys)
+            pieces = vectors.reshape(-1, vectors.shape[-1]).split(_AT_ONCE)
+            fitted = zip(*(_fitted(piece, are_keys=are_keys) for piece in pieces), strict=True)
+            codes, low, step = (torch.cat(own).view(*vectors.shape[:-1], own[0].shape[-1]) for own in fitted)
         else:
             codes, low, step = _ranged(vectors, 2**bits - 1)
         joined, *others = codes.chunk(8 // bits, dim=-1)
