@@ -14,4 +14,4 @@ SESSION_METHODS = ("forecast", "kvzip")
 """Of a document that is read before anything is asked: the second where the model's profile lacks what the first needs.
 """
 SESSION_BUDGET = "25% of bytes"
-"""Of such a document's full cache: in fewer bits a number, which `sparing_store` finds, that is more of its tokens."""
+"""Of such a document's full cache: in fewer bits a number, which `best_store` finds, that is more of its tokens."""

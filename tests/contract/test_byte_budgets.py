@@ -77,6 +77,19 @@ def test_what_is_kept_beside_tokens_is_counted_once_whatever_the_parts(budget: s
     assert abs(_means(parts) - _means(whole)) <= 4 < 3 * costs.fixed / costs.held
 
 
+@pytest.mark.parametrize("count", [6000, 10_000])
+@pytest.mark.parametrize("store", tiny.STORES)
+def test_a_document_that_grows_stays_within_a_count_of_bytes(store: str, count: int) -> None:
+    model, tokenizer = tiny.tiny_model("llama"), tiny.tokenizer()
+    session = compresskv.read(
+        model, tokenizer, tiny.random_words(140), method="knorm", budget=f"{count} B", store=store
+    )
+    token = costs_of(model, PRECISIONS[store]).held
+    for seed in (1, 2):
+        session.append(tiny.random_words(45, seed=seed))
+        assert count - 4 * token < session.facts.kv_nbytes <= count
+
+
 def test_bytes_for_less_than_a_token_are_refused_as_typed_before_a_document_is_read() -> None:
     model, steps = tiny.tiny_model("llama"), []
     for options in ({}, {"max_memory": 10**6}, {"method": "kvzip"}):

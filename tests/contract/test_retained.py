@@ -221,3 +221,17 @@ def test_scoring_builds_no_graph_and_retained_tensors_need_no_gradient() -> None
     for tensor in (tensor for layer in cache.compressed_layers for tensor in states(layer)):
         assert not tensor.requires_grad
         assert tensor.grad_fn is None
+
+
+@pytest.mark.parametrize("store", tiny.PACKED_STORES)
+def test_heads_that_keep_no_token_are_packed(store: str) -> None:
+    model, tokens = tiny.tiny_model("llama"), tiny.random_tokens(60, batch_size=2)
+    padding = torch.ones_like(tokens)
+    padding[1, :20] = 0
+    options: dict[str, Any] = {"num_sinks": 0, "guaranteed": 0.0}
+    with compresskv.compressing(model, "expected_attention", 1, store=store, **options) as cache:
+        model(tokens, attention_mask=padding, past_key_values=cache)
+        assert int(tiny.kept_counts(cache).min()) == 0
+        later = torch.cat([padding, torch.ones(2, 1, dtype=torch.int64)], dim=1)
+        logits = model(tokens[:, :1], attention_mask=later, past_key_values=cache).logits
+    assert logits.isfinite().all()

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from compresskv.attention.plain import PlainAttention
 from compresskv.cache.stores import packed
 from compresskv.cache.stores.base import EVEN, Store
 from compresskv.cache.stores.dense import DenseStore
-from compresskv.cache.stores.packed import Int2Store, Int4K8Store, Int4Store, Int8Store, PackedStore
-from compresskv.cache.stores.packed_states import PackedStates
+from compresskv.cache.stores.packed import PackedStore
+from compresskv.cache.stores.packed_kinds import Int2Store, Int4K8Store, Int4Store, Int8Store
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.cache.stores.retain import PACKED_STORES, STORES, retained
 from compresskv.selection.precision import PRECISIONS
@@ -29,9 +30,10 @@ ERRORS: dict[type[Store], tuple[float, float]] = {
     Int8Store: (0.02, 0.02),
     Int4K8Store: (0.02, 0.7),
     Int4Store: (0.7, 0.7),
-    Int2Store: (4.0, 4.0),
+    Int2Store: (8.0, 4.0),
 }
-"""What packing may do to a number of a key and of a value here: they lie within -4 and 4, by four to a vector."""
+"""What packing may do to a number of a key and of a value here: they lie within -4 and 4, by four to a vector. In two
+bits that says next to nothing: what those come to is tested with the rounding store."""
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,9 @@ class Run:
         """Some of what every head holds: of the dense store, as many in the fullest row of each head."""
         shared = self.kind is DenseStore and self.random.random() < 0.5
         chosen: list[list[list[int]]] = []
-        counts = [self.random.randint(2, 5) for _ in range(NUM_HEADS)]
+        fewest = 0 if issubclass(self.kind, PackedStore) and self.random.random() < 0.3 else 1
+        counts = [self.random.randint(2 * fewest, 5) for _ in range(NUM_HEADS)]
+        counts[0] = max(1, counts[0])
         for row, heads in enumerate(self.reference.entries):
             held = [[entry[0] for entry in entries] for entries in heads]
             if shared:
@@ -79,7 +83,7 @@ class Run:
             chosen.append([])
             for own, count in zip(held, counts, strict=False):
                 most = counts[0] if self.kind is DenseStore else count
-                keeps = most if row == 0 else self.random.randint(1, most)
+                keeps = most if row == 0 else self.random.randint(min(fewest, most), most)
                 chosen[-1].append(sorted(self.random.sample(own, min(keeps, len(own)))))
         fullest = max(len(own) for heads in chosen for own in heads)
         if self.kind is DenseStore and any(len(own) < fullest for own in chosen[0]):
@@ -230,27 +234,30 @@ def test_the_first_token_of_every_row_is_as_it_was_given(kind: type[Store]) -> N
 
 
 @pytest.mark.parametrize("kind", PACKED_STORES.values())
-def test_a_state_of_before_the_first_token_was_left_whole_is_read(kind: type[PackedStore]) -> None:
+def test_a_state_of_before_the_first_token_was_left_whole_is_read_as_it_was(kind: type[PackedStore]) -> None:
     whole = DenseStore(*Run(kind, seed=6).states(NUM_PROMPT, 2))
     tokens = torch.tensor([[[1, 4, 5], [2, 4, 9]], [[EMPTY_SLOT, EMPTY_SLOT, 7], [EMPTY_SLOT, 3, 8]]])
-    held, _ = whole.held.choose(tokens)
-    state = kind.gathered(whole, held, whole.held.choose(tokens)[1]).state()
-    bits = (kind.precision.key_bits, kind.precision.value_bits)
-    for name, states, own in zip(("keys", "values"), whole.states, bits, strict=True):
-        rows = torch.arange(2)[:, None]
-        parts = [states[rows, head, tokens[:, head].clamp(min=0)] for head in range(NUM_HEADS)]
-        used = [tokens[:, head] != EMPTY_SLOT for head in range(NUM_HEADS)]
-        packed_whole = PackedStates.of(parts, used, own, are_keys=name == "keys")
-        state |= {f"{name}.{part}": tensor for part, tensor in packed_whole.state().items()}
-        state[f"{name}.tail"] = states[:, :, :0]
-    del state["whole"]
-    state["packed"] = torch.tensor([3, 3])
-    store = kind.from_state(state)
-    wanted = contents(ReferenceStore.of(whole).retained(tokens))
-    assert_near(contents(store), wanted, *ERRORS[kind])
-    new = torch.randn(2, NUM_HEADS, 1, DIM)
-    store.append(new, new)
-    assert_near(contents(kind.from_state(store.state())), contents(store), 0.0, 0.0)
+    held, slots = whole.held.choose(tokens)
+    store = kind.gathered(whole, replace(held, fewest=0), slots)
+    state = store.state()
+    assert not state.pop("whole")
+    assert state["packed"].tolist() == [3, 3]
+    read = kind.from_state(state)
+    assert contents(read) == contents(store)
+    later = kind.gathered(read, *read.held.choose(tokens[..., 1:]))
+    assert later.state()["whole"]
+    assert contents(later) == contents(ReferenceStore.of(read).retained(tokens[..., 1:]))
+
+
+@pytest.mark.parametrize("kind", PACKED_STORES.values())
+def test_where_a_row_of_a_head_holds_nothing_all_tokens_are_packed(kind: type[PackedStore]) -> None:
+    whole = DenseStore(*Run(kind, seed=7).states(NUM_PROMPT, 2))
+    none = EMPTY_SLOT
+    for tokens in ([[[1, 4], [none, none]], [[3, 5], [none, 6]]], [[[1, 4], [none, none]], [[none, 5], [none, none]]]):
+        store = kind.gathered(whole, *whole.held.choose(torch.tensor(tokens)))
+        assert not store.state()["whole"]
+        found = [[[entry[0] for entry in held] for held in heads] for heads in contents(store)]
+        assert found == [[[token for token in held if token != none] for held in heads] for heads in tokens]
 
 
 @pytest.mark.parametrize("name", PACKED_STORES)

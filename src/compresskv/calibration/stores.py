@@ -15,6 +15,7 @@ from compresskv.methods.base import Method
 from compresskv.methods.full import Full
 from compresskv.models.arguments import cache_argument
 from compresskv.models.place import input_device
+from compresskv.models.shape import compressible_layers, decoder_config, heads_of
 from compresskv.selection.precision import PRECISIONS
 
 SHARES = (0.0625, 0.125, 0.25, 0.5)
@@ -28,9 +29,10 @@ def store_losses(model: PreTrainedModel, read: FullCache, suffix: list[int], ans
         read: of what was read before the suffix; stays as it is.
         suffix: the question's tokens.
         answer: what the full cache answered.
-    Returns: by the name of each packed store.
+    Returns: by the name of each packed store that can hold the model's heads.
     """
-    packed = [name for name, precision in PRECISIONS.items() if precision.is_packed]
+    dims = {heads_of(decoder_config(model), layer_idx).head_dim for layer_idx in compressible_layers(model)}
+    packed = [name for name, one in PRECISIONS.items() if one.is_packed and all(map(one.fits, dims))]
     caches = {name: CompressedCache(model, Full(), 1.0, store=name) for name in packed}
     return _losses(model, read, suffix, answer, caches)
 

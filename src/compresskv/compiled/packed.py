@@ -16,7 +16,7 @@ from compresskv.selection.precision import Precision
 
 
 class PackedLayer(EvenLayer):
-    """What is packed, and behind it a tail of new tokens, (1, H_kv, T, D), that is written to."""
+    """What is packed, and beside it a tail of first and new tokens, (1, H_kv, T, D), that is written to."""
 
     def __init__(self, layer_idx: int, config: Any, *tail: Tensor, packed: list[Tensor], precision: Precision) -> None:
         """One layer of a step.

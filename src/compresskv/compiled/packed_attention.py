@@ -37,7 +37,7 @@ def packed_attention(
     tail_end: Tensor,
     scaling: float,
 ) -> Tensor:
-    """One token's attention to what each KV head holds packed and to a tail of new tokens.
+    """One token's attention to what each KV head holds packed and to a tail of first and new tokens.
 
     This is what a step does that is not compiled, and what the C++ is checked against.
 

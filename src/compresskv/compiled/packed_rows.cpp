@@ -94,7 +94,8 @@ INLINE Floats<N> widened(const Ints<N>& halves) {
 
 INLINE float widened(uint16_t half) { return widened<4>(Ints<4>{} + half)[0]; }
 
-// How the D numbers of a token lie in memory: in 8, 4 or 2 bits, or as floats (32). UNITS loads give PLANES vectors each.
+// How the D numbers of a token lie in memory: in 8, 4 or 2 bits, or as floats (32). UNITS loads give PLANES vectors
+// each.
 // Of short rows, one load gives those of several tokens; else the last load may reach into what follows.
 template <int BITS, int D>
 struct Row {
@@ -130,7 +131,8 @@ struct Row {
         }
     }
 
-    // Which of the D numbers lies in a plane of a word: byte i holds number i in its lowest bits, i + D * BITS / 8 above.
+    // Which of the D numbers lies in a plane of a word: byte i holds number i in its lowest bits, above it number
+    // i + D * BITS / 8.
     static constexpr int place(int plane, int word) {
         constexpr int IN_BYTE = BITS < 8 ? 8 / BITS : 1;
         return PLANES / IN_BYTE * word + plane / IN_BYTE + plane % IN_BYTE * (D / IN_BYTE);

@@ -29,7 +29,7 @@ class StepInputs:
 
     For an even layer keys and values are (1, H_kv, n, D), with room behind the tokens held. For a ragged one they are
     (1, N, D), in which each KV head has a part. For a sliding one they are the tokens held, (1, H_kv, n, D). For a
-    packed one they are its tail of new tokens, as of an even layer.
+    packed one they are what lies beside it, first and new tokens, as of an even layer.
     """
 
     token: Tensor

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ Rows = tuple[tuple[float, ...], ...]
 _NUM_BITS = {"replay_weights": 32, "query_centres": 16}
 _LOSSES = ("store_losses", "document_losses")
 """Fields that no method looks into."""
+_SHARE = re.compile(r"0\.\d*[1-9]\d*")
 
 
 class _Model(TypedDict):
@@ -121,7 +123,7 @@ class Profile:
         for field_name in _LOSSES:
             for name, loss in getattr(self, field_name).items():
                 _check(0 <= loss < math.inf, f"{field_name}.{name}", "is no finite number of at least 0")
-        _check(all(map(_is_share, self.document_losses)), "document_losses", "names what is no share")
+        _check(all(map(_SHARE.fullmatch, self.document_losses)), "document_losses", "names what is no share")
         for name in _NUM_BITS:
             rows = getattr(self, name)
             if rows is not None:
@@ -294,13 +296,6 @@ def read_profile(path: str | Path) -> Profile:
 def _check(holds: bool, name: str, what: str) -> None:
     if not holds:
         raise ProfileError(f"field {name!r} {what}")
-
-
-def _is_share(text: str) -> bool:
-    try:
-        return 0 < float(text) < 1
-    except ValueError:
-        return False
 
 
 def _usable(numbers: Sequence[float]) -> bool:

@@ -25,6 +25,10 @@ class Precision:
         """Whether anything is held in fewer bits than the model computes with."""
         return self.key_bits is not None
 
+    def fits(self, head_dim: int) -> bool:
+        """Whether a key's and a value's numbers fill whole bytes."""
+        return all(bits is None or head_dim * bits % 8 == 0 for bits in (self.key_bits, self.value_bits))
+
     def nbytes(self, head_dim: int, itemsize: int) -> int:
         """What one token takes in one KV head, its ranges included.
 

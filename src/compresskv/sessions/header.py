@@ -12,7 +12,7 @@ from compresskv.system.paths import is_file, is_folder
 
 FORMAT = "compresskv-session"
 DOCUMENT_VERSION = 1
-"""Of files with a budget and without a conversation, which the earliest release reads as well."""
+"""Of files with a budget, without a conversation and without packed stores, which the earliest release reads, too."""
 CONVERSATION_VERSION = 2
 """Of other files without packed stores."""
 VERSION = 3

@@ -91,25 +91,28 @@ def read_on(
         chunk, on_read: as for `read_and_cut`.
     """
     before, num_new = cache.get_seq_length(), len(token_ids)
-    left = None
-    if not is_share(budget):
-        left = [min(1.0, allowed * before / (before + num_new)) for allowed in _allowed(cache, budget)]
+    left = None if is_share(budget) else _left(model, cache, budget, before / (before + num_new))
     with routing(model), telling(model, _num_read(method, num_new, later=True), on_read):
         _read_part(model, cache, token_ids, method, of_part(budget, num_new, before + num_new), left, chunk)
         cache.check_attended()
 
 
-def _allowed(cache: CompressedCache, budget: Budget) -> list[float]:
-    """How much a count of tokens or bytes is of what each layer holds: alike where the method shared it out."""
+def _left(model: PreTrainedModel, cache: CompressedCache, budget: Budget, share: float) -> list[float]:
+    """How much of its tokens each layer keeps to be within its share of a count of tokens or bytes: alike where the
+    method shared it out.
+    """
     layers = cache.compressed_layers
-    if isinstance(budget, str):
-        found = find_byte_budget(budget)
-        assert found is not None
-        return [(found.count or 0) / sum(layer.retained_nbytes for layer in layers)] * len(layers)
     held = [layer.mean_retained for layer in layers]
-    if isinstance(budget, (int, float)):
-        return [budget * len(layers) / sum(held)] * len(layers)
-    return [count / own for count, own in zip(budget, held, strict=True)]
+    if isinstance(budget, str):
+        found, fixed = find_byte_budget(budget), costs_of(model, layers[0].precision).fixed
+        assert found is not None
+        nbytes = sum(layer.retained_nbytes for layer in layers)
+        left = [(share * (found.count or 0) - fixed) / (nbytes - fixed)] * len(layers)
+    elif isinstance(budget, (int, float)):
+        left = [share * budget * len(layers) / sum(held)] * len(layers)
+    else:
+        left = [share * count / own for count, own in zip(budget, held, strict=True)]
+    return [min(1.0, max(0.0, own)) for own in left]
 
 
 def _read_part(

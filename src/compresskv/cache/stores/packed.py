@@ -14,7 +14,6 @@ from compresskv.cache.stores.packed_reading import attend_to_codes
 from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.positions import Positions
 from compresskv.cache.stores.ragged import RaggedStore
-from compresskv.selection.precision import PRECISIONS
 
 _PARTS = ("codes", "ranges", "centre", "scale")
 _WHOLE = "whole"
@@ -28,16 +27,22 @@ class PackedStore(Store):
     Attention unpacks a layer for the length of a call; nothing else ever holds it unpacked.
 
     Most queries attend to the first token more than to any other, so what packing did to it would be done to all.
-    Sources: IntactKV (arXiv 2403.01241), KVSink (arXiv 2508.04257). It lies where the tail begins: whatever it is that
-    heads hold, each has one.
+    Sources: IntactKV (arXiv 2403.01241), KVSink (arXiv 2508.04257). It lies where the tail begins. Where a row of a
+    head holds no token, all are packed.
     """
 
-    def __init__(self, keys: PackedStates, values: PackedStates, tail: tuple[Tensor, Tensor], held: Positions) -> None:
-        """Hold these; `tail`, keys and values (B, H_kv, 1 + n, D): each head's first token, and what comes behind what
-        is packed.
+    def __init__(
+        self, keys: PackedStates, values: PackedStates, tail: tuple[Tensor, Tensor], held: Positions, num_whole: int
+    ) -> None:
+        """Hold these.
+
+        Args:
+            tail: keys and values (B, H_kv, num_whole + n, D): each head's first token, and what comes behind what is
+                packed.
+            num_whole: 1, or 0 where first tokens are packed, too.
         """
         super().__init__(held)
-        self._keys, self._values = keys, values
+        self._keys, self._values, self._num_whole = keys, values, num_whole
         self._tail = [Growing(states) for states in tail]
         self._bounds: Tensor | None = None
 
@@ -60,14 +65,14 @@ class PackedStore(Store):
         if isinstance(source, cls):
             return source._regathered(held, own)
         taken = [source.take(one, head) for head, one in enumerate(own)]
-        empty = held.empty_slots(source.num_heads)
+        empty, num_whole = held.empty_slots(source.num_heads), min(held.fewest, 1)
         packed, first = [], []
         for side, bits in enumerate(cls._bits()):
-            parts = [first_apart(pair[side][:, 0], own) for pair, own in zip(taken, empty, strict=True)]
+            parts = [first_apart(pair[side][:, 0], own, num_whole) for pair, own in zip(taken, empty, strict=True)]
             used = [_used(rest, own) for (_, rest), own in zip(parts, empty, strict=True)]
             packed.append(PackedStates.of([rest for _, rest in parts], used, bits, are_keys=side == 0))
             first.append(torch.stack([one for one, _ in parts], dim=1))
-        return cls(packed[0], packed[1], (first[0], first[1]), held)
+        return cls(packed[0], packed[1], (first[0], first[1]), held, num_whole)
 
     @classmethod
     def _bits(cls) -> tuple[int, int]:
@@ -79,20 +84,25 @@ class PackedStore(Store):
 
     def _regathered(self, held: Positions, slots: list[Tensor]) -> "PackedStore":
         """The named slots of each head, (B, 1, R) in terms of `explicit`."""
-        counts, opened = self.counts, self._opened(back=True)
+        counts, num_whole = self.counts, min(held.fewest, 1)
         before, after = (one.empty_slots(len(counts)) for one in (self.held, held))
-        first, rest = [], []
+        packed = self._packed_whole(first=not num_whole)
+        first: list[list[Tensor]] = [[], []]
+        rest = []
         for head, (one, count) in enumerate(zip(slots, counts, strict=True)):
-            own_first, own_rest = first_apart(one[:, 0], after[head])
-            first.append(opened.take(own_first[:, None], head))
-            rest.append(_packed_place(own_rest - (max(counts) - count), before[head], count - 1))
-        keys, values = (side.gathered(rest) for side in self._packed_whole())
-        tail_keys, tail_values = (torch.cat(states, dim=1) for states in zip(*first, strict=True))
-        return type(self)(keys, values, (tail_keys, tail_values), held)
+            own = one[:, 0] - (max(counts) - count)
+            own_first, own_rest = first_apart(own, after[head], num_whole)
+            rest.append(self._place(own_rest, before[head], packed[0].counts[head]))
+            for number, side in enumerate(packed):
+                first[number].append(self._taken(side, self._tail[number].held[:, head], head, own_first, before[head]))
+        keys, values = (side.gathered(rest) for side in packed)
+        tail_keys, tail_values = (torch.stack(states, dim=1) for states in first)
+        return type(self)(keys, values, (tail_keys, tail_values), held, num_whole)
 
-    def _packed_whole(self) -> tuple[PackedStates, PackedStates]:
-        """With the tail, without the first token."""
-        keys, values = (growing.held[:, :, 1:].detach() for growing in self._tail)
+    def _packed_whole(self, *, first: bool = False) -> tuple[PackedStates, PackedStates]:
+        """With the tail and, where `first`, with first tokens behind it."""
+        tails, num = [growing.held.detach() for growing in self._tail], self._num_whole if first else 0
+        keys, values = (torch.cat([tail[:, :, self._num_whole :], tail[:, :, :num]], dim=2) for tail in tails)
         return self._keys.extended(keys), self._values.extended(values)
 
     @torch.no_grad()
@@ -102,12 +112,12 @@ class PackedStore(Store):
         if self._num_unpacked >= (TAIL if device.type == "cpu" else room_for_tokens(device)):
             self._keys, self._values = self._packed_whole()
             self._bounds = None
-            self._tail = [Growing(growing.held[:, :, :1].clone()) for growing in self._tail]
+            self._tail = [Growing(growing.held[:, :, : self._num_whole].clone()) for growing in self._tail]
 
     @property
     def _num_unpacked(self) -> int:
         """New tokens."""
-        return self._tail[0].held.shape[2] - 1
+        return self._tail[0].held.shape[2] - self._num_whole
 
     def take(self, slots: Tensor, head: int | None = None) -> tuple[Tensor, Tensor]:
         """See `Store.take`: unpacked."""
@@ -145,17 +155,50 @@ class PackedStore(Store):
 
     def _opened(self, *, back: bool) -> Store:
         """A store of the same, unpacked: turned as it is stored or, with `back`, as it was given."""
-        sides = ((self._keys, self._tail[0].held), (self._values, self._tail[1].held))
+        sides, num = ((self._keys, self._tail[0].held), (self._values, self._tail[1].held)), self._num_whole
         if self.layout == EVEN and not back and not self.held.has_empty_slots:
-            keys, values = (packed.even(tail[:, :, :1], tail[:, :, 1:]) for packed, tail in sides)
+            keys, values = (packed.even(tail[:, :, :num], tail[:, :, num:]) for packed, tail in sides)
             return DenseStore(keys, values, self.held)
         empty = self.held.empty_slots(self.num_heads)
         parts = []
         for packed, tail in sides:
             around = (tail if back else packed.turned_states(tail)).unbind(dim=1)
             heads = zip(around, packed.heads(back=back), empty, strict=True)
-            parts.append([first_among(own[:, :1], one.to(own.dtype), own[:, 1:], slots) for own, one, slots in heads])
+            parts.append(
+                [first_among(own[:, :num], one.to(own.dtype), own[:, num:], slots) for own, one, slots in heads]
+            )
+        if self.layout == EVEN:
+            return DenseStore(torch.stack(parts[0], dim=1), torch.stack(parts[1], dim=1), self.held)
         return RaggedStore(parts, self.held)
+
+    def _place(self, slots: Tensor, empty: Tensor | None, num_packed: int) -> Tensor:
+        """(B, n) where in `_packed_whole` of a head the tokens of these slots lie; any place for what lies nowhere.
+
+        Args:
+            slots: any for what holds nothing.
+            empty: see `first_apart`.
+            num_packed: tokens of the head there.
+        """
+        places = slots
+        if self._num_whole:
+            first = 0 if empty is None else empty[:, None]
+            places = torch.where(slots == first, num_packed - 1, slots - (slots > first).long())
+        return places.clamp(min=0, max=max(0, num_packed - 1))
+
+    def _taken(self, side: PackedStates, tail: Tensor, head: int, slots: Tensor, empty: Tensor | None) -> Tensor:
+        """(B, R, D) of a head's slots (B, R), unpacked where they are packed.
+
+        Args:
+            side: keys or values with all later tokens.
+            tail: (B, 1 + t, D), the head's, which begins with its first token.
+        """
+        if not slots.shape[1] or not side.counts[head]:
+            return tail[:, : slots.shape[1]]
+        packed = side.taken(head, self._place(slots, empty, side.counts[head])).to(tail.dtype)
+        if not self._num_whole:
+            return packed
+        first = 0 if empty is None else empty[:, None]
+        return torch.where((slots == first)[..., None], tail[:, :1], packed)
 
     @property
     def num_heads(self) -> int:
@@ -193,7 +236,7 @@ class PackedStore(Store):
         self.held = self.held.appended(-num_removed)
         left = max(0, self._num_unpacked - num_removed)
         packed = num_removed - (self._num_unpacked - left)
-        self._tail = [Growing(growing.held[:, :, : 1 + left]) for growing in self._tail]
+        self._tail = [Growing(growing.held[:, :, : self._num_whole + left]) for growing in self._tail]
         if packed:
             self._keys, self._values = self._keys.cropped(packed), self._values.cropped(packed)
             self._bounds = None
@@ -207,11 +250,11 @@ class PackedStore(Store):
     def __copy__(self) -> "PackedStore":
         """A store that goes on from here alone; tensors are shared until it appends."""
         keys, values = (growing.held for growing in self._tail)
-        return type(self)(self._keys, self._values, (keys, values), self.held)
+        return type(self)(self._keys, self._values, (keys, values), self.held, self._num_whole)
 
     def state(self) -> dict[str, Tensor]:
-        """With the codes, ranges and means of keys and of values, and the first token and tail (B, H_kv, 1 + n, D)."""
-        counts, whole = (torch.tensor(number, device="cpu") for number in (self._keys.counts, 1))
+        """With the codes, ranges and means of keys and of values, and what lies beside them, (B, H_kv, n, D)."""
+        counts, whole = (torch.tensor(number, device="cpu") for number in (self._keys.counts, bool(self._num_whole)))
         state = {"packed": counts, _WHOLE: whole, **super().state()}
         sides = (("keys", self._keys, self._tail[0]), ("values", self._values, self._tail[1]))
         for name, packed, growing in sides:
@@ -231,37 +274,9 @@ class PackedStore(Store):
             )
             for name, bits in zip(("keys", "values"), cls._bits(), strict=True)
         )
-        held, tail = cls.positions_from_state(state), [state["keys.tail"], state["values.tail"]]
-        if _WHOLE not in state:  # an earlier release packed the first token, too
-            empty = held.empty_slots(len(counts))
-            parts = [_apart(side, empty) for side in (keys, values)]
-            tail = [torch.cat([first.to(own.dtype), own], dim=2) for (first, _), own in zip(parts, tail, strict=True)]
-            keys, values = (rest for _, rest in parts)
-        return cls(keys, values, (tail[0], tail[1]), held)
-
-
-class Int8Store(PackedStore):
-    """Keys and values in 8 bits."""
-
-    precision = PRECISIONS["int8"]
-
-
-class Int4Store(PackedStore):
-    """Keys and values in 4 bits."""
-
-    precision = PRECISIONS["int4"]
-
-
-class Int2Store(PackedStore):
-    """Keys and values in 2 bits."""
-
-    precision = PRECISIONS["int2"]
-
-
-class Int4K8Store(PackedStore):
-    """Keys in 8 bits, values in 4."""
-
-    precision = PRECISIONS["int4k8"]
+        num_whole = int(state[_WHOLE]) if _WHOLE in state else 0  # earlier releases packed the first token, too
+        tail = state["keys.tail"], state["values.tail"]
+        return cls(keys, values, tail, cls.positions_from_state(state), num_whole)
 
 
 def _of_head(slots: Tensor, head: int) -> Tensor:
@@ -270,19 +285,5 @@ def _of_head(slots: Tensor, head: int) -> Tensor:
 
 
 def _used(rest: Tensor, empty: Tensor | None) -> Tensor | None:
-    """(B, n) bool, which of a head's tokens but the first (B, n, D) hold something; None: all."""
+    """(B, n) bool, which of a head's slots (B, n, D), but for the first token's, hold something; None: all."""
     return None if empty is None else torch.arange(rest.shape[1], device=rest.device) >= empty[:, None]
-
-
-def _packed_place(slots: Tensor, empty: Tensor | None, num_packed: int) -> Tensor:
-    """(B, n) where among what a head has packed the tokens of these slots lie, of which the first is none."""
-    first = 0 if empty is None else empty[:, None]
-    return (slots - (slots > first).long()).clamp(min=0, max=num_packed - 1)  # empty slots may name any
-
-
-def _apart(states: PackedStates, empty: list[Tensor | None]) -> tuple[Tensor, PackedStates]:
-    """Each head's first token unpacked, (B, H_kv, 1, D), and the others."""
-    parts = states.heads(back=True)
-    first = torch.stack([first_apart(part, own)[0] for part, own in zip(parts, empty, strict=True)], dim=1)
-    slots = [torch.arange(part.shape[1], device=part.device).expand(len(part), -1) for part in parts]
-    return first, states.gathered([first_apart(own, one)[1] for own, one in zip(slots, empty, strict=True)])

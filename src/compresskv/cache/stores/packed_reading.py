@@ -14,7 +14,7 @@ def attend_to_codes(
     their step, and what all codes of a vector, or of a head, have in common.
 
     Args:
-        tails: keys and values (B, H_kv, T, D) behind what is packed.
+        tails: keys and values (B, H_kv, T, D) beside what is packed.
         query: (B, H_q, 1, D).
         scaling: factor on the dot products.
     Returns: (B, 1, H_q, D), in the query's dtype.

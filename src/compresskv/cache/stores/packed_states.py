@@ -79,13 +79,18 @@ class PackedStates:
 
     def heads(self, *, back: bool) -> list[Tensor]:
         """Of each KV head (B, n, D) float32, turned as they are stored or, with `back`, as they were given."""
-        parts = list(self.vectors.unpacked().split(self.counts, dim=1))
+        return [self._unpacked(part, head, back=back) for head, part in enumerate(self.vectors.split(self.counts))]
+
+    def taken(self, head: int, indices: Tensor) -> Tensor:
+        """(B, R, D) float32 as they were given: the named vectors of a KV head; `indices` is (B, R)."""
+        return self._unpacked(self.vectors.split(self.counts)[head].gathered(indices), head, back=True)
+
+    def _unpacked(self, vectors: PackedVectors, head: int, *, back: bool) -> Tensor:
+        states = vectors.unpacked()
         if self.centre is not None:
-            parts = [part + own[:, None] for part, own in zip(parts, self.centre.float().unbind(dim=1), strict=True)]
-            parts = [turned_back(part) for part in parts] if back else parts
-        if self.scale is not None and back:
-            parts = [part * own[:, None] for part, own in zip(parts, self.scale.float().unbind(dim=1), strict=True)]
-        return parts
+            states = states + self.centre[:, head, None].float()
+            states = turned_back(states) if back else states
+        return states * self.scale[:, head, None].float() if self.scale is not None and back else states
 
     def even(self, first: Tensor, tail: Tensor) -> Tensor:
         """(B, H_kv, f + n + t, D) in the tail's dtype: turned as they are stored, where all heads hold as many.

@@ -11,6 +11,8 @@ from compresskv.errors import ModelError
 _LARGEST = torch.finfo(torch.float16).max
 _SMALLEST_STEP = 2.0**-24
 """Of float16: below, all of a vector's numbers are taken to be equal."""
+_LONGEST = 2.0
+"""Times its length that a key may get: usual ones get a seventh."""
 _AT_ONCE = 512
 """Vectors that are fitted together: what that takes meanwhile should fit into a core's cache."""
 _GAUSSIAN_STEP = 0.9957
@@ -62,7 +64,8 @@ class PackedVectors:
     def unpacked(self) -> Tensor:
         """(..., D) float32."""
         low, step = self.ranges.float().unbind(dim=-1)
-        codes = self.codes if self.bits == 8 else torch.cat(self._planes(), dim=-1)
+        planes = self._planes()
+        codes = planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
         return codes.float().mul_(step[..., None]).add_(low[..., None])  # faster than addcmul
 
     def planes(self) -> list[Tensor]:
@@ -70,7 +73,11 @@ class PackedVectors:
         return [plane.float() for plane in self._planes()]
 
     def _planes(self) -> list[Tensor]:
-        return [self.codes >> shift & 2**self.bits - 1 for shift in range(0, 8, self.bits)]
+        if self.bits == 8:
+            return [self.codes]
+        mask, last = 2**self.bits - 1, 8 - self.bits
+        between = [self.codes >> shift & mask for shift in range(self.bits, last, self.bits)]
+        return [self.codes & mask, *between, self.codes >> last]  # the outer ones take one operation
 
     def by_head(self, num_heads: int) -> "PackedVectors":
         """(B, heads, n, D) of (B, heads * n, D)."""
@@ -123,7 +130,7 @@ def _fitted(vectors: Tensor, *, are_keys: bool) -> tuple[Tensor, Tensor, Tensor]
         step = _quotient(_product(codes - middle, apart), _product(codes - middle, codes - middle))
         low = mean - step * middle
     if are_keys:
-        longer = _quotient(_product(vectors, vectors), _product(vectors, low + step * codes))
+        longer = _quotient(_product(vectors, vectors), _product(vectors, low + step * codes)).clamp(max=_LONGEST)
         low, step = low * longer, step * longer
     low, step = (one.clamp(-_LARGEST, _LARGEST).half() for one in (low, step))
     return codes, low, step

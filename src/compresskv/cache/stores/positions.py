@@ -28,6 +28,8 @@ class Positions:
     """For each of H heads, the chosen tokens of the row that has most: the slots that it needs for them."""
     has_empty_slots: bool = False
     """Whether some of those slots must be masked."""
+    fewest: int = 0
+    """Tokens that each row of each head has chosen at least, as far as that is known."""
 
     @property
     def num_seen(self) -> int:
@@ -117,4 +119,5 @@ class Positions:
         has_empty_slots = any(row != list(fullest) for row in by_row)
         first = tokens.shape[2] - max(fullest)
         chosen = tokens[..., first:].to(torch.int32)
-        return Positions(range(self.num_seen, self.num_seen), chosen, fullest, has_empty_slots), slots[..., first:]
+        later = range(self.num_seen, self.num_seen)
+        return Positions(later, chosen, fullest, has_empty_slots, min(counts)), slots[..., first:]

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from compresskv.cache.stores.base import Store
 from compresskv.cache.stores.dense import DenseStore
-from compresskv.cache.stores.packed import Int2Store, Int4K8Store, Int4Store, Int8Store, PackedStore
+from compresskv.cache.stores.packed import PackedStore
+from compresskv.cache.stores.packed_kinds import Int2Store, Int4K8Store, Int4Store, Int8Store
 from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.selection.precision import NATIVE, PRECISIONS, Precision
 
