@@ -37,6 +37,13 @@ def context(
     return compresskv.compressing(model, method, budget, compile=compile, store=store, **options)
 
 
+def assert_near(found: Tensor, expected: Tensor, store: str) -> None:
+    # A new token's number that lies between two codes, but for rounding, may get either.
+    tolerance = 2e-4 if store == "native" else 0.02
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert float((found - expected).abs().mean()) < 2e-4
+
+
 def check_equal(model: PreTrainedModel, method: str, store: str = "native") -> None:
     sequence = tiny.random_tokens(NUM_PROMPT + NUM_STEPS)
     steps = [NUM_PROMPT] + [1] * NUM_STEPS
@@ -45,10 +52,7 @@ def check_equal(model: PreTrainedModel, method: str, store: str = "native") -> N
     with context(model, method, "always", store=store) as cache:
         found = tiny.read(model, cache, sequence, steps)
     assert (cache.num_compiled_steps, cache.not_compiled) == (NUM_STEPS, None)
-    # A new token's number that lies between two codes, but for rounding, may get either.
-    tolerance = 2e-4 if store == "native" else 0.02
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert float((found - expected).abs().mean()) < 2e-4
+    assert_near(found, expected, store)
     assert (found.argmax(-1) == expected.argmax(-1)).all()
     for own, other in zip(cache.compressed_layers, held.compressed_layers, strict=True):
         assert own.seen_tokens == other.seen_tokens == NUM_PROMPT + NUM_STEPS
@@ -187,9 +191,9 @@ def test_both_ways_alternate_on_one_cache_and_its_copies(
         assert branch.num_compiled_steps == 4
         cache.crop(-2)
         once_more = tiny.read(model, cache, sequence, [1, 1])
-    torch.testing.assert_close(torch.cat([found, rest], dim=1), expected, rtol=2e-4, atol=2e-4)
-    torch.testing.assert_close(again, rest, rtol=2e-4, atol=2e-4)
-    torch.testing.assert_close(once_more, rest[:, -2:], rtol=2e-4, atol=2e-4)
+    assert_near(torch.cat([found, rest], dim=1), expected, store)
+    assert_near(again, rest, store)
+    assert_near(once_more, rest[:, -2:], store)
 
 
 @pytest.mark.usefixtures("uncompiled")
