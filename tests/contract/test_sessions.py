@@ -49,7 +49,7 @@ QUESTIONS = ["75 14 22 9 64 29 38", "41 7 90"]
 def read(
     model: PreTrainedModel, method: str = "adakv", budget: Any = 24, store: str | None = "native", **options: Any
 ) -> Session:
-    if not isinstance(budget, (int, float)):
+    if isinstance(budget, list):
         budget = budget[: len(compressible_layers(model))]
     options |= tiny.options_for(model, method)
     return compresskv.read(
@@ -92,7 +92,7 @@ def kept(session: Session) -> list[Any]:
 
 
 @pytest.mark.stores(reason="a file names the stores that users have")
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("budget", [*BUDGETS, "20% of bytes"], ids=str)
 @pytest.mark.parametrize("method", registry.methods())
 @pytest.mark.parametrize("store", tiny.STORES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -390,12 +390,13 @@ def test_a_growing_document_stays_within_the_count_of_each_layer(family: str, me
 
 
 @pytest.mark.stores(reason="a file names the stores that users have")
-@pytest.mark.parametrize("budget", [24, 0.4], ids=str)
+@pytest.mark.parametrize("store", ["native", "int4", "int2"])
+@pytest.mark.parametrize("budget", [24, 0.4, "9 kB"], ids=str)
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "vote", "kvzip", "knorm"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_an_opened_document_grows_as_before(family: str, method: str, budget: Any, tmp_path: Path) -> None:
+def test_an_opened_document_grows_as_before(family: str, method: str, budget: Any, store: str, tmp_path: Path) -> None:
     model = tiny.tiny_model(family)
-    session = read(model, method, budget)
+    session = read(model, method, budget, store=store)
     session.save(tmp_path / "saved.kvc")
     opened = compresskv.open_session(tmp_path / "saved.kvc", model, tiny.tokenizer())
     for number in range(2):

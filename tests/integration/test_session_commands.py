@@ -55,6 +55,18 @@ def refused(result: Result, *words: str) -> None:
         assert word in result.err
 
 
+@pytest.mark.parametrize("budget", [(), ("--budget", "12.5% of bytes"), ("--budget", "200 kB")], ids=str)
+def test_by_default_few_bits_hold_a_document(budget: tuple[str, ...], call: Callable[..., Result]) -> None:
+    result = call("read", "doc.txt", "--model", "model", *budget, "--output", "by-default.kvc")
+    assert result.code == 0
+    assert "kvzip" in result.err  # the model has no profile
+    assert "in int8" in result.err
+    shown = call("session", "show", "by-default.kvc", "--json")
+    facts = json.loads(shown.out)
+    assert (facts["method"], facts["store"]) == ("kvzip", "int8")
+    assert facts["kv_nbytes"] < 0.3 * facts["kv_nbytes_full"]
+
+
 def test_a_document_is_read_and_asked_twice(kept: Path, call: Callable[..., Result]) -> None:
     for question, answer in ((QUESTION, ANSWER), ("What of birch?", OTHER), (QUESTION, ANSWER)):
         result = call("ask", "doc.kvc", question)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   compresskv read report.txt
-  compresskv read report.txt -o kept/report.kvc --budget 25%
+  compresskv read report.txt -o kept/report.kvc --budget '12.5% of bytes'
   compresskv read january.txt february.txt -o kept/ --store int8
   compresskv read novel.txt --chunk 1024 --max-memory 500MB
   compresskv ask report.kvc "Who signed the contract?"

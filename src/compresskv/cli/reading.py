@@ -51,7 +51,8 @@ SessionStoreOption = Annotated[
     str | None,
     typer.Option(
         help=f"In how many bits a number what is kept is held: {', '.join(PRECISIONS)} (docs/stores.md). Default: on a "
-        "CPU, what loses least for the budget's bytes by the model's profile, or int8 without one; on a GPU, native.",
+        "CPU, by the model's profile, what loses least for the budget's bytes or, for a budget in tokens, the fewest "
+        "bits that lose next to nothing; int8 without one; on a GPU, native.",
         metavar="STORE",
     ),
 ]
