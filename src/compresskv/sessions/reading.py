@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
-from compresskv.cache.costs import costs_of
+from compresskv.cache.costs import costs_of, tokens_kept
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.models.decoding import prefill
@@ -59,8 +59,8 @@ def read_and_cut(
     check_count("max_memory", max_memory, or_none=True)
     total = len(token_ids)
     cache = CompressedCache(model, method, budget, store=store)
-    if isinstance(budget, str) and (in_bytes := find_byte_budget(budget)) is not None:
-        in_bytes.tokens(total, costs_of(model, find_precision(store)))  # refuses what has no room, before it is read
+    if isinstance(budget, str):
+        tokens_kept(model, budget, total, store)  # refuses what has no room, before it is read
     step = total if max_memory is None else _part_tokens(model, method, budget, store, total, max_memory)
     parts = [token_ids[start : start + step] for start in range(0, total, step)]
     num_read = sum(_num_read(method, len(part), later=number > 0) for number, part in enumerate(parts))
@@ -102,16 +102,17 @@ def _left(model: PreTrainedModel, cache: CompressedCache, budget: Budget, share:
     method shared it out.
     """
     layers = cache.compressed_layers
-    held = [layer.mean_retained for layer in layers]
     if isinstance(budget, str):
         found, fixed = find_byte_budget(budget), costs_of(model, layers[0].precision).fixed
         assert found is not None
         nbytes = sum(layer.retained_nbytes for layer in layers)
         left = [(share * (found.count or 0) - fixed) / (nbytes - fixed)] * len(layers)
-    elif isinstance(budget, (int, float)):
-        left = [share * budget * len(layers) / sum(held)] * len(layers)
     else:
-        left = [share * count / own for count, own in zip(budget, held, strict=True)]
+        held = [layer.mean_retained for layer in layers]
+        if isinstance(budget, (int, float)):
+            left = [share * budget * len(layers) / sum(held)] * len(layers)
+        else:
+            left = [share * count / own for count, own in zip(budget, held, strict=True)]
     return [min(1.0, max(0.0, own)) for own in left]
 
 

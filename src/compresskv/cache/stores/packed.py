@@ -181,7 +181,7 @@ class PackedStore(Store):
         """
         places = slots
         if self._num_whole:
-            first = 0 if empty is None else empty[:, None]
+            first = _first_slot(empty)
             places = torch.where(slots == first, num_packed - 1, slots - (slots > first).long())
         return places.clamp(min=0, max=max(0, num_packed - 1))
 
@@ -197,8 +197,7 @@ class PackedStore(Store):
         packed = side.taken(head, self._place(slots, empty, side.counts[head])).to(tail.dtype)
         if not self._num_whole:
             return packed
-        first = 0 if empty is None else empty[:, None]
-        return torch.where((slots == first)[..., None], tail[:, :1], packed)
+        return torch.where((slots == _first_slot(empty))[..., None], tail[:, :1], packed)
 
     @property
     def num_heads(self) -> int:
@@ -287,3 +286,8 @@ def _of_head(slots: Tensor, head: int) -> Tensor:
 def _used(rest: Tensor, empty: Tensor | None) -> Tensor | None:
     """(B, n) bool, which of a head's slots (B, n, D), but for the first token's, hold something; None: all."""
     return None if empty is None else torch.arange(rest.shape[1], device=rest.device) >= empty[:, None]
+
+
+def _first_slot(empty: Tensor | None) -> Tensor | int:
+    """(B, 1) of each row's first token, or of all rows'; see `first_apart`."""
+    return 0 if empty is None else empty[:, None]
