@@ -42,11 +42,13 @@ def test_a_plan_made_for_a_store_keeps_as_many_tokens() -> None:
     assert plan.mean_retained == sum(layer.mean_retained for layer in cache.compressed_layers) / 4
 
 
-def test_bytes_for_less_than_a_token_are_refused_in_one_line() -> None:
+@pytest.mark.stores(reason="each takes other bytes")
+@pytest.mark.parametrize(("store", "took"), [("native", "512 bytes"), ("int4", "896 bytes in int4")])
+def test_bytes_for_less_than_a_token_are_refused_in_one_line(store: str, took: str) -> None:
     model = tiny.tiny_model("llama")
     with (
-        compresskv.compressing(model, "snapkv", "100B") as cache,
-        pytest.raises(ConfigError, match=r"budget='100B' has no room for one token: that takes 512 bytes$"),
+        compresskv.compressing(model, "snapkv", "100B", store=store) as cache,
+        pytest.raises(ConfigError, match=rf"budget='100B' has no room for one token: that takes {took}$"),
     ):
         tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
 

@@ -67,6 +67,18 @@ def test_by_default_few_bits_hold_a_document(budget: tuple[str, ...], call: Call
     assert facts["kv_nbytes"] < 0.3 * facts["kv_nbytes_full"]
 
 
+def test_one_token_is_noted_where_all_may_have_been_meant(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, note = ["--model", "model", "--method", "snapkv"], "--budget 1 is one token: all of the prompt is 1.0"
+    assert f"[{note}" in call("read", "doc.txt", "-o", "one.kvc", "--budget", "1", *base).err
+    told = json.loads(call("read", "doc.txt", "-o", "one.kvc", "--budget", "1", *base, "--json").out)
+    assert note.replace("--budget ", "budget=") in told[0]["notes"][0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    assert f"[{note}" in call("chat", "one.kvc").err
+    assert "one token" not in call("read", "doc.txt", "-o", "two.kvc", "--budget", "2", *base).err
+
+
 def test_a_document_is_read_and_asked_twice(kept: Path, call: Callable[..., Result]) -> None:
     for question, answer in ((QUESTION, ANSWER), ("What of birch?", OTHER), (QUESTION, ANSWER)):
         result = call("ask", "doc.kvc", question)

@@ -17,7 +17,7 @@ def costs_of(model: PreTrainedModel, precision: Precision) -> Costs:
         return sum(own.num_kv_heads * one.nbytes(own.head_dim, itemsize) for own in heads)
 
     fixed = sum(own.num_kv_heads * precision.fixed_nbytes(own.head_dim, itemsize) for own in heads)
-    return Costs(full=nbytes(PRECISIONS[NATIVE]), held=nbytes(precision), fixed=fixed)
+    return Costs(full=nbytes(PRECISIONS[NATIVE]), held=nbytes(precision), fixed=fixed, store=precision.name)
 
 
 def tokens_kept(model: PreTrainedModel, budget: SharedBudget, num_tokens: int, store: str = NATIVE) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compresskv.cli.kept import SUFFIX, load_session, names_session
-from compresskv.cli.meanwhile import told_end
+from compresskv.cli.meanwhile import told_end, told_notes
 from compresskv.cli.options import CompileOption
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.places import check_place, choose_places, free_place
@@ -97,6 +97,8 @@ class _Chat:
             f"[{', '.join(facts.names) or 'document'}: {facts.num_tokens:,} tokens, "
             f"{facts.mean_retained / facts.num_tokens:.0%} kept{self._said()}; /help lists commands]"
         )
+        for note in told_notes(facts.notes):
+            err.print(note)
         for line in lines:
             name, _, rest = line.strip().partition(" ")
             if name in ("/quit", "/exit"):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compresskv.cli.kept import names_session
+from compresskv.cli.meanwhile import told_notes
 from compresskv.cli.options import JsonOption
 from compresskv.cli.outputs import check_outputs
 from compresskv.cli.places import check_places, choose_places
@@ -16,7 +17,7 @@ from compresskv.errors import PromptError
 from compresskv.selection.precision import NATIVE
 
 if TYPE_CHECKING:
-    from compresskv.sessions.session import Session
+    from compresskv.sessions.facts import Facts
 
 EPILOG = """\b
 Examples:
@@ -59,16 +60,18 @@ def read(
     told = []
     for place, session in zip(places, checked.sessions(), strict=True):
         session.save(place)
-        told.append({**session.facts.to_dict(), "file": str(place), "file_nbytes": place.stat().st_size})
+        facts, nbytes = session.facts, place.stat().st_size
+        told.append({**facts.to_dict(), "notes": facts.notes, "file": str(place), "file_nbytes": nbytes})
         if not as_json:
             out.print(str(place))
-            err.print(f"[{_cost(session)}; file {megabytes(place.stat().st_size)} MB]")
+            err.print(f"[{_cost(facts)}; file {megabytes(nbytes)} MB]")
+            for line in told_notes(facts.notes):
+                err.print(line)
     if as_json:
         out.print_json(json.dumps(told))
 
 
-def _cost(session: "Session") -> str:
-    facts = session.facts
+def _cost(facts: "Facts") -> str:
     kept = f"{facts.mean_retained:,.0f} kept per layer ({facts.mean_retained / facts.num_tokens:.1%})"
     kept += "" if facts.store == NATIVE else f" in {facts.store}"
     sizes = f"{megabytes(facts.kv_nbytes_full)} -> {megabytes(facts.kv_nbytes)} MB"

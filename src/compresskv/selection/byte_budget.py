@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from compresskv.errors import ConfigError
 from compresskv.selection.budget_words import OF_BYTES
+from compresskv.selection.precision import NATIVE
 from compresskv.selection.sizes import NUMBER, find_nbytes
 
 _SHARE = re.compile(rf"{NUMBER}\s*(%?)\s*{OF_BYTES}")
@@ -22,6 +23,8 @@ class Costs:
     """Of what is kept beside tokens."""
     least: int = 0
     """Tokens that are kept whatever they take."""
+    store: str = NATIVE
+    """The one that keeps them."""
 
     def of_part(self, *, is_first: bool) -> "Costs":
         """Of a part of a text: it keeps a token at least, and what is kept beside tokens is the first part's."""
@@ -47,7 +50,8 @@ class ByteBudget:
         allowed, least = (share * num_tokens * costs.full, 1) if self.count is None else (self.count, costs.least)
         tokens = max(least, int((allowed - costs.fixed) // costs.held))
         if tokens < 1:
-            problem = f"has no room for one token: that takes {costs.held + costs.fixed:,} bytes"
+            where = "" if costs.store == NATIVE else f" in {costs.store}"
+            problem = f"has no room for one token: that takes {costs.held + costs.fixed:,} bytes{where}"
             raise ConfigError(problem, option="budget", value=self.text)
         return min(tokens, num_tokens)
 

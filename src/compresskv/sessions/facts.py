@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from compresskv.selection.budget_words import note_of
 from compresskv.system.convert import Amount, Count
 
 
@@ -48,6 +49,12 @@ class Facts:
     def loaded_dtype(self) -> str:
         """What a model is loaded in to have this `dtype`: its checkpoint says who quantised the weights."""
         return self.dtype.partition(" (")[0]
+
+    @property
+    def notes(self) -> list[str]:
+        """Where the budget may not be what was meant: of the document's end nothing is said, questions come later."""
+        note = note_of(self.budget, self.mean_retained, self.num_tokens, window_size=0)
+        return [] if note is None else [note]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
