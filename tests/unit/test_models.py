@@ -449,6 +449,24 @@ def test_a_gguf_file_loads_dequantised_with_the_files_own_tokens(tiny_gguf, capf
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_gguf_files_metadata_are_read_once(tiny_gguf, monkeypatch, tmp_path) -> None:
+    read: list[str] = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    models.load(str(tiny_gguf[0]), device="cpu")
+    assert read == [str(tiny_gguf[0])]
+    assert gguf.GGUFReader is Reader
+    (tmp_path / "damaged.gguf").write_bytes(tiny_gguf[0].read_bytes()[:3000])
+    with pytest.raises(ModelError):
+        models.load(str(tmp_path / "damaged.gguf"), device="cpu")
+    assert gguf.GGUFReader is Reader
+
+
 @pytest.mark.parametrize("damage", ["empty", "other", "header", "tensors"])
 def test_a_damaged_gguf_file_is_told(tiny_gguf, tmp_path, damage) -> None:
     whole = tiny_gguf[0].read_bytes()

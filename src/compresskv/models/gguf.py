@@ -39,7 +39,7 @@ def load_gguf(
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with quiet(), _no_tensor_bar():
+        with quiet(), _no_tensor_bar(), _read_once(path):
             tokenizer = _tokenizer(path)
             model, report = loader.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True, output_loading_info=True, **options
@@ -77,6 +77,23 @@ def _no_tensor_bar() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = bar
+
+
+@contextlib.contextmanager
+def _read_once(path: Path) -> Iterator[None]:
+    """Share one reader of a file: transformers makes one each for config, tokenizer and weights, and each goes through
+    the whole vocabulary in Python.
+    """
+    import gguf
+
+    made = gguf.GGUFReader
+    reader = made(str(path))
+    replaced: Any = gguf  # a class by a function, which a type checker would refuse
+    replaced.GGUFReader = lambda place, *args: reader if path.samefile(place) else made(place, *args)
+    try:
+        yield
+    finally:
+        replaced.GGUFReader = made
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
