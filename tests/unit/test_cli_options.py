@@ -188,7 +188,6 @@ class TestTables:
             ("full", "90.0 [70.0, 100.0]", "", "", "100"),
         ]
         table = terminal.new_table(*titles, numbers=titles[1:])
-        table.columns[0].min_width = 18
         for row in rows:
             table.add_row(*row)
         console = Console(width=width, highlight=False, markup=False, record=True, file=io.StringIO())
@@ -199,6 +198,18 @@ class TestTables:
         assert Counter(shown.replace("─", "").replace("\n", "")) - Counter(" " * len(shown)) == characters - Counter(
             " " * len(shown)
         )
+
+
+    def test_names_and_intervals_are_broken_between_words_where_that_is_enough(self) -> None:
+        table = terminal.new_table("configuration", "score", "vs best", numbers=("score", "vs best"))
+        table.add_row("snapkv[window_size=32, kernel_size=15] @ 64", "58.3 [33.3, 100.0]", "+0.0")
+        console = Console(width=48, highlight=False, markup=False, record=True, file=io.StringIO())
+        console.print(table)
+        lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
+        assert lines[-2:] == [
+            ["snapkv[window_size=32,", "58.3", "[33.3,", "+0.0"],
+            ["kernel_size=15]", "@", "64", "100.0]"],
+        ]
 
 
 def test_candidates() -> None:

@@ -1,6 +1,7 @@
 """`compresskv report`: tables and figures of what benchmark runs found."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,24 +71,25 @@ def report(
 
 
 def _overall(section: dict[str, Any]) -> Table:
-    """The overall table, without what a terminal of 100 columns has no room for."""
-    from compresskv.evaluation.report import COLUMNS, heading
+    """The overall table, without what the terminal has no room for."""
+    from compresskv.evaluation.report import heading
 
     overall = section["overall"]
     rows, tasks = overall["rows"], overall["tasks"]
     name = tasks[0] if len(tasks) == 1 else f"mean over {counted(len(tasks), 'task')}"
     name += f", {counted(_most_cases(rows), 'case')}"
-    cells = {title: [COLUMNS[title](row) for row in rows] for title in _SHOWN}
+    cells = _cells(rows, _SHOWN)
     if any(cells["score"]):
         del cells["KL"]
     for title in ("vs full", "vs best baseline"):
         cells[title] = [text.partition(" ")[0] for text in cells[title]]
     if all(row["num_tasks"] == len(tasks) for row in rows):
         del cells["tasks"]
+    if out.width < 100:
+        del cells["retained %"]  # tokens and bytes tell as much
     cells = {title: column for title, column in cells.items() if any(column)}
     numbers = [column for column in cells if column != "configuration"]
     table = new_table(*cells, numbers=numbers, title=f"{heading(section)}\n{name}")
-    table.columns[0].min_width = 18
     for at, row in enumerate(rows):
         table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
     return table
@@ -95,12 +97,12 @@ def _overall(section: dict[str, Any]) -> Table:
 
 def group_tables(section: dict[str, Any]) -> list[Table]:
     """A table for each benchmark, with intervals."""
-    from compresskv.evaluation.report import COLUMNS, heading
+    from compresskv.evaluation.report import heading
 
     tables = []
     for group in section["groups"]:
         rows = group["rows"]
-        cells = {title: [COLUMNS[title](row) for row in rows] for title in _IN_GROUPS}
+        cells = _cells(rows, _IN_GROUPS)
         for title, same in (("tasks", {str(len(group["tasks"]))}), ("cases", set(cells["cases"]))):
             if set(cells[title]) == same and len(same) == 1:
                 del cells[title]
@@ -112,6 +114,14 @@ def group_tables(section: dict[str, Any]) -> list[Table]:
             table.add_row(*(column[at] for column in cells.values()), style="bold" if row["best"] else None)
         tables.append(table)
     return tables
+
+
+def _cells(rows: list[dict[str, Any]], titles: Iterable[str]) -> dict[str, list[str]]:
+    """A column of text by its title; a narrow terminal breaks a configuration's name behind its commas."""
+    from compresskv.evaluation.report import COLUMNS
+
+    cells = {title: [COLUMNS[title](row) for row in rows] for title in titles}
+    return {**cells, "configuration": [name.replace(",", ", ") for name in cells["configuration"]]}
 
 
 def in_short(section: dict[str, Any]) -> dict[str, Any]:

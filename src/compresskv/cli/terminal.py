@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 """Results."""
@@ -52,25 +52,45 @@ def warnings_in_one_line() -> Iterator[None]:
 
 
 class _FittingTable(Table):
-    """Cuts no number where a terminal is narrow: titles of numbers are broken first, and then the numbers."""
+    """Cuts no number where a terminal is narrow: titles of numbers are broken first, then cells of several words, and
+    in the end anything.
+    """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         numbers = [column for column in self.columns if column.no_wrap]
-        if self._least_width(console, options) > options.max_width:
+        if self._spare(console, options) < 0:
             for column in numbers:
                 column.header = "\n".join(str(column.header).split())
-        if self._least_width(console, options) > options.max_width:
-            for column in self.columns:
-                column.no_wrap, column.min_width = False, None
+        if self._spare(console, options) < 0:
+            for column in numbers:
+                column.no_wrap = False
+            self._break_between_words(console, options)
         return super().__rich_console__(console, options)
 
-    def _least_width(self, console: Console, options: ConsoleOptions) -> int:
-        widths = 0
-        for column in self.columns:
-            cells = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
-            own = max(cell.maximum if column.no_wrap else cell.minimum for cell in cells)
-            widths += max(own, column.min_width or 0)
-        return widths + 3 * len(self.columns) - 1  # padding, and what stands between columns
+    def _break_between_words(self, console: Console, options: ConsoleOptions) -> None:
+        """Each column as wide as its longest word, and as far as there is room as its cells, those of numbers first."""
+        spare = self._spare(console, options)
+        if spare < 0:
+            return
+        for column in reversed(self.columns):
+            sizes = _sizes(console, options, column)
+            column.width = min(sizes.maximum, sizes.minimum + spare)
+            spare -= column.width - sizes.minimum
+
+    def _spare(self, console: Console, options: ConsoleOptions) -> int:
+        """Characters that are left of a line; negative where too much must stand in it."""
+        sizes = [_sizes(console, options, column) for column in self.columns]
+        widths = [
+            own.maximum if column.no_wrap else own.minimum for column, own in zip(self.columns, sizes, strict=True)
+        ]
+        between = 3 * len(widths) - 1
+        return options.max_width - sum(widths) - between
+
+
+def _sizes(console: Console, options: ConsoleOptions, column: Column) -> Measurement:
+    """Of the longest word and of the longest line in a column."""
+    cells = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+    return Measurement(max(cell.minimum for cell in cells), max(cell.maximum for cell in cells))
 
 
 def new_table(*columns: str, numbers: Collection[str] = (), title: str | None = None) -> Table:
