@@ -1,5 +1,7 @@
 """Caches that are cut while an answer is generated: logits are those of a full cache without what is gone."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import compresskv
 import tiny
 from compresskv import ConfigError
 from compresskv.cache import group
+from compresskv.cache.generated import check_decoding
 from compresskv.cache.timing import EvictionTimer
 from compresskv.compression import Compressing
 from compresskv.methods import registry
@@ -42,8 +45,26 @@ def seen(evicted: Evictions) -> int:
     return max(gone.shape[-1] for gone in evicted.values())
 
 
-@pytest.mark.parametrize("model", ["llama sdpa", "llama eager", "gemma3 sdpa", "gpt_oss eager"])
-@pytest.mark.parametrize("decode_method", ["rkv", "snapkv", "streaming_llm", "triattention", "rkv_ahead"])
+def cuts_behind(method: str, decode_method: str) -> bool:
+    """Whether one may cut what another kept of a prompt."""
+    try:
+        check_decoding(registry.create(decode_method), registry.create(method), DecodeBudget(BUDGET, INTERVAL))
+    except ConfigError:
+        return False
+    return True
+
+
+COMMON = ["rkv", "snapkv", "streaming_llm", "triattention", "rkv_ahead"]
+OTHERS = [name for name in registry.methods() if name not in COMMON and cuts_behind("adakv", name)]
+
+
+@pytest.mark.parametrize(
+    ("model", "decode_method"),
+    [
+        *product(["llama sdpa", "llama eager", "gemma3 sdpa", "gpt_oss eager"], COMMON),
+        *(("llama sdpa", name) for name in OTHERS),
+    ],
+)
 def test_logits_are_exact(model: str, decode_method: str) -> None:
     """Heads that hold different numbers after the prompt are cut each by itself, until all hold as many."""
     family, attention = model.split()
@@ -53,6 +74,18 @@ def test_logits_are_exact(model: str, decode_method: str) -> None:
     assert len(gone) == 1 + NUM_NEW // INTERVAL
     expected = oracle_logits(family, sequence, gone[0], None, *gone[1:])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "budget"), [("compresskv", 20), ("streaming_llm", 20), ("full", 1.0)])
+def test_some_heads_choose_for_all_of_a_layer_that_hold_the_same_tokens(method: str, budget: float) -> None:
+    model, sequence = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT + NUM_NEW)
+    options = tiny.options_for(model, "compresskv")
+    logits, gone = read(model, cutting(model, "compresskv", method, budget, **options), sequence)
+    assert len(gone) == 1 + NUM_NEW // INTERVAL
+    expected = oracle_logits("llama", sequence, gone[0], None, *gone[1:])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    for evicted in gone[-1].values():
+        assert torch.equal(evicted[:, :1].expand_as(evicted), evicted)
 
 
 @pytest.mark.parametrize("decode_method", ["vote", "rkv_shared", "streaming_llm"])
@@ -137,6 +170,11 @@ def test_what_cannot_work_is_refused_by_name() -> None:
     model = tiny.tiny_model("llama")
     with pytest.raises(ConfigError, match=r"decode_method='cake' decides .* 'adakv' keeps others"):
         cutting(model, "cake")
+    for method in ("adakv", "snapkv"):
+        with pytest.raises(
+            ConfigError, match=rf"'compresskv' chooses by some heads .* '{method}' keeps others .*'rkv'"
+        ):
+            cutting(model, "compresskv", method)
     with pytest.raises(ConfigError, match=r"decode_method='compactor.*at once"):
         cutting(model, "compactor")
     with pytest.raises(ConfigError, match="decode_interval=4 must be at least 8"):

@@ -199,7 +199,6 @@ class TestTables:
             " " * len(shown)
         )
 
-
     def test_names_and_intervals_are_broken_between_words_where_that_is_enough(self) -> None:
         table = terminal.new_table("configuration", "score", "vs best", numbers=("score", "vs best"))
         table.add_row("snapkv[window_size=32, kernel_size=15] @ 64", "58.3 [33.3, 100.0]", "+0.0")

@@ -108,6 +108,16 @@ def check_decoding(method: Method, prompt_method: Method, decode: DecodeBudget) 
             f"method {prompt_method.label!r} keeps others in each: use decode_method={defaults.DECODE_METHODS[-1]!r}"
         )
         raise ConfigError(problem, option="decode_method", value=method.label)
+    if (
+        method.shares_heads
+        and prompt_method.evicts
+        and not (prompt_method.shares_heads or prompt_method.shares_positions)
+    ):
+        problem = (
+            "chooses by some heads for all KV heads of a layer, which must hold the same tokens, but "
+            f"method {prompt_method.label!r} keeps others in each: use decode_method={defaults.DECODE_METHODS[-1]!r}"
+        )
+        raise ConfigError(problem, option="decode_method", value=method.label)
     decode.check(method.window_size)
 
 

@@ -56,6 +56,8 @@ class Method:
     shares_positions: ClassVar[bool] = False
     """Whether all layers and KV heads keep the same tokens, the one form that fits an engine with one block table for
     all layers. Such a method scores by queries and keys alone."""
+    shares_heads: ClassVar[bool] = False
+    """Whether all KV heads of a layer keep the same tokens, chosen by some of its query heads."""
 
     general_loss: ClassVar[LossCurve | None] = None
     """What is lost at a coverage of attention, at most on most models; None where that was not measured. Only a method

@@ -29,6 +29,7 @@ class CompressKV(ProfiledMethod):
     summary = "semantic retrieval heads choose; layers share by error"
     source = "arXiv 2508.02401"
     ours = True
+    shares_heads = True
     limits = ranges(window_size=Range(1, why="its queries choose"), heads_per_layer=Range(1))
 
     window_size: int = 8

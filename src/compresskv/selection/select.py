@@ -88,7 +88,7 @@ def select_across_heads(
         budgets: for each of B rows, one number: the mean over heads.
         guaranteed: share of an even budget that each head is sure of, 0 to 1.
     Returns: (B, H_kv, R); see `select_rows`.
-    Source: AdaKV (arXiv 2407.11550), Algorithm 1.
+    Source: AdaKV (arXiv 2407.11550), Algorithm 1, its safeguard as in NVIDIA kvpress; see `AdaKV`.
     """
     counts = [
         _head_counts(scores[row, :, scores.shape[2] - length :], own[0], window_size, guaranteed)
