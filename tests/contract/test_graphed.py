@@ -15,6 +15,7 @@ from compresskv.cache.stores.base import ROOM
 from compresskv.compiled import decoding
 from compresskv.compiled.graph import GraphedStep, Run
 from compresskv.compiled.inputs import Places, gather_inputs, kinds_of
+from compresskv.compiled.waits import NoWaits
 
 NUM_PROMPT = 70
 NUM_STEPS = ROOM + 3  # so that every layer needs new room once
@@ -27,9 +28,10 @@ class Recorder:
         self.num_recordings = 0
         self.num_replays = 0
 
-    def __call__(self, run: Run, _: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
+    def __call__(self, run: Run, device: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
         self.num_recordings += 1
-        run()  # as on a GPU, it runs before it is recorded
+        with NoWaits(device):
+            run()  # as on a GPU, it runs before it is recorded
         results = [torch.zeros_like(result) for result in run()]
 
         def replay() -> None:
@@ -167,7 +169,7 @@ def test_branches_of_a_window_do_not_see_each_other(recorder: Recorder) -> None:
 
 
 @pytest.mark.stores(reason="whether a step is recorded depends on the store")
-@pytest.mark.parametrize("method", ["snapkv", "vote", "full"])
+@pytest.mark.parametrize("method", ["snapkv", "vote", "headkv", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_rows_without_padding_are_recorded_together(recorder: Recorder, family: str, method: str) -> None:
     model, steps = tiny.tiny_model(family), [NUM_PROMPT, 1, 1, 1]
@@ -187,6 +189,7 @@ def test_padded_rows_and_rows_that_differ_go_the_usual_way(recorder: Recorder) -
             texts.append(cache.num_compiled_steps)
     assert texts[0] == texts[2]
     assert texts[3] == recorder.num_replays == 0
+    assert cache.not_compiled == "rows of the batch hold different numbers of tokens"
 
 
 def test_beams_whose_rows_are_reordered_are_soon_left_alone(recorder: Recorder) -> None:
@@ -215,20 +218,64 @@ def test_steps_are_recorded_without_being_asked_once_decoding_has_taken_a_moment
 
 
 def test_what_cannot_be_recorded_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     def refuse(run: Run, _: torch.device) -> tuple[Callable[[], object], list[Tensor]]:
-        run()
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        tried.append(run())
+        try:
+            raise ValueError("the kernel was not launched\nmore")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(decoding, "records_steps", lambda _: True)
     monkeypatch.setattr(decoding, "GraphedStep", lambda model, kinds: GraphedStep(model, kinds, refuse))
-    model, steps = tiny.tiny_model("llama"), [NUM_PROMPT, 1, 1, 1]
+    model, steps = tiny.build_model("llama"), [NUM_PROMPT, 1, 1, 1]
     expected, _ = read(model, "snapkv", "never", steps)
+    for _ in range(2):  # for another prompt it is not tried again
+        found, cache = read(model, "snapkv", "always", steps)
+        assert cache.num_compiled_steps == 0
+        assert cache.not_compiled == "its decode step cannot be recorded (the kernel was not launched)"
+        assert torch.equal(found, expected)
+    assert len(tried) == 1
+
+
+@pytest.mark.stores(reason="of what is read again, none is asked")
+def test_what_would_wait_for_a_gpu_is_named_before_anything_is_recorded(recorder: Recorder) -> None:
+    model, steps = tiny.build_model("llama"), [NUM_PROMPT, 1, 1]
+    norm = model.model.norm
+
+    def waiting(states: Tensor) -> Tensor:
+        return type(norm).forward(norm, states) if bool(states.sum() < 1e9) else states
+
+    norm.forward = waiting
     found, cache = read(model, "snapkv", "always", steps)
-    assert cache.num_compiled_steps == 0
-    assert cache.not_compiled == (
-        "its decode step cannot be recorded (operation not permitted when stream is capturing)"
+    assert (
+        cache.not_compiled
+        == "its decode step cannot be recorded (it waits for what aten._local_scalar_dense.default gives)"
     )
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, read(model, "snapkv", "never", steps)[0])
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        Tensor.item,
+        Tensor.nonzero,
+        bool,
+        lambda one: one[one > 0],
+        lambda one: torch.zeros(1).index_put_((one > 0,), one),
+        lambda one: torch.masked_select(one, one > 0),
+        lambda one: one.to("meta"),
+    ],
+)
+def test_what_waits(wait: Callable[[Tensor], object]) -> None:
+    one = torch.ones(1)
+    with pytest.raises(RuntimeError, match="it waits for what"), NoWaits(one.device):
+        wait(one)
+    with NoWaits(torch.device("cuda")):  # a CPU's numbers are there
+        torch.ones(1).item()
+    with NoWaits(one.device):
+        torch.zeros(3).index_copy_(0, torch.tensor([1]), one).double().cumsum(0)
 
 
 def test_what_a_step_refuses_goes_the_usual_way(recorder: Recorder) -> None:
@@ -238,6 +285,21 @@ def test_what_a_step_refuses_goes_the_usual_way(recorder: Recorder) -> None:
     assert cache.num_compiled_steps == recorder.num_replays == 0
     assert "plain sdpa" in cache.not_compiled
     assert torch.equal(found, expected)
+
+
+@pytest.mark.stores(reason="of one that holds what it shows")
+def test_what_gets_new_room_is_not_held_twice() -> None:
+    model = tiny.tiny_model("llama")
+    with torch.no_grad(), compresskv.compressing(model, "snapkv", 24) as cache:
+        tiny.read(model, cache, tiny.random_tokens(NUM_PROMPT), [NUM_PROMPT])
+        inputs = gather_inputs(cache, torch.tensor([[3]]), torch.tensor([[NUM_PROMPT]]), kinds_of(cache), Places())
+        for layer, keys, values in zip(cache.compressed_layers, inputs.keys, inputs.values, strict=True):
+            for held, room in (
+                (layer.keys, keys),
+                (layer.values, values),
+                *zip(layer.tensors, (keys, values), strict=True),
+            ):
+                assert held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
 
 
 def test_a_recording_does_not_keep_a_cache_alive() -> None:

@@ -30,6 +30,7 @@ from compresskv import (
 )
 from compresskv.attention.routing import routing
 from compresskv.cache.stores.packed import TAIL
+from compresskv.cache.stores.ragged import RaggedStore
 from compresskv.compiled import decoding
 from compresskv.methods import registry
 from compresskv.models.shape import compressible_layers
@@ -225,6 +226,53 @@ def test_questions_of_several_threads_do_not_see_one_another() -> None:
     own = session.ask(QUESTIONS[0], max_new_tokens=8, compile="never", on_token=interrupt)
     assert own.token_ids == expected[0]
     assert found == [expected]
+
+
+@pytest.mark.stores(reason="this one lays heads out anew")
+@pytest.mark.parametrize("do", ["ask", "save"])
+def test_nobody_sees_a_document_while_it_is_laid_out_for_the_first_question(
+    do: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, tokenizer, packed = tiny.tiny_model("llama"), tiny.tokenizer(), RaggedStore._packed
+    session, found = read(model, "adakv"), []
+    expected = answers(read(model, "adakv"))
+    assert isinstance(session.cache.compressed_layers[0].store, RaggedStore)
+
+    def other() -> None:
+        if do == "save":
+            session.save(tmp_path / "document.kvc")
+        found.append(answers(session))
+
+    threads = [threading.Thread(target=other)]
+
+    def slowly(store: RaggedStore, parts: list[torch.Tensor]) -> torch.Tensor:
+        if threads[0].ident is None:
+            threads[0].start()
+            threads[0].join(timeout=0.2)
+        return packed(store, parts)
+
+    monkeypatch.setattr(RaggedStore, "_packed", slowly)
+    own = session.ask(QUESTIONS[0], max_new_tokens=8, compile="never")
+    threads[0].join()
+    assert own.token_ids == expected[0]
+    assert found == [expected]
+    if do == "save":
+        assert answers(compresskv.open_session(tmp_path / "document.kvc", model, tokenizer)) == expected
+
+
+def test_one_turn_at_a_time() -> None:
+    session, refused = read(tiny.tiny_model("llama")), []
+
+    def interrupt(_: int) -> None:
+        with pytest.raises(CacheStateError, match="another turn of the conversation is being answered"):
+            session.say(QUESTIONS[1], max_new_tokens=1)
+        refused.append(True)
+
+    session.say(QUESTIONS[0], max_new_tokens=2, compile="never", on_token=interrupt)
+    assert refused
+    assert len(session.turns) == 1
+    session.say(QUESTIONS[1], max_new_tokens=2, compile="never")
+    assert len(session.turns) == 2
 
 
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "full"])

@@ -6,6 +6,7 @@ Here, since Triton is installed where vLLM is.
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaConfig
 
 from compresskv.attention.plain import grouped_attention
 from compresskv.compiled import step_layer
-from compresskv.compiled.ragged_kernel import ragged_attention
+from compresskv.compiled.ragged_kernel import launch_options, ragged_attention
 from compresskv.compiled.step_layer import RaggedLayer
 
 
@@ -75,11 +76,47 @@ def main() -> None:
     check_layer()
 
 
-def test_it_computes_what_plain_attention_does() -> None:
+class NoGPU:
+    """What Triton asks of a GPU's driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: object = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_for_gpus() -> None:
+    """Compile it as a launch would, for GPUs that are not there; what it then needs small ones have, too."""
+    from triton.runtime import driver
+
+    from compresskv.compiled.triton_kernels import read_split
+
+    small = [(86, dtype, dim) for dtype in (torch.bfloat16, torch.float32) for dim in (64, 128, 256)]
+    for capability, dtype, dim in [*small, (80, torch.float16, 128), (90, torch.bfloat16, 128)]:
+        driver.set_active(NoGPU(capability))
+        given = (dtype,) * 3 + (torch.int64,) * 2 + (torch.float32,) * 3 + (0.1, 1024, 4)
+        code = read_split.warmup(*given, **launch_options(4, dim, dtype.itemsize), grid=(1, 8, 4))
+        assert code.asm["cubin"]
+        assert code.metadata.shared <= 99 * 1024, (dtype, dim, code.metadata.shared)
+
+
+def run(*, interpreted: bool) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, __file__, *([] if interpreted else ["compile"])],
+        env={**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"},
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -88,5 +125,13 @@ def test_it_computes_what_plain_attention_does() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_it_computes_what_plain_attention_does() -> None:
+    run(interpreted=True)
+
+
+def test_there_is_code_of_it_for_gpus() -> None:
+    run(interpreted=False)
+
+
 if __name__ == "__main__":
-    main()
+    compile_for_gpus() if sys.argv[1:] else main()

@@ -124,7 +124,9 @@ class StoredLayer(RoutedLayer):
 
     def reserve(self) -> Slots:
         """Room for one more token of one row, for code that writes it by itself and then calls `advance`."""
-        return self._held().reserve()
+        slots = self._held().reserve()
+        self._show_states()
+        return slots
 
     def advance(self) -> None:
         """Count the token that was written into what `reserve` gave."""

@@ -135,6 +135,8 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         """Read what `eager`, the model's own `forward`, would read on this cache."""
         if not self._is_step(**kwargs):
             self._is_checked, self._whole_columns = False, 0
+            if self.cache.not_compiled is None and self._is_uneven():
+                self.cache.not_compiled = "rows of the batch hold different numbers of tokens"
             if kwargs.get("input_ids") is None or kwargs["input_ids"].shape[-1] != 1:
                 self._padded_columns = 0
             return eager(**kwargs)
@@ -176,7 +178,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
                 or self._model.training
             )
             and (attention_mask is None or self._hides_nothing(attention_mask))
-            and all(self._is_ready(layer, len(input_ids)) for layer in self.cache.layers)
+            and self._are_ready(len(input_ids))
         )
 
     @property
@@ -202,7 +204,15 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         self._whole_columns = mask.shape[1]
         return True
 
-    def _is_ready(self, layer: Any, num_rows: int) -> bool:
+    def _is_uneven(self) -> bool:
+        """Whether layers have cut their prompt so that some slots are empty."""
+        return any(layer.has_empty_slots and not layer.in_prefill for layer in self.cache.compressed_layers)
+
+    def _are_ready(self, num_rows: int) -> bool:
+        dtype = self._model.dtype  # which looks through its modules
+        return all(self._is_ready(layer, num_rows, dtype) for layer in self.cache.layers)
+
+    def _is_ready(self, layer: Any, num_rows: int, dtype: torch.dtype) -> bool:
         """Whether a layer holds as many rows, in the model's dtype, after its prompt."""
         if isinstance(layer, CompressedLayer) and (layer.in_prefill or layer.has_empty_slots or layer.observes_next()):
             return False
@@ -214,7 +224,7 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
             least = layer.sliding_window - 1 if self._records else 2
         if keys is None or keys.shape[2] < least:
             return False
-        return keys.shape[0] == num_rows and keys.dtype == self._model.dtype
+        return keys.shape[0] == num_rows and keys.dtype == dtype
 
     def _find_program(self) -> Program | None:
         """The compiled step, if it is time for it."""
@@ -270,12 +280,23 @@ class CompiledDecoding(AbstractContextManager["CompiledDecoding"]):
         if position is None:
             position = torch.full_like(token, self.cache.get_seq_length())
         recorded_s = program.record_s
-        logits, sliding = program(gather_inputs(self.cache, token, position, program.kinds, self._places))
+        logits, sliding = program(self._gathered(token, position, program.kinds))
         self.cache.compile_s += program.record_s - recorded_s
         store_new_token(self.cache, sliding)
         self.cache.num_compiled_steps += 1
         named: dict[str, Any] = {CACHE: self.cache}
         return CausalLMOutputWithPast(logits=logits[:, None], **named)
+
+    def _gathered(self, token: Tensor, position: Tensor, kinds: tuple[str, ...]) -> StepInputs:
+        """What a step reads.
+
+        Raises:
+            NotCompilableError: there is no memory for new room in all layers at once.
+        """
+        try:
+            return gather_inputs(self.cache, token, position, kinds, self._places)
+        except torch.OutOfMemoryError as error:
+            raise NotCompilableError("there is no memory for all layers' new room at once") from error
 
 
 def _dispatch(contexts: list[CompiledDecoding], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,7 @@
 """Decode steps on a CUDA device: recorded as a CUDA graph, and replayed without Python or PyTorch in between."""
 
+import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,12 +13,16 @@ from compresskv.attention.routing import routing
 from compresskv.compiled.compilable import NotCompilableError
 from compresskv.compiled.package import state_of
 from compresskv.compiled.step import SLIDING, Step, StepInputs
+from compresskv.compiled.waits import NoWaits
 from compresskv.errors import first_line
 from compresskv.system.clock import now
 
 Run = Callable[[], list[Tensor]]
 Replay = Callable[[], object]
 Record = Callable[[Run, torch.device], tuple[Replay, list[Tensor]]]
+
+_failed: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
+"""Why steps of some kinds of layers could not be recorded: no later prompt tries again."""
 
 _LEAST_REPLAYS, _MOST_MOVES = 8, 3
 """A recording that is not replayed more often is not worth it; so many in a row, and no more are made."""
@@ -28,23 +34,28 @@ def record_cuda_graph(run: Run, device: torch.device) -> tuple[Replay, list[Tens
     Returns: what does it again, on that device's current stream, and the tensors that it writes its results to.
     """
     with torch.cuda.device(device):
-        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
+        before, graph, side = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), _side_stream(device)
         side.wait_stream(before)
         try:
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), NoWaits(device):
                 run()  # libraries take their working memory at the first call, which must not be recorded
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = run()
         finally:
             torch.cuda.set_stream(before)  # a recording that fails leaves its own
-        before.wait_stream(side)
+            before.wait_stream(side)
 
     def replay() -> None:
         with torch.cuda.device(device):
             graph.replay()
 
     return replay, result
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep working memory for each stream that they were called on."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -78,12 +89,15 @@ class GraphedStep:
         """Nothing is recorded yet.
 
         Raises:
-            NotCompilableError: accelerate has placed the model.
+            NotCompilableError: accelerate has placed the model, or recording such a step failed before.
         """
         self._state = state_of(model)
         self._kept = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # read by address
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise NotCompilableError("accelerate moves what its modules are given")
+        self._failures, self._sort = _failed.setdefault(model, {}), (kinds, model.config._attn_implementation)
+        if (reason := self._failures.get(self._sort)) is not None:
+            raise NotCompilableError(reason)
         self.kinds = kinds
         self.record_s = 0.0
         """Seconds that recordings took."""
@@ -144,7 +158,10 @@ class GraphedStep:
             with routing(self._model):
                 replay, (logits, *moved) = self._record(run, self._model.device)
         except Exception as error:  # whatever a model's code or CUDA raises
-            raise NotCompilableError(f"its decode step cannot be recorded ({first_line(error)})") from error
+            reason = f"its decode step cannot be recorded ({first_line(_root(error))})"
+            if not isinstance(error, torch.OutOfMemoryError):
+                self._failures[self._sort] = reason
+            raise NotCompilableError(reason) from error
         return _Recording(numbers, windows, places, replay, logits, moved[0] if moved else None)
 
     def _windows(self, inputs: StepInputs) -> list[Tensor]:
@@ -166,6 +183,13 @@ class GraphedStep:
                 lies = () if kind == SLIDING else (tensor.data_ptr(), tensor.stride())
                 places.append((*lies, tensor.shape, tensor.dtype))
         return places
+
+
+def _root(error: BaseException) -> BaseException:
+    """What was raised first: leaving a recording that failed raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _separate(own: _Recording) -> list[Tensor]:

@@ -86,7 +86,7 @@ def gather_inputs(
             held, own_starts, own_ends = [slots.keys, slots.values], slots.starts, slots.ends
             packed.append(list(slots.packed if is_ragged(kind) else slots.packed[:-1]))
             if kind == RAGGED:
-                held = [states.view(1, -1, states.shape[-1]) for states in held]
+                held = [states.view(len(states), -1, states.shape[-1]) for states in held]
         keys.append(held[0])
         values.append(held[1])
         starts.append(own_starts)

@@ -2,7 +2,8 @@
 
 Each KV head's part is read in splits, side by side, which are put together in the end (split-K); nothing is masked, and
 nothing of other heads' parts is read. Used on CUDA devices alone, and only if the variable COMPRESSKV_TRITON asks for
-it: it was never run on one. Triton's interpreter tests it on CPUs.
+it: it was never run on one. On CPUs Triton's interpreter tests what it computes, and its compiler that there is code of
+it for GPUs.
 """
 
 import os
@@ -13,6 +14,8 @@ from torch import Tensor
 _BLOCK, _LEAST_SPLIT, _MOST_SPLITS = 64, 256, 32
 _LEAST_ROWS = 16
 """Of a product of Triton's."""
+_SHARED_NBYTES = 80 * 1024
+"""Of a multiprocessor's shared memory, for what is read ahead; small cards have 99 KiB for everything."""
 
 
 def reads_by_kernel(query: Tensor) -> bool:
@@ -20,6 +23,13 @@ def reads_by_kernel(query: Tensor) -> bool:
     dim = query.shape[-1]
     fits = query.is_cuda and query.shape[2] == 1 and dim >= _LEAST_ROWS and dim & (dim - 1) == 0
     return fits and os.environ.get("COMPRESSKV_TRITON", "0") not in ("", "0")
+
+
+def launch_options(num_groups: int, dim: int, itemsize: int) -> dict[str, int]:
+    """The kernel's sizes, and how many blocks of keys and values it reads ahead, for numbers of `itemsize` bytes."""
+    ahead = min(2, _SHARED_NBYTES // (2 * _BLOCK * dim * itemsize))
+    rows = max(_LEAST_ROWS, 1 << (num_groups - 1).bit_length())
+    return {"DIM": dim, "ROWS": rows, "BLOCK": _BLOCK, "num_stages": 1 + ahead}
 
 
 def ragged_attention(
@@ -38,7 +48,8 @@ def ragged_attention(
     batch_size, num_query_heads, _, dim = query.shape
     num_kv_heads, num_slots = len(starts), keys.shape[1]
     num_groups = num_query_heads // num_kv_heads
-    num_rows = max(_LEAST_ROWS, 1 << (num_groups - 1).bit_length())
+    shapes = launch_options(num_groups, dim, keys.dtype.itemsize)
+    num_rows = shapes["ROWS"]
     num_splits = max(1, min(_MOST_SPLITS, num_slots // (num_kv_heads * _LEAST_SPLIT)))
     grid = (batch_size, num_kv_heads, num_splits)
     mixed = torch.empty(*grid, num_rows, dim, dtype=torch.float32, device=query.device)
@@ -46,7 +57,7 @@ def ragged_attention(
     given = (query.contiguous(), keys, values, starts, ends, mixed, best, total, scaling, num_slots, num_groups)
     from compresskv.compiled.triton_kernels import read_split  # where Triton is installed
 
-    read_split[grid](*given, DIM=dim, ROWS=num_rows, BLOCK=_BLOCK)
+    read_split[grid](*given, **shapes)
     shares = (best - best.amax(dim=2, keepdim=True)).exp()  # a split without tokens has none
     output = (mixed * shares[..., None]).sum(dim=2) / (total * shares).sum(dim=2)[..., None]
     return output[:, :, :num_groups].reshape(batch_size, 1, num_query_heads, dim).to(query.dtype)

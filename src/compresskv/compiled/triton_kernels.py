@@ -1,24 +1,25 @@
-"""Kernels in Triton's language, which is imported with this module."""
+"""Kernels in Triton's language, which is imported with this module.
 
-from typing import Any
+Arguments have no types: Triton's compiler looks their names up where kernels may look nothing up.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def read_split(
-    query: Any,
-    keys: Any,
-    values: Any,
-    starts: Any,
-    ends: Any,
-    mixed_out: Any,
-    best_out: Any,
-    total_out: Any,
-    scaling: Any,
-    num_slots: Any,
-    num_groups: Any,
+def read_split(  # type: ignore[no-untyped-def]
+    query,
+    keys,
+    values,
+    starts,
+    ends,
+    mixed_out,
+    best_out,
+    total_out,
+    scaling,
+    num_slots,
+    num_groups,
     DIM: tl.constexpr,  # noqa: N803 - Triton's own convention
     ROWS: tl.constexpr,  # noqa: N803 - Triton's own convention
     BLOCK: tl.constexpr,  # noqa: N803 - Triton's own convention

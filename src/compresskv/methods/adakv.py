@@ -22,7 +22,7 @@ class AdaKV(SnapKV):
     Source: AdaKV (arXiv 2407.11550), Algorithm 1, alpha = 0.2. Differs: the sum over a layer's heads is exact (the
     published code rounds each head's number). A head's guaranteed share are its own best tokens, and heads contest the
     rest, as in NVIDIA kvpress; the published code lets heads contest all, and mixes the numbers they win, times
-    1 - alpha, with alpha of an even budget. Where no head wins less than alpha of that, the published rule is more even.
+    1 - alpha, with alpha of an even budget. That is more even where no head wins less.
     """
 
     name = "adakv"

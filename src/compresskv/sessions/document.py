@@ -1,6 +1,7 @@
 """What is known of a document that was read: one object, so that whoever takes it has parts that fit together."""
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 from compresskv.cache.cache import CompressedCache
 from compresskv.prompts.turns import Ending
@@ -17,6 +18,9 @@ class Document:
     ending: Ending
     """What a question goes on from."""
     facts: Facts
+    laid_out: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False, kw_only=True)
+    """Held while the cache's tensors are made anew, with room for a question, or are read by whoever did not ask first:
+    such a one must not see half of that."""
 
 
 @dataclass(frozen=True)
@@ -28,4 +32,5 @@ class Lent(Document):
 
     def branch(self, room: int) -> CompressedCache:
         """What goes on from it for `room` tokens: in its own tensors, or with copies where others ask it."""
-        return self.cache.branch(room if self.alone else None)
+        with self.laid_out:
+            return self.cache.branch(room if self.alone else None)

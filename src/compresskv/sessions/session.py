@@ -53,7 +53,7 @@ class Session:
         self.tokenizer = tokenizer
         self._method = method
         self._conversation: Conversation | None = None
-        self._lent = threading.Lock()
+        self._lent, self._saying = threading.Lock(), threading.Lock()
         self._answering = Answering(model, tokenizer)
         self.turns_budget = TURNS_BUDGET
         """Tokens of turns that a conversation keeps: where it has more, the oldest turns are forgotten until half of
@@ -142,9 +142,18 @@ class Session:
             max_new_tokens, compile, on_text, on_token, on_compile: as for `compresskv.ask`.
         Raises:
             ConfigError, PromptError: as for `ask`; or the model's chat template takes no conversation.
+            CacheStateError: another thread's turn is being answered.
         """
-        asked, start = Asked(max_new_tokens, compile, on_text, on_token, on_compile), now(*devices_of(self._model))
-        talk = self._conversation
+        asked = Asked(max_new_tokens, compile, on_text, on_token, on_compile)
+        if not self._saying.acquire(blocking=False):
+            raise CacheStateError("another turn of the conversation is being answered: wait for it")
+        try:
+            return self._say(text, asked, now(*devices_of(self._model)))
+        finally:
+            self._saying.release()
+
+    def _say(self, text: str, asked: Asked, start: float) -> Generation:
+        talk, max_new_tokens = self._conversation, asked.max_new_tokens
         if talk is None:
             talk, token_ids = self._begun(text, max_new_tokens)
         else:
@@ -274,7 +283,8 @@ class Session:
         check_path("path", path)
         talk, document = self._conversation, self._document
         try:
-            state = cache_state(document.cache)
+            with document.laid_out:
+                state = cache_state(document.cache)
             said = None if talk is None else Said(cache_state(talk.cache), tuple(talk.turns), talk.answer)
         except CacheStateError as error:
             raise SessionError(f"this session cannot be saved: {error}") from error

@@ -36,12 +36,12 @@ class Growing:
             self._storage = self._held.new_empty(batch_size, num_heads, held + num_new + room, head_dim)
             self._storage[:, :, :held] = self._held
             self._storage[:, :, held:] = 0  # a masked slot may be read, and what it holds must be a number
+            self._held = self._storage[:, :, :held]  # lets what held it before go
         return self._storage
 
     def lend(self, room: int) -> "Growing":
         """One that begins with what is held, and grows in the same tensor by up to `room` tokens before it copies."""
         storage = self.reserve(room, self._held, 0)
-        self._held = storage[:, :, : self._held.shape[2]]
         storage[:, :, self._held.shape[2] :] = 0  # of the one that had it before: a masked slot must be a number
         lent = Growing(self._held)
         lent._storage = storage
