@@ -202,6 +202,23 @@ def test_a_documents_first_part_is_read_with_candidates_and_later_ones_are_held_
     )
 
 
+@pytest.mark.stores(reason="what is held until the end is not in a store yet")
+def test_a_document_is_read_exactly_where_that_is_asked_for(held: dict[int, Tensor]) -> None:
+    model, words = tiny.tiny_model("llama"), tiny.random_words(NUM_PROMPT)
+    options: dict[str, Any] = {"method": "blend", "budget": BUDGET, **tiny.options_for(model, "blend")}
+    found = []
+    for candidates in (4, None):
+        session = compresskv.read(model, tiny.tokenizer(), words, store="native", candidates=candidates, **options)
+        found.append((len(held), chosen(session.cache)))
+        held.clear()
+    (num_held, _), (none_held, exact) = found
+    assert (num_held, none_held) == (model.config.num_hidden_layers - 1, 0)
+    plan = compresskv.make_plan(model, session.token_ids, **options)
+    assert [[list(own) for own in layer.positions] for layer in plan.layers] == [kept[0] for kept in exact]
+    with pytest.raises(ConfigError, match="candidates=0"):
+        compresskv.read(model, tiny.tokenizer(), words, candidates=0, **options)
+
+
 @pytest.mark.parametrize("method", WAITING)
 def test_a_layers_prompt_is_garbage_before_the_next_layer_is_reached(method: str) -> None:
     model, seen, alive = tiny.tiny_model("llama"), list[weakref.ref[Tensor]](), list[int]()

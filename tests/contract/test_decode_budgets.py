@@ -37,6 +37,7 @@ def read(model: object, context: Compressing, sequence: torch.Tensor) -> tuple[t
             parts.append(tiny.read(model, cache, sequence, [1]))
             if (new := evictions(cache)) and (not found[-1] or seen(new) > seen(found[-1])):
                 found.append(new)
+                assert all(layer.store.counts == [BUDGET] * layer.store.num_heads for layer in cache.compressed_layers)
             assert all(max(layer.store.counts) <= max(BUDGET, 60) + INTERVAL for layer in cache.compressed_layers)
     return torch.cat(parts, dim=1), found
 

@@ -175,6 +175,15 @@ def test_scores_tell_what_was_chosen_and_what_is_kept_anyway() -> None:
     assert max(others) <= min(chosen)
 
 
+@pytest.mark.parametrize("method", ["vote", "blend"])
+def test_a_window_that_is_narrow_for_a_small_budget_is_told_as_it_was(method: str) -> None:
+    model = tiny.tiny_model("llama")
+    for layer in planned(model, method, 24, window_size=32, num_sinks=0).layers:
+        for positions, scores in zip(layer.positions, layer.scores, strict=True):
+            anyway = [position for position, score in zip(positions, scores, strict=True) if score is None]
+            assert anyway == list(range(NUM_PROMPT - 12, NUM_PROMPT))  # half of the budget
+
+
 @pytest.mark.parametrize("method", ["blend", "vote", "cake", "snapkv", "adakv"])
 def test_planning_holds_one_whole_layer_at_a_time(method: str) -> None:
     model, prompt = tiny.tiny_model("llama"), tiny.random_tokens(NUM_PROMPT)

@@ -223,3 +223,7 @@ def test_a_profile_for_a_method_that_takes_none() -> None:
     model = tiny.tiny_model("llama")
     with refused(ConfigError, "'snapkv' takes no profile"):
         compresskv.compressing(model, "snapkv", 20, profile=tiny.random_profile(model))
+    with refused(ConfigError, "'snapkv' takes no profile"):
+        compresskv.compressing(
+            model, "snapkv", 20, profile=tiny.random_profile(model), decode_budget=20, decode_method="rkv"
+        )

@@ -2,6 +2,8 @@
 
 import gc
 import hashlib
+import os
+import stat
 import threading
 import weakref
 from dataclasses import replace
@@ -258,6 +260,15 @@ def test_nobody_sees_a_document_while_it_is_laid_out_for_the_first_question(
     assert found == [expected]
     if do == "save":
         assert answers(compresskv.open_session(tmp_path / "document.kvc", model, tokenizer)) == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_a_file_is_for_its_owner_alone_unless_one_was_there(tmp_path: Path) -> None:
+    session, place = read(tiny.tiny_model("llama")), tmp_path / "document.kvc"
+    for mode in (0o600, 0o640):
+        session.save(place)
+        assert stat.S_IMODE(place.stat().st_mode) == mode
+        place.chmod(0o640)
 
 
 def test_one_turn_at_a_time() -> None:
@@ -666,6 +677,8 @@ def test_what_cannot_be_read_or_asked_is_refused() -> None:
         session.append(tiny.random_words(200))
     with pytest.raises(ConfigError, match=r"max_memory=9000 is too little: .* need \d\d,\d\d\d bytes"):
         read(model, max_memory=9000)
+    with pytest.raises(ConfigError, match="max_memory=30000 is too little"):  # it evicts nothing, whatever the budget
+        read(model, "full", max_memory=30000)
     session.say(QUESTIONS[0], max_new_tokens=1)
     with pytest.raises(CacheStateError, match=r"the document cannot grow while a conversation .* forget\(\) it first"):
         session.append("5")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import planted
 from commands import Result, runner
+from compresskv import ModelError, defaults
 
 QUESTION = "What of amber?"
 ANSWER = "amber1 amber2 amber3 amber4 amber5 amber6"
@@ -87,6 +88,21 @@ def test_a_document_is_read_and_asked_twice(kept: Path, call: Callable[..., Resu
     told = json.loads(call("ask", "doc.kvc", QUESTION, "--json", "--model", "model").out)
     assert told["answer"] == ANSWER
     assert told["model"] == "model"
+
+
+def test_a_model_that_is_named_is_taken_though_it_is_the_default(
+    kept: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def note(spec: str, **_: object) -> None:
+        loaded.append(spec)
+        raise ModelError("noted")
+
+    monkeypatch.setattr("compresskv.models.load.load", note)
+    call("ask", "doc.kvc", QUESTION)
+    call("ask", "doc.kvc", QUESTION, "--model", defaults.MODEL)
+    assert loaded == ["model", defaults.MODEL]
 
 
 def test_show_tells_what_a_file_holds(kept: Path, call: Callable[..., Result]) -> None:

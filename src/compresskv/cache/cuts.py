@@ -24,8 +24,10 @@ class CutOptions:
 
     @property
     def needs_profile(self) -> bool:
-        """Whether the method that cuts what is generated looks into a profile."""
-        return self.decode_budget is not None and find_decode_method(self.decode_method).needs_profile
+        """Whether the method that cuts what is generated looks into a profile; the default does, where there is one."""
+        if self.decode_budget is None:
+            return False
+        return self.decode_method is None or find_decode_method(self.decode_method).needs_profile
 
 
 def find_cuts(

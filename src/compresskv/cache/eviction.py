@@ -41,7 +41,6 @@ class Eviction:
         self.budget = 1 if method.brings_budget else check_budget(budget, conditions.num_layers)
         self.conditions = conditions
         self._auto = automatic(method, self.budget, cuts_early=conditions.chunks is not None)
-        self._cuts: dict[int, dict[int, Cut]] = {}
         self.num_later = 0
         """Tokens of the prompt behind the chunk that is read now."""
         self.awaits_end = False
@@ -52,11 +51,12 @@ class Eviction:
         """Whether the method could tell what such layers would hardly keep."""
         self.choices: list[AutoChoice] = []
         """What was chosen for each row of the prompt, where each prompt decides its budget."""
-        self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget the last prompt."""
+        self._cuts: dict[int, dict[int, Cut]] = {}
+        self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}
         self._row_lengths: list[int] | None = None
         self._groups: list[Group] = []
         self._waiting: list[tuple[Retaining, torch.device]] = []
@@ -186,7 +186,8 @@ class Eviction:
             return
         chosen = [group.selected(position, own) for group, own in zip(self._groups, scores, strict=True)]
         rows = [group.rows for group in self._groups]
-        layer.retain(one_batch(chosen, rows), one_batch(scores, rows))
+        told = [group.told(own) for group, own in zip(self._groups, scores, strict=True)]
+        layer.retain(one_batch(chosen, rows), one_batch(told, rows))
 
     def _grouped(self, row_lengths: list[int], num_ahead: int, num_evicted: int, cut: Cut | None) -> list[Group]:
         """Rows whose budgets ask for the same window belong together; none where nothing is to be evicted."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor
 
 from compresskv.methods.base import Method
@@ -113,6 +115,11 @@ class Group:
         candidates = tokens.to(scores.device)
         own = scores.expand(-1, candidates.shape[1], -1).gather(-1, candidates.clamp(min=0))
         return tokens_at(select(self.method, own, budgets, lengths), candidates)
+
+    def told(self, scores: Tensor) -> Tensor:
+        """Those by which tokens were chosen; infinite for the window's own, which are kept whatever they are."""
+        num_own = min(self.method.window_size, scores.shape[2])
+        return F.pad(scores[..., : scores.shape[2] - num_own], (0, num_own), value=torch.inf)
 
 
 def one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:

@@ -177,7 +177,7 @@ class CompressedLayer(StoredLayer):
         if method.observes_all and num_queries < inputs.keys.shape[2]:
             raise CacheStateError(f"method {method.name!r} needs the queries of the whole prompt, not {num_queries}")
         if part is not None:
-            self._eviction.end_of_prompt(PartOf(self, part, method.window_size), self._position, inputs)
+            self._eviction.end_of_prompt(PartOf(self, part), self._position, inputs)
         elif self._cut_at:
             num_evicted = self.seen_tokens - inputs.keys.shape[2]
             self._eviction.end_of_prompt(HeldOf(self), self._position, inputs, num_evicted=num_evicted)

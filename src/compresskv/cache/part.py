@@ -44,8 +44,6 @@ class PartOf:
 
     layer: Remembering
     part: Part
-    window_size: int
-    """The part's last tokens, which were kept whatever their scores."""
 
     def retain(self, tokens: Tensor, scores: Tensor | None = None) -> None:
         """Keep the named tokens beside what was kept before."""
@@ -61,7 +59,7 @@ class PartOf:
         kept, order = _side_by_side(old, later).sort(dim=-1)
         layer.retain(kept)
         if part.ranked and layer.store.held.chosen is not None:
-            strengths = _by_place(tokens, num_tokens) if scores is None else self._strengths(tokens, scores, num_tokens)
+            strengths = _by_place(tokens, num_tokens) if scores is None else _by_rank(tokens, scores)
             num_kept = layer.store.held.chosen.shape[2]
             layer.strengths = _side_by_side(old_strengths, strengths).gather(-1, order)[..., -num_kept:]
 
@@ -69,14 +67,14 @@ class PartOf:
         """Of a first part, which has none before it: see `Retaining`."""
         self.layer.hold(tokens)
 
-    def _strengths(self, tokens: Tensor, scores: Tensor, num_tokens: int) -> Tensor:
-        """(B, H, R) uint8."""
-        chosen_by = scores.float().expand(-1, tokens.shape[1], -1).gather(-1, tokens.clamp(min=0))
-        chosen_by = chosen_by.masked_fill(tokens >= num_tokens - self.window_size, torch.inf)
-        chosen_by = chosen_by.masked_fill(tokens == EMPTY_SLOT, -torch.inf)
-        ranks = chosen_by.argsort(dim=-1, stable=True).argsort(dim=-1)
-        num_empty = (tokens == EMPTY_SLOT).sum(dim=-1, keepdim=True)
-        return _levels((ranks - num_empty + 1) / (tokens.shape[2] - num_empty))
+
+def _by_rank(tokens: Tensor, scores: Tensor) -> Tensor:
+    """(B, H, R) uint8, of what was chosen by scores (B, 1 or H, T)."""
+    chosen_by = scores.float().expand(-1, tokens.shape[1], -1).gather(-1, tokens.clamp(min=0))
+    chosen_by = chosen_by.masked_fill(tokens == EMPTY_SLOT, -torch.inf)
+    ranks = chosen_by.argsort(dim=-1, stable=True).argsort(dim=-1)
+    num_empty = (tokens == EMPTY_SLOT).sum(dim=-1, keepdim=True)
+    return _levels((ranks - num_empty + 1) / (tokens.shape[2] - num_empty))
 
 
 def _strongest(positions: Tensor, strengths: Tensor, share: float) -> Tensor:

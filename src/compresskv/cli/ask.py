@@ -92,8 +92,9 @@ def ask(
 
     takes_profile = False
     for one in checked.methods:
-        _, decoding = find_cuts(one, checked.budget, CutOptions(**held_by(one, checked, cuts)), reads_twice=two_pass)
-        takes_profile = decoding is not None and decoding[1].needs_profile
+        own = CutOptions(**held_by(one, checked, cuts))
+        find_cuts(one, checked.budget, own, reads_twice=two_pass)  # refuses
+        takes_profile |= own.needs_profile
     loaded, tokenizer, methods = checked.load()
     generations: list[Generation] = []
     try:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compresskv import defaults
 from compresskv.cli.terminal import Bar
 from compresskv.cli.typed import is_typed
 from compresskv.errors import ConfigError
@@ -50,7 +49,7 @@ def load_session(path: str | Path, model: str, dtype: str | None, device: str | 
     from compresskv.sessions.file import read_session
 
     contents = read_session(path)
-    own = facts.model if model == defaults.MODEL and facts.model else model
+    own = model if is_typed("model") or not facts.model else facts.model
     with Bar() as bar:
         loaded, tokenizer = load(own, dtype=facts.loaded_dtype, device=device, on_progress=bar)
     return opened(path, contents, loaded, tokenizer)

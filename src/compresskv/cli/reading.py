@@ -10,6 +10,7 @@ from compresskv import defaults
 from compresskv.cli.kept import check_unused
 from compresskv.cli.options import (
     BudgetOption,
+    CandidatesOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -19,6 +20,7 @@ from compresskv.cli.options import (
     SettingsOption,
     check_profile,
     create_method,
+    parse_candidates,
     parse_nbytes,
 )
 from compresskv.cli.places import name_of
@@ -69,6 +71,7 @@ class Reading:
     store: SessionStoreOption = None
     chunk: ChunkOption = None
     max_memory: MaxMemoryOption = None
+    candidates: CandidatesOption = str(defaults.CANDIDATES)
     profile: ProfileOption = None
     settings: SettingsOption = None
     dtype: DtypeOption = None
@@ -94,11 +97,12 @@ class Reading:
             find_precision(self.store)
         check_least("chunk", self.chunk)
         max_memory = None if self.max_memory is None else parse_nbytes("max_memory", self.max_memory)
+        candidates = parse_candidates(self.candidates)
         check_profile(self.profile)
         texts = [(document, read_document(document)) for document in documents]
         for _, text in texts:
             check_request(text, "?", "never")
-        return CheckedDocuments(self, texts, method, budget, max_memory)
+        return CheckedDocuments(self, texts, method, budget, max_memory, candidates)
 
     def _method(self) -> "Method | None":
         """The one that is named, with its settings; None: the default."""
@@ -124,6 +128,7 @@ class CheckedDocuments:
     method: "Method | None"
     budget: int | float | str
     max_memory: int | None
+    candidates: int | None
 
     def sessions(self) -> "Iterator[Session]":
         """Load the model, and read one document after another."""
@@ -143,6 +148,7 @@ class CheckedDocuments:
 
         asked = self.reading
         own: dict[str, Any] = {"store": asked.store, "chunk": asked.chunk, "max_memory": self.max_memory}
+        own["candidates"] = self.candidates
         with Bar() as bar:
             own["on_read"] = lambda done, steps: bar(f"reading {name}", done / steps)
             return read(model, tokenizer, text, method=method, budget=self.budget, name=name, **own)

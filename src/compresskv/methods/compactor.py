@@ -32,7 +32,8 @@ class Compactor(Method):
     token gets from any query of its chunk and any query head, as `largest_of_group` has it.
 
     Source: Compactor (arXiv 2507.08143), sections 3 and 4. Differs: the random projection is the same in every layer
-    and run; logits are scaled as the model scales them, which kvpress's press leaves out.
+    and run; logits are scaled as the model scales them, which kvpress's press leaves out. Of the models that have them,
+    learned sinks and a cap on logits are left out.
     """
 
     name = "compactor"

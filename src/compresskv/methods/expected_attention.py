@@ -30,7 +30,7 @@ class ExpectedAttention(Method):
     takes the place of their mean, as `largest_of_group` has it.
 
     Source: Expected Attention (arXiv 2510.00636), sections 3.1 to 3.3. A model without rotary position embeddings has
-    nothing to turn back.
+    nothing to turn back; of one that has them, learned sinks and a cap on logits are left out.
     """
 
     name = "expected_attention"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,10 @@ from compresskv.system.quiet import hush_torchao, quiet
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_one_at_a_time = threading.Lock()
+"""Held while modules of the libraries are changed, so that nobody takes another's change for how they were."""
 
 
 def load_gguf(
@@ -39,7 +44,7 @@ def load_gguf(
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with quiet(), _no_tensor_bar(), _read_once(path):
+        with _one_at_a_time, quiet(), _no_tensor_bar(), _read_once(path):
             tokenizer = _tokenizer(path)
             model, report = loader.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True, output_loading_info=True, **options

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -104,7 +103,7 @@ def make_plan(
         method=chosen.label,
         budget=budget if isinstance(budget, (int, float, str)) else tuple(budget),
         profile=None if own is None else own.digest,
-        layers=tuple(_layer_plan(layer, chosen.window_size) for layer in cache.compressed_layers),
+        layers=tuple(_layer_plan(layer) for layer in cache.compressed_layers),
         auto=next(iter(cache.auto_choices), None),
         versions=libraries(),
     )
@@ -122,13 +121,12 @@ def _check_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
             raise PromptError(problem, option="token_ids", value=token)
 
 
-def _layer_plan(layer: CompressedLayer, window_size: int) -> LayerPlan:
+def _layer_plan(layer: CompressedLayer) -> LayerPlan:
     assert isinstance(layer, PlanningLayer)
     num_tokens = layer.num_prompt_tokens
     if layer.chosen is None or layer.chosen_scores is None:
         return LayerPlan(layer.layer_idx, (tuple(range(num_tokens)),), ((None,) * num_tokens,))
-    scores = layer.chosen_scores.masked_fill(layer.chosen >= num_tokens - window_size, torch.inf)
-    heads = zip(layer.chosen[0].tolist(), scores[0].tolist(), strict=True)
+    heads = zip(layer.chosen[0].tolist(), layer.chosen_scores[0].tolist(), strict=True)
     chosen = [[pair for pair in zip(*head, strict=True) if pair[0] != EMPTY_SLOT] for head in heads]
     return LayerPlan(
         layer.layer_idx,

@@ -41,7 +41,7 @@ class AutoChoice:
     uncovered: float
     """The share of the window's attention that goes to tokens which are not kept."""
     predicted_loss: float
-    """Nats per token, told from that; 19 of 20 prompts are meant to lose less."""
+    """Nats per token, told from that; most prompts lose less (docs/auto.md)."""
     max_loss: float
     """What was allowed."""
     why: str

@@ -12,6 +12,7 @@ from compresskv import defaults
 from compresskv.attention.support import attention_modules
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.costs import tokens_kept
+from compresskv.cache.group import check_candidates
 from compresskv.cache.state import State, restore_cache
 from compresskv.errors import CacheStateError, ConfigError, ProfileError, SessionError
 from compresskv.methods.base import Method
@@ -50,6 +51,7 @@ def read(
     store: str | None = None,
     chunk: int | None = None,
     max_memory: int | None = None,
+    candidates: int | None = defaults.CANDIDATES,
     name: str | None = None,
     on_read: OnRead | None = None,
     **options: Any,
@@ -66,6 +68,7 @@ def read(
         chunk: tokens to read at a time, to bound what reading needs beside the cache; None: all at once.
         max_memory: bytes that keys and values may take while the document is read: where all of them need more, it is
             read in parts, and each is cut before the next one is read. What is kept is then another choice.
+        candidates: as for `compressing`; None: a choice that is exact where a budget is below an eighth of the text.
         name: what the document is called.
         on_read: called with (steps done, steps) meanwhile, a step being one token in one attention layer.
     Raises:
@@ -74,6 +77,7 @@ def read(
     """
     check_model(model, tokenizer)
     check_callbacks(on_read=on_read)
+    check_candidates(candidates)
     if name is not None and not isinstance(name, str):
         raise ConfigError("must be a text, or None", option="name", value=name)
     part = first_part(tokenizer, text)
@@ -88,9 +92,8 @@ def read(
         warn_of_lossy_store(own, store)
     warn_of_slow_dtype(model)
     start = now(*devices_of(model))
-    cache = read_and_cut(
-        model, part.input_ids, chosen, budget, store=store, chunk=chunk, max_memory=max_memory, on_read=on_read
-    )
+    held: dict[str, Any] = {"store": store, "chunk": chunk, "max_memory": max_memory, "candidates": candidates}
+    cache = read_and_cut(model, part.input_ids, chosen, budget, **held, on_read=on_read)
     facts = Facts(
         model=str(model.config._name_or_path),
         fingerprint=str(fingerprint(model)),

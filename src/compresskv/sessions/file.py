@@ -97,7 +97,7 @@ def write_session(path: str | Path, contents: Contents) -> None:
     text = json.dumps(told)
     metadata = {"format": FORMAT, "version": str(_version(contents)), "session": text, "sha256": _digest(text, kept)}
     try:
-        with replacing(path) as place:
+        with replacing(path, is_private=True) as place:
             save_file(kept, place, metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

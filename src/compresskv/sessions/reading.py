@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compresskv import defaults
 from compresskv.attention.routing import routing
 from compresskv.cache.cache import CompressedCache
 from compresskv.cache.costs import costs_of, tokens_kept
@@ -39,12 +40,13 @@ def read_and_cut(
     store: str = NATIVE,
     chunk: int | None = None,
     max_memory: int | None = None,
+    candidates: int | None = defaults.CANDIDATES,
     on_read: OnRead | None = None,
 ) -> CompressedCache:
     """Read a document and cut it.
 
     Args:
-        store: as for `compressing`.
+        store, candidates: as for `compressing`.
         chunk: tokens to read at a time; None: all at once. What is kept is the same up to rounding: nothing is evicted
             before all was read.
         max_memory: bytes that keys and values may take meanwhile; where the document's need more, it is read in parts,
@@ -58,7 +60,7 @@ def read_and_cut(
     check_count("chunk", chunk, or_none=True)
     check_count("max_memory", max_memory, or_none=True)
     total = len(token_ids)
-    cache = CompressedCache(model, method, budget, store=store)
+    cache = CompressedCache(model, method, budget, store=store, candidates=candidates)
     if isinstance(budget, str):
         tokens_kept(model, budget, total, store)  # refuses what has no room, before it is read
     step = total if max_memory is None else _part_tokens(model, method, budget, store, total, max_memory)
@@ -164,7 +166,9 @@ def _part_tokens(
     reading = costs.full * (_REPLAY if method.replays else 1)
     if total * reading <= max_memory:
         return total
-    if isinstance(budget, str):
+    if not method.evicts:
+        kept = total
+    elif isinstance(budget, str):
         found = find_byte_budget(budget)
         kept = 0 if found is None else found.tokens(total, costs)
     else:

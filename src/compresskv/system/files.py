@@ -28,13 +28,15 @@ def names_folder(path: str | Path) -> bool:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, is_private: bool = False) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` in the end: a reader sees the old file or the new one, even
     after a full disk or a power cut.
 
     What is no file (a device, a pipe) is written to as it is; a link is followed, and an existing file's permissions
     and, as far as this process may, its owner are kept.
 
+    Args:
+        is_private: a new file is for its owner alone.
     Raises:
         OSError: the place cannot be written; what was there is there still.
     """
@@ -48,12 +50,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     shown = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
     temporary = path.with_name(f".{shown}.{uuid.uuid4().hex}")  # tempfile's would be unreadable to others
     try:
-        temporary.touch(exist_ok=False)
+        temporary.touch(0o600 if is_private else 0o666, exist_ok=False)
         if before is not None:
             with suppress(OSError, AttributeError):  # AttributeError: Windows has no owners
                 os.chown(temporary, before.st_uid, before.st_gid)
             temporary.chmod(stat.S_IMODE(before.st_mode))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)  # a library may have put a file of its own there
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

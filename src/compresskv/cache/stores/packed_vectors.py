@@ -15,6 +15,8 @@ _LONGEST = 2.0
 """Times its length that a key may get: usual ones get a seventh."""
 _AT_ONCE = 512
 """Vectors that are fitted together: what that takes meanwhile should fit into a core's cache."""
+_AT_ONCE_ELSEWHERE = 65536
+"""The same on a GPU, where each call costs as much as many vectors."""
 _GAUSSIAN_STEP = 0.9957
 """Between four codes that err least on normally distributed numbers, in their standard deviation (Max, 1960)."""
 
@@ -43,7 +45,8 @@ class PackedVectors:
             raise ModelError(f"this model's {problem}")
         vectors = vectors.float()
         if bits == 2:
-            pieces = vectors.reshape(-1, vectors.shape[-1]).split(_AT_ONCE)
+            at_once = _AT_ONCE if vectors.device.type == "cpu" else _AT_ONCE_ELSEWHERE
+            pieces = vectors.reshape(-1, vectors.shape[-1]).split(at_once)
             fitted = zip(*(_fitted(piece, are_keys=are_keys) for piece in pieces), strict=True)
             codes, low, step = (torch.cat(own).view(*vectors.shape[:-1], own[0].shape[-1]) for own in fitted)
         else:
