@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -174,6 +175,18 @@ def test_ask_and_plans_go_through_the_kernel(calls: Calls, registered: Callable[
         answers.append([layer.positions for layer in plan.layers])
     assert answers[:3] == answers[3:]
     assert calls
+
+
+@pytest.mark.stores(reason="nothing is stored")
+def test_a_mask_of_blocks_is_for_all_of_a_prompt() -> None:
+    """Which is read in pieces where it is long."""
+    mask = create_block_mask(lambda _, __, query, key: query >= key, None, None, 60, 60, device="cpu")
+    states, kernel = torch.zeros(1, 2, 60, 8), kernels.Kernel("flex_attention", mask)
+    for num_new, num_seen in ((32, 32), (28, 60)):
+        with pytest.warns(UserWarning, match="is not used for pieces of a prompt"):
+            assert kernel.read(nn.Identity(), states[:, :, :num_new], *(states[:, :, :num_seen],) * 2, None) is None
+        kernels._told.clear()
+    assert not kernels._failed
 
 
 @pytest.mark.slow

@@ -89,6 +89,10 @@ def test_a_later_part_of_a_prompt(num_new: int, num_before: int, groups: int, sc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_attention, "_MASK_NBYTES", 1)  # a few queries at a time
         found = later_attention(query[:, :, num_before:], keys, values, scaling)
+        assert prompt_attention._takes_groups(query, keys, values)
+        patch.setattr(prompt_attention, "_takes_groups", lambda *_: False)  # as on a GPU without flash attention
+        in_turns = later_attention(query[:, :, num_before:], keys, values, scaling)
     torch.testing.assert_close(found.transpose(1, 2), whole[:, :, num_before:])
+    torch.testing.assert_close(in_turns, found)
     found = causal_attention(query[:, :, num_before:].bfloat16(), keys.bfloat16(), values.bfloat16(), scaling)
     torch.testing.assert_close(found.float().transpose(1, 2), whole[:, :, num_before:], rtol=0.05, atol=0.03)

@@ -56,8 +56,10 @@ class Kernel:
         if mask is not None:
             self._tell("is not used where tokens are hidden (padding, or what was evicted)")
             return None
-        if num_new < num_seen and (self.mask is not None or "flash" not in self.base):
-            self._tell("is not used for later pieces of a prompt")
+        lengths = getattr(self.mask, "seq_lengths", None)  # of a BlockMask, which cannot be cut
+        is_cut = lengths is not None and tuple(lengths) != (num_new, num_seen)
+        if is_cut or (num_new < num_seen and (self.mask is not None or "flash" not in self.base)):
+            self._tell("is not used for pieces of a prompt")
             return None
         try:
             output: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[self.base](

@@ -5,6 +5,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 
 _LEAST_TOKENS = 256
@@ -86,7 +87,7 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float
 
 
 def later_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
-    """Attention of a prompt's last tokens to themselves and all before them: by flash kernels on a GPU, without a mask.
+    """Attention of a prompt's last tokens to themselves and all before them: on a GPU by kernels that need no mask.
 
     On a CPU, whose kernel needs one, a part of the queries after another: a mask takes four bytes for each pair.
 
@@ -103,17 +104,30 @@ def later_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float 
     for start in range(0, num_queries, step):
         end = min(num_queries, start + step)
         seen = before + end
-        bias: Tensor = causal_lower_right(end - start, seen)
-        part = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, start:end],
-            keys[:, :, :seen],
-            values[:, :, :seen],
-            attn_mask=bias,
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
+        part = _last_rows(query[:, :, start:end], keys[:, :, :seen], values[:, :, :seen], scaling)
         output[:, start:end] = part.transpose(1, 2)
     return output
+
+
+def _last_rows(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+    """(B, H_kv * G, T_new, D) of the last tokens.
+
+    A GPU's other kernel that needs no memory for all logits takes as many heads of queries as of keys: G turns of it.
+    """
+    bias: Tensor = causal_lower_right(query.shape[2], keys.shape[2])
+    attend, num_kv_heads = torch.nn.functional.scaled_dot_product_attention, keys.shape[1]
+    if query.shape[1] == num_kv_heads or _takes_groups(query, keys, values):
+        grouped = query.shape[1] != num_kv_heads
+        return attend(query, keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped)
+    turns = query.unflatten(1, (num_kv_heads, -1)).unbind(dim=2)
+    parts = [attend(own, keys, values, attn_mask=bias, scale=scaling) for own in turns]
+    return torch.stack(parts, dim=2).flatten(1, 2)
+
+
+def _takes_groups(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether grouped heads are read without memory for all logits: on a GPU, by flash attention alone."""
+    given = SDPAParams(query, keys, values, None, 0.0, False, True)
+    return not query.is_cuda or can_use_flash_attention(given)
 
 
 def causal_mask(num_new: int, num_seen: int, device: torch.device) -> Tensor:
