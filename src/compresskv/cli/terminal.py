@@ -52,8 +52,8 @@ def warnings_in_one_line() -> Iterator[None]:
 
 
 class _FittingTable(Table):
-    """Cuts no number where a terminal is narrow: titles of numbers are broken first, then cells of several words, and
-    in the end anything.
+    """Cuts no number where a terminal is narrow: titles are broken first, then cells of several words, and in the end
+    anything.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -88,9 +88,12 @@ class _FittingTable(Table):
 
 
 def _sizes(console: Console, options: ConsoleOptions, column: Column) -> Measurement:
-    """Of the longest word and of the longest line in a column."""
-    cells = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
-    return Measurement(max(cell.minimum for cell in cells), max(cell.maximum for cell in cells))
+    """Of the longest word and of the longest line in a column. Where lines may be broken, so may the title's word."""
+    cells = [Measurement.get(console, options, cell) for cell in column.cells]
+    title = Measurement.get(console, options, column.header)
+    longest = max(cell.maximum for cell in (title, *cells))
+    least = [cell.minimum for cell in ((title, *cells) if column.no_wrap or not cells else cells)]
+    return Measurement(max(least), longest)
 
 
 def new_table(*columns: str, numbers: Collection[str] = (), title: str | None = None) -> Table:
