@@ -64,11 +64,12 @@ class RaggedStore(Store):
         counts = [part.shape[1] for part in parts[0]]
         self._starts = [sum(counts[:head]) + head * room for head in range(len(counts))]
         self._room = room
-        self._keys, self._values = (self._packed(own) for own in parts)
+        self._keys, self._values = packed = [self._packed(own) for own in parts]
+        self._shown = [own.new_empty(len(own), len(counts), 0, own.shape[2]) for own in packed]
         ends = [start + count for start, count in zip(self._starts, counts, strict=True)]
         # one by one: a list would be sent to the device, which waits for it
         self._ends = torch.cat([torch.full((1,), end, device=self._keys.device) for end in ends])
-        self._shared = False
+        self._shared, self._num_behind = False, 0
 
     def _packed(self, parts: list[Tensor]) -> Tensor:
         batch_size, _, head_dim = parts[0].shape
@@ -103,7 +104,7 @@ class RaggedStore(Store):
     @property
     def states(self) -> tuple[Tensor, Tensor]:
         """(B, H_kv, 0, D): heads do not lie side by side."""
-        keys, values = (packed.new_empty(len(packed), self.num_heads, 0, packed.shape[2]) for packed in self.tensors)
+        keys, values = self._shown
         return keys, values
 
     @property
@@ -122,9 +123,10 @@ class RaggedStore(Store):
         """Store new tokens in every head; they alone are given back."""
         num_new, counts = key_states.shape[2], self.counts
         self._reserve(num_new, key_states, room)
+        ends = self._find_ends()
         for packed, states in zip(self.tensors, (key_states, value_states), strict=True):
             if num_new == 1:
-                packed.index_copy_(1, self._ends, states[:, :, 0])
+                packed.index_copy_(1, ends, states[:, :, 0])
             else:
                 for head, (start, count) in enumerate(zip(self._starts, counts, strict=True)):
                     packed[:, start + count : start + count + num_new] = states[:, head]
@@ -153,9 +155,15 @@ class RaggedStore(Store):
 
     def _advance(self, num_new: int) -> None:
         """Count tokens that were written behind the parts' ends."""
-        self._ends = self._ends + num_new
+        self._num_behind += num_new
         self._room -= num_new
         self.held = self.held.appended(num_new)
+
+    def _find_ends(self) -> Tensor:
+        """(H_kv,) int64: where the next token goes. Recorded steps know it by themselves."""
+        if self._num_behind:
+            self._ends, self._num_behind = self._ends + self._num_behind, 0
+        return self._ends
 
     def crop(self, num_removed: int) -> None:
         """Forget the last tokens of every head. Their slots are not written again: a branch may still read them."""
