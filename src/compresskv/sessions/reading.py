@@ -17,7 +17,7 @@ from compresskv.models.place import input_device
 from compresskv.plans.capture import CapturedPrompt, read_twice
 from compresskv.plans.plan import prompt_digest
 from compresskv.prompts.prompt import context_length
-from compresskv.selection.budgets import Budget, is_share, of_part, resolve
+from compresskv.selection.budgets import Budget, is_share, of_part
 from compresskv.selection.byte_budget import find_byte_budget
 from compresskv.selection.precision import NATIVE, find_precision
 from compresskv.sessions.progress import OnRead, telling
@@ -168,12 +168,9 @@ def _part_tokens(
         return total
     if not method.evicts:
         kept = total
-    elif isinstance(budget, str):
-        found = find_byte_budget(budget)
-        kept = 0 if found is None else found.tokens(total, costs)
     else:
-        counts = [budget] if isinstance(budget, (int, float)) else list(budget)
-        kept = max(resolve(count, total) for count in counts)
+        each = [budget] if isinstance(budget, (int, float, str)) else budget
+        kept = max(tokens_kept(model, one, total, store) for one in each)
     room = (max_memory - kept * costs.held - costs.fixed) // reading
     if room < _LEAST_PART:
         needed = kept * costs.held + costs.fixed + _LEAST_PART * reading
