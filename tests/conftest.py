@@ -17,6 +17,9 @@ from compresskv.compiled import decoding
 from pairs import covering_pairs
 
 torch.set_num_threads(1)
+for told in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(told, None)  # consoles remember what they find when they are made
+os.environ["TERM"] = "xterm"  # else a dumb one has 80 columns, whatever a test asks for
 if sys.version_info < (3, 12):  # else setuptools replaces distutils, and tests that compile depend on those before them
     os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
