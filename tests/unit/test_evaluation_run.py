@@ -202,7 +202,9 @@ class TestRun:
         assert [record.example for record in records()] == examples
 
     def test_a_slice_that_leaves_nothing_is_refused(self) -> None:
-        with pytest.raises(DataError, match="rows='5::' leaves no case"):
+        with pytest.raises(
+            DataError, match="rows='5::' leaves no case: no subset has so many among the first 3, which"
+        ):
             run(toy(limit=3, rows=parse_rows("5:")), methods="full")
 
     def test_a_subset_alone(self) -> None:

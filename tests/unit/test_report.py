@@ -23,6 +23,7 @@ from compresskv.evaluation import figures
 from compresskv.evaluation.records import Record
 from compresskv.evaluation.report import digits, heading, write_pages
 from compresskv.evaluation.run_folder import RecordLog
+from compresskv.evaluation.statistics import macro_interval
 from compresskv.evaluation.summary import report_data
 
 VERSIONS = {"model": "org/tiny", "dtype": "float32", "torch": "2.13.0"}
@@ -132,6 +133,23 @@ class TestNumbers:
         assert row["retained_tokens"] == pytest.approx((100 + 300 + 100) / 3)
         assert row["retained_fraction"] == pytest.approx((0.1 + 0.3 + 0.1) / 3)
         assert row["kv_nbytes"] == 6_000_000
+
+    def test_questions_on_one_document_are_one_draw(self, tmp_path: Path) -> None:
+        def asked(method: str, budget: int | None, scores: Sequence[float], seed: int = 0) -> list[Record]:
+            """Five questions a document, of equal scores."""
+            return [
+                record(method, budget, f"{seed}-{at}-{n}", score, kl_divergence=score, seed=seed, meta={"document": at})
+                for at, score in enumerate(scores)
+                for n in range(5)
+            ]
+
+        one, two = [0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]
+        full = asked("full", None, [1.0] * 4) + asked("full", None, [1.0] * 4, seed=1)
+        rows = rows_of([run(tmp_path, *full, *asked("snapkv", 100, one), *asked("snapkv", 100, two, seed=1))])
+        row = rows["snapkv @ 100"]
+        expected = macro_interval([dict(enumerate([*one, *two]))])
+        assert row["score"] == row["kl_interval"] == pytest.approx(list(expected))
+        assert [1 + row["from_full"][name] for name in ("mean", "low", "high")] == pytest.approx(list(expected))
 
     def test_tasks_weigh_alike_and_a_task_that_is_missing_is_told(self, tmp_path: Path) -> None:
         other = [replace(one, task="longbench/qa", metrics={"score": 0.0}) for one in (OURS[0], FULL[0])]

@@ -108,7 +108,11 @@ def evaluate(
         ),
     ] = None,
     rows: Annotated[
-        str, typer.Option(help="Which cases of each subset, as a slice: 1::2 is every second one.", metavar="SLICE")
+        str,
+        typer.Option(
+            help="Which cases of each subset, of those within --limit, as a slice: 1::2 is every second one.",
+            metavar="SLICE",
+        ),
     ] = "",
     settings: Annotated[
         str | None,

@@ -89,7 +89,9 @@ class Evaluation(AbstractContextManager["Evaluation"]):
                     cases.append(case)
         if not cases and not self.counts.skipped:
             given = ":".join("" if part is None else str(part) for part in self._options.rows)
-            raise DataError("leaves no case: no subset has so many", option="rows", value=given)
+            limit = self._options.limit
+            of = "" if limit is None else f" among the first {limit}, which is the limit"
+            raise DataError(f"leaves no case: no subset has so many{of}", option="rows", value=given)
         self.counts.examples = len(cases)
         return cases
 

@@ -11,13 +11,14 @@ from compresskv.evaluation.summary import Row, Table
 from compresskv.system.files import write_text
 
 _HOW_TO_READ = """\
-Scores are per cent of what the benchmark can give, with a 95 % interval (bootstrap over cases: too narrow where there
-are few, of no width where each task's cases all scored alike). *vs full* and *vs best baseline* are mean differences
-over the same cases; the best baseline is the other method with the highest score in the same setting, at the same
-budget or as many bytes, that holds no more of them. **Bold**: the highest score at a budget, or at as many bytes.
-*exact*: every key answer stands in the prediction. *KL* is in nats per token from the full cache's distribution;
-*top-1* is how often both choose the same token; *tokens* are those retained, mean over layers and KV heads, and *KV MB*
-the bytes of keys and values really held; *select s* is scoring, selecting and gathering, in seconds."""
+Scores are per cent of what the benchmark can give, with a 95 % interval (bootstrap over cases, or over documents where
+several cases are about one: too narrow where there are few, of no width where each task's cases all scored alike). *vs
+full* and *vs best baseline* are mean differences over the same cases; the best baseline is the other method with the
+highest score in the same setting, at the same budget or as many bytes, that holds no more of them. **Bold**: the
+highest score at a budget, or at as many bytes. *exact*: every key answer stands in the prediction. *KL* is in nats per
+token from the full cache's distribution; *top-1* is how often both choose the same token; *tokens* are those retained,
+mean over layers and KV heads, and *KV MB* the bytes of keys and values really held; *select s* is scoring, selecting
+and gathering, in seconds."""
 
 
 def _percent(name: str) -> Callable[[Row], str]:

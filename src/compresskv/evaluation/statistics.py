@@ -1,5 +1,6 @@
-"""Means with intervals: bootstrap over cases, 95 %, percentile method."""
+"""Means with intervals: bootstrap over cases, or over documents that several cases share; 95 %, percentile method."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -30,27 +31,40 @@ class Difference(NamedTuple):
     num_cases: int
 
 
-def macro_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
+def macro_interval(
+    groups: Sequence[Mapping[K, float]], documents: Mapping[K, Hashable] | None = None, seed: int = 0
+) -> Interval:
     """The mean of the groups' means; each group's cases are drawn anew by themselves.
 
-    Of groups of one case each, or of equal ones, the interval has no width: it says nothing then.
+    Cases that share a document are drawn together, since they are not independent: a bootstrap of clusters, whose
+    resampled means weigh cases alike (A. Davison, D. Hinkley: Bootstrap Methods and their Application, 1997, 3.8).
+    Of groups of one case or document each, or of equal cases, the interval has no width: it says nothing then.
 
+    Args:
+        groups: values by case.
+        documents: of cases; one that is not in it has its own.
     Raises:
         ConfigError: scipy is missing.
         ValueError: there are no groups, or one has no values.
     """
     import numpy as np
 
-    if not groups or not all(len(group) for group in groups):
+    if not groups or not all(groups):
         raise ValueError("a mean needs at least one value of each group")
-    mean = sum(float(np.mean(group)) for group in groups) / len(groups)
-    if all(min(group) == max(group) for group in groups):
+    mean = sum(sum(group.values()) / len(group) for group in groups) / len(groups)
+    if all(len(set(group.values())) == 1 for group in groups):
         return Interval(mean, mean, mean)
-    # scipy refuses a group of one case: twice the same value resamples to the same mean
-    samples = [list(group) if len(group) > 1 else [group[0]] * 2 for group in groups]
+    totals = [_totals(group, documents or {}) for group in groups]
+
+    def mean_of_means(*drawn: "np.ndarray[Any, Any]", axis: int) -> Any:
+        picked = [total[:, index.astype(int)].sum(axis) for total, index in zip(totals, drawn, strict=True)]
+        return sum(values / cases for values, cases in picked) / len(picked)
+
+    # scipy refuses a group of one document: drawn from twice it is the same
+    samples = [np.arange(total.shape[1]) if total.shape[1] > 1 else np.zeros(2) for total in totals]
     found = _bootstrap()(
         samples,
-        _mean_of_means,
+        mean_of_means,
         n_resamples=_NUM_RESAMPLES,
         batch=_NUM_RESAMPLES // 10,  # bounds the memory: a benchmark may have thousands of cases
         vectorized=True,
@@ -62,20 +76,31 @@ def macro_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval
 
 
 def macro_paired_difference(
-    pairs: Sequence[tuple[Mapping[K, float], Mapping[K, float]]], seed: int = 0
+    pairs: Sequence[tuple[Mapping[K, float], Mapping[K, float]]],
+    documents: Mapping[K, Hashable] | None = None,
+    seed: int = 0,
 ) -> Difference | None:
     """The mean over groups of how much higher the first of a pair is, over the cases that both have.
 
     Returns: None where a group has no case in common.
     """
-    groups = [[a[case] - b[case] for case in a if case in b] for a, b in pairs]
+    groups = [{case: a[case] - b[case] for case in a if case in b} for a, b in pairs]
     if not groups or not all(groups):
         return None
-    return Difference(*macro_interval(groups, seed), sum(map(len, groups)))
+    return Difference(*macro_interval(groups, documents, seed), sum(map(len, groups)))
 
 
-def _mean_of_means(*samples: "np.ndarray[Any, Any]", axis: int) -> Any:
-    return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
+def _totals(group: Mapping[K, float], documents: Mapping[K, Hashable]) -> "np.ndarray[Any, Any]":
+    """The sum of each document's values, and how many they are.
+
+    Returns: `(2, documents)`.
+    """
+    import numpy as np
+
+    shared: dict[Hashable, list[float]] = defaultdict(list)
+    for case, value in group.items():
+        shared[documents.get(case, case)].append(value)
+    return np.array([[sum(values), len(values)] for values in shared.values()], dtype=float).T
 
 
 def _bootstrap() -> Any:

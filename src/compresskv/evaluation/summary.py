@@ -18,6 +18,7 @@ _SAME_BYTES = 1.1
 
 CaseKey = tuple[str, str]  # example and prompt: another seed or length makes another case
 Cases = dict[CaseKey, Record]
+Documents = dict[CaseKey, tuple[int, str]]
 Records = dict[tuple[str, str, CaseKey], Record]
 """By task, configuration and case."""
 Read = tuple[str, str, str]
@@ -138,7 +139,8 @@ def _table(name: str, cells: dict[str, dict[str, Cases]], own: frozenset[str]) -
     by_config = {
         config: {task: cases[config] for task, cases in cells.items() if config in cases} for config in configs
     }
-    rows = [_row(config, tasks, own) for config, tasks in by_config.items()]
+    documents = _documents(cells)
+    rows = [_row(config, tasks, documents, own) for config, tasks in by_config.items()]
     rows.sort(key=lambda row: (budget_order(row["budget"]), row["setting"], -_mean(row), row["config"]))
     scores = {
         config: {task: _scores(records) for task, records in tasks.items()} for config, tasks in by_config.items()
@@ -153,16 +155,28 @@ def _table(name: str, cells: dict[str, dict[str, Cases]], own: frozenset[str]) -
         baselines.sort(key=lambda one: str(one["budget"]) != str(row["budget"]))  # of equal scores, the one at its own
         baseline = max(baselines, key=_mean, default=None)
         row["best_baseline"] = baseline and baseline["config"]
-        row["from_best_baseline"] = baseline and _from(scores[row["config"]], scores[baseline["config"]])
-        row["from_full"] = _from(scores[row["config"]], scores[full[0]["config"]]) if full else None
+        row["from_best_baseline"] = baseline and _from(scores[row["config"]], scores[baseline["config"]], documents)
+        row["from_full"] = _from(scores[row["config"]], scores[full[0]["config"]], documents) if full else None
         lean = all(row in rivals_of[one["config"]] for one in (row, *rivals))
         row["best"] = len(rivals) > 1 and lean and _mean(row) == max(map(_mean, rivals))
     return {"name": name, "tasks": list(cells), "rows": rows}
 
 
-def _row(config: str, tasks: dict[str, Cases], own: frozenset[str]) -> Row:
+def _documents(cells: dict[str, dict[str, Cases]]) -> Documents:
+    """What several cases are about, where a task tells; of another seed it is another."""
+    return {
+        case: (record.seed, str(record.meta["document"]))
+        for by_config in cells.values()
+        for cases in by_config.values()
+        for case, record in cases.items()
+        if "document" in record.meta
+    }
+
+
+def _row(config: str, tasks: dict[str, Cases], documents: Documents, own: frozenset[str]) -> Row:
     records = [list(cases.values()) for cases in tasks.values()]
-    scores = [list(found.values()) for found in map(_scores, tasks.values()) if found]
+    scores = [found for found in map(_scores, tasks.values()) if found]
+    losses = [found for found in map(_losses, tasks.values()) if found]
     first = records[0][0]
     return {
         "config": config,
@@ -174,8 +188,8 @@ def _row(config: str, tasks: dict[str, Cases], own: frozenset[str]) -> Row:
         "own": first.method.partition("[")[0] in own,
         "num_tasks": len(tasks),
         "num_cases": sum(map(len, records)),
-        "score": list(macro_interval(scores)) if scores else None,
-        "kl_interval": _interval(records, lambda record: record.kl_divergence),
+        "score": list(macro_interval(scores, documents)) if scores else None,
+        "kl_interval": list(macro_interval(losses, documents)) if losses else None,
         **{name: _macro_mean(records, value) for name, value in _MEANS.items()},
     }
 
@@ -219,10 +233,16 @@ def _scores(cases: Cases) -> dict[CaseKey, float]:
     return {case: record.metrics["score"] for case, record in cases.items() if "score" in record.metrics}
 
 
-def _from(a: dict[str, dict[CaseKey, float]], b: dict[str, dict[CaseKey, float]]) -> dict[str, float] | None:
+def _losses(cases: Cases) -> dict[CaseKey, float]:
+    return {case: record.kl_divergence for case, record in cases.items() if record.kl_divergence is not None}
+
+
+def _from(
+    a: dict[str, dict[CaseKey, float]], b: dict[str, dict[CaseKey, float]], documents: Documents
+) -> dict[str, float] | None:
     """How far `a` lies above `b`, over the tasks and cases that both have."""
     common = [(a[task], b[task]) for task in a if a[task] and b.get(task)]
-    found = macro_paired_difference(common)
+    found = macro_paired_difference(common, documents)
     return None if found is None else found._asdict()
 
 
@@ -230,13 +250,6 @@ def _macro_mean(groups: list[list[Record]], value: Callable[[Record], float | No
     found = [[one for record in group if (one := value(record)) is not None] for group in groups]
     means = [sum(values) / len(values) for values in found if values]
     return sum(means) / len(means) if means else None
-
-
-def _interval(groups: list[list[Record]], value: Callable[[Record], float | None]) -> list[float] | None:
-    """As `_macro_mean`, with its interval."""
-    found = [[one for record in group if (one := value(record)) is not None] for group in groups]
-    known = [values for values in found if values]
-    return list(macro_interval(known)) if known else None
 
 
 def _mappable(cells: dict[str, dict[str, Cases]]) -> list[tuple[str, str]]:

@@ -77,21 +77,21 @@ def _examples(settings: TaskSettings, haystack: Haystack, subset: str, length: i
         problem = f"leaves no room for text beside what is hidden in it, the question and the answer of {subset}"
         raise ConfigError(problem, option="lengths", value=length) from error
     return [
-        _example(subset, f"{length}-{number}-{at}", text, fact, question, length)
+        _example(subset, f"{length}-{number}", at, text, fact, question, length)
         for at, (fact, question) in enumerate(zip(facts, questions, strict=True))
     ]
 
 
-def _example(subset: str, name: str, text: str, fact: Fact, question: str, length: int) -> Example:
+def _example(subset: str, document: str, at: int, text: str, fact: Fact, question: str, length: int) -> Example:
     start = text.index(fact.needle)
     return Example(
         task=f"{QuestionsTask.name}/{subset}",
-        id=name,
+        id=f"{document}-{at}",
         prefix="",
         context=text,
         suffix=question,
         answers=(fact.answer,),
         max_new_tokens=_MAX_NEW_TOKENS,
         evidence=((start, start + len(fact.needle)),),
-        meta={"length": length, "reference": fact.needle},
+        meta={"length": length, "reference": fact.needle, "document": document},
     )
