@@ -151,7 +151,8 @@ def compressing(
     Args:
         model: a decoder-only transformers model with any attention implementation: where nothing of a prompt is padded
             it is read by that, all else by sdpa.
-        method: a name (see `compresskv methods`), a `Method`, or a `Plan` of this very prompt, which brings its budget.
+        method: a name (see `compresskv methods`), a name with options ('snapkv[window_size=32]'), a `Method`, or a
+            `Plan` of this very prompt, which brings its budget.
         budget: tokens retained per KV head per layer, window included: a count (1 is one token), a share of the prompt
             as a float (1.0 is all), one count for each full-attention layer, or text for bytes in all of these layers
             together: '3MB', or '5% of bytes', a share of the full cache's. Other text is read as on the command line:
@@ -175,8 +176,9 @@ def compressing(
             `decode_interval` new tokens, KV heads that hold more keep so many, the prompt's among them. None: what is
             generated stays.
         decode_interval: see `decode_budget`; at least the window of `decode_method`.
-        decode_method: chooses among what is held then. One that decides for all layers together needs a `method` that
-            keeps the same tokens in all of them, and `candidates` do not count then. None: `rkv_ahead`, or `rkv` where
+        decode_method: chooses among what is held then. One that chooses the same tokens for all layers (`vote`) needs a
+            `method` that keeps the same tokens in all of them, and `candidates` do not count then; one that shares a
+            budget among layers (`blend`, `cake`, `defensivekv`) is refused. None: `rkv_ahead`, or `rkv` where
             the model's profile lacks what that needs.
         exact_prefill: True reads prompts by the model's own attention function alone. Else, in bfloat16 on a CPU that
             multiplies it, whole prompts of 256 to 16,384 tokens are read two to three times as fast by matrix products

@@ -73,8 +73,9 @@ def ask(
         truncate: 'never' refuses a prompt above the model's context, 'middle' cuts the document's middle.
         two_pass: read the prompt twice, first to plan and then to keep: no more than one whole layer is ever held, also
             by methods that decide for all layers together.
-        chunk_budget, chunk_tokens, decode_budget, decode_interval, decode_method, prefill_memory, candidates,
-            compile: as for `compressing`.
+        chunk_budget, chunk_tokens, decode_budget, decode_interval, decode_method, prefill_memory, candidates: as for
+            `compressing`.
+        compile: 'never', 'auto' or 'always', as for `compressing`.
         on_text: called with pieces of the answer as they come, in whole words.
         on_token: called with each token of the answer as it comes; True from it ends the answer.
         on_prefill: called with (layers done, layers) while the prompt is read; reading it again counts as more layers.

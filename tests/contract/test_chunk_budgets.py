@@ -246,6 +246,8 @@ def test_what_cannot_be_cut_in_chunks_is_refused_by_name() -> None:
     for method in set(registry.methods()) - set(CUTTING) - {*tiny.REPLAYING_METHODS, "full"}:
         with pytest.raises(ConfigError, match=f"chunk_budget=.*'{method}' must see all"):
             chunked(model, method)
+    with pytest.raises(ConfigError, match=r"chunk_budget=.*'snapkv\[lookahead=4\]' looks ahead: leave out lookahead$"):
+        chunked(model, "snapkv", lookahead=4)
     with pytest.raises(ConfigError, match="chunk_tokens=4 must be at least 8"):
         chunked(model, "snapkv", chunk_tokens=4)
     for budget in (KEPT + 1, [1, 1, KEPT + 1, 1]):

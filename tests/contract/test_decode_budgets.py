@@ -169,8 +169,12 @@ def test_sinks_and_the_latest_tokens() -> None:
 
 def test_what_cannot_work_is_refused_by_name() -> None:
     model = tiny.tiny_model("llama")
-    with pytest.raises(ConfigError, match=r"decode_method='cake' decides .* 'adakv' keeps others"):
-        cutting(model, "cake")
+    with pytest.raises(ConfigError, match=r"decode_method='rkv_shared' decides .* 'adakv' keeps others"):
+        cutting(model, "rkv_shared")
+    for method in ("cake", "blend", "defensivekv"):
+        for prompt_method in ("adakv", "streaming_llm"):
+            with pytest.raises(ConfigError, match=rf"decode_method='{method}' shares one budget among all layers"):
+                cutting(model, method, prompt_method)
     for method in ("adakv", "snapkv"):
         with pytest.raises(
             ConfigError, match=rf"'compresskv' chooses by some heads .* '{method}' keeps others .*'rkv'"

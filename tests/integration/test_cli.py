@@ -426,6 +426,9 @@ class TestAsk:
         hint = json.loads(call(*ask, "--dtype", "float32").out)["stats"]["not_compiled"]
         assert "`compresskv compile --model model --method snapkv --dtype float32` does that" in hint
 
+        packed = json.loads(call(*ask, "--store", "int4").out)["stats"]["not_compiled"]
+        assert "and store: `compresskv compile --model model --method snapkv --store int4` does that" in packed
+
         compiling = ["compile", "--model", "model", "--method", "snapkv", "--set", "window_size=4"]
         first = call(*compiling, "--json")
         assert first.err == "compiling the decode step, once for this model: about a minute\n"

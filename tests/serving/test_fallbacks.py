@@ -103,7 +103,7 @@ def test_prompts_without_room_for_a_copy_are_counted_and_told(
     small_caching.answers([PROMPTS[0]], max_tokens=1, budget="off")  # which wants nothing else
     assert grown() == {"whole_prompts": 1}
     line = eviction_line(counters().totals(), small_caching.scheduler._reasons)
-    assert re.search(r"; 1 prompts kept whole \(no room for a copy in the pool: 1\)", line)
+    assert re.search(r"; 1 not cut as asked \(no room for a copy in the pool: 1\)", line)
 
 
 def test_a_bad_budget_that_passed_the_server_keeps_its_prompt(

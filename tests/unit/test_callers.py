@@ -43,6 +43,12 @@ def used() -> compresskv.CompressedCache:
     return cache
 
 
+def test_a_label_is_a_method_with_its_options() -> None:
+    named = ask(method="snapkv[window_size=4,kernel_size=1]")
+    assert named.stats.method == "snapkv[window_size=4,kernel_size=1]"
+    assert named.token_ids == ask(method="snapkv", window_size=4, kernel_size=1).token_ids
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -97,6 +103,12 @@ def used() -> compresskv.CompressedCache:
         (lambda: used().crop("x"), "max_length='x' must be an int"),
         (lambda: load("./nowhere", dtype="complex64"), "dtype='complex64' is no dtype; pass auto"),
         (lambda: ask(method=SnapKV), "method='SnapKV' is a class: pass an object, SnapKV(), or a name"),
+        (
+            lambda: ask(method="snapkv[window_size=8]", kernel_size=3),
+            "method='snapkv[window_size=8]' has options already: leave out kernel_size",
+        ),
+        (lambda: ask(method="snapkv[window_size=8],adakv"), "method='snapkv[window_size=8],adakv' names 2 methods"),
+        (lambda: ask(method="snapkv[window=8]"), "method='snapkv[window=8]': window=8 is no option of method 'snapkv'"),
         (lambda: ask(decode_budget=50, decode_method="full"), "decode_method='full' keeps every token"),
         (lambda: compresskv.read_plan(3), "path=3 must be the name of a file"),
         (lambda: plan().write(None), "path=None must be the name of a file"),

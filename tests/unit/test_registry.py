@@ -1,12 +1,16 @@
 """Methods by name, with suggestions."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import tiny
 from compresskv.errors import ConfigError
 from compresskv.methods import registry
 from compresskv.methods.base import Method
@@ -90,6 +94,42 @@ def test_a_new_method_is_found(own_methods: dict[str, type[Method]]) -> None:
 
     assert registry.create("mine", window_size=3) == Mine(window_size=3)
     assert list(registry.methods()) == sorted(own_methods)
+
+
+def test_what_lists_and_tables_need_must_be_there(own_methods: dict[str, type[Method]]) -> None:
+    class Bare(Method):
+        name = "bare"
+
+    with pytest.raises(ConfigError, match=r"^method='bare' has no summary and no source$"):
+        registry.register(Bare)
+    assert "bare" not in own_methods
+
+
+def test_options_without_a_dataclass_are_told(own_methods: dict[str, type[Method]]) -> None:
+    class Typed(SnapKV):
+        name = "typed"
+        keep: int = 3
+
+    with pytest.raises(ConfigError, match=r"^method='typed' has options, so it must be a dataclass: @register above"):
+        registry.register(Typed)
+
+    class Plain(SnapKV):
+        name = "plain"
+
+    assert registry.register(Plain) is own_methods["plain"]
+    assert registry.create("plain", window_size=3).label == "plain[window_size=3]"
+
+
+def test_the_example_of_the_page_on_methods_works(own_methods: dict[str, type[Method]]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n((?:(?!```).)*@compresskv\.register.*?)```", page, flags=re.DOTALL)
+    model = tiny.tiny_model("llama")
+    ids = torch.arange(5, 45)[None]
+    read = "with torch.no_grad():\n        model(ids, past_key_values=cache)"
+    found = {"model": model, "ids": ids, "torch": torch}
+    exec(example.replace("budget=256", "budget=16").replace("    ...\n", f"    {read}\n"), found)
+    cache: Any = found["cache"]
+    assert {count for layer in cache.compressed_layers for count in layer.store.counts} == {16}
 
 
 def test_a_name_is_registered_once(own_methods: dict[str, type[Method]]) -> None:

@@ -13,6 +13,7 @@ from compresskv.compression import Compressing
 from compresskv.methods.base import Method
 from compresskv.models.decoding import decode_one_token, prefill
 from compresskv.models.place import devices_of
+from compresskv.selection.precision import NATIVE
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -34,15 +35,20 @@ class Trial:
 
 
 def try_compiled(
-    model: PreTrainedModel, input_ids: Tensor, method: Method, budget: int, on_progress: Progress | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    budget: int,
+    store: str = NATIVE,
+    on_progress: Progress | None = None,
 ) -> Trial:
     """Read a prompt (1, T), then generate from it without and with a compiled step.
 
-    Which step is needed depends on whether the method's KV heads keep different numbers of tokens.
+    Which step is needed depends on whether the method's KV heads keep different numbers of tokens, and on the store.
     """
-    with Compressing(model, method, budget) as cache:
+    with Compressing(model, method, budget, store=store) as cache:
         eager_ms = _median_ms(_decoding(model, input_ids, cache), *devices_of(model))
-    compressed = Compressing(model, method, budget, compile=ALWAYS, on_progress=on_progress)
+    compressed = Compressing(model, method, budget, store=store, compile=ALWAYS, on_progress=on_progress)
     with compressed as cache:
         advance = _decoding(model, input_ids, cache)
         compressed.prepare_decoding()

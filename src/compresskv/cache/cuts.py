@@ -7,7 +7,7 @@ from compresskv.cache.auto import check_known_early
 from compresskv.cache.generated import check_decoding
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
-from compresskv.methods.registry import create, parse_methods
+from compresskv.methods.registry import create, parse_method
 from compresskv.selection.budgets import Budget
 from compresskv.selection.cuts import CHUNK_TOKENS, DECODE_INTERVAL, Chunks, DecodeBudget
 
@@ -67,10 +67,7 @@ def find_decode_method(named: str | Method | None) -> Method:
         return create(defaults.DECODE_METHODS[-1])
     if not isinstance(named, str):
         raise ConfigError("must be a method's name, or a Method", option="decode_method", value=named)
-    found = list(parse_methods("decode_method", named).values())
-    if len(found) != 1:
-        raise ConfigError(f"names {len(found)} methods: give one", option="decode_method", value=named)
-    return found[0]
+    return parse_method("decode_method", named)
 
 
 def _find_chunks(method: Method, budget: Budget, between: int | None, tokens: int) -> Chunks | None:
@@ -82,8 +79,10 @@ def _find_chunks(method: Method, budget: Budget, between: int | None, tokens: in
     if between is None:
         return None
     if not (method.cuts_again and method.evicts):
-        does = "must see all of it" if method.evicts else "keeps all of it"
-        problem = f"cuts a prompt while it is read, but method {method.label!r} {does}: use another method"
+        does, instead = "must see all of it" if method.evicts else "keeps all of it", "use another method"
+        if method.lookahead:
+            does, instead = "looks ahead", "leave out lookahead"
+        problem = f"cuts a prompt while it is read, but method {method.label!r} {does}: {instead}"
         raise ConfigError(problem, option="chunk_budget", value=between)
     check_known_early(budget)
     chunks = Chunks(between, tokens)

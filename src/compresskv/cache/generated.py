@@ -102,16 +102,20 @@ def check_decoding(method: Method, prompt_method: Method, decode: DecodeBudget) 
     if not method.cuts_again:
         problem = "must see all tokens at once: use another method"
         raise ConfigError(problem, option="decode_method", value=method.label)
+    instead = f"use decode_method={defaults.DECODE_METHODS[-1]!r}"
+    if method.decides_together and not method.shares_positions:
+        problem = f"shares one budget among all layers, which answers are not cut by: {instead}"
+        raise ConfigError(problem, option="decode_method", value=method.label)
     alike = prompt_method.shares_heads or prompt_method.shares_positions or not prompt_method.evicts
     does = None
-    if method.decides_together and not (method.shares_positions and prompt_method.shares_positions):
+    if method.decides_together and not prompt_method.shares_positions:
         does = "decides for all layers together"
     elif method.shares_heads and not alike:
         does = "chooses by some heads for all KV heads of a layer"
     if does is not None:
         problem = (
             f"{does}, which must hold the same tokens, but method {prompt_method.label!r} keeps others in each: "
-            f"use decode_method={defaults.DECODE_METHODS[-1]!r}"
+            f"{instead}"
         )
         raise ConfigError(problem, option="decode_method", value=method.label)
     decode.check(method.window_size)

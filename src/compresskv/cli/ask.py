@@ -103,7 +103,10 @@ def ask(
             options |= held_by(one, checked, {"candidates": held, "store": given.store, **cuts})
             options["profile"] = given.profile if takes_profile else None
             answer = _answer(loaded, tokenizer, checked, one, **options)
-            generations.append(_with_command(answer, given, one))
+            command = ["--model", given.model, "--method", one.name]
+            if given.profile is not None and one.needs_profile:
+                command += ["--profile", str(given.profile)]
+            generations.append(_with_command(answer, *command, dtype=given.dtype))
     finally:  # on Ctrl-C, what is there already is shown
         _report(generations, given, compile)
     if place is not None and generations[0].plan is not None:
@@ -151,18 +154,21 @@ def _ask_session(given: Request, compile: str) -> None:
             on_token=None if stream is not None else steps.answering,
             on_compile=Building(bar),
         )
-    _report([generation], replace(given, model=session.facts.model), compile)
+    facts = session.facts
+    command = ["--model", facts.model, "--method", facts.method.partition("[")[0]]
+    generation = _with_command(generation, *command, dtype=facts.loaded_dtype)
+    _report([generation], replace(given, model=facts.model), compile)
 
 
-def _with_command(generation: "Generation", given: Request, method: "Method") -> "Generation":
+def _with_command(generation: "Generation", *options: str, dtype: str | None) -> "Generation":
     """Where the answer says that `compresskv compile` would help, the whole command for this model and method."""
     if (reason := generation.stats.not_compiled) is None:
         return generation
-    command = ["compresskv", "compile", "--model", given.model, "--method", method.name]
-    if given.profile is not None and method.needs_profile:
-        command += ["--profile", str(given.profile)]
-    if given.dtype is not None:
-        command += ["--dtype", given.dtype]
+    command = ["compresskv", "compile", *options]
+    if generation.stats.store != NATIVE:
+        command += ["--store", generation.stats.store]
+    if dtype is not None:
+        command += ["--dtype", dtype]
     reason = reason.replace("'compresskv compile'", f"`{shlex.join(command)}`")
     return replace(generation, stats=replace(generation.stats, not_compiled=reason))
 

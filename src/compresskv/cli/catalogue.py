@@ -70,6 +70,8 @@ def models(as_json: JsonOption = False) -> None:
         )
     out.print(table, soft_wrap=False)
     out.print("--model also takes a hub id (org/name), a folder with a transformers model, or a .gguf file.")
-    out.print("Any decoder-only model with full-attention layers works.")
+    out.print(
+        "Most decoder-only models with full-attention layers work: docs/models.md says which are refused, and why."
+    )
     needing = [name for name, method in registered().items() if method.needs_profile]
     out.print(f"The methods {', '.join(needing[:-1])} and {needing[-1]} need a profile of it.")

@@ -11,18 +11,21 @@ from compresskv.cli.options import (
     ModelOption,
     ProfileOption,
     SettingsOption,
+    StoreOption,
     check_profile,
     check_timed,
     create_method,
 )
 from compresskv.cli.terminal import Bar, Building, err, out
 from compresskv.errors import ModelError
+from compresskv.selection.precision import NATIVE, find_precision
 
 EPILOG = """\b
 Examples:
   compresskv compile
   compresskv compile --model ./my-model --dtype int8
   compresskv compile --method snapkv --json
+  compresskv compile --method forecast --store int8     # what a session tells under `session show` is held so
 """
 _PROMPT_TOKENS = 320
 
@@ -31,6 +34,7 @@ def compile_step(
     model: ModelOption = defaults.MODEL,
     method: MethodOption = defaults.METHOD,
     profile: ProfileOption = None,
+    store: StoreOption = NATIVE,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -38,10 +42,12 @@ def compile_step(
     """Compile what a model does for each generated token, and keep it on disk.
 
     It takes about a minute and a C++ compiler. Answers of `ask` are then decoded by it where that pays. One is needed
-    for methods whose KV heads keep equal numbers of tokens, and one for those whose heads do not.
+    for methods whose KV heads keep equal numbers of tokens, and one for those whose heads do not; each store needs its
+    own of both.
     """
     chosen = create_method(method, settings)
     check_timed("method", chosen)
+    find_precision(store)
     check_profile(profile)
     from compresskv.bench.subject import real_subject
     from compresskv.bench.trial import try_compiled
@@ -52,12 +58,13 @@ def compile_step(
         subject = real_subject(model, dtype=dtype, device="cpu", on_progress=bar)
         prepared = prepare_method(subject.model, chosen, profile if chosen.needs_profile else None)
         building = Building(bar)
-        trial = try_compiled(subject.model, subject.read_tokens(_PROMPT_TOKENS), prepared, defaults.BUDGET, building)
+        tokens = subject.read_tokens(_PROMPT_TOKENS)
+        trial = try_compiled(subject.model, tokens, prepared, defaults.BUDGET, store, building)
     if trial.compiled_ms is None:
         raise ModelError(f": {trial.not_compiled}", option="model", value=model)
     computed_in = weights_dtype(subject.model)
     if as_json:
-        told = {"model": model, "dtype": computed_in, "method": chosen.label, "built": building.begun}
+        told = {"model": model, "dtype": computed_in, "method": chosen.label, "store": store, "built": building.begun}
         out.print_json(json.dumps(told | asdict(trial)))
     else:
         done = "compiled" if building.begun else "compiled before; loaded"

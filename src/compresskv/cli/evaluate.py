@@ -91,7 +91,7 @@ def evaluate(
         ),
     ] = None,
     subsets: Annotated[
-        str, typer.Option(help="Only these subsets of the tasks: hotpotqa,qa1-1k.", metavar="SUBSETS")
+        str, typer.Option(help="Only these subsets of the tasks, such as hotpotqa,qa1-1k.", metavar="SUBSETS")
     ] = "",
     lengths: Annotated[
         str | None,

@@ -131,7 +131,7 @@ ChunkBudgetOption = Annotated[
         metavar="TOKENS",
     ),
 ]
-ChunkTokensOption = Annotated[int, typer.Option(help="Tokens of a chunk.", metavar="TOKENS")]
+ChunkTokensOption = Annotated[int, typer.Option(help="Tokens between two cuts of --chunk-budget.", metavar="TOKENS")]
 DecodeBudgetOption = Annotated[
     int | None,
     typer.Option(

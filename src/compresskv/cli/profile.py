@@ -102,10 +102,15 @@ def find(
         ),
     ] = None,
     depths: Annotated[
-        str | None, typer.Option(help="Needle depths in percent, such as 10,50,90.", metavar="DEPTHS")
+        str | None, typer.Option(help="Needle depths in percent. Default: 10,30,50,70,90.", metavar="DEPTHS")
     ] = None,
     output: OutputOption = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A first, rougher result in minutes.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A first, rougher result in minutes: 1,024 tokens, depths 10,50,90, six documents."
+        ),
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,

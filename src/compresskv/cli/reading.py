@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 ChunkOption = Annotated[
     int | None,
-    typer.Option(help="Tokens to read at a time, for less memory. Default: all at once.", metavar="TOKENS"),
+    typer.Option(
+        help="Tokens to read at a time, for less memory; the choice stays the same. Default: all at once.",
+        metavar="TOKENS",
+    ),
 ]
 MaxMemoryOption = Annotated[
     str | None,

@@ -31,7 +31,7 @@ from compresskv.system.progress import Progress, silent
 from compresskv.version import __version__
 
 _NOT_BUILT = (
-    "it was not compiled before for this model, dtype, number of threads and kind of method: "
+    "it was not compiled before for this model, dtype, number of threads, kind of method and store: "
     "'compresskv compile' does that"
 )
 _PROGRAM, _CONSTANTS, _FACTS = "step.pt2", "constants.pt", "facts.json"

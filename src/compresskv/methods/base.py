@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of every method. A subclass is one file: class attributes, options as fields, and `score`.
+    """Base of every method. A subclass is a frozen dataclass in one file: class attributes, options as fields, `score`.
 
     How a prompt is cut: `head_budgets` says how many tokens each layer keeps, `score` what each token is worth, and
     `select` which are kept. Methods that need all layers for that set `decides_together`: `observe` says what each
@@ -43,7 +43,7 @@ class Method:
     evicts: ClassVar[bool] = True
     """Whether any budget makes the method leave tokens out."""
     decides_together: ClassVar[bool] = False
-    """Whether a layer's choice waits for all layers: the whole prompt's cache is then held until prefill ends."""
+    """Whether a layer's choice waits for all layers: candidates for it are then held until prefill ends, or all."""
     observes_all: ClassVar[bool] = False
     """Whether `LayerInputs.query_window` holds the queries of the whole prompt, not those of the window alone."""
     turns_back: ClassVar[bool] = False

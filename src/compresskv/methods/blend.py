@@ -37,7 +37,7 @@ class Blend(CAKE, VotingMethod):
     window (`window_for_budget`).
 
     Source: this project; the parts are those of CompressKV (arXiv 2508.02401), CAKE (2503.12491) and AdaKV
-    (2407.11550). docs/evaluation.md tells what each contributes.
+    (2407.11550). docs/choices.md tells what each contributes.
     """
 
     name = "blend"

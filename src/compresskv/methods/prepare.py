@@ -37,6 +37,11 @@ def prepare_method(
         if options:
             raise ConfigError(f"options {', '.join(options)} are given beside a Method: set them on the Method")
         chosen = method
+    elif isinstance(method, str) and "[" in method:
+        if options:
+            problem = f"has options already: leave out {', '.join(options)}"
+            raise ConfigError(problem, option="method", value=method)
+        chosen = registry.parse_method("method", method)
     else:
         chosen = registry.create(method, **options)
     if chosen.needs_profile:

@@ -23,14 +23,20 @@ _M = TypeVar("_M", bound=type[Method])
 
 
 def register(method: _M) -> _M:
-    """Class decorator: make the method known by its `name`.
+    """Class decorator: make the method known by its `name`. It stands above `@dataclass(frozen=True)`.
 
     Raises:
-        ConfigError: no class of methods with a name.
+        ConfigError: no class of methods with a name, a summary and a source, or one with options that is no dataclass.
         ValueError: the name is taken.
     """
     if not (isinstance(method, type) and issubclass(method, Method) and hasattr(method, "name")):
         raise ConfigError("must be a class derived from Method, with a name", option="method", value=method)
+    missing = [name for name in ("summary", "source") if not hasattr(method, name)]
+    if missing:
+        raise ConfigError(f"has no {' and no '.join(missing)}", option="method", value=method.name)
+    if vars(method).get("__annotations__") and "__dataclass_params__" not in vars(method):
+        problem = "has options, so it must be a dataclass: @register above @dataclass(frozen=True)"
+        raise ConfigError(problem, option="method", value=method.name)
     if method.name in _METHODS:
         raise ValueError(f"a method named {method.name!r} is registered already")
     _METHODS[method.name] = method
@@ -73,6 +79,18 @@ def create(name: str, /, **options: Any) -> Method:
             problem = f"is no option of method {name!r}{suggestion(option, typed)}"
             raise ConfigError(problem, option=option, value=value)
     return known[name](**options)
+
+
+def parse_method(option: str, text: str) -> Method:
+    """One method, by its name or label.
+
+    Raises:
+        ConfigError: as for `parse_methods`, or several.
+    """
+    found = list(parse_methods(option, text).values())
+    if len(found) != 1:
+        raise ConfigError(f"names {len(found)} methods: give one", option=option, value=text)
+    return found[0]
 
 
 def parse_methods(option: str, text: str) -> dict[str, Method]:

@@ -35,7 +35,7 @@ class Environment:
     @property
     def how_to(self) -> str:
         """What to do where it is missing."""
-        return f"{self.script} makes the environment and prints its python"
+        return f"{self.script} makes the environment and prints its python, which {self.variable} may name"
 
 
 KVPRESS = Environment(PYTHON_VARIABLE, ".venv-peers", "scripts/peers", "kvpress")

@@ -47,7 +47,7 @@ class CompressedScheduler(Scheduler):
         self._nearing: dict[str, EvictionSpec] = {}
         """Cuts of what is generated, whose observation window begins in the step under way."""
         self._max_observed = max_observed_tokens(self.vllm_config.model_config)
-        self._reasons: Counter[str] = Counter()  # why prompts were kept whole
+        self._reasons: Counter[str] = Counter()  # why something was not cut as asked
         self._logged_at = -math.inf  # the first cut is told at once
         self._has_news = False
         counters()  # makes their file now, while its folder is surely there
@@ -283,7 +283,7 @@ def eviction_line(totals: dict[str, float], reasons: Counter[str]) -> str:
     """The line that the log has about what was evicted so far.
 
     Args:
-        reasons: why prompts were kept whole that should have been cut, and how many.
+        reasons: why prompts and answers were not cut as they should have been, and how many.
     """
     line = (
         "compresskv: {evicted_prompts:.0f} prompts cut, {evicted_tokens:.0f} tokens evicted, {freed_blocks:.0f} blocks "
@@ -292,9 +292,7 @@ def eviction_line(totals: dict[str, float], reasons: Counter[str]) -> str:
     if totals["cut_answers"]:
         line += f"; {totals['cut_answers']:.0f} cuts of what was generated"
     if reasons:
-        line += (
-            f"; {reasons.total()} prompts kept whole ({', '.join(f'{reason}: {n}' for reason, n in reasons.items())})"
-        )
+        line += f"; {reasons.total()} not cut as asked ({', '.join(f'{reason}: {n}' for reason, n in reasons.items())})"
     if totals["unscored_prompts"]:
         line += f"; {totals['unscored_prompts']:.0f} prompts cut by position alone, for scoring failed"
     return line

@@ -9,7 +9,7 @@ from typing import Any
 from compresskv import defaults
 from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
-from compresskv.methods.registry import create, methods, parse_methods
+from compresskv.methods.registry import create, methods, parse_method
 from compresskv.selection.budget_words import IN_TOKENS
 from compresskv.selection.budgets import in_tokens, known_beforehand, read_budget
 from compresskv.selection.cuts import (
@@ -262,7 +262,4 @@ def _label(method: Any, options: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _method(label: str, option: str = "method") -> Method:
-    found = list(parse_methods(option, label).values())
-    if len(found) != 1:
-        raise ConfigError(f"{option} {label!r} names {len(found)} methods: give one")
-    return found[0]
+    return parse_method(option, label)

@@ -16,7 +16,7 @@ from compresskv.errors import CacheStateError, ProfileError, PromptError, Sessio
 from compresskv.generation import Asked
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
-from compresskv.methods.registry import parse_methods
+from compresskv.methods.registry import parse_method
 from compresskv.models.decoding import OnToken, end_tokens
 from compresskv.models.place import devices_of
 from compresskv.profiles.profile import Profile
@@ -241,7 +241,7 @@ class Session:
         """
         if self._method is not None:
             return self._method
-        (method,) = parse_methods("method", self.facts.method).values()
+        method = parse_method("method", self.facts.method)
         method = prepare_method(self._model, method, profile)
         own = getattr(method, "profile", None)
         if own is not None and own.digest != self.facts.profile:
