@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-_BLOCK, _LEAST_SPLIT, _MOST_SPLITS = 64, 256, 32
+_BLOCK, _MOST_SPLITS = 64, 32
 _LEAST_ROWS = 16
 """Of a product of Triton's."""
 _SHARED_NBYTES = 80 * 1024
@@ -50,7 +50,7 @@ def ragged_attention(
     num_groups = num_query_heads // num_kv_heads
     shapes = launch_options(num_groups, dim, keys.dtype.itemsize)
     num_rows = shapes["ROWS"]
-    num_splits = max(1, min(_MOST_SPLITS, num_slots // (num_kv_heads * _LEAST_SPLIT)))
+    num_splits = _num_splits(batch_size * num_kv_heads, num_slots // num_kv_heads, query.device)
     grid = (batch_size, num_kv_heads, num_splits)
     mixed = torch.empty(*grid, num_rows, dim, dtype=torch.float32, device=query.device)
     best, total = (mixed.new_empty(*grid, num_rows) for _ in range(2))
@@ -61,3 +61,13 @@ def ragged_attention(
     shares = (best - best.amax(dim=2, keepdim=True)).exp()  # a split without tokens has none
     output = (mixed * shares[..., None]).sum(dim=2) / (total * shares).sum(dim=2)[..., None]
     return output[:, :, :num_groups].reshape(batch_size, 1, num_query_heads, dim).to(query.dtype)
+
+
+def _num_splits(num_parts: int, num_tokens: int, device: torch.device) -> int:
+    """Into how many splits `num_parts` parts of `num_tokens` each, on average, go, so that no multiprocessor is idle
+    where there are blocks of tokens for all.
+    """
+    wanted = 2 * _MOST_SPLITS
+    if device.type == "cuda":
+        wanted = -(-torch.cuda.get_device_properties(device).multi_processor_count // num_parts)
+    return max(1, min(_MOST_SPLITS, wanted, num_tokens // _BLOCK))
