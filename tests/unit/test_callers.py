@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 import compresskv
 import planted
+import tiny
+from compresskv import PromptError
 from compresskv.attention.routing import routing
 from compresskv.explain.retention import explain
 from compresskv.methods.registry import create
@@ -36,11 +40,35 @@ def plan() -> compresskv.Plan:
     return compresskv.make_plan(planted.model(), IDS, "snapkv", 20)
 
 
+class Wrapped(torch.nn.Module):
+    """A model within another, which has its config."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
 def used() -> compresskv.CompressedCache:
     """A cache that has read a prompt."""
     with compresskv.compressing(planted.model(), "snapkv", 20) as cache:
         planted.model()(torch.tensor([IDS]), past_key_values=cache)
     return cache
+
+
+def test_another_models_tokenizer_is_told_by_its_tokens() -> None:
+    model, tokenizer, text = tiny.tiny_model("llama"), tiny.build_tokenizer(), "7 zebra 8"
+    tokenizer.add_tokens("zebra")
+    calls = (
+        lambda: compresskv.ask(model, tokenizer, text, "9", method="snapkv"),
+        lambda: compresskv.read(model, tokenizer, text, method="snapkv"),
+        lambda: compresskv.read(model, tokenizer, "7 8", method="snapkv").ask(text),
+    )
+    for call in calls:
+        with pytest.raises(PromptError, match=r"^token_ids=128 is no token of this model: its vocabulary has 128$"):
+            call()
 
 
 def test_a_label_is_a_method_with_its_options() -> None:
@@ -92,6 +120,14 @@ def test_a_label_is_a_method_with_its_options() -> None:
         (lambda: compresskv.make_plan(planted.model(), [5, -1]), "token_ids=-1 is no token of this model"),
         (lambda: read(name=3), "name=3 must be a text, or None"),
         (lambda: read().save(3), "path=3 must be the name of a file"),
+        (lambda: read().save("a\0b"), "path='a\\x00b' must be the name of a file"),
+        (lambda: plan().write("a\0b"), "path='a\\x00b' must be the name of a file"),
+        (lambda: read().append(TEXT, chunk=-1), "chunk=-1 must be an int of at least 1, or None"),
+        (lambda: read().append(TEXT, chunk="a"), "chunk='a' must be an int of at least 1, or None"),
+        (lambda: read().append(None), "text=None must be a text"),
+        (lambda: compresskv.compressing(Wrapped(planted.model())), "model='Wrapped' must be a transformers model"),
+        (lambda: used().adopt(None), "full='NoneType' must be a cache of transformers' own"),
+        (lambda: used().adopt(DynamicCache(), 80.0), "num_prompt_tokens=80.0 must be an int of at least 1, or None"),
         (
             lambda: compresskv.open_session(3, planted.model(), planted.tokenizer()),
             "path=3 must be the name of a file",
@@ -274,3 +310,23 @@ def test_a_word_is_told_when_nothing_can_change_it(pieces: list[bytes], told: li
         spoken.put(token)
     spoken.end()
     assert heard == told
+
+
+def test_spaces_at_a_lines_beginning_are_told_where_decoders_drop_a_texts_first() -> None:
+    from compresskv.prompts.spoken import Spoken
+
+    words = ["\u2581def", "\u2581f():", "\n", "\u2581\u2581\u2581\u2581return", "\u2581x", "<end>", "\u2581y"]
+    built = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="\n"))
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]  # as Llama 2's
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<end>")
+    answer = [0, 1, 2, 3, 4, 2, 5, 3, 6, 2, 2, 3]
+    heard: list[str] = []
+    spoken = Spoken(tokenizer, heard.append)
+    for token in answer:
+        spoken.put(token)
+    spoken.end()
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    assert text == "def f():\n    return x\n    return y\n\n    return"
+    assert "".join(heard) == text

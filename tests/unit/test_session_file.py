@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import stat
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +252,18 @@ class TestRepeated:
     def test_what_does_not_fit_is_refused(self, sources: list[int], num_new: int) -> None:
         with pytest.raises(ValueError, match="is not there"):
             join(torch.tensor(sources), torch.ones(num_new, 2), torch.ones(3, 2), [2, 2])
+
+
+def test_a_pipe_stays_one_and_gets_the_file(session: Session, tmp_path: Path, saved: Path) -> None:
+    pipe, got = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    session.save(pipe)
+    reader.join(timeout=60)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    (tmp_path / "got.kvc").write_bytes(got[0])
+    assert read_session(tmp_path / "got.kvc").token_ids == read_session(saved).token_ids
 
 
 def test_a_failed_save_leaves_what_was_there(saved: Path, session: Session, tmp_path: Path) -> None:

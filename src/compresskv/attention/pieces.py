@@ -95,7 +95,9 @@ def let_read_in_pieces(model: PreTrainedModel) -> Callable[[], None]:
     ]
 
     def undo() -> None:
-        for module, before in replaced:
+        for module, before, own in replaced:
+            if module.__dict__.get("forward") is not own:  # it was set anew inside, and is meant to stay
+                continue
             if before is None:
                 del module.forward
             else:
@@ -104,11 +106,11 @@ def let_read_in_pieces(model: PreTrainedModel) -> Callable[[], None]:
     return undo
 
 
-def _replace(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, Any]:
-    """Let calls of the module go through `function(forward, ...)`; what to put back."""
+def _replace(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, Any, Any]:
+    """Let calls of the module go through `function(forward, ...)`; what to put back, and what is there until then."""
     before, own = module.__dict__.get("forward"), module.forward
     module.forward = functools.wraps(own)(functools.partial(function, own))
-    return module, before
+    return module, before, module.forward
 
 
 def _piecewise(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

@@ -223,7 +223,7 @@ for _base in BASES:
     _register(_base)
 
 
-_routed = Opened()
+_routed, _pieced = Opened(), Opened()
 
 
 @contextmanager
@@ -233,19 +233,27 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         ModelError: the model, or its attention implementation, cannot be used with a compressed cache.
     """
-    with _routed.on(decoder_config(model), lambda: _route(model)):
+    config = decoder_config(model)  # which several models may share
+    with _pieced.on(_own_part(model), lambda: _changed(model)), _routed.on(config, lambda: _route(model)):
         yield
 
 
-def _route(model: PreTrainedModel) -> Callable[[], None]:
+def _own_part(model: PreTrainedModel) -> object:
+    """A part that stands for a model: it is no other model's, and wrappers of the model have the same."""
+    return model.get_input_embeddings()
+
+
+def _changed(model: PreTrainedModel) -> Callable[[], None]:
     check_supported(model)
+    return let_read_in_pieces(model)
+
+
+def _route(model: PreTrainedModel) -> Callable[[], None]:
     config, original = decoder_config(model), base_implementation(model)  # copies made inside bear our name
-    undo_pieces = let_read_in_pieces(model)
     _register(original)
     config._attn_implementation = PREFIX + original
 
     def undo() -> None:
-        undo_pieces()
         if is_routed(config):  # else it was set anew inside, and is meant to stay
             config._attn_implementation = original
 
@@ -258,7 +266,7 @@ def check_routable(model: PreTrainedModel) -> None:
     Raises:
         ModelError: as for `routing`.
     """
-    if decoder_config(model) not in _routed:
+    if not is_routed(decoder_config(model)) or _own_part(model) not in _pieced:
         check_supported(model)
 
 

@@ -101,7 +101,7 @@ def uncovered(
         counts: for each row, the tokens that a layer keeps on average.
     """
     budgets = method.share_heads(observed, [counts] * len(observed), row_lengths)
-    total = torch.zeros(len(counts), device=attention[0].device)
+    total = torch.zeros(len(counts), dtype=torch.float32, device=attention[0].device)
     for own, layer_scores, layer_budgets in zip(attention, scores, budgets, strict=True):
         tokens = method.select(layer_scores, layer_budgets, row_lengths).expand(-1, own.shape[1], -1)
         kept = own.gather(-1, tokens.clamp(min=0)).masked_fill_(tokens == EMPTY_SLOT, 0)

@@ -32,6 +32,7 @@ from compresskv.selection import budgets
 from compresskv.selection.auto_budget import AutoChoice
 from compresskv.selection.cuts import Chunks, DecodeBudget, DecodeStats
 from compresskv.selection.precision import NATIVE, find_precision
+from compresskv.system.check import check_count
 
 
 class CompressedCache(ChunkedCache):
@@ -140,6 +141,11 @@ class CompressedCache(ChunkedCache):
                 f"this prompt does not begin with the {layer.seen_tokens} tokens that the cache has seen: "
                 "reset() the cache before another prompt"
             )
+        elif not layer.in_prefill and num_new > 1 and is_generating():
+            raise CacheStateError(
+                f"a step of generate reads {num_new} tokens: with use_cache=False it reads the whole text at each, which "
+                "a cache is of no use for"
+            )
 
     @property
     def auto_choices(self) -> list[AutoChoice]:
@@ -177,6 +183,9 @@ class CompressedCache(ChunkedCache):
             ConfigError: the method needs queries.
             PlanError: the plan is of another prompt length.
         """
+        if not isinstance(full, Cache):
+            raise CacheStateError("must be a cache of transformers' own", option="full", value=type(full).__name__)
+        check_count("num_prompt_tokens", num_prompt_tokens, or_none=True)
         num_tokens = full.get_seq_length()
         num_prompt = num_tokens if num_prompt_tokens is None else num_prompt_tokens
         if self.method.num_observed() or self.method.lookahead:

@@ -130,7 +130,7 @@ class Eviction:
             scores = []
             for group, rows in zip(self._groups, own, strict=True):
                 with self.conditions.observer.scoring_tokens():
-                    scores.append(group.method.score(rows))
+                    scores.append(group.checked(group.method.score(rows), *inputs.keys.shape[1:3]))
             self._retain(layer, position, scores)
 
     def _keep_all(self, layer: Retaining, row_lengths: list[int], inputs: LayerInputs) -> None:

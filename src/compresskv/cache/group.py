@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own short name
 from torch import Tensor
 
+from compresskv.errors import ConfigError
 from compresskv.methods.base import Method
 from compresskv.methods.inputs import Observation
 from compresskv.selection.select import EMPTY_SLOT, select_rows, tokens_at
@@ -115,6 +116,19 @@ class Group:
         candidates = tokens.to(scores.device)
         own = scores.expand(-1, candidates.shape[1], -1).gather(-1, candidates.clamp(min=0))
         return tokens_at(select(self.method, own, budgets, lengths), candidates)
+
+    def checked(self, scores: Tensor, num_heads: int, num_tokens: int) -> Tensor:
+        """What a method gave as (rows, 1 or H_kv, T) scores.
+
+        Raises:
+            ConfigError: they are none.
+        """
+        shapes = [(len(self.rows), heads, num_tokens) for heads in (num_heads, 1)]
+        if isinstance(scores, Tensor) and scores.is_floating_point() and tuple(scores.shape) in shapes:
+            return scores
+        found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        problem = f"must score {shapes[0]}, or one head for all, in floats: its scores are {found}"
+        raise ConfigError(problem, option="method", value=self.method.label)
 
     def told(self, scores: Tensor) -> Tensor:
         """Those by which tokens were chosen; infinite for the window's own, which are kept whatever they are."""

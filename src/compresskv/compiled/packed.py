@@ -101,7 +101,9 @@ def example_packed(
     num_heads, dim = heads.num_kv_heads, heads.head_dim
     for bits in (precision.key_bits, precision.value_bits):
         assert bits is not None
-        states = 0.2 * torch.rand(1, num_heads * num_each, dim, generator=generator, device="cpu") - 0.1
+        states = (
+            0.2 * torch.rand(1, num_heads * num_each, dim, generator=generator, dtype=torch.float32, device="cpu") - 0.1
+        )
         own = PackedStates.of(list(states.split(num_each, dim=1)), None, bits, are_keys=not packed)
         packed += own.tensors
     if ragged:

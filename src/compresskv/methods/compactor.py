@@ -63,7 +63,8 @@ class Compactor(Method):
         """(H_kv, length)."""
         keys = inputs.turned_back(inputs.keys[0, :, start:])
         generator = torch.Generator().manual_seed(0)
-        projection = torch.randn(keys.shape[-1], self.sketch_size, generator=generator, device="cpu").to(keys.device)
+        size = keys.shape[-1], self.sketch_size
+        projection = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(keys.device)
         sketch = (keys - keys.mean(dim=1, keepdim=True)) @ (projection / self.sketch_size**0.5)
         gram = sketch.transpose(1, 2) @ sketch
         gram.diagonal(dim1=1, dim2=2).add_(_RIDGE)

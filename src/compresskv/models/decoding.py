@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskv.errors import ModelError
+from compresskv.errors import ModelError, PromptError
 from compresskv.models.arguments import cache_argument
 from compresskv.models.place import input_device
 
@@ -18,9 +18,28 @@ OnToken = Callable[[int], object]
 """Called with each token as it comes; the text ends where it returns True."""
 
 
+def check_tokens(model: PreTrainedModel, *token_ids: int) -> None:
+    """Refuse what has no row among the model's embeddings: on a GPU it would end all that is computed there.
+
+    Raises:
+        PromptError: naming the first such token.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = len(embeddings.weight)
+    for token in token_ids:
+        if not 0 <= token < vocabulary:
+            problem = f"is no token of this model: its vocabulary has {vocabulary}"
+            raise PromptError(problem, option="token_ids", value=token)
+
+
 @torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
-    """Read the prompt (1, T) and return the last position's logits (vocab,)."""
+    """Read the prompt (1, T) and return the last position's logits (vocab,).
+
+    Raises:
+        PromptError: it holds tokens that the model does not know; its tokenizer is another's.
+    """
+    check_tokens(model, *map(int, input_ids.aminmax()))
     return last_logits(model, input_ids, cache)[0]
 
 

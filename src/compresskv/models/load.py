@@ -217,13 +217,17 @@ def _devices() -> list[str]:
     return ["cpu", *(["cuda"] if gpus else []), *gpus, *(name for name, is_there in others.items() if is_there)]
 
 
+_OF_MODELS = ("config", "named_modules", "dtype", "device", "num_parameters", "get_input_embeddings")
+"""What transformers' models have, and what wraps one whole; a bare `nn.Module` around one has not."""
+
+
 def check_model(model: Any, tokenizer: Any = callable) -> None:
     """Refuse what is no model and tokenizer of transformers, such as a name that is yet to be loaded.
 
     Raises:
         ModelError: naming the one that is not.
     """
-    if not (callable(model) and hasattr(model, "config") and hasattr(model, "named_modules")):
+    if not (callable(model) and all(hasattr(model, name) for name in _OF_MODELS)):
         raise ModelError("must be a transformers model, as `load` returns", option="model", value=_brief(model))
     if not callable(tokenizer):
         raise ModelError("must be a tokenizer, as `load` returns", option="tokenizer", value=_brief(tokenizer))

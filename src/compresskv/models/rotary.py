@@ -85,7 +85,10 @@ def rotation_of(model: PreTrainedModel, layer_idx: int, positions: Tensor) -> Ro
     options = {"layer_type": layer_types[layer_idx]} if named and layer_types else {}
     positions = positions[None].to(device)
     try:
-        cos, sin = (table[0].float() for table in module(torch.zeros(1, device=device), positions, **options))
+        cos, sin = (
+            table[0].float()
+            for table in module(torch.zeros(1, dtype=torch.float32, device=device), positions, **options)
+        )
         partner, sign = _pairs(apply, cos.shape[-1], device)
     except (TypeError, ValueError, RuntimeError, IndexError):  # positions in three dimensions, another signature
         return None
@@ -110,11 +113,11 @@ def _embedding(model: PreTrainedModel) -> nn.Module | None:
 
 def _pairs(apply: Any, num_dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each dimension, the other one of its pair, and the sign it comes with: by a quarter turn of unit vectors."""
-    unit = torch.eye(num_dims, device=device)[None, None]
-    cos, sin = (torch.full((1, num_dims, num_dims), value, device=device) for value in (0.0, 1.0))
+    unit = torch.eye(num_dims, dtype=torch.float32, device=device)[None, None]
+    cos, sin = (unit.new_full((1, num_dims, num_dims), value) for value in (0.0, 1.0))
     turned: Tensor = apply(unit, unit, cos, sin)[0][0, 0]  # (from, to)
     partner = turned.abs().argmax(dim=0)
     sign = turned.gather(0, partner[None])[0]
-    if not torch.equal(turned.abs().sum(dim=0), torch.ones(num_dims, device=device)):
+    if not torch.equal(turned.abs().sum(dim=0), unit.new_ones(num_dims)):
         raise ValueError("no pairs")
     return partner, sign

@@ -16,6 +16,7 @@ from compresskv.cache.layer import CompressedLayer
 from compresskv.errors import ConfigError, PromptError
 from compresskv.methods.base import Method
 from compresskv.methods.prepare import prepare_method
+from compresskv.models.decoding import check_tokens
 from compresskv.models.dtype import warn_of_slow_dtype
 from compresskv.models.fingerprint import fingerprint
 from compresskv.models.load import check_model
@@ -113,12 +114,7 @@ def _check_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
     given = isinstance(token_ids, Sequence) and len(token_ids) > 0
     if not given or not all(is_int(token) for token in token_ids):
         raise PromptError("token_ids must be the integers of one prompt: pass input_ids[0].tolist()")
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary = len(embeddings.weight)
-    for token in (min(token_ids), max(token_ids)):
-        if not 0 <= token < vocabulary:
-            problem = f"is no token of this model: its vocabulary has {vocabulary}"
-            raise PromptError(problem, option="token_ids", value=token)
+    check_tokens(model, min(token_ids), max(token_ids))
 
 
 def _layer_plan(layer: CompressedLayer) -> LayerPlan:

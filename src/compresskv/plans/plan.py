@@ -277,7 +277,7 @@ class Planned(Method):
         """(B, 1 or H_kv, T): 1 for what is kept, else 0."""
         (own,) = (layer for layer in self._layers if layer.layer_idx == inputs.layer_idx)
         batch_size, _, num_tokens, _ = inputs.keys.shape
-        scores = torch.zeros(batch_size, len(own.positions), num_tokens, device=inputs.keys.device)
+        scores = torch.zeros(batch_size, len(own.positions), num_tokens, dtype=torch.float32, device=inputs.keys.device)
         starts = [0] * batch_size if inputs.valid is None else inputs.valid.int().argmax(dim=-1).tolist()
         for row, start in enumerate(starts):
             for head, kept in enumerate(own.positions):

@@ -25,7 +25,7 @@ class Spoken:
         text = self._text()
         if text.endswith("\n"):  # no later token changes it
             self._tell(text)
-            self._line, self._num_told = [], 0
+            self._forget_line()
         elif text and unicodedata.east_asian_width(text[-1]) in "WF":
             self._tell(text)
         else:
@@ -34,6 +34,15 @@ class Spoken:
     def end(self) -> None:
         """No more tokens come."""
         self._tell(self._text())
+
+    def _forget_line(self) -> None:
+        """All but its end stands in front of the next line's text: some decoders leave out a text's first space."""
+        line = self._line
+        for start in range(len(line) - 1, -1, -1):
+            self._line = line[start:]
+            if (text := self._text()).endswith("\n"):
+                self._num_told = len(text)
+                return
 
     def _text(self) -> str:
         return str(self._tokenizer.decode(self._line, skip_special_tokens=True))

@@ -78,7 +78,7 @@ def next_part(tokenizer: PreTrainedTokenizerBase, ending: Ending, document: str)
     Raises:
         PromptError: it is empty, or no text.
     """
-    check_request(document, _PROBES[0], "never")
+    check_request(document, _PROBES[0], "never", document_is="text")
     return _part(tokenizer, ending, f"\n\n{document.strip()}")
 
 

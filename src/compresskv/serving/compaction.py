@@ -86,7 +86,7 @@ class Compaction:
             prompt.failure = RuntimeError("the window's queries were not seen in all layers")
         positions = by_position(spec, device)
         if self._ranks.all_succeeded(prompt.failure is None, device):
-            nothing = torch.zeros(1, 1, spec.num_candidates, device=device)
+            nothing = torch.zeros(1, 1, spec.num_candidates, dtype=torch.float32, device=device)
             observed = self._ranks.together([prompt.observations[layer_idx] for layer_idx in read], nothing)
             try:
                 positions = choose_tokens(method, observed, spec)

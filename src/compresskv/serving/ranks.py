@@ -31,7 +31,9 @@ class Ranks:
         """Whether every rank did: they go on in the same way, or wait for one another for ever."""
         if self.size == 1:
             return succeeded
-        failures: Tensor = self._group.all_reduce(torch.tensor([0.0 if succeeded else 1.0], device=device))
+        failures: Tensor = self._group.all_reduce(
+            torch.tensor([0.0 if succeeded else 1.0], dtype=torch.float32, device=device)
+        )
         return not bool(failures.item())
 
     def together(self, observations: Sequence[Observation], nothing: Tensor) -> list[Observation]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from compresskv.cache.state import State
@@ -31,6 +31,7 @@ from compresskv.sessions.repeated import join, part
 from compresskv.sessions.turn import Turn
 from compresskv.system.convert import Count, convert
 from compresskv.system.files import replacing
+from compresskv.system.paths import is_file
 
 _INTEGERS, _TOKENS, _SAID, _ROWS = "integers", "tokens", "said.", ".rows"
 _PACKED = (torch.int64, torch.bool)
@@ -98,7 +99,10 @@ def write_session(path: str | Path, contents: Contents) -> None:
     metadata = {"format": FORMAT, "version": str(_version(contents)), "session": text, "sha256": _digest(text, kept)}
     try:
         with replacing(path, is_private=True) as place:
-            save_file(kept, place, metadata)
+            if is_file(place):
+                save_file(kept, place, metadata)
+            else:
+                place.write_bytes(save(kept, metadata))  # `save_file` would put a file in the place of a device
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SessionError(f"cannot write the session to {str(path)!r}: {reason}") from error

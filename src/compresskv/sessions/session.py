@@ -30,7 +30,7 @@ from compresskv.sessions.file import Contents, Said, write_session
 from compresskv.sessions.progress import OnRead
 from compresskv.sessions.reading import check_length, held_by, read_on
 from compresskv.sessions.turn import Turn
-from compresskv.system.check import check_callbacks, check_path
+from compresskv.system.check import check_callbacks, check_count, check_path
 from compresskv.system.clock import now
 from compresskv.system.progress import Progress
 
@@ -211,6 +211,7 @@ class Session:
             ConfigError, ProfileError: the method, or its profile, is not to be found here.
         """
         check_callbacks(on_read=on_read)
+        check_count("chunk", chunk, or_none=True)
         if self._conversation is not None or not self._lent.acquire(blocking=False):
             raise CacheStateError(
                 "the document cannot grow while a conversation or a question goes on: forget() it first"

@@ -47,9 +47,9 @@ def check_path(option: str, value: object) -> None:
     """Refuse what names no file.
 
     Raises:
-        ConfigError: it is neither text nor a path.
+        ConfigError: it is neither text nor a path, or holds a NUL.
     """
-    if not isinstance(value, (str, os.PathLike)):
+    if not isinstance(value, (str, os.PathLike)) or "\0" in str(os.fspath(value)):
         raise ConfigError("must be the name of a file", option=option, value=value)
 
 

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from compresskv.cache.stores.packed_states import PackedStates
 from compresskv.cache.stores.packed_vectors import PackedVectors
+from compresskv.system.precise import precisely
 
 
+@precisely
 def attend_to_codes(
     keys: PackedStates, values: PackedStates, tails: tuple[Tensor, Tensor], query: Tensor, scaling: float
 ) -> Tensor:

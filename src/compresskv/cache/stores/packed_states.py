@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compresskv.cache.stores.packed_vectors import PackedVectors, is_turned, rotation
+from compresskv.system.precise import precisely
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PackedStates:
     """(B, H_kv, D) float16, what each head's vectors are divided by before they are turned; None: by nothing."""
 
     @classmethod
+    @precisely
     def of(
         cls, parts: list[Tensor], used: Sequence[Tensor | None] | None, bits: int, *, are_keys: bool
     ) -> "PackedStates":
@@ -50,6 +52,7 @@ class PackedStates:
         centre, scale = (torch.stack(one, dim=1) if one else None for one in (centres, scales))
         return cls(PackedVectors.cat(packed), [part.shape[1] for part in parts], centre, scale)
 
+    @precisely
     def turned_queries(self, query: Tensor) -> Tensor:
         """(B, H_q, T, D): what multiplies these keys as they are stored, of what multiplies them as they were given."""
         if self.centre is None:
@@ -60,10 +63,12 @@ class PackedStates:
             states = (by_head * self.scale.float()[:, :, None, None]).flatten(1, 2)
         return turned(states).to(query.dtype)
 
+    @precisely
     def turned_output(self, output: Tensor) -> Tensor:
         """(B, T, H_q, D) of attention to these values as they are stored: as if they were as they were given."""
         return output if self.centre is None else turned_back(output).to(output.dtype)
 
+    @precisely
     def turned_states(self, states: Tensor) -> Tensor:
         """(B, H_kv, n, D), of tokens beside these: as these are stored, but unpacked."""
         return states if self.centre is None else self._turned(states).to(states.dtype)
@@ -77,10 +82,12 @@ class PackedStates:
         """All of it."""
         return list(self.state().values())
 
+    @precisely
     def heads(self, *, back: bool) -> list[Tensor]:
         """Of each KV head (B, n, D) float32, turned as they are stored or, with `back`, as they were given."""
         return [self._unpacked(part, head, back=back) for head, part in enumerate(self.vectors.split(self.counts))]
 
+    @precisely
     def taken(self, head: int, indices: Tensor) -> Tensor:
         """(B, R, D) float32 as they were given: the named vectors of a KV head; `indices` is (B, R)."""
         return self._unpacked(self.vectors.split(self.counts)[head].gathered(indices), head, back=True)
@@ -92,6 +99,7 @@ class PackedStates:
             states = turned_back(states) if back else states
         return states * self.scale[:, head, None].float() if self.scale is not None and back else states
 
+    @precisely
     def even(self, first: Tensor, tail: Tensor) -> Tensor:
         """(B, H_kv, f + n + t, D) in the tail's dtype: turned as they are stored, where all heads hold as many.
 
@@ -103,6 +111,7 @@ class PackedStates:
             states = states + self.centre.float()[:, :, None]
         return torch.cat([self.turned_states(first), states.to(tail.dtype), self.turned_states(tail)], dim=2)
 
+    @precisely
     def extended(self, states: Tensor) -> "PackedStates":
         """With new tokens (B, H_kv, T_new, D) behind those of each head, less the same mean."""
         if self.centre is not None:
@@ -113,11 +122,13 @@ class PackedStates:
             [PackedVectors.cat([part, PackedVectors(codes, ranges, part.bits)]) for part, codes, ranges in pairs]
         )
 
+    @precisely
     def cropped(self, num_removed: int) -> "PackedStates":
         """Without the last tokens of each head."""
         parts = zip(self.vectors.split(self.counts), self.counts, strict=True)
         return self._with([part.sliced(count - num_removed) for part, count in parts])
 
+    @precisely
     def gathered(self, indices: list[Tensor]) -> "PackedStates":
         """The named vectors of each head; `indices` are (B, R) each."""
         parts = zip(self.vectors.split(self.counts), indices, strict=True)
@@ -173,7 +184,7 @@ def _turned_and_centred(part: Tensor, used: Tensor | None, *, scaled: bool) -> t
 
 def _weights(part: Tensor, used: Tensor | None) -> Tensor:
     """(B, n), of the vectors (B, n, D) that count in means; their sum is 1, or 0 where none counts."""
-    weights = torch.ones(part.shape[:2], device=part.device) if used is None else used.float()
+    weights = part.new_ones(part.shape[:2]) if used is None else used.float()
     return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 

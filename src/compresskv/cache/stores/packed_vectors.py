@@ -160,7 +160,7 @@ def rotation(dim: int, device: torch.device) -> Tensor:
     Source: QuaRot (arXiv 2404.00456), section 3.
     """
     size = dim & -dim
-    block = torch.ones(1, 1, device="cpu")
+    block = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while len(block) < size:
         block = torch.cat([torch.cat([block, block], dim=1), torch.cat([block, -block], dim=1)])
     signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1

@@ -176,12 +176,12 @@ class RaggedStore(Store):
         """Attention of each KV head's query heads over what it holds, side by side."""
         if has_sinks(module):
             return self._attend_padded(attention, query, mask)
-        groups, outputs = query.shape[1] // self.num_heads, []
+        groups, found = query.shape[1] // self.num_heads, []
         for head in range(self.num_heads):
             own = query[:, head * groups : (head + 1) * groups]
             keys, values = (self._head(packed, head) for packed in self.tensors)
-            outputs.append(attention(own, keys, values, self.held.cut_mask(mask, own, head))[0])
-        return torch.cat(outputs, dim=2), None
+            found.append(attention(own, keys, values, self.held.cut_mask(mask, own, head)))
+        return torch.cat([output for output, _ in found], dim=2), _side_by_side([weights for _, weights in found])
 
     def _attend_padded(
         self, attention: AttentionFunction, query: Tensor, mask: Tensor | None
@@ -214,3 +214,15 @@ class RaggedStore(Store):
         counts = state["counts"].tolist()
         parts = [list(state[name].split(counts, dim=1)) for name in ("keys", "values")]
         return cls(parts, cls.positions_from_state(state))
+
+
+def _side_by_side(weights: list[Tensor | None]) -> Tensor | None:
+    """(B, H_q, T, n): of all KV heads (B, G, T, their own n), with zeros before those of heads that hold fewer tokens.
+
+    None where an attention function gives none.
+    """
+    known = [own for own in weights if own is not None]
+    if len(known) < len(weights):
+        return None
+    longest = max(own.shape[-1] for own in known)
+    return torch.cat([F.pad(own, (longest - own.shape[-1], 0)) for own in known], dim=1)
