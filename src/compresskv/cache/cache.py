@@ -143,8 +143,8 @@ class CompressedCache(ChunkedCache):
             )
         elif not layer.in_prefill and num_new > 1 and is_generating():
             raise CacheStateError(
-                f"a step of generate reads {num_new} tokens: with use_cache=False it reads the whole text at each, which "
-                "a cache is of no use for"
+                f"a step of generate reads {num_new} tokens: with use_cache=False it reads the whole text at each, and "
+                "needs no cache"
             )
 
     @property
