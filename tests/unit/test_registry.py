@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -114,7 +114,8 @@ def test_options_without_a_dataclass_are_told(own_methods: dict[str, type[Method
         registry.register(Typed)
 
     class Plain(SnapKV):
-        name = "plain"
+        name: ClassVar[str] = "plain"
+        needs_profile: "ClassVar[bool]" = False
 
     assert registry.register(Plain) is own_methods["plain"]
     assert registry.create("plain", window_size=3).label == "plain[window_size=3]"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +31,7 @@ from compresskv.attention.plain import (
     scaling_of,
 )
 from compresskv.attention.prefill import causal_attention, causal_mask, is_faster, later_attention
-from compresskv.attention.support import BASES, CANNOT, PREFIX, check_supported
+from compresskv.attention.support import BASES, CANNOT, PREFIX, attention_modules, check_supported
 from compresskv.errors import ModelError
 from compresskv.models.shape import decoder_config
 
@@ -145,6 +146,8 @@ def _attention_forward(
     is_causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
 
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if plain and not query.dtype == key.dtype == value.dtype:
+            query, key, value = _cast_alike(query, key, value)
         if plain and query.shape[2] == 1:
             return grouped_attention(query, key, value, mask, kwargs.get("scaling")), None
         if kernel is not None and is_causal:
@@ -169,6 +172,14 @@ def _attention_forward(
             observe(layer, query, **kwargs)
         return output
     return layer.attend_shared(given, query, key, value, attention_mask, module=module)
+
+
+def _cast_alike(*states: Tensor) -> list[Tensor]:
+    """In one dtype, where `torch.autocast` would bring them to one: it knows PyTorch's kernels, and none of ours."""
+    device_type = states[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(states)
+    return [one.to(torch.get_autocast_dtype(device_type)) for one in states]
 
 
 def _take_over(layer: Routed, value: Tensor, mask: Tensor | None) -> None:
@@ -238,9 +249,9 @@ def routing(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _own_part(model: PreTrainedModel) -> object:
+def _own_part(model: PreTrainedModel) -> nn.Module:
     """A part that stands for a model: it is no other model's, and wrappers of the model have the same."""
-    return model.get_input_embeddings()
+    return next(iter(attention_modules(model).values()), [model])[0]
 
 
 def _changed(model: PreTrainedModel) -> Callable[[], None]:

@@ -26,7 +26,7 @@ from compresskv.cache.routed import routed_layers
 from compresskv.cache.stored import layers_nbytes
 from compresskv.errors import CacheStateError, ConfigError, ModelError
 from compresskv.methods.base import Method
-from compresskv.models.chunks import GivenPrompt, is_generating, lacks_what_was_read
+from compresskv.models.chunks import GivenPrompt, is_generating, is_ignored, lacks_what_was_read
 from compresskv.models.shape import decoder_config, shares_keys
 from compresskv.selection import budgets
 from compresskv.selection.auto_budget import AutoChoice
@@ -141,10 +141,9 @@ class CompressedCache(ChunkedCache):
                 f"this prompt does not begin with the {layer.seen_tokens} tokens that the cache has seen: "
                 "reset() the cache before another prompt"
             )
-        elif not layer.in_prefill and num_new > 1 and is_generating():
+        if num_new > 1 and is_ignored(self):
             raise CacheStateError(
-                f"a step of generate reads {num_new} tokens: with use_cache=False it reads the whole text at each, and "
-                "needs no cache"
+                "generate reads its whole text at each step with use_cache=False: leave that out, or the cache"
             )
 
     @property

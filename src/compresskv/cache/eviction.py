@@ -59,7 +59,7 @@ class Eviction:
         self._head_budgets: dict[tuple[int, int], list[list[int]]] = {}
         self._row_lengths: list[int] | None = None
         self._groups: list[Group] = []
-        self._waiting: list[tuple[Retaining, torch.device]] = []
+        self._waiting: list[tuple[Retaining, torch.device, tuple[int, int]]] = []
         self.choices, self.num_candidates, self.foresees = [], [], True
 
     def cuts(self, num_prompt: int) -> dict[int, Cut]:
@@ -114,7 +114,7 @@ class Eviction:
         own = [inputs if len(self._groups) == 1 else inputs.of_rows(group.rows) for group in self._groups]
         own = [one.with_window(group.method.num_observed()) for one, group in zip(own, self._groups, strict=True)]
         if self.method.decides_together:
-            self._waiting.append((layer, inputs.keys.device))
+            self._waiting.append((layer, inputs.keys.device, (inputs.keys.shape[1], inputs.keys.shape[2])))
             for group, rows in zip(self._groups, own, strict=True):
                 with self.conditions.observer.scoring_tokens():
                     observed = group.method.observe(rows)
@@ -166,7 +166,8 @@ class Eviction:
                 self._choose(self._auto)
             by_group = [group.decided(shared=shared) for group in self._groups]
         waiting, self._waiting = self._waiting, []
-        for position, ((layer, device), *scores) in enumerate(zip(waiting, *by_group, strict=True)):
+        for position, ((layer, device, shape), *found) in enumerate(zip(waiting, *by_group, strict=True)):
+            scores = [group.checked(own, *shape) for group, own in zip(self._groups, found, strict=True)]
             self._retain(layer, position, [own.to(device) for own in scores])
 
     def _choose(self, auto: Automatic) -> None:

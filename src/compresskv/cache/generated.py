@@ -10,6 +10,7 @@ from torch import Tensor
 from compresskv import defaults
 from compresskv.cache.conditions import Conditions
 from compresskv.cache.eviction import Eviction
+from compresskv.cache.group import checked_scores
 from compresskv.cache.held import HeldOf, Holding
 from compresskv.cache.stores.base import Store
 from compresskv.cache.window import QueryWindow
@@ -87,6 +88,8 @@ class GeneratedEviction:
         lengths = [num_tokens - start for start in inputs.row_starts]
         with self._observer.scoring_tokens():
             scores = self.method.score(inputs)
+        shape = (batch_size, inputs.keys.shape[1], num_tokens)
+        scores = checked_scores(scores, shape, self.method, option="decode_method")
         slots = Method.select(self.method, scores, [[self._budget]] * batch_size, lengths)
         return tokens_at(slots, positions)
 

@@ -118,22 +118,30 @@ class Group:
         return tokens_at(select(self.method, own, budgets, lengths), candidates)
 
     def checked(self, scores: Tensor, num_heads: int, num_tokens: int) -> Tensor:
-        """What a method gave as (rows, 1 or H_kv, T) scores.
-
-        Raises:
-            ConfigError: they are none.
-        """
-        shapes = [(len(self.rows), heads, num_tokens) for heads in (num_heads, 1)]
-        if isinstance(scores, Tensor) and scores.is_floating_point() and tuple(scores.shape) in shapes:
-            return scores
-        found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-        problem = f"must score {shapes[0]}, or one head for all, in floats: its scores are {found}"
-        raise ConfigError(problem, option="method", value=self.method.label)
+        """What the method gave as scores of a layer: see `checked_scores`."""
+        return checked_scores(scores, (len(self.rows), num_heads, num_tokens), self.method)
 
     def told(self, scores: Tensor) -> Tensor:
         """Those by which tokens were chosen; infinite for the window's own, which are kept whatever they are."""
         num_own = min(self.method.window_size, scores.shape[2])
         return F.pad(scores[..., : scores.shape[2] - num_own], (0, num_own), value=torch.inf)
+
+
+def checked_scores(scores: Tensor, shape: tuple[int, int, int], method: Method, option: str = "method") -> Tensor:
+    """What a method gave as (B, H_kv, T), or (B, 1, T), scores of that shape.
+
+    Raises:
+        ConfigError: they are none; naming what the method was given as.
+    """
+    batch_size, _, num_tokens = shape
+    if isinstance(scores, Tensor) and scores.is_floating_point():
+        if tuple(scores.shape) in (shape, (batch_size, 1, num_tokens)):
+            return scores
+        found = f"{tuple(scores.shape)}"
+    else:
+        found = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
+    problem = f"must score {shape}, or one head for all, in floats: its scores are {found}"
+    raise ConfigError(problem, option=option, value=method.label)
 
 
 def one_batch(parts: list[Tensor], rows: list[list[int]]) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-_BLOCK, _MOST_SPLITS = 64, 32
+_BLOCK, _MOST_SPLITS = 64, 128
 _LEAST_ROWS = 16
 """Of a product of Triton's."""
 _SHARED_NBYTES = 80 * 1024
@@ -67,7 +67,7 @@ def _num_splits(num_parts: int, num_tokens: int, device: torch.device) -> int:
     """Into how many splits `num_parts` parts of `num_tokens` each, on average, go, so that no multiprocessor is idle
     where there are blocks of tokens for all.
     """
-    wanted = 2 * _MOST_SPLITS
+    wanted = _MOST_SPLITS
     if device.type == "cuda":
         wanted = -(-torch.cuda.get_device_properties(device).multi_processor_count // num_parts)
     return max(1, min(_MOST_SPLITS, wanted, num_tokens // _BLOCK))

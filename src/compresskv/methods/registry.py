@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 import re
 import warnings
@@ -34,13 +35,22 @@ def register(method: _M) -> _M:
     missing = [name for name in ("summary", "source") if not hasattr(method, name)]
     if missing:
         raise ConfigError(f"has no {' and no '.join(missing)}", option="method", value=method.name)
-    if vars(method).get("__annotations__") and "__dataclass_params__" not in vars(method):
+    if _options_of(method) and "__dataclass_params__" not in vars(method):
         problem = "has options, so it must be a dataclass: @register above @dataclass(frozen=True)"
         raise ConfigError(problem, option="method", value=method.name)
     if method.name in _METHODS:
         raise ValueError(f"a method named {method.name!r} is registered already")
     _METHODS[method.name] = method
     return method
+
+
+def _options_of(method: type[Method]) -> list[str]:
+    """What a class itself declares as options, as far as its annotations can be looked at."""
+    try:
+        declared = inspect.get_annotations(method)
+    except NameError:  # what is imported for types alone, where annotations are no text
+        return []
+    return [name for name, kind in declared.items() if "ClassVar" not in str(kind)]
 
 
 def methods() -> dict[str, type[Method]]:

@@ -49,6 +49,17 @@ def lacks_what_was_read() -> bool:
     return num_new is not None and num_new <= 0
 
 
+def is_ignored(cache: object) -> bool:
+    """Whether the innermost `generate` was given a cache that it is told not to use: it then reads all of its text at
+    each step.
+    """
+    for frame in _frames():
+        given = frame.f_locals.get("model_kwargs")
+        if isinstance(given, dict):
+            return given.get("use_cache") is False and any(value is cache for value in given.values())
+    return False
+
+
 def is_generating() -> bool:
     """Whether `generate` has read its prompt and goes on with what it generated."""
     running = [frame.f_code.co_name for frame in _frames()]

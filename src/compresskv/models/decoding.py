@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from compresskv.errors import ModelError, PromptError
 from compresskv.models.arguments import cache_argument
 from compresskv.models.place import input_device
+from compresskv.models.shape import decoder_config
 
 OnToken = Callable[[int], object]
 """Called with each token as it comes; the text ends where it returns True."""
@@ -24,8 +25,9 @@ def check_tokens(model: PreTrainedModel, *token_ids: int) -> None:
     Raises:
         PromptError: naming the first such token.
     """
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary = len(embeddings.weight)
+    vocabulary = decoder_config(model).vocab_size
+    with suppress(NotImplementedError):  # a quantised weight has other shapes, and a wrapped one does not tell
+        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", vocabulary)
     for token in token_ids:
         if not 0 <= token < vocabulary:
             problem = f"is no token of this model: its vocabulary has {vocabulary}"

@@ -15,6 +15,7 @@ from compresskv.errors import ModelError
 from compresskv.models.place import weight_of
 from compresskv.models.shape import decoder_config, full_attention_layers, heads_of
 from compresskv.system.later import no_grad, torch
+from compresskv.system.precise import precisely
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,6 +133,7 @@ def _sample(weight: Tensor) -> Tensor:
     return weight.detach().reshape(-1)[::step].to(torch.bfloat16)
 
 
+@precisely
 def _on_cpu(samples: list[Tensor]) -> list[Tensor]:
     """The same in the CPU's memory: together, since each transfer waits for the device."""
     if len({sample.device for sample in samples}) != 1:

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
-import torch
+from compresskv.system.later import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_DEVICE_TYPES = ("cpu", "cuda")
+_DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
 def precisely(function: Callable[P, R]) -> Callable[P, R]:
@@ -21,7 +22,9 @@ def precisely(function: Callable[P, R]) -> Callable[P, R]:
     def precise(*args: P.args, **kwargs: P.kwargs) -> R:
         if not any(map(torch.is_autocast_enabled, _DEVICE_TYPES)):
             return function(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with ExitStack() as stack:
+            for kind in filter(torch.is_autocast_enabled, _DEVICE_TYPES):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 
     return precise
