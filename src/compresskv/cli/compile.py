@@ -25,7 +25,7 @@ Examples:
   compresskv compile
   compresskv compile --model ./my-model --dtype int8
   compresskv compile --method snapkv --json
-  compresskv compile --method forecast --store int8     # for sessions held in int8 ('session show' tells)
+  compresskv compile --method forecast --store int8  # of a session's store
 """
 _PROMPT_TOKENS = 320
 

@@ -30,8 +30,8 @@ from compresskv.sessions.integers import pack, unpack
 from compresskv.sessions.repeated import join, part
 from compresskv.sessions.turn import Turn
 from compresskv.system.convert import Count, convert
-from compresskv.system.files import replacing
-from compresskv.system.paths import is_file
+from compresskv.system.files import replacing, write_whole
+from compresskv.system.paths import exists, is_file
 
 _INTEGERS, _TOKENS, _SAID, _ROWS = "integers", "tokens", "said.", ".rows"
 _PACKED = (torch.int64, torch.bool)
@@ -98,11 +98,11 @@ def write_session(path: str | Path, contents: Contents) -> None:
     text = json.dumps(told)
     metadata = {"format": FORMAT, "version": str(_version(contents)), "session": text, "sha256": _digest(text, kept)}
     try:
-        with replacing(path, is_private=True) as place:
-            if is_file(place):
+        if exists(path) and not is_file(path):
+            write_whole(path, save(kept, metadata))  # `save_file` would put a file in the place of a device
+        else:
+            with replacing(path, is_private=True) as place:
                 save_file(kept, place, metadata)
-            else:
-                place.write_bytes(save(kept, metadata))  # `save_file` would put a file in the place of a device
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SessionError(f"cannot write the session to {str(path)!r}: {reason}") from error
