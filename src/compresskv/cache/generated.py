@@ -116,10 +116,8 @@ def check_decoding(method: Method, prompt_method: Method, decode: DecodeBudget) 
     elif method.shares_heads and not alike:
         does = "chooses by some heads for all KV heads of a layer"
     if does is not None:
-        problem = (
-            f"{does}, which must hold the same tokens, but method {prompt_method.label!r} keeps others in each: "
-            f"{instead}"
-        )
+        others = f"method {prompt_method.label!r} keeps others in each"
+        problem = f"{does}, which must hold the same tokens, but {others}: {instead}"
         raise ConfigError(problem, option="decode_method", value=method.label)
     decode.check(method.window_size)
 

@@ -137,7 +137,7 @@ def checked_scores(scores: Tensor, shape: tuple[int, int, int], method: Method, 
     if isinstance(scores, Tensor) and scores.is_floating_point():
         if tuple(scores.shape) in (shape, (batch_size, 1, num_tokens)):
             return scores
-        found = f"{tuple(scores.shape)}"
+        found = str(tuple(scores.shape))
     else:
         found = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
     problem = f"must score {shape}, or one head for all, in floats: its scores are {found}"
