@@ -79,10 +79,11 @@ def _find_chunks(method: Method, budget: Budget, between: int | None, tokens: in
     if between is None:
         return None
     if not (method.cuts_again and method.evicts):
-        does, instead = "must see all of it" if method.evicts else "keeps all of it", "use another method"
         if method.lookahead:
-            does, instead = "looks ahead", "leave out lookahead"
-        problem = f"cuts a prompt while it is read, but method {method.label!r} {does}: {instead}"
+            why = "looks ahead: leave out lookahead"
+        else:
+            why = f"{'must see' if method.evicts else 'keeps'} all of it: use another method"
+        problem = f"cuts a prompt while it is read, but method {method.label!r} {why}"
         raise ConfigError(problem, option="chunk_budget", value=between)
     check_known_early(budget)
     chunks = Chunks(between, tokens)
